@@ -70,9 +70,9 @@ def reachable(timeout: float = 3.0) -> bool:
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    request = urllib.request.Request(endpoint(), method="HEAD")
+    request = urllib.request.Request(endpoint(), method="HEAD")  # noqa: S310 - the hub's
     try:
-        urllib.request.urlopen(request, timeout=timeout).close()
+        urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
     except urllib.error.HTTPError:
         return True
     except (OSError, ValueError):
@@ -105,7 +105,9 @@ def hub_errors(repo: str, kind: Kind) -> Iterator[None]:
     except OSError as error:
         # The client's network errors are OSErrors too; a full or read-only disk is not theirs.
         if error.errno is not None and not isinstance(error, ConnectionError):
-            raise disk_error(Path(error.filename or os.environ.get("HF_HOME", "~")), error) from error
+            raise disk_error(
+                Path(error.filename or os.environ.get("HF_HOME", "~")), error
+            ) from error
         raise _out_of_reach(repo, noun, where) from error
     except errors.HfHubHTTPError as error:
         raise _out_of_reach(repo, noun, where) from error
@@ -120,5 +122,6 @@ def _out_of_reach(repo: str, noun: str, where: str) -> UserError:
         f"The hub is out of reach, so the {noun} {repo!r} can't be fetched.",
         where,
         "Check the network; a mirror is set with HF_ENDPOINT=https://… and a token for gated "
-        f"repositories with HF_TOKEN. A cut-off download goes on where it stopped. {_WORKS_OFFLINE}",
+        "repositories with HF_TOKEN. A cut-off download goes on where it stopped. "
+        + _WORKS_OFFLINE,
     )

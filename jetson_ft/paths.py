@@ -8,10 +8,11 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jetson_ft.errors import UserError
 
@@ -86,21 +87,36 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes the file whole: a reader, or a power cut, sees the old content or the new."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def staged(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under its name when it is whole and on the disk, or never."""
     with disk_errors(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
+            with os.fdopen(handle, "wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes the file whole: a reader, or a power cut, sees the old content or the new."""
+    with staged(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def _umask() -> int:
+    # mkstemp makes files private; the process's own wish can only be read by setting it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sync_folder(folder: Path) -> None:

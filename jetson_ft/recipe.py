@@ -164,10 +164,10 @@ class Recipe(_Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Arithmetic; `auto` takes bf16 where the device is fast at it."
     )
-    data: DataRecipe = Field(default_factory=DataRecipe, description=DataRecipe.__doc__ or "")
-    lora: LoraRecipe = Field(default_factory=LoraRecipe, description=LoraRecipe.__doc__ or "")
-    train: TrainRecipe = Field(default_factory=TrainRecipe, description=TrainRecipe.__doc__ or "")
-    eval: EvalRecipe = Field(default_factory=EvalRecipe, description=EvalRecipe.__doc__ or "")
+    data: DataRecipe = Field(DataRecipe(), description=DataRecipe.__doc__ or "")
+    lora: LoraRecipe = Field(LoraRecipe(), description=LoraRecipe.__doc__ or "")
+    train: TrainRecipe = Field(TrainRecipe(), description=TrainRecipe.__doc__ or "")
+    eval: EvalRecipe = Field(EvalRecipe(), description=EvalRecipe.__doc__ or "")
     output: str = Field(
         "runs", min_length=1, description="Folder under which the run's own folder is made."
     )
@@ -243,6 +243,11 @@ def parse(text: str, where: str = "", overrides: Iterable[str] = ()) -> Recipe:
         unique = {(problem.key, problem.message): problem for problem in problems}
         raise RecipeError(sorted(unique.values(), key=lambda item: item.line), where)
     return recipe
+
+
+def json_schema() -> str:
+    """The schema as JSON, for editors and other programs."""
+    return json.dumps(Recipe.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
 
 
 def keys() -> dict[str, str]:

@@ -8,7 +8,7 @@ scalars and refuses the rest with the line it stands on.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -23,7 +23,7 @@ KeyPath = tuple[str | int, ...]
 class _CoreLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's core scalars: `no` is text and `1e-4` a number."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
 
 for _tag, _pattern, _first in (
@@ -89,7 +89,9 @@ def _refuse_beyond_plain(text: str) -> None:
             raise _Refused(line, f"nested deeper than {MAX_DEPTH} levels")
 
 
-def _convert(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[Problem]) -> Any:
+def _convert(
+    node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], problems: list[Problem]
+) -> Any:
     if isinstance(node, yaml.MappingNode):
         return _convert_mapping(node, path, lines, problems)
     if isinstance(node, yaml.SequenceNode):

@@ -1,0 +1,336 @@
+"""The command line: thin. Every command calls one function that the page could call too.
+
+Nothing heavy is imported before a command needs it, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jetson_ft import __version__
+from jetson_ft.errors import UserError
+
+app = typer.Typer(
+    help="Fine-tune language models with LoRA and QLoRA on NVIDIA Jetson boards and on laptops.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+runs_app = typer.Typer(help="Look at runs.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(recipe_app, name="recipe")
+app.add_typer(runs_app, name="runs")
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
+]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.")]
+RUNS = Path("runs")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"jetson-ft {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["JETSON_FT_DEBUG"] = "1"
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe file, or the name of a shipped one.")
+    ] = None,
+    overrides: SetOption = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a stopped run (name or path).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show recipe, rows, tokens and steps; train nothing.")
+    ] = False,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Fine-tune: recipe in, LoRA adapter and before/after report out."""
+    from jetson_ft import recipe as recipes
+    from jetson_ft.runs import jobs, rundir
+
+    sets = overrides or []
+    if resume:
+        _refuse_both(recipe)
+        run = rundir.find(resume, runs)
+        offset = run.events_file.stat().st_size if run.events_file.exists() else 0
+        jobs.resume(run, sets)
+    else:
+        name = recipe or _chosen()
+        loaded = recipes.load(name, sets)
+        if dry_run:
+            _dry_run(loaded)
+            return
+        run, offset = jobs.launch(loaded, Path(name).stem), 0
+    print(f"run: {run.path}", flush=True)
+    raise typer.Exit(_follow(run, offset))
+
+
+def _refuse_both(recipe: str | None) -> None:
+    if recipe:
+        raise UserError(
+            "A resumed run keeps its own recipe.", recipe, "Leave the recipe out, or --resume."
+        )
+
+
+def _chosen() -> str:
+    from jetson_ft.runs.choice import choose_recipe
+
+    name, why = choose_recipe()
+    print(f"recipe: {name} ({why}; choose with `jetson-ft train NAME` or make finetune RECIPE=…)")
+    return name
+
+
+def _dry_run(loaded: Any) -> None:
+    from jetson_ft.console import print_dry_run
+    from jetson_ft.runs.preview import dry_run
+
+    print_dry_run(dry_run(loaded))
+
+
+def _follow(run: Any, offset: int) -> int:
+    """Follows the run; the first Ctrl-C asks it to stop, the second one only leaves it alone."""
+    from jetson_ft.console import Follower, print_ending
+    from jetson_ft.runs import jobs
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    follower = Follower(run, offset)
+    try:
+        state = follower.follow()
+    except KeyboardInterrupt:
+        jobs.stop(run)
+        print("\nstopping: a checkpoint is being written (Ctrl-C again leaves it to itself)")
+        try:
+            state = follower.follow()
+        except KeyboardInterrupt:
+            print(f"It ends in the background; then: jetson-ft train --resume {run.path}")
+            return 130
+    print_ending(run, state)
+    if state.state == "finished":
+        return 0
+    return 130 if state.state == "stopped" else 2
+
+
+@app.command()
+def chat(
+    run: Annotated[
+        str, typer.Argument(help="A run (name, path, `latest`), an adapter folder, or `base`.")
+    ] = "latest",
+    model: Annotated[
+        str | None, typer.Option(help="Base model; by default the one the run was made with.")
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="none, int8 or nf4.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="With a temperature: likeliest tokens kept.")] = 50,
+    top_p: Annotated[float, typer.Option(help="With a temperature: probability kept.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeats.")] = 1.1,
+    seed: Annotated[
+        int | None, typer.Option(help="With a temperature: repeatable replies.")
+    ] = None,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    examples: Annotated[Path | None, typer.Option(help="Few-shot examples, a JSON file.")] = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Talk with a model in the terminal."""
+    from jetson_ft.inference.generate import Sampling
+
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    from jetson_ft.chat_terminal import Terminal
+    from jetson_ft.inference.chat import read_examples
+    from jetson_ft.runs.talk import open_run
+
+    found, title = open_run(run, runs, model, quantize)
+    found.system = system
+    found.examples = read_examples(examples) if examples else []
+    Terminal(found, sampling, title).loop()
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[str, typer.Argument(help="Name, path, or `latest`.")] = "latest",
+    data: Annotated[
+        str | None, typer.Option(help="Other rows to measure on; by default the run's held-out.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write the figures and replies to this JSON file.")
+    ] = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Measure base and adapter again, on the held-out rows or on others."""
+    from jetson_ft.console import comparison_bar, print_figures
+    from jetson_ft.paths import write_json
+    from jetson_ft.runs import rundir
+    from jetson_ft.runs.talk import evaluate_run
+
+    with comparison_bar() as progress:
+        found = evaluate_run(rundir.find(run, runs), data, progress)
+    print_figures(found)
+    if output:
+        write_json(output, found)
+        print(f"written: {output}")
+
+
+@data_app.command("inspect")
+def data_inspect(
+    path: Annotated[str, typer.Argument(help="A file, a hub data set id, or `bundled`.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer and template to use.")] = "embedded",
+    max_length: Annotated[int, typer.Option(help="Longest row in tokens.")] = 1024,
+    samples: Annotated[int, typer.Option(min=0, help="Rows shown as the model sees them.")] = 3,
+    layout: Annotated[
+        str, typer.Option("--format", help="auto, alpaca, sharegpt or messages.")
+    ] = "auto",
+    encoding: Annotated[str, typer.Option(help="auto, utf-8, gb18030, …")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is in the data: format, faults, lengths, and rows as the model will see them."""
+    from dataclasses import asdict
+
+    from jetson_ft.console import print_inspection
+    from jetson_ft.runs.preview import inspect
+
+    found = inspect(path, model, max_length, samples, layout, encoding)
+    if as_json:
+        print(json.dumps(asdict(found), ensure_ascii=False, indent=2))
+    else:
+        print_inspection(found)
+
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """The shipped recipes, with the first line of each."""
+    from jetson_ft import recipe as recipes
+
+    for name, path in recipes.shipped().items():
+        print(f"{name:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """The resolved recipe, every default written out."""
+    from jetson_ft import recipe as recipes
+
+    print(recipes.load(recipe, overrides or []).to_yaml(), end="")
+
+
+@recipe_app.command("validate")
+def recipe_validate(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Check a recipe; every mistake is shown at once, with its line."""
+    from jetson_ft import recipe as recipes
+
+    found = recipes.load(recipe, overrides or [])
+    print(f"ok: {recipe} (sha256 {found.sha256()[:12]})")
+
+
+@recipe_app.command("schema")
+def recipe_schema() -> None:
+    """The JSON schema of recipes, for editors."""
+    from jetson_ft import recipe as recipes
+
+    print(recipes.json_schema(), end="")
+
+
+@runs_app.command("list")
+def runs_list(runs: RunsOption = RUNS) -> None:
+    """All runs, newest first."""
+    from rich.table import Table
+
+    from jetson_ft.console import out
+    from jetson_ft.runs import jobs, rundir
+
+    found = rundir.list_runs(runs)
+    if not found:
+        print(f"No runs in {runs} yet.")
+        return
+    table = Table(box=None)
+    for column in ("run", "state", "steps", "held-out loss", "model"):
+        table.add_column(column)
+    for run in found:
+        state = jobs.settle(run)
+        events = run.events()
+        steps = [event for event in events if event["kind"] == "step"]
+        evals = [event["heldout_loss"] for event in events if event["kind"] == "eval"]
+        done = f"{steps[-1]['step']}/{steps[-1]['total_steps'] or '?'}" if steps else "–"
+        loss = f"{evals[0]:.3f} → {min(evals):.3f}" if evals else "–"
+        table.add_row(run.name, state, done, loss, run.recipe().model)
+    out.print(table)
+
+
+@runs_app.command("show")
+def runs_show(
+    run: Annotated[str, typer.Argument(help="Name, path, or `latest`.")] = "latest",
+    runs: RunsOption = RUNS,
+) -> None:
+    """State, figures and places of one run."""
+    from jetson_ft.console import print_ending
+    from jetson_ft.runs import jobs, rundir
+
+    found = rundir.find(run, runs)
+    jobs.settle(found)
+    state = found.state()
+    print(f"{found.path}: {state.state}{' – ' + state.reason if state.reason else ''}")
+    if state.state in ("finished", "stopped", "failed"):
+        print_ending(found, state)
+
+
+@runs_app.command("stop")
+def runs_stop(
+    run: Annotated[str, typer.Argument(help="Name, path, or `latest`.")] = "latest",
+    runs: RunsOption = RUNS,
+) -> None:
+    """Ask a run to write a checkpoint and end."""
+    from jetson_ft.runs import jobs, rundir
+
+    found = rundir.find(run, runs)
+    jobs.stop(found)
+    print(f"{found.name}: {jobs.settle(found)}, stop requested")
+
+
+def main() -> None:
+    """Entry point: plain messages and exit code 2 for what a person can mend."""
+    try:
+        app()
+    except UserError as error:
+        if os.environ.get("JETSON_FT_DEBUG"):
+            raise
+        from jetson_ft.paths import printable
+
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

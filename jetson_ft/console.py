@@ -1,0 +1,296 @@
+"""What a run looks like in a terminal: a live line where there is one, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from jetson_ft.paths import printable
+from jetson_ft.runs import jobs
+from jetson_ft.runs.report import duration, rows_of_figures
+from jetson_ft.runs.rundir import LIVE, Run, State, read_events
+
+_POLL_SECONDS = 0.2
+_PLAIN_EVERY = 10.0  # seconds between step lines where there is no terminal
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+class Follower:
+    """Prints a run's events as they come, until the run has ended."""
+
+    def __init__(self, run: Run, offset: int = 0) -> None:
+        self.run, self.offset = run, offset
+        self._heldout: float | None = None
+        self._last_plain = 0.0
+        self._bar: TaskID | None = None
+        self._what = ""
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"), console=out, transient=True,
+        )  # fmt: skip
+
+    def follow(self) -> State:
+        """Returns the final state."""
+        told_queue = ""
+        with self._progress:
+            while True:
+                state = jobs.settle(self.run)
+                reason = self.run.state().reason
+                if state == "queued" and reason and reason != told_queue:
+                    told_queue = reason
+                    self._say(f"waiting: {reason}")
+                self._print_new()
+                if state not in LIVE:
+                    break
+                time.sleep(_POLL_SECONDS)
+            self._print_new()
+        return self.run.state()
+
+    def _print_new(self) -> None:
+        events, self.offset = read_events(self.run.events_file, self.offset)
+        for event in events:
+            handler = getattr(self, f"_on_{event['kind']}", None)
+            if handler:
+                handler(event)
+
+    def _say(self, text: str) -> None:
+        out.print(escape(printable(text)))
+
+    # --- one method a kind of event --------------------------------------------------
+
+    def _on_phase(self, event: dict[str, Any]) -> None:
+        detail = f": {event['detail']}" if event["detail"] else ""
+        if event["name"] not in ("device", "report", "training"):
+            self._say(f"{event['name']}{detail}")
+
+    def _on_device(self, event: dict[str, Any]) -> None:
+        device = event["device"]
+        self._say(
+            f"device: {device['board'] or device['name']}, "
+            f"{device['memory_available'] / 2**30:.1f} of "
+            f"{device['memory_total'] / 2**30:.1f} GiB free, {event['precision']}"
+        )
+
+    def _on_data(self, event: dict[str, Any]) -> None:
+        train, heldout = event["train"], event["heldout"]
+        self._say(
+            f"  {train['rows']:,} rows to learn ({train['tokens']:,} tokens, "
+            f"{train['supervised_tokens']:,} supervised), {heldout['rows']:,} held out"
+        )
+        if train["truncated"] or train["dropped"]:
+            dropped = ", ".join(f"{count} {reason}" for reason, count in train["dropped"].items())
+            self._say(f"  cut at max_length: {train['truncated']}; dropped: {dropped or 'none'}")
+        self._on_read(event["read"])
+
+    def _on_read(self, read: dict[str, Any]) -> None:
+        found = read["train"]
+        self._say(
+            f"  {found['container']}, {found['layout']}, {found['encoding']}: "
+            f"{found['rows_read']:,} rows read, {found['duplicates']:,} duplicates; "
+            f"held out: {read['heldout_from']}"
+        )
+        for reason, entry in found["dropped"].items():
+            self._say(f"  left out, {reason}: {entry['count']} ({', '.join(entry['where'][:5])} …)")
+        if read["left_out"]:
+            self._say(f"  left out, also in the held-out set: {read['left_out']}")
+
+    def _on_weights(self, event: dict[str, Any]) -> None:
+        parts = ", ".join(f"{k} {v / 2**20:,.1f}" for k, v in event["bytes"].items() if v)
+        self._say(f"  {sum(event['bytes'].values()) / 2**20:,.1f} MiB: {parts}")
+
+    def _on_plan(self, event: dict[str, Any]) -> None:
+        recompute = "recomputing activations" if event["checkpointing"] else "keeping activations"
+        size = event["micro_batch_tokens"] or "one row"
+        self._say(
+            f"plan: at most {event['steps_at_most']:,} steps; micro-batches of {size} tokens, "
+            f"{recompute}"
+        )
+
+    def _on_length(self, event: dict[str, Any]) -> None:
+        self._say(
+            f"  timed: {event['total_steps']:,} steps fit, "
+            f"{duration(event['seconds_left'] or 0)} to go"
+        )
+
+    def _on_step(self, event: dict[str, Any]) -> None:
+        total = event["total_steps"]
+        left = event["seconds_left"]
+        note = (
+            f"loss {_number(event['loss'])}  held-out {_number(self._heldout)}  "
+            f"{event['tokens_per_second']:,.0f} tokens/s  {event['memory'] / 2**30:.2f} GiB  "
+            f"{duration(left) + ' left' if left is not None else 'measuring'}"
+        )
+        self._bar_to("training", event["step"], total, note)
+        now = time.monotonic()
+        if not out.is_terminal and (
+            now - self._last_plain > _PLAIN_EVERY or event["step"] == total
+        ):
+            self._last_plain = now
+            self._say(f"step {event['step']}/{total or '?'}  {note}")
+
+    def _on_eval(self, event: dict[str, Any]) -> None:
+        self._heldout = event["heldout_loss"]
+        self._say(
+            f"  step {event['step']}: held-out loss {_number(event['heldout_loss'])}, "
+            f"{_number(event['bits_per_char'])} bits per character"
+        )
+
+    def _on_best(self, event: dict[str, Any]) -> None:
+        self._say(f"  the adapter is taken from step {event['step']}, the best on held-out rows")
+
+    def _on_compare(self, event: dict[str, Any]) -> None:
+        who = {"before": "replies of the base", "after": "replies of the adapter"}[event["side"]]
+        self._bar_to(who, event["done"], event["of"], "")
+        if not out.is_terminal and event["done"] == event["of"]:
+            self._say(f"  {who}: {event['done']}/{event['of']}")
+
+    def _on_warning(self, event: dict[str, Any]) -> None:
+        self._say(f"warning: {event['message']}")
+
+    def _bar_to(self, what: str, done: int, total: int | None, note: str) -> None:
+        if self._bar is None or what != self._what:
+            if self._bar is not None:
+                self._progress.remove_task(self._bar)
+            self._bar, self._what = self._progress.add_task(what, total=total, note=note), what
+        self._progress.update(self._bar, completed=done, total=total, note=note)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def print_ending(run: Run, state: State) -> None:
+    """Where things are, or what went wrong and how to go on."""
+    if state.state == "finished":
+        _print_result(run)
+        return
+    if state.state == "stopped":
+        out.print(f"Stopped: {escape(state.reason)}.")
+        out.print(f"Go on with: jetson-ft train --resume {escape(str(run.path))}")
+        return
+    errors = [event for event in run.events() if event["kind"] == "error"]
+    last = errors[-1] if errors and errors[-1]["attempt"] == state.attempt else None
+    print(f"error: {printable(last['what'] if last else state.reason)}", file=sys.stderr)
+    for label in ("where", "fix"):
+        if last and last[label]:
+            print(f"  {label}: {printable(last[label])}", file=sys.stderr)
+    print(f"  log:   {run.path / 'log.txt'}", file=sys.stderr)
+
+
+def _print_result(run: Run) -> None:
+    from jetson_ft.paths import read_json
+
+    report = read_json(run.path / "report.json")
+    print_figures(report)
+    train = report["train"]
+    out.print(
+        f"{train['steps']} steps, {train['tokens']:,} tokens in {duration(train['seconds'])} "
+        f"({train['tokens_per_second']:,.0f} tokens/s), "
+        f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+    out.print(f"adapter: {escape(str(run.adapter))}")
+    out.print(f"report:  {escape(str(run.path / 'report.html'))}")
+    out.print(f"chat:    jetson-ft chat {escape(run.name)}   (or: make chat)")
+
+
+def print_dry_run(found: Any) -> None:
+    """Resolved recipe, rows, tokens and steps."""
+    out.print(found.recipe.to_yaml(), markup=False, end="")
+    train, heldout = found.rows["train"], found.rows["heldout"]
+    out.print("---")
+    print_read(found.rows["read"]["train"])
+    out.print(f"to learn:  {train['rows']:,} rows, {train['tokens']:,} tokens, "
+              f"{train['supervised_tokens']:,} supervised")  # fmt: skip
+    out.print(f"held out:  {heldout['rows']:,} rows, {heldout['tokens']:,} tokens "
+              f"(from {found.rows['read']['heldout_from']})", markup=False)  # fmt: skip
+    out.print(f"cut at max_length: {train['truncated']:,}; dropped: {train['dropped'] or 'none'}")
+    limit = ", fewer if train.max_minutes is reached" if found.recipe.train.max_minutes else ""
+    out.print(
+        f"steps:     {found.steps:,}{limit}; {found.tokens:,} tokens in all, "
+        f"{found.rows_per_step:.1f} rows a step"
+    )
+
+
+def print_read(found: dict[str, Any]) -> None:
+    """What a source held and what became of it."""
+    for entry in found["files"]:
+        out.print(f"file:      {printable(str(entry['path']))}", markup=False)
+    out.print(
+        f"format:    {found['container']}, {found['layout']}, {found['encoding'] or 'binary'}"
+    )
+    out.print(
+        f"rows:      {found['rows_read']:,} read, {found['rows_kept']:,} usable, "
+        f"{found['duplicates']:,} duplicates"
+    )
+    for reason, entry in found["dropped"].items():
+        places = ", ".join(entry["where"])
+        more = ", …" if entry["count"] > len(entry["where"]) else ""
+        out.print(f"unusable:  {entry['count']:,} {reason} ({places}{more})", markup=False)
+
+
+def print_inspection(found: Any) -> None:
+    """The report of `data inspect`, with rows as the model will see them."""
+    print_read(found.read)
+    count = found.tokens
+    out.print(
+        f"tokens:    {count['tokens']:,} with the tokenizer of {found.model} "
+        f"({count['tokens_per_character']} a character), {count['supervised_tokens']:,} supervised",
+        markup=False,
+    )
+    lengths = ", ".join(f"{name} {value:,}" for name, value in count["lengths"].items())
+    share = count["truncated"] / max(1, count["rows"])
+    out.print(f"lengths:   {lengths}")
+    out.print(f"cut:       {count['truncated']:,} rows ({share:.1%}) at {found.max_length} tokens")
+    for reason, number in count["dropped"].items():
+        out.print(f"dropped:   {number:,} {reason}")
+    for number, row in enumerate(found.previews, 1):
+        out.rule(f"row {number} of {len(found.previews)}; what is learnt is marked", align="left")
+        for text, learnt in row:
+            _print_piece(printable(text), learnt)
+        out.print()
+
+
+def _print_piece(text: str, learnt: bool) -> None:
+    if learnt and not out.is_terminal:
+        text = f"⟦{text}⟧"
+    out.print(text, style="bold green" if learnt else "dim", markup=False, end="")
+
+
+@contextmanager
+def comparison_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for `inference.evaluate.compare`."""
+    with Progress(
+        TextColumn("replies of the {task.description}"), BarColumn(), MofNCompleteColumn(),
+        console=out, transient=True,
+    ) as progress:  # fmt: skip
+        tasks: dict[str, TaskID] = {}
+
+        def update(side: str, done: int, total: int) -> None:
+            who = {"before": "base", "after": "adapter"}[side]
+            if who not in tasks:
+                tasks[who] = progress.add_task(who, total=total)
+            progress.update(tasks[who], completed=done)
+
+        yield update
+
+
+def print_figures(report: dict[str, Any]) -> None:
+    """The before/after table."""
+    from rich.table import Table
+
+    table = Table(title=f"{report['eval']['rows']} held-out rows", title_justify="left")
+    table.add_column("")
+    table.add_column("base", justify="right")
+    table.add_column("adapter", justify="right")
+    colours = {"better": "green", "worse": "red", "same": ""}
+    for row in rows_of_figures(report):
+        table.add_row(row["en"], row["before"], row["after"], style=colours[row["verdict"]])
+    out.print(table)

@@ -1,0 +1,88 @@
+"""Before and after: the base and the adapter on the same held-out rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from jetson_ft.data.formats import Message
+from jetson_ft.data.template import encode_prompt, end_ids
+from jetson_ft.inference.generate import Reply, reply_all
+from jetson_ft.inference.metrics import reply_figures
+from jetson_ft.models import attention
+from jetson_ft.models.loss import score
+from jetson_ft.models.packing import Pack
+
+Messages = list[Message]
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[Messages],
+    packs: Sequence[Pack],
+    characters: int,
+    max_new_tokens: int,
+    samples: int,
+    progress: Callable[[str, int, int], None] = lambda side, done, of: None,
+) -> dict[str, Any]:
+    """Measures a PEFT model with its adapter switched off ("before") and on ("after").
+
+    Args:
+        conversations: held-out rows; the last turn is the answer to be matched.
+        packs: the same rows as tokens.
+        characters: of all their answers.
+        progress: hears ("before"|"after", replies done, replies in all).
+
+    Returns:
+        `report.json`'s `eval` and, under "generation", how the replies were written.
+    """
+    prompts = [encode_prompt(tokenizer, messages[:-1]) for messages in conversations]
+    references = [messages[-1]["content"] for messages in conversations]
+    ends = end_ids(tokenizer, model)
+    result: dict[str, Any] = {"rows": len(conversations)}
+    started = time.monotonic()
+    for side in ("before", "after"):
+        with model.disable_adapter() if side == "before" else nullcontext():
+            figures = _score(model, packs, characters)
+            replies = reply_all(
+                model, tokenizer, prompts, ends, max_new_tokens,
+                lambda done, side=side: progress(side, done, len(prompts)),  # type: ignore[misc]
+            )  # fmt: skip
+        figures |= reply_figures(replies, references)
+        result[side] = figures | {"samples": _samples(conversations, replies, samples)}
+    return {
+        "eval": result,
+        "generation": {
+            "method": "greedy",
+            "max_new_tokens": max_new_tokens,
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    }
+
+
+def _score(model: Any, packs: Sequence[Pack], characters: int) -> dict[str, float]:
+    with attention.packed(model) if any(len(p.cu_seq_lens) > 2 for p in packs) else nullcontext():
+        found = score(model, packs, characters)
+    return {"loss": found.loss, "bits_per_char": found.bits_per_char}
+
+
+def _samples(
+    conversations: Sequence[Messages], replies: Sequence[Reply], count: int
+) -> list[dict[str, Any]]:
+    """Evenly spread over the rows, the same rows for both sides."""
+    if not count or not conversations:
+        return []
+    count = min(count, len(conversations))
+    return [
+        {
+            "row": index,
+            "messages": conversations[index][:-1],
+            "reference": conversations[index][-1]["content"],
+            "reply": replies[index].text,
+            "ended": replies[index].ended,
+        }
+        for index in (number * len(conversations) // count for number in range(count))
+    ]

@@ -1,0 +1,122 @@
+"""Attention that stays inside each row of a packed sequence.
+
+Rows of different length lie one behind the other in one sequence without padding; their
+bounds travel through the model's forward as `cu_seq_lens_q`. transformers finds the
+function below by the name it is registered under, so no model code is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "jetson_ft_packed"
+
+
+def packed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention row by row.
+
+    Args:
+        query: [1, heads, tokens, head_dim]; key and value may have fewer heads.
+        cu_seq_lens_q: [rows + 1] offsets of the rows, starting with 0.
+        sliding_window: tokens a position may look back, itself included.
+
+    Returns:
+        [1, tokens, heads, head_dim] and no weights.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if cu_seq_lens_q is None:
+        raise ValueError("packed attention was called without row bounds")
+    bounds = cu_seq_lens_q.tolist()
+    rows = [
+        scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            attn_mask=_window(end - start, sliding_window, query.device),
+            dropout_p=dropout,
+            is_causal=not _is_windowed(end - start, sliding_window),
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for start, end in pairwise(bounds)
+    ]
+    return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
+
+
+def _is_windowed(length: int, sliding_window: int | None) -> bool:
+    return sliding_window is not None and length > sliding_window
+
+
+def _window(length: int, sliding_window: int | None, device: Any) -> torch.Tensor | None:
+    import torch
+
+    if not _is_windowed(length, sliding_window):
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < sliding_window)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+
+
+@contextmanager
+def packed(model: Any) -> Iterator[None]:
+    """Within it, the model's attention is `packed_attention`."""
+    _register()
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def supports_packing(model: Any) -> bool:
+    """Whether rows of a pack really keep to themselves in this architecture: tried, not assumed.
+
+    The second of two packed rows must give the logits that it gives alone.
+    """
+    import torch
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = model.get_input_embeddings().weight.device
+    first, second = [vocabulary // 2, vocabulary // 3, 7 % vocabulary], [11 % vocabulary, 3, 5]
+    pair = torch.tensor([first + second], device=device)
+    bounds = torch.tensor([0, 3, 6], dtype=torch.int32, device=device)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    with torch.no_grad():
+        alone = model(input_ids=pair[:, 3:], use_cache=False).logits[0].float()
+        try:
+            with packed(model):
+                together = model(
+                    input_ids=pair, position_ids=positions, cu_seq_lens_q=bounds, use_cache=False
+                )
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            return False
+    spread = max(1.0, float(alone.abs().max()))
+    # bf16 keeps 8 bits; another row's influence on random tokens is far larger.
+    return bool((together.logits[0, 3:].float() - alone).abs().max() < 0.03 * spread)

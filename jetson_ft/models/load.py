@@ -1,0 +1,155 @@
+"""Base model and tokenizer into memory: fp32, bf16, fp16, int8 or nf4, on CUDA or CPU."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jetson_ft.errors import UserError
+from jetson_ft.models.resolve import Base
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# GPT-2 style base models have no chat format; this one is plain text whose end token is
+# supervised, so that the model learns to stop.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ 'Human:\\n' + message['content'] + '\\n\\n' }}"
+    "{% else %}{{ 'Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the frozen weights are kept."""
+
+    precision: str  # fp32, bf16, fp16: arithmetic, and format of what is not quantised
+    quantize: str = "none"  # none, int8, nf4
+    double_quantize: bool = True
+
+    def dtype(self) -> torch.dtype:
+        """The torch type of the arithmetic."""
+        import torch
+
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+            self.precision
+        ]
+
+    def __str__(self) -> str:
+        return self.precision if self.quantize == "none" else f"{self.quantize}/{self.precision}"
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The tokenizer with a chat template (its own, else `PLAIN_TEMPLATE`) and a pad token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, **_gguf(base))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The tokenizer can't be loaded: {_first_line(error)}", str(base.folder)
+        ) from error
+    if tokenizer.eos_token is None:
+        raise UserError("The tokenizer has no end token.", str(base.folder), "Set eos_token in it.")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(base: Base, weights: Weights, device: str) -> PreTrainedModel:
+    """The frozen base model on `device` ("cuda" or "cpu"), in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # transformers' advice about int8 on CPU and the like is not for the person at the screen.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    options: dict[str, Any] = {
+        "dtype": weights.dtype(),
+        # Never "auto": on a board with one memory it has sent layers to the CPU.
+        "device_map": {"": torch.device(device, 0) if device == "cuda" else device},
+        "attn_implementation": "sdpa",
+    } | _gguf(base)
+    if weights.quantize != "none":
+        options["quantization_config"] = _quantization(weights)
+    elif base.gguf_file:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base.folder, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The model can't be loaded: {_first_line(error)}", str(base.folder)
+        ) from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _quantization(weights: Weights) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if weights.quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=weights.double_quantize,
+        bnb_4bit_compute_dtype=weights.dtype(),
+    )
+
+
+def _gguf(base: Base) -> dict[str, str]:
+    return {"gguf_file": base.gguf_file} if base.gguf_file else {}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def bytes_per_part(model: Any) -> dict[str, int]:
+    """Bytes of the weights by part: embedding, head, linear, adapter, other.
+
+    A tied head is the embedding and is counted there alone.
+    """
+    import torch
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    parts = {"embedding": 0, "head": 0, "linear": 0, "adapter": 0, "other": 0}
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if "lora_" in f"{module_name}.{name}":
+                part = "adapter"
+            elif module is embedding:
+                part = "embedding"
+            elif module is head:
+                part = "head"
+            else:
+                part = "linear" if isinstance(module, torch.nn.Linear) else "other"
+            parts[part] += parameter.numel() * parameter.element_size() + _state_bytes(parameter)
+    return parts
+
+
+def _state_bytes(parameter: Any) -> int:
+    """Bytes of the scales that bitsandbytes keeps beside a quantised weight."""
+    total = 0
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        total += state.absmax.numel() * state.absmax.element_size()
+        if state.nested:
+            total += state.state2.absmax.numel() * state.state2.absmax.element_size()
+    scales = getattr(parameter, "SCB", None)
+    if scales is not None:
+        total += scales.numel() * scales.element_size()
+    return total

@@ -1,0 +1,274 @@
+"""The way through the house: recipe -> rows -> tokens -> plan -> model and adapter ->
+training -> adapter -> comparison -> report. Runs inside the worker process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jetson_ft.data import read, store, tokens
+from jetson_ft.device import probe
+from jetson_ft.device.probe import Device
+from jetson_ft.errors import UserError
+from jetson_ft.models import adapter, load, resolve
+from jetson_ft.models.load import Weights
+from jetson_ft.models.resolve import Base
+from jetson_ft.paths import read_json, write_json
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import report
+from jetson_ft.runs.rundir import EventLog, Run
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from jetson_ft.training.checkpoint import Progress
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Data of a run, read and tokenised."""
+
+    tokenizer: Any
+    train: Dataset
+    heldout: Dataset
+    heldout_messages: Dataset
+    report: dict[str, Any]  # for data.json and report.json
+
+    @property
+    def heldout_characters(self) -> int:
+        """Characters of all held-out answers."""
+        return int(sum(self.heldout["answer_characters"]))
+
+
+def prepare_rows(recipe: Recipe, base: Base) -> Rows:
+    """Reads, splits and tokenises; everything is cached by content."""
+    tokenizer = load.load_tokenizer(base)
+    data = recipe.data
+    train, heldout, split = store.split(
+        read.resolve(data.train),
+        data.heldout,
+        layout=data.format,
+        encoding=data.encoding,
+        bad_rows=data.bad_rows,
+    )
+    identity = _identity(recipe, split)
+    train_ids, train_report = tokens.tokenise(
+        train, f"{identity}-train", tokenizer, data.max_length, data.over_length
+    )
+    heldout_ids, heldout_report = tokens.tokenise(
+        heldout, f"{identity}-heldout", tokenizer, data.max_length
+    )
+    about = {
+        "sha256": identity,
+        "train": train_report.as_json(),
+        "heldout": heldout_report.as_json(),
+        "read": asdict(split),
+    }
+    return Rows(tokenizer, train_ids, heldout_ids, _those(heldout, heldout_ids), about)
+
+
+def _identity(recipe: Recipe, split: store.SplitInfo) -> str:
+    """Tells whether two runs would train and measure on the same rows."""
+    data = recipe.data
+    parts = [
+        split.train.sha256, split.heldout.sha256 if split.heldout else data.heldout,
+        data.format, data.encoding, data.bad_rows,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _those(rows: Dataset, kept: Dataset) -> Dataset:
+    """The rows whose numbers are among the kept ones."""
+    numbers = set(kept["row"])
+    return rows.select([index for index, number in enumerate(rows["row"]) if number in numbers])
+
+
+class Pipeline:
+    """One attempt at a run."""
+
+    def __init__(self, run: Run, attempt: int, stop_requested: Callable[[], bool]) -> None:
+        self.run, self.attempt = run, attempt
+        self.recipe = run.recipe()
+        self.log = EventLog(run, attempt)
+        self.stop_requested = stop_requested
+
+    @contextmanager
+    def phase(self, name: str, detail: str = "") -> Iterator[None]:
+        """Announces a phase, and how long it took."""
+        started = time.monotonic()
+        self.log.emit("phase", name=name, detail=detail)
+        yield
+        self.log.emit("phase_end", name=name, seconds=round(time.monotonic() - started, 3))
+
+    def finetune(self) -> bool:
+        """Everything from the recipe to the report.
+
+        Returns:
+            Whether it came to its end; False when it was asked to stop.
+        """
+        with self.phase("device"):
+            device = probe.probe()
+            precision = device.precision(self.recipe.precision)
+            weights = Weights(precision, self.recipe.quantize, self.recipe.double_quantize)
+            self.log.emit("device", device=device.as_json(), precision=precision)
+        with self.phase("model files", self.recipe.model):
+            base = resolve.resolve(self.recipe.model)
+        with self.phase("data", self.recipe.data.train):
+            rows = prepare_rows(self.recipe, base)
+            self._check_same_rows(rows)
+            self.log.emit("data", **rows.report)
+        with self.phase("model", f"{base.name} as {weights}"):
+            model = load.load_model(base, weights, device.kind)
+            model = adapter.attach(model, self.recipe.lora, self.recipe.train.seed)
+            self.log.emit("weights", bytes=load.bytes_per_part(model))
+        progress = self._train(model, rows, base, device)
+        if progress is None:
+            return False
+        with self.phase("comparison", "base and adapter on the held-out rows"):
+            found = self._compare(model, rows)
+        with self.phase("report"):
+            report.write(self.run, self._facts(device, weights, rows, progress, found))
+        return True
+
+    def _check_same_rows(self, rows: Rows) -> None:
+        path = self.run.path / "data.json"
+        if path.exists() and read_json(path)["sha256"] != rows.report["sha256"]:
+            raise UserError(
+                "The data has changed since this run began; going on would train on other rows.",
+                self.recipe.data.train,
+                "Put the old file back, or start a new run.",
+            )
+        write_json(path, rows.report)
+
+    # --- training ----------------------------------------------------------------------
+
+    def _train(self, model: Any, rows: Rows, base: Base, device: Device) -> Progress | None:
+        """Trains, or takes up what an earlier attempt has finished; None: stopped."""
+        from jetson_ft.training import checkpoint
+
+        newest, faults = checkpoint.newest_intact(self.run.checkpoints)
+        for fault in faults:
+            self.log.emit("warning", message=f"{fault}; the checkpoint before it is used")
+        job = self._job(model, rows, device)
+        if newest is None or self._is_unfinished(newest, job):
+            progress = self._fit(model, job, newest)
+            if self.stop_requested() and not self._is_complete(progress):
+                return None
+        else:
+            progress = checkpoint.read_progress(newest)
+        self._export(model, rows, base, progress)
+        return progress
+
+    def _fit(self, model: Any, job: Any, newest: Path | None) -> Progress:
+        from jetson_ft.models import attention
+        from jetson_ft.training import trainer
+
+        with self.phase("training"):
+            packing = job.plan.micro_batch_tokens > 0
+            with attention.packed(model) if packing else nullcontext():
+                return trainer.fit(model, job, newest)
+
+    def _job(self, model: Any, rows: Rows, device: Device) -> Any:
+        from jetson_ft.models import attention
+        from jetson_ft.models.packing import packs
+        from jetson_ft.training import planner, trainer
+
+        packing = attention.supports_packing(model)
+        plan = planner.choose(device, self.recipe.train.tokens_per_step, packing)
+        lengths = tokens.token_counts(rows.train)
+        self._announce(plan, lengths, packing)
+        return trainer.Job(
+            train_rows=rows.train,
+            train_tokens=lengths,
+            heldout_packs=list(packs(list(rows.heldout), plan.micro_batch_tokens)),
+            heldout_tokens=int(tokens.token_counts(rows.heldout).sum()),
+            heldout_characters=rows.heldout_characters,
+            recipe=self.recipe.train,
+            plan=plan,
+            checkpoints=self.run.checkpoints,
+            device=device.kind,
+            emit=self.log.emit,
+            stop_requested=self.stop_requested,
+        )
+
+    def _announce(self, plan: Any, lengths: Any, packing: bool) -> None:
+        from jetson_ft.training.schedule import plan_steps
+
+        steps = len(plan_steps(lengths, self.recipe.train))
+        write_json(self.run.path / "plan.json", {"schema": 1, **plan.as_json(), "steps": steps})
+        self.log.emit("plan", **plan.as_json(), steps_at_most=steps, packing=packing)
+
+    def _is_unfinished(self, newest: Path, job: Any) -> bool:
+        """Whether steps are left; a run made longer has some again."""
+        from jetson_ft.training import checkpoint
+        from jetson_ft.training.schedule import plan_steps
+
+        progress = checkpoint.read_progress(newest)
+        if not self.recipe.train.max_minutes:
+            planned = len(plan_steps(job.train_tokens, self.recipe.train))
+            return progress.step < planned and not progress.stopped_early
+        return not self._is_complete(progress)
+
+    @staticmethod
+    def _is_complete(progress: Progress) -> bool:
+        return progress.stopped_early or (
+            progress.total_steps is not None and progress.step >= progress.total_steps
+        )
+
+    def _export(self, model: Any, rows: Rows, base: Base, progress: Progress) -> None:
+        """Takes the best checkpoint's weights and writes them as the adapter."""
+        from jetson_ft.training import trainer
+
+        best = self.run.checkpoints / f"step-{progress.best_step}"
+        if best.is_dir():
+            trainer.load_adapter(model, best)
+        model.eval()
+        self.log.emit("best", step=progress.best_step, heldout_loss=progress.best_loss)
+        adapter.save(model, rows.tokenizer, base, self.run.adapter)
+
+    # --- comparison and report -----------------------------------------------------------
+
+    def _compare(self, model: Any, rows: Rows) -> dict[str, Any]:
+        from jetson_ft.inference import evaluate
+        from jetson_ft.models.packing import packs
+
+        plan = read_json(self.run.path / "plan.json")
+        model.config.use_cache = True
+        return evaluate.compare(
+            model,
+            rows.tokenizer,
+            list(rows.heldout_messages["messages"]),
+            list(packs(list(rows.heldout), plan["micro_batch_tokens"])),
+            rows.heldout_characters,
+            self.recipe.eval.max_new_tokens,
+            self.recipe.eval.samples,
+            lambda side, done, of: self.log.emit("compare", side=side, done=done, of=of),
+        )
+
+    def _facts(
+        self,
+        device: Device,
+        weights: Weights,
+        rows: Rows,
+        progress: Progress,
+        found: dict[str, Any],
+    ) -> dict[str, Any]:
+        from jetson_ft.training.memory import peak_memory_bytes
+
+        plan = read_json(self.run.path / "plan.json")
+        return {
+            "precision": str(weights),
+            "data_sha256": rows.report["sha256"],
+            "data": {key: rows.report[key] for key in ("train", "heldout")},
+            "device": device.as_json(),
+            "progress": asdict(progress),
+            "peak_memory_bytes": peak_memory_bytes(device.kind),
+            "plan": {key: plan[key] for key in ("peak_memory_bytes", "seconds")},
+            **found,
+        }

@@ -1,0 +1,107 @@
+"""A finished run put to use: chatting with its adapter, and measuring it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jetson_ft.data import read, store, tokens
+from jetson_ft.device import probe
+from jetson_ft.errors import UserError
+from jetson_ft.inference import chat, evaluate
+from jetson_ft.models import adapter, attention, load, resolve
+from jetson_ft.models.load import Weights
+from jetson_ft.models.packing import packs
+from jetson_ft.paths import read_json
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import rundir
+from jetson_ft.runs.pipeline import prepare_rows
+from jetson_ft.runs.rundir import Run
+
+_CAPACITY = 1024  # tokens in a pack when measuring
+
+
+def open_run(
+    name: str, root: Path, model: str | None = None, quantize: str | None = None
+) -> tuple[chat.Chat, str]:
+    """A chat with a run's adapter, an adapter folder, or a base alone (`base`).
+
+    Returns:
+        The chat, and a line on what it talks with.
+    """
+    if quantize not in (None, "none", "int8", "nf4"):
+        raise UserError(f"quantize can't be {quantize!r}.", fix="One of none, int8, nf4.")
+    folder, recipe = (None, Recipe()) if name == "base" else _adapter_of(name, root)
+    base = model or recipe.model
+    device = probe.probe()
+    weights = Weights(
+        device.precision(recipe.precision), quantize or recipe.quantize, recipe.double_quantize
+    )
+    opened = chat.open_chat(base, weights, device.kind, folder)
+    with_adapter = f" with {folder}" if folder else ""
+    return opened, f"{base}{with_adapter} ({weights}, {device.kind})"
+
+
+def _adapter_of(name: str, root: Path) -> tuple[Path, Recipe]:
+    """Adapter folder and recipe of what a person named."""
+    path = Path(name).expanduser()
+    if (path / "adapter_config.json").is_file():
+        made_for = path / adapter.BASE_FILE
+        known = read_json(made_for)["name"] if made_for.is_file() else "embedded"
+        return path, Recipe(model=known)
+    run = _newest_with_adapter(root) if name == "latest" else rundir.find(name, root)
+    if not run.adapter.is_dir():
+        raise UserError(
+            f"{run.name} has no adapter yet ({run.state().state}).",
+            str(run.path),
+            "Let it finish, or name another run (`jetson-ft runs list`).",
+        )
+    return run.adapter, run.recipe()
+
+
+def _newest_with_adapter(root: Path) -> Run:
+    for run in rundir.list_runs(root):
+        if run.adapter.is_dir():
+            return run
+    raise UserError(
+        "There is no adapter to talk with yet.",
+        str(root),
+        "`make finetune` makes one; `jetson-ft chat base` talks with the model as it is.",
+    )
+
+
+def evaluate_run(
+    run: Run, data: str | None, progress: Callable[[str, int, int], None]
+) -> dict[str, Any]:
+    """Base and adapter on the run's held-out rows, or on those of `data`.
+
+    Returns:
+        `eval` and `generation` as in report.json.
+    """
+    recipe = run.recipe()
+    if not run.adapter.is_dir():
+        raise UserError(f"{run.name} has no adapter yet.", str(run.path), "Let it finish.")
+    base = resolve.resolve(recipe.model)
+    device = probe.probe()
+    weights = Weights(device.precision(recipe.precision), recipe.quantize, recipe.double_quantize)
+    conversations, encoded, tokenizer = _rows(recipe, base, data)
+    model = adapter.load(load.load_model(base, weights, device.kind), base, run.adapter)
+    capacity = _CAPACITY if attention.supports_packing(model) else 0
+    return evaluate.compare(
+        model, tokenizer, conversations, list(packs(list(encoded), capacity)),
+        int(sum(encoded["answer_characters"])), recipe.eval.max_new_tokens, recipe.eval.samples,
+        progress,
+    )  # fmt: skip
+
+
+def _rows(recipe: Recipe, base: resolve.Base, data: str | None) -> tuple[list[Any], Any, Any]:
+    if data is None:
+        rows = prepare_rows(recipe, base)
+        return list(rows.heldout_messages["messages"]), rows.heldout, rows.tokenizer
+    tokenizer = load.load_tokenizer(base)
+    messages, found = store.read(read.resolve(data), bad_rows=recipe.data.bad_rows)
+    key = f"{found.sha256}-{found.layout}-{recipe.data.bad_rows}-eval"
+    encoded, _ = tokens.tokenise(messages, key, tokenizer, recipe.data.max_length)
+    kept = set(encoded["row"])
+    return [row["messages"] for row in messages if row["row"] in kept], encoded, tokenizer

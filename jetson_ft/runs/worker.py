@@ -1,0 +1,84 @@
+"""The process that trains: `python -m jetson_ft.runs.worker RUN`, started by the supervisor.
+
+Exit codes: 0 finished, 1 a fault of this program, 2 refused with a plain message,
+3 stopped on request.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+from jetson_ft.errors import UserError
+from jetson_ft.runs.rundir import EventLog, Run, lock
+from jetson_ft.runs.supervisor import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
+
+
+def main(run: Run) -> int:
+    """Works on the run until it is finished, stopped or failed."""
+    held = lock(run.path / "worker.lock")
+    if held is None:
+        return EXIT_FAILED
+    attempt = run.state().attempt
+    signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to translate
+    _quieten()
+    log = EventLog(run, attempt)
+    try:
+        from jetson_ft.runs.pipeline import Pipeline
+
+        finished = Pipeline(run, attempt, run.stop_requested).finetune()
+    except Exception as error:
+        traceback.print_exc()
+        plain = explain(error)
+        log.emit("error", what=plain.what, where=plain.where, fix=plain.fix)
+        return EXIT_REFUSED if isinstance(error, UserError) else EXIT_FAILED
+    return 0 if finished else EXIT_STOPPED
+
+
+def explain(error: Exception) -> UserError:
+    """Any exception as something a person can act on."""
+    if isinstance(error, UserError):
+        return error
+    if is_out_of_memory(error):
+        return UserError(
+            "Out of memory.",
+            "training",
+            "Lower data.max_length or lora.rank, or use quantize: nf4; close other programs.",
+        )
+    return UserError(
+        f"A fault in this program: {type(error).__name__}: {error}",
+        "log.txt in the run's folder has the details",
+        "Resume the run; if it fails again, report it with that file.",
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """The three forms it takes on a Jetson, and the CPU's."""
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, MemoryError) or any(
+        sign in text
+        for sign in (
+            "OutOfMemoryError",
+            "CUDA out of memory",
+            "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
+            "NvMapMemAlloc",
+            "can't allocate memory",
+        )
+    )
+
+
+def _quieten() -> None:
+    """No progress bars into the log; our events say what goes on."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Run(Path(sys.argv[1]))))

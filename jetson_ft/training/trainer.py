@@ -1,0 +1,354 @@
+"""LoRA training on transformers' Trainer.
+
+One item of the data loader is one whole optimizer step: the rows that form it, packed into
+micro-batches. So the loss is normalised over all tokens of the step however they are split,
+and a resumed run repeats exactly the steps it lost. Trainer brings the loop, the optimizer,
+clipping and the process group; checkpoints, schedule and measurements are ours.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from jetson_ft.errors import UserError
+from jetson_ft.models.loss import Score, score, token_losses
+from jetson_ft.models.packing import Pack, packs
+from jetson_ft.recipe import TrainRecipe
+from jetson_ft.training import checkpoint, schedule
+from jetson_ft.training.checkpoint import Progress
+from jetson_ft.training.memory import peak_memory_bytes
+from jetson_ft.training.planner import Plan
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# fp16 gradients below 6e-8 vanish; this factor lifts them, and is taken out again in fp32.
+_FP16_LOSS_SCALE = 1024.0
+
+Emit = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training needs besides the model.
+
+    `emit(kind, **fields)` receives an event a step, measurement and checkpoint;
+    `stop_requested` is asked once a step.
+    """
+
+    train_rows: Dataset
+    train_tokens: schedule.Array  # tokens of each row
+    heldout_packs: list[Pack]
+    heldout_tokens: int
+    heldout_characters: int
+    recipe: TrainRecipe
+    plan: Plan
+    checkpoints: Path
+    device: str
+    emit: Emit
+    stop_requested: Callable[[], bool]
+
+
+class _Steps(torch.utils.data.Dataset[list[Pack]]):
+    """Planned optimizer steps, each as its micro-batches."""
+
+    def __init__(self, rows: Dataset, steps: list[schedule.Array], capacity: int) -> None:
+        self.rows, self.steps, self.capacity = rows, steps, capacity
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, number: int) -> list[Pack]:
+        chosen = self.rows.select_columns(["input_ids", "parts"]).select(self.steps[number])
+        return list(packs(list(chosen), self.capacity))
+
+
+class LoraTrainer(Trainer):
+    """Trains the adapter of a PEFT model; `fit` is the way in."""
+
+    def __init__(self, model: Any, job: Job, progress: Progress) -> None:
+        self.job, self.progress = job, progress
+        self.steps = schedule.plan_steps(job.train_tokens, job.recipe)
+        self.step_tokens = [sum(int(job.train_tokens[i]) for i in step) for step in self.steps]
+        if not job.recipe.max_minutes:
+            self._fix_length(len(self.steps))
+        self._step_started = 0.0
+        self._saved_at = time.monotonic()
+        super().__init__(
+            model=model,
+            args=self._arguments(),
+            train_dataset=_Steps(job.train_rows, self.steps, job.plan.micro_batch_tokens),
+            data_collator=_only_item,
+            callbacks=[_Steering(self)],
+        )
+
+    def _arguments(self) -> TrainingArguments:
+        train = self.job.recipe
+        return TrainingArguments(
+            output_dir=str(self.job.checkpoints),
+            per_device_train_batch_size=1,  # one optimizer step
+            max_steps=self.progress.total_steps or len(self.steps),
+            learning_rate=train.learning_rate,
+            weight_decay=train.weight_decay,
+            max_grad_norm=train.max_grad_norm,
+            optim="adamw_torch_fused",
+            seed=train.seed,
+            use_cpu=self.job.device == "cpu",
+            gradient_checkpointing=self.job.plan.checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            eval_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            ignore_data_skip=False,
+        )
+
+    def _fix_length(self, total: int) -> None:
+        """Settles the number of steps, once, and with it when to measure."""
+        if self.progress.total_steps is None or total > self.progress.total_steps:
+            self.progress.total_steps = total
+            self.progress.eval_every = self.job.recipe.eval_every or schedule.choose_eval_every(
+                self.step_tokens, self.job.heldout_tokens, total
+            )
+
+    # --- Trainer's own points of extension -------------------------------------------
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The recipe's schedule over the number of steps, which may be settled later."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._rate_factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _rate_factor(self, step: int) -> float:
+        return schedule.rate_factor(step, self.progress.total_steps, self.job.recipe)
+
+    def training_step(
+        self, model: Any, inputs: list[Pack], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Forward and backward over all micro-batches of a step; its mean loss in nats."""
+        model.train()
+        supervised = sum(len(pack.targets) for pack in inputs)
+        scale = _FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
+        total = torch.zeros((), device=self.args.device)
+        for pack in inputs:
+            loss = token_losses(model, pack.to(self.args.device)).sum() / supervised
+            (loss * scale).backward()
+            total += loss.detach()
+        if scale != 1.0:
+            _unscale(model, scale)
+        if not math.isfinite(float(total)):
+            raise _diverged(self.progress, self.job)
+        self._count(inputs, supervised)
+        return total
+
+    def _count(self, inputs: list[Pack], supervised: int) -> None:
+        self.progress.supervised_tokens += supervised
+        self.progress.tokens += sum(pack.tokens for pack in inputs)
+        self.progress.rows += sum(len(pack.cu_seq_lens) - 1 for pack in inputs)
+
+    def _prepare_inputs(self, inputs: list[Pack]) -> list[Pack]:
+        return inputs
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
+        return None
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: Trainer's formula is for full training of padded batches."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One event a step."""
+        if "loss" not in logs:
+            return
+        progress = self.progress
+        self.job.emit(
+            "step",
+            step=progress.step,
+            total_steps=progress.total_steps,
+            loss=logs["loss"],
+            lr=logs["learning_rate"],
+            grad_norm=logs["grad_norm"],
+            tokens=progress.tokens,
+            tokens_per_second=progress.tokens / max(1e-9, progress.train_seconds),
+            seconds_left=self.seconds_left(),
+            memory=peak_memory_bytes(self.job.device),
+        )
+
+    def seconds_left(self) -> float | None:
+        """Seconds of training to go at the speed so far; None while it can't be known."""
+        progress = self.progress
+        if progress.total_steps is None or progress.tokens == 0:
+            return None
+        speed = progress.tokens / max(1e-9, progress.train_seconds)
+        return sum(self.step_tokens[progress.step : progress.total_steps]) / speed
+
+    def _evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        result = self.measure()
+        # Trainer looks at these after a step and again after the last one.
+        self.control.should_evaluate, self.control.should_save = False, True
+        progress, patience = self.progress, self.job.recipe.early_stopping
+        if progress.best_loss is None or result.loss < progress.best_loss:
+            progress.best_loss, progress.best_step = result.loss, progress.step
+            progress.evals_without_gain = 0
+        else:
+            progress.evals_without_gain += 1
+            if patience and progress.evals_without_gain >= patience:
+                progress.stopped_early = self.control.should_training_stop = True
+        return {}
+
+    def measure(self) -> Score:
+        """Scores the held-out rows and emits the result."""
+        started = time.monotonic()
+        result = score(self.model, self.job.heldout_packs, self.job.heldout_characters)
+        self.job.emit(
+            "eval",
+            step=self.progress.step,
+            heldout_loss=result.loss,
+            bits_per_char=result.bits_per_char,
+            seconds=time.monotonic() - started,
+        )
+        return result
+
+    # --- checkpoints -------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        started = time.monotonic()
+        self.control.should_save = False
+        folder = checkpoint.write(self.job.checkpoints, self.progress, self._save_files)
+        checkpoint.rotate(
+            self.job.checkpoints, self.job.recipe.keep_checkpoints, self.progress.best_step
+        )
+        self._saved_at = time.monotonic()
+        self.job.emit(
+            "checkpoint",
+            step=self.progress.step,
+            path=str(folder),
+            seconds=self._saved_at - started,
+        )
+
+    def _save_files(self, folder: Path) -> None:
+        self.model.save_pretrained(folder, safe_serialization=True)
+        optimizer = checkpoint.optimizer_tensors(self.optimizer)
+        checkpoint.save_tensors(folder / "optimizer.safetensors", optimizer)
+        checkpoint.save_tensors(folder / "random.safetensors", checkpoint.random_states())
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_adapter(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder: str) -> None:
+        tensors = checkpoint.load_tensors(Path(checkpoint_folder) / "optimizer.safetensors")
+        checkpoint.restore_optimizer(self.optimizer, tensors)
+        self.lr_scheduler.last_epoch = self.progress.step
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._rate_factor(self.progress.step)
+
+    def _load_scaler(self, checkpoint_folder: str) -> None:
+        """No scaler: fp16 uses a constant factor."""
+
+    def _load_rng_state(self, checkpoint_folder: str) -> None:
+        states = checkpoint.load_tensors(Path(checkpoint_folder) / "random.safetensors")
+        checkpoint.restore_random_states(states)
+
+
+class _Steering(TrainerCallback):
+    """Decides after each step whether to measure, to save, or to stop."""
+
+    def __init__(self, trainer: LoraTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Starts the clock that counts optimizer steps alone."""
+        self.trainer._step_started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Counts the step and settles what happens next."""
+        trainer, progress = self.trainer, self.trainer.progress
+        train = trainer.job.recipe
+        progress.step = state.global_step
+        progress.train_seconds += time.monotonic() - trainer._step_started
+        timed = min(schedule.MEASURED_STEPS, len(trainer.steps))
+        if progress.total_steps is None and progress.step >= timed:
+            self._settle(state)
+        control.should_training_stop = progress.step == progress.total_steps
+        stop = trainer.job.stop_requested()
+        every = progress.eval_every or 0
+        control.should_evaluate = not stop and (
+            control.should_training_stop or (every > 0 and progress.step % every == 0)
+        )
+        since_saved = time.monotonic() - trainer._saved_at
+        control.should_save = stop or since_saved > 60 * train.checkpoint_minutes
+        control.should_training_stop |= stop
+
+    def _settle(self, state: Any) -> None:
+        trainer, progress = self.trainer, self.trainer.progress
+        speed = progress.tokens / max(1e-9, progress.train_seconds)
+        total = schedule.steps_within(
+            trainer.step_tokens, progress.step, speed, trainer.job.recipe.max_minutes
+        )
+        trainer._fix_length(total)
+        state.max_steps = total
+        trainer.job.emit("length", step=progress.step, total_steps=total,
+                         seconds_left=trainer.seconds_left())  # fmt: skip
+
+
+def fit(model: Any, job: Job, resume: Path | None = None) -> Progress:
+    """Trains, from the start or from a checkpoint, until done, stopped or early-stopped.
+
+    Returns:
+        The counters; `best_step` names the checkpoint to take.
+
+    Raises:
+        UserError: the loss became infinite, or a checkpoint couldn't be written.
+    """
+    progress = checkpoint.read_progress(resume) if resume else Progress()
+    trainer = LoraTrainer(model, job, progress)
+    if job.plan.checkpointing:
+        model.enable_input_require_grads()
+    model.config.use_cache = False
+    if resume is None:
+        trainer.measure()
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return progress
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Puts a checkpoint's adapter weights into a model that has such an adapter."""
+    from peft import set_peft_model_state_dict
+
+    weights = checkpoint.load_tensors(folder / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, weights)
+
+
+def _only_item(batch: list[list[Pack]]) -> list[Pack]:
+    return batch[0]
+
+
+def _unscale(model: Any, scale: float) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad /= scale
+
+
+def _diverged(progress: Progress, job: Job) -> UserError:
+    return UserError(
+        f"The loss became infinite at step {progress.step + 1}; training has stopped. "
+        "The last good checkpoint is kept.",
+        str(job.checkpoints),
+        f"Lower the rate (--set train.learning_rate={job.recipe.learning_rate / 4:g}), raise "
+        "train.warmup_steps, or use `precision: bf16` or `fp32` instead of fp16.",
+    )
