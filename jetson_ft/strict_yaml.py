@@ -8,7 +8,7 @@ scalars and refuses the rest with the line it stands on.
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -23,7 +23,7 @@ KeyPath = tuple[str | int, ...]
 class _CoreLoader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's core scalars: `no` is text and `1e-4` a number."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - as PyYAML declares it
 
 
 for _tag, _pattern, _first in (
@@ -81,8 +81,8 @@ def _refuse_beyond_plain(text: str) -> None:
             raise _Refused(line, "a second document; a recipe is one")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
             raise _Refused(line, "anchors and aliases (& and *) are not used in recipes")
-        if getattr(event, "tag", None):
-            raise _Refused(line, f"the YAML tag {event.tag!r} is not allowed; plain values only")
+        if tag := getattr(event, "tag", None):
+            raise _Refused(line, f"the YAML tag {tag!r} is not allowed; plain values only")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
@@ -97,10 +97,11 @@ def _convert(
     if isinstance(node, yaml.SequenceNode):
         items = []
         for index, child in enumerate(node.value):
-            lines[(*path, index)] = child.start_mark.line + 1
-            items.append(_convert(child, (*path, index), lines, problems))
+            here = (*path, index)
+            lines[here] = child.start_mark.line + 1
+            items.append(_convert(child, here, lines, problems))
         return items
-    return _scalar_value(node)
+    return _scalar_value(node.tag, node.value)
 
 
 def _convert_mapping(
@@ -121,8 +122,8 @@ def _convert_mapping(
     return result
 
 
-def _scalar_value(node: yaml.ScalarNode) -> Any:
-    kind, text = node.tag.rsplit(":", 1)[-1], node.value
+def _scalar_value(tag: str, text: str) -> Any:
+    kind = tag.rsplit(":", 1)[-1]
     if kind == "null":
         return None
     if kind == "bool":

@@ -117,10 +117,11 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> list[int]:
     """Tokens that end a reply: the tokenizer's, the template's and the model's own."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    probe = [Message(role="user", content="a"), Message(role="assistant", content="b")]
     encoded = encode(tokenizer, probe)
     ends = {i for i, part in zip(encoded.ids, encoded.parts, strict=True) if part == END}
     ends.add(int(tokenizer.eos_token_id))
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends.update(configured if isinstance(configured, list) else [configured])
-    return sorted(i for i in ends if i is not None)
+    if configured is not None:
+        ends.update(configured if isinstance(configured, list) else [configured])
+    return sorted(ends)

@@ -135,7 +135,7 @@ def stream(
 
     left = False
 
-    class _Asked(StoppingCriteria):  # type: ignore[misc]
+    class _Asked(StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
             over = left or stopped()
             return torch.full((len(input_ids),), over, dtype=torch.bool, device=input_ids.device)

@@ -128,9 +128,7 @@ class LoraTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """The recipe's schedule over the number of steps, which may be settled later."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._rate_factor)
-            self._created_lr_scheduler = True
+        self.lr_scheduler: LambdaLR = LambdaLR(optimizer or self.optimizer, self._rate_factor)
         return self.lr_scheduler
 
     def _rate_factor(self, step: int) -> float:
