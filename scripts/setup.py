@@ -63,6 +63,7 @@ VENV = ROOT / ".venv"
 COMPAT = ROOT / ".venv-compat"
 LOG = VENV / "setup.log"
 TORCH_PIN = VENV / "torch.txt"
+TORCH_INDEX = VENV / "torch.index"
 JETSON_INDEX = "https://pypi.jetson-ai-lab.io/jp6/cu126"
 CPU_PINS, JETPACK_PINS = "constraints/cpu.txt", "constraints/jetpack6-py310.txt"
 BUILDER = ["hatchling", "editables"]  # what an editable install of the project needs
@@ -120,8 +121,20 @@ def look() -> Machine:
     jetson = name if "Jetson" in name else ""
     if not jetson and Path("/etc/nv_tegra_release").exists():
         jetson = "a Jetson"
-    index = os.environ.get("TORCH_INDEX", "")
-    return Machine(sys.version_info[:2], jetson, first_gpu(), index)
+    return Machine(sys.version_info[:2], jetson, first_gpu(), torch_index())
+
+
+def torch_index() -> str:
+    """TORCH_INDEX; where it isn't given, the one that was: `make finetune` must not undo it."""
+    given = os.environ.get("TORCH_INDEX")
+    if given is not None:
+        return given
+    return TORCH_INDEX.read_text() if TORCH_INDEX.exists() else ""
+
+
+def remember_torch_index(index: str) -> None:
+    TORCH_INDEX.touch(mode=0o600)  # it may hold a password
+    TORCH_INDEX.write_text(index)
 
 
 def first_gpu() -> str:
@@ -217,16 +230,18 @@ def failure(code: int) -> SetupError:
     text = LOG.read_text(errors="replace").rpartition("\n$ ")[2]
     lines = [line for line in text.splitlines() if not line.startswith("Requirement already")]
     shown = "".join(f"    | {line}\n" for line in lines[-20:])
-    again = "then `make setup` again: it goes on where it stopped."
+    what, fix = "The installer failed; its last lines are above.", ""
     if code == -9:
-        return SetupError("The installer was killed, most likely for memory.", again, str(LOG))
-    if shutil.disk_usage(ROOT).free < 20_000_000:
+        what, text = "The installer was killed, most likely for want of memory.", ""
+    elif shutil.disk_usage(ROOT).free < 20_000_000:
         text = "No space left on device"
-    for pattern, what, fix in CAUSES:
+    for pattern, cause, mend in CAUSES:
         found = re.search(pattern, text)
         if found:
-            return SetupError(what.format(*found.groups()), fix + again, str(LOG))
-    return SetupError("The installer failed; its last lines are above.", again, str(LOG))
+            what, fix = cause.format(*found.groups()), mend
+            break
+    again = "then `make setup` again: it goes on where it stopped."
+    return SetupError(shown + what, fix + again, str(LOG))
 
 
 # --- the environment ---
@@ -360,7 +375,7 @@ def check_torch(choice: Choice, before: Torch) -> None:
 
 
 def fingerprint() -> str:
-    parts = [str(ROOT), str(sys.version_info[:2]), os.environ.get("TORCH_INDEX", "")]
+    parts = [str(ROOT), str(sys.version_info[:2]), torch_index()]
     digest = hashlib.sha256("\0".join(parts).encode())
     for file in ["pyproject.toml", CPU_PINS, JETPACK_PINS, "scripts/setup.py"]:
         digest.update((ROOT / file).read_bytes())
@@ -395,11 +410,13 @@ def one_at_a_time() -> Iterator[int]:
 
 def set_up(mark: str, extras: set[str], lock: int) -> None:
     start = time.monotonic()
-    choice = choose(look())
+    machine = look()
+    choice = choose(machine)
     print(f"Set-up for {choice.why}.", flush=True)
     words = stamp(VENV)
     every = sorted(extras | set(words[1:] if words[:1] == [mark] else []))
     make_venv(lock)
+    remember_torch_index(machine.torch_index)
     (VENV / "setup.stamp").unlink(missing_ok=True)
     torch = install_torch(choice, lock)
     install_packages(choice, every, lock)

@@ -76,6 +76,19 @@ def test_torch_index_overrides_without_being_shown(facts: dict[str, Any], torch:
     assert "secret" not in choice.why
 
 
+def test_torch_index_holds_until_another_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "TORCH_INDEX", tmp_path / "torch.index")
+    monkeypatch.delenv("TORCH_INDEX", raising=False)
+    assert setup.torch_index() == ""
+    setup.remember_torch_index("https://example.org/cpu")
+    assert setup.torch_index() == "https://example.org/cpu"
+    assert setup.TORCH_INDEX.stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("TORCH_INDEX", "")
+    assert setup.torch_index() == ""
+
+
 def test_a_jetson_with_another_python_is_told_what_to_do() -> None:
     with pytest.raises(setup.SetupError, match=r"Python 3\.12[\s\S]*PYTHON=python3\.10"):
         choose(python=(3, 12), jetson="NVIDIA Jetson AGX Orin")

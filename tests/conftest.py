@@ -1,0 +1,96 @@
+"""Small real components: a Phi and a Llama with random weights and a byte-level tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """No test reads or writes a person's caches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JETSON_FT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+        yield
+
+
+def make_tokenizer(template: str | None) -> Any:
+    """Bytes as tokens, and three special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {text: number for number, text in enumerate([*special, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>" if template else "<|endoftext|>",
+        additional_special_tokens=special[1:],
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def save_model(folder: Path, config: Any, template: str | None) -> Path:
+    """Random weights, the same in every session, with the tokenizer beside them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model without a chat template, as Phi-1.5 is one."""
+    from transformers import PhiConfig
+
+    config = PhiConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-phi", config, None)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model with grouped heads and a tied head, as SmolLM2 is one."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=2048,
+        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-llama", config, CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short alpaca rows, each different."""
+    rows = [
+        {"instruction": f"第{n}题：{n}加{n + 1}等于几？", "input": "", "output": f"等于{2 * n + 1}。" * (1 + n % 3)}
+        for n in range(40)
+    ]  # fmt: skip
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return path
