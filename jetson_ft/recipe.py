@@ -324,13 +324,14 @@ def _reason(dotted: str, found: Any) -> str:
     given = json.dumps(found["input"], ensure_ascii=False, default=str)
     given = given if len(given) <= 60 else given[:57] + "…"
     if found["type"] in _TYPE_ERRORS:
-        wanted = _type_name(field.annotation) if field else "a group of keys"
+        wanted = type_name(field.annotation) if field else "a group of keys"
         hint = _nearest_choice(found["input"], field)
         return f"must be {wanted}, not {given}{hint}"
     return f"{found['msg'].replace('Input should', 'must')}, not {given}"
 
 
-def _type_name(annotation: Any) -> str:
+def type_name(annotation: Any) -> str:
+    """A field's type in plain words."""
     names = {
         int: "a whole number", float: "a number", str: "text", bool: "true or false",
         list[str]: "a list of names",

@@ -32,6 +32,6 @@ def choose(device: Device, tokens_per_step: int, packing: bool) -> Plan:
     """Micro-batch size and checkpointing for this device."""
     tight = device.kind == "cuda" and device.memory_available < _ROOMY
     return Plan(
-        micro_batch_tokens=min(2048, tokens_per_step) if packing else 0,
+        micro_batch_tokens=min(1024, tokens_per_step) if packing else 0,
         checkpointing=tight,
     )
