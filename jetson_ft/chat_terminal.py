@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from jetson_ft.errors import UserError
 from jetson_ft.inference.chat import Chat, read_examples
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.paths import printable
+from jetson_ft.runs.worker import is_out_of_memory
 
 HELP = """\
 /compare [on|off]    base and adapter side by side from one prompt
@@ -73,15 +73,21 @@ class Terminal:
                 self._answer(line)
         except UserError as error:
             out.print(escape(printable(str(error))))
+        except KeyboardInterrupt:
+            out.print()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            out.print("Out of memory.\n  fix:   /reset, or /set max_new_tokens to fewer.")
 
     # --- replies -----------------------------------------------------------------------
 
     def _answer(self, text: str) -> None:
-        answer = ""
         if self.compare:
             self._write("base", text, use_adapter=False)
         answer = self._write("adapter" if self.chat.has_adapter else "model", text)
-        self.chat.keep(text, answer)
+        if answer.strip():  # else it was stopped before it began
+            self.chat.keep(text, answer)
 
     def _write(self, who: str, text: str, use_adapter: bool = True) -> str:
         """Streams one reply to the screen; what was written before a Ctrl-C stays."""
@@ -117,7 +123,7 @@ class Terminal:
         out.print("system message " + ("set" if rest else "cleared"))
 
     def _set_examples(self, rest: str) -> None:
-        path = shlex.split(rest)[0] if rest else ""
+        path = rest.strip("'\"")
         self.chat.examples = read_examples(Path(path).expanduser()) if path else []
         out.print(f"{len(self.chat.examples) // 2} examples")
 
@@ -129,9 +135,10 @@ class Terminal:
         kind = float if name in ("temperature", "top_p", "repetition_penalty") else int
         try:
             changed: dict[str, Any] = {name: kind(value)}
-            self.sampling = replace(self.sampling, **changed)
         except ValueError:
-            raise UserError(f"{name} needs a number, not {value!r}.") from None
+            wanted = "a number" if kind is float else "a whole number"
+            raise UserError(f"{name} needs {wanted}, not {value!r}.") from None
+        self.sampling = replace(self.sampling, **changed)
         out.print(f"{name} = {getattr(self.sampling, name)}")
 
     def _reset(self, _: str) -> None:

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -72,11 +72,11 @@ def train(
 ) -> None:
     """Fine-tune: recipe in, LoRA adapter and before/after report out."""
     from jetson_ft import recipe as recipes
-    from jetson_ft.runs import jobs, rundir
+    from jetson_ft.runs import jobs, preflight, rundir
 
     sets = overrides or []
     if resume:
-        _refuse_both(recipe)
+        _refuse_with_resume(recipe, dry_run)
         run = rundir.find(resume, runs)
         offset = run.events_file.stat().st_size if run.events_file.exists() else 0
         jobs.resume(run, sets)
@@ -86,15 +86,20 @@ def train(
         if dry_run:
             _dry_run(loaded)
             return
+        preflight.check(loaded)
         run, offset = jobs.launch(loaded, Path(name).stem), 0
     print(f"run: {run.path}", flush=True)
     raise typer.Exit(_follow(run, offset))
 
 
-def _refuse_both(recipe: str | None) -> None:
+def _refuse_with_resume(recipe: str | None, dry_run: bool) -> None:
     if recipe:
         raise UserError(
             "A resumed run keeps its own recipe.", recipe, "Leave the recipe out, or --resume."
+        )
+    if dry_run:
+        raise UserError(
+            "A run can't be resumed dry.", "--dry-run", "`jetson-ft runs show RUN` tells its state."
         )
 
 
@@ -191,8 +196,9 @@ def evaluate(
     from jetson_ft.runs import rundir
     from jetson_ft.runs.talk import evaluate_run
 
+    named = rundir.find(run, runs)
     with comparison_bar() as progress:
-        found = evaluate_run(rundir.find(run, runs), data, progress)
+        found = evaluate_run(named, data, progress)
     print_figures(found)
     if output:
         write_json(output, found)
@@ -203,10 +209,11 @@ def evaluate(
 def data_inspect(
     path: Annotated[str, typer.Argument(help="A file, a hub data set id, or `bundled`.")],
     model: Annotated[str, typer.Option(help="Whose tokenizer and template to use.")] = "embedded",
-    max_length: Annotated[int, typer.Option(help="Longest row in tokens.")] = 1024,
+    max_length: Annotated[int, typer.Option(min=16, help="Longest row in tokens.")] = 1024,
     samples: Annotated[int, typer.Option(min=0, help="Rows shown as the model sees them.")] = 3,
     layout: Annotated[
-        str, typer.Option("--format", help="auto, alpaca, sharegpt or messages.")
+        Literal["auto", "alpaca", "sharegpt", "messages"],
+        typer.Option("--format", help="How a row names its parts."),
     ] = "auto",
     encoding: Annotated[str, typer.Option(help="auto, utf-8, gb18030, …")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -267,7 +274,7 @@ def runs_list(runs: RunsOption = RUNS) -> None:
     from rich.table import Table
 
     from jetson_ft.console import out
-    from jetson_ft.runs import jobs, rundir
+    from jetson_ft.runs import rundir
 
     found = rundir.list_runs(runs)
     if not found:
@@ -277,14 +284,24 @@ def runs_list(runs: RunsOption = RUNS) -> None:
     for column in ("run", "state", "steps", "held-out loss", "model"):
         table.add_column(column)
     for run in found:
-        state = jobs.settle(run)
-        events = run.events()
-        steps = [event for event in events if event["kind"] == "step"]
-        evals = [event["heldout_loss"] for event in events if event["kind"] == "eval"]
-        done = f"{steps[-1]['step']}/{steps[-1]['total_steps'] or '?'}" if steps else "–"
-        loss = f"{evals[0]:.3f} → {min(evals):.3f}" if evals else "–"
-        table.add_row(run.name, state, done, loss, run.recipe().model)
+        try:
+            table.add_row(*_summary(run))
+        except UserError as error:  # one damaged run must not hide the others
+            table.add_row(run.name, "damaged", "", "", error.where)
     out.print(table)
+
+
+def _summary(run: Any) -> tuple[str, ...]:
+    """A run's cells in the list."""
+    from jetson_ft.runs import jobs
+
+    state = jobs.settle(run)
+    events = run.events()
+    steps = [event for event in events if event["kind"] == "step"]
+    evals = [event["heldout_loss"] for event in events if event["kind"] == "eval"]
+    done = f"{steps[-1]['step']}/{steps[-1]['total_steps'] or '?'}" if steps else "–"
+    loss = f"{evals[0]:.3f} → {min(evals):.3f}" if evals else "–"
+    return run.name, state, done, loss, run.recipe().model
 
 
 @runs_app.command("show")
@@ -318,18 +335,31 @@ def runs_stop(
 
 
 def main() -> None:
-    """Entry point: plain messages and exit code 2 for what a person can mend."""
+    """Entry point: plain messages, exit code 2 for what a person can mend and 1 for our faults."""
     try:
         app()
-    except UserError as error:
-        if os.environ.get("JETSON_FT_DEBUG"):
-            raise
-        from jetson_ft.paths import printable
-
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:
         sys.exit(1)
+    except Exception as error:
+        sys.exit(_tell(error))
+
+
+def _tell(error: Exception) -> int:
+    """Prints what went wrong; returns the exit code."""
+    from traceback import print_exception
+
+    from jetson_ft.paths import printable
+
+    plain = error
+    if not isinstance(error, UserError):
+        plain = UserError(
+            f"A fault in this program: {type(error).__name__}: {error}",
+            fix="Report it with what `jetson-ft --debug …` says.",
+        )
+    if os.environ.get("JETSON_FT_DEBUG"):
+        print_exception(error)
+    print(f"error: {printable(str(plain))}", file=sys.stderr)
+    return 2 if plain is error else 1
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class Follower:
             f"held out: {read['heldout_from']}"
         )
         for reason, entry in found["dropped"].items():
-            self._say(f"  left out, {reason}: {entry['count']} ({', '.join(entry['where'][:5])} …)")
+            self._say(f"  left out, {reason}: {entry['count']} ({_places(entry, 5)})")
         if read["left_out"]:
             self._say(f"  left out, also in the held-out set: {read['left_out']}")
 
@@ -108,10 +108,10 @@ class Follower:
 
     def _on_plan(self, event: dict[str, Any]) -> None:
         recompute = "recomputing activations" if event["checkpointing"] else "keeping activations"
-        size = event["micro_batch_tokens"] or "one row"
+        tokens = event["micro_batch_tokens"]
+        size = f"{tokens:,} tokens" if tokens else "one row"
         self._say(
-            f"plan: at most {event['steps_at_most']:,} steps; micro-batches of {size} tokens, "
-            f"{recompute}"
+            f"plan: at most {event['steps_at_most']:,} steps; micro-batches of {size}, {recompute}"
         )
 
     def _on_length(self, event: dict[str, Any]) -> None:
@@ -181,7 +181,7 @@ def print_ending(run: Run, state: State) -> None:
     print(f"error: {printable(last['what'] if last else state.reason)}", file=sys.stderr)
     for label in ("where", "fix"):
         if last and last[label]:
-            print(f"  {label}: {printable(last[label])}", file=sys.stderr)
+            print(f"  {label + ':':6} {printable(last[label])}", file=sys.stderr)
     print(f"  log:   {run.path / 'log.txt'}", file=sys.stderr)
 
 
@@ -231,9 +231,14 @@ def print_read(found: dict[str, Any]) -> None:
         f"{found['duplicates']:,} duplicates"
     )
     for reason, entry in found["dropped"].items():
-        places = ", ".join(entry["where"])
-        more = ", …" if entry["count"] > len(entry["where"]) else ""
-        out.print(f"unusable:  {entry['count']:,} {reason} ({places}{more})", markup=False)
+        places = _places(entry, len(entry["where"]))
+        out.print(f"unusable:  {entry['count']:,} {reason} ({places})", markup=False)
+
+
+def _places(entry: dict[str, Any], at_most: int) -> str:
+    """Where the rows of one fault stand; they can be more than are listed."""
+    listed = entry["where"][:at_most]
+    return ", ".join([*listed, "…"] if entry["count"] > len(listed) else listed)
 
 
 def print_inspection(found: Any) -> None:

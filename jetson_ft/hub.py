@@ -1,19 +1,25 @@
 """The model hub: listing and fetching files, and plain words for its refusals.
 
-Downloads go to huggingface_hub's cache (`HF_HOME`), are resumed where they were cut off,
-and honour `HF_ENDPOINT` (a mirror), `HF_TOKEN` (gated models) and `HF_HUB_OFFLINE`.
+Downloads go to huggingface_hub's cache (`HF_HOME`) and honour `HF_ENDPOINT` (a mirror),
+`HF_TOKEN` (gated models) and `HF_HUB_OFFLINE`. The client takes up a cut-off download only
+within one call; weights are big and nets on the workbench bad, so large files are fetched here,
+into a `.part` file beside the cache's own, and go on where the last attempt ended.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, Literal
 
 from jetson_ft.errors import UserError
-from jetson_ft.paths import disk_error
+from jetson_ft.paths import disk_error, sha256_file
 
 Kind = Literal["model", "dataset"]
 
@@ -21,6 +27,7 @@ _WORKS_OFFLINE = (
     "What works offline: `model: embedded` with `data.train: bundled`, any local folder or file, "
     "and what was downloaded before (copy HF_HOME from another machine)."
 )
+_ON = ("1", "ON", "YES", "TRUE")  # as the client reads HF_HUB_OFFLINE
 
 
 def endpoint() -> str:
@@ -32,50 +39,109 @@ def list_files(repo: str, kind: Kind) -> list[str]:
     """Paths of the files in a repository; from the local cache when the hub is out of reach."""
     from huggingface_hub import HfApi
 
-    # Asked first, since the client would retry for half a minute before it gives up.
-    if not reachable():
-        cached = cached_files(repo, kind)
-        if cached:
-            return cached
-        with hub_errors(repo, kind):
-            raise ConnectionError("no answer")
     with hub_errors(repo, kind):
-        return sorted(HfApi().list_repo_files(repo, repo_type=kind))
+        # Asked first, since the client would retry for half a minute before it gives up.
+        if reachable():
+            return sorted(HfApi().list_repo_files(repo, repo_type=kind))
+        if cached := cached_files(repo, kind):
+            return cached
+        raise ConnectionError("no answer")
 
 
 def cached_files(repo: str, kind: Kind) -> list[str]:
     """Paths of the files of a repository that were downloaded before."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
+    except IncompleteSnapshotError as error:  # usual: only the files that we need are fetched
+        folder = Path(error.snapshot_path)
     except LocalEntryNotFoundError:
         return []
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def fetch(repo: str, kind: Kind, patterns: list[str]) -> Path:
-    """Downloads the files that match (shell patterns) and returns the folder they lie in."""
+    """Downloads the files that match (shell patterns) and returns the folder they lie in.
+
+    With the hub out of reach, the files that were downloaded before, if they are all there.
+    """
     from huggingface_hub import snapshot_download
 
     with hub_errors(repo, kind):
-        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=patterns))
+        online = reachable()
+        if online:
+            _fetch_large_files(repo, kind, patterns)
+        return Path(
+            snapshot_download(
+                repo, repo_type=kind, allow_patterns=patterns, local_files_only=not online
+            )
+        )
+
+
+def _fetch_large_files(repo: str, kind: Kind, patterns: list[str]) -> None:
+    """Puts what the hub keeps as LFS files into the cache, where the client will find them."""
+    from huggingface_hub import HfApi, constants, hf_hub_url
+    from huggingface_hub.file_download import repo_folder_name
+
+    about: Any = HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
+    for file in about.siblings:
+        matches = any(fnmatch(file.rfilename, pattern) for pattern in patterns)
+        blob = cache / "blobs" / file.lfs.sha256 if matches and file.lfs else None
+        if blob and not blob.exists() and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
+            url = hf_hub_url(repo, file.rfilename, repo_type=kind, revision=about.sha)
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            _resume(url, blob, file.size)
+
+
+def _resume(url: str, blob: Path, size: int) -> None:
+    """Fetches the rest of a file; it gets its name (its SHA-256) once it is whole."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils._headers import build_hf_headers
+
+    part = blob.with_suffix(".part")
+    with open(part, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if blob.exists():  # another process was faster
+            return
+        http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size)
+        file.flush()
+        if sha256_file(part) != blob.name:
+            part.unlink()
+            what = "A download arrived damaged and was thrown away."
+            raise UserError(what, url, "Start it again.")
+        part.replace(blob)
 
 
 def reachable(timeout: float = 3.0) -> bool:
     """Whether the hub answers at all within `timeout` seconds; asks nothing else of it."""
+    if _told_offline():
+        return False
+    answers: SimpleQueue[bool] = SimpleQueue()
+    # In a thread, because looking up a name and trying its addresses one by one can take minutes.
+    Thread(target=lambda: answers.put(_answers(timeout)), daemon=True).start()
+    try:
+        return answers.get(timeout=timeout)
+    except Empty:
+        return False
+
+
+def _told_offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON
+
+
+def _answers(timeout: float) -> bool:
     import urllib.error
     import urllib.request
 
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    request = urllib.request.Request(endpoint(), method="HEAD")  # noqa: S310 - the hub's
     try:
+        request = urllib.request.Request(endpoint(), method="HEAD")  # noqa: S310 - the hub's
         urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
     except urllib.error.HTTPError:
         return True
-    except (OSError, ValueError):
+    except Exception:  # no network has too many faces to list them
         return False
     return True
 
@@ -102,24 +168,39 @@ def hub_errors(repo: str, kind: Kind) -> Iterator[None]:
             "Check the spelling; for a private or gated one set HF_TOKEN. "
             "A local folder or file is named by its path.",
         ) from error
+    except errors.HfHubHTTPError as error:
+        raise _refused(error.response.status_code, noun, repo, where) from error
     except OSError as error:
         # The client's network errors are OSErrors too; a full or read-only disk is not theirs.
-        if error.errno is not None and not isinstance(error, ConnectionError):
-            raise disk_error(
-                Path(error.filename or os.environ.get("HF_HOME", "~")), error
-            ) from error
-        raise _out_of_reach(repo, noun, where) from error
-    except errors.HfHubHTTPError as error:
-        raise _out_of_reach(repo, noun, where) from error
+        if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+            raise disk_error(_disk_place(error), error) from error
+        raise _out_of_reach(noun, repo, where) from error
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
-            raise _out_of_reach(repo, noun, where) from error
+            raise _out_of_reach(noun, repo, where) from error
         raise
 
 
-def _out_of_reach(repo: str, noun: str, where: str) -> UserError:
+def _disk_place(error: OSError) -> Path:
+    from huggingface_hub import constants
+
+    return Path(error.filename or constants.HF_HOME)
+
+
+def _refused(status: int, noun: str, repo: str, where: str) -> UserError:
     return UserError(
-        f"The hub is out of reach, so the {noun} {repo!r} can't be fetched.",
+        f"The hub answered with error {status}, so the {noun} {repo!r} can't be fetched.",
+        where,
+        "Check HF_TOKEN, or unset it: the hub doesn't take it."
+        if status in (401, 403)
+        else "Try again later, or set a mirror with HF_ENDPOINT=https://…",
+    )
+
+
+def _out_of_reach(noun: str, repo: str, where: str) -> UserError:
+    reason = "HF_HUB_OFFLINE is set" if _told_offline() else "The hub is out of reach"
+    return UserError(
+        f"{reason}, so the {noun} {repo!r} can't be fetched.",
         where,
         "Check the network; a mirror is set with HF_ENDPOINT=https://… and a token for gated "
         "repositories with HF_TOKEN. A cut-off download goes on where it stopped. "

@@ -17,7 +17,9 @@ from typing import IO, Any
 from jetson_ft.errors import UserError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Terminal escapes; marks that reverse the direction of writing; halves of surrogate pairs (a
+# file name that is no UTF-8), which can't be printed at all.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def cache_dir(*parts: str) -> Path:
@@ -33,7 +35,7 @@ def cache_dir(*parts: str) -> Path:
 
 
 def safe_name(name: str) -> str:
-    """The name itself when it can be a folder's name on any system, else a `UserError`."""
+    """The name itself when it can be a folder's name without surprises, else a `UserError`."""
     if not _NAME.fullmatch(name):
         raise UserError(
             f"{printable(name)!r} is not a usable name.",
@@ -45,7 +47,11 @@ def safe_name(name: str) -> str:
 
 def printable(text: str) -> str:
     """The text with control characters (terminal escapes among them) made visible."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+    return _CONTROL.sub(lambda found: _escape(ord(found.group())), text)
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
 @contextmanager
@@ -76,7 +82,9 @@ def disk_error(path: Path, error: OSError) -> UserError:
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return UserError("A file stands where a folder is needed.", str(path), "Move it away.")
     if error.errno == errno.ENOENT:
-        return UserError("No such file.", str(path), "Check the path; it is relative to here.")
+        return UserError(
+            "There is no such file or folder.", str(path), "Check the path; it is relative to here."
+        )
     return UserError(f"{error.strerror or error}.", str(path), "Check the path and the disk.")
 
 
@@ -136,11 +144,13 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The parsed file, or a `UserError` that names it."""
     with disk_errors(path):
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"This file is not valid JSON: {error}.", str(path)) from error
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"This file is not valid JSON: {error}.", str(path), "Put an intact copy in its place."
+        ) from error
 
 
 def sha256_file(path: Path) -> str:

@@ -13,10 +13,9 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jetson_ft import strict_yaml
 from jetson_ft.errors import Problem, RecipeError, UserError
@@ -26,6 +25,10 @@ VERSION = 1
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+# One line: names and paths with control characters in them are never meant.
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -33,12 +36,12 @@ class _Section(BaseModel):
 class DataRecipe(_Section):
     """Which rows are learnt and which are kept back to measure with."""
 
-    train: str = Field(
+    train: Text = Field(
         "bundled",
         description="Rows to learn: `bundled` (the Chinese set that comes along), a file "
         "(.json, .jsonl, .csv, .parquet) or a hub data set id such as `owner/name`.",
     )
-    heldout: int | str = Field(
+    heldout: Annotated[int, Field(ge=1)] | Text = Field(
         "auto",
         description="Rows never trained on: a file, a number of rows taken from the end of "
         "`train`, or `auto` (the bundled held-out set for bundled data, else the last "
@@ -56,16 +59,9 @@ class DataRecipe(_Section):
     format: Literal["auto", "alpaca", "sharegpt", "messages"] = Field(
         "auto", description="How a row names its parts; `auto` detects it and says what it found."
     )
-    encoding: str = Field(
+    encoding: Text = Field(
         "auto", description="Text encoding of the file (`utf-8`, `gb18030`, …); `auto` detects it."
     )
-
-    @field_validator("heldout")
-    @classmethod
-    def _count_is_positive(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be at least 1 row")
-        return value
 
 
 class LoraRecipe(_Section):
@@ -80,7 +76,7 @@ class LoraRecipe(_Section):
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Dropout before the adapter; costs memory, seldom helps."
     )
-    targets: str | list[str] = Field(
+    targets: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         "all-linear",
         description="Layers that get an adapter: `all-linear`, or a list of module names.",
     )
@@ -150,7 +146,7 @@ class Recipe(_Section):
     """One fine-tuning job."""
 
     version: Literal[1] = Field(1, description="Version of this format.")
-    model: str = Field(
+    model: Text = Field(
         "embedded",
         description="`embedded` (SmolLM2-135M-Instruct, works offline), a hub id such as "
         "`microsoft/phi-1_5`, or a folder with safetensors or GGUF weights.",
@@ -168,13 +164,11 @@ class Recipe(_Section):
     lora: LoraRecipe = Field(LoraRecipe(), description=LoraRecipe.__doc__ or "")
     train: TrainRecipe = Field(TrainRecipe(), description=TrainRecipe.__doc__ or "")
     eval: EvalRecipe = Field(EvalRecipe(), description=EvalRecipe.__doc__ or "")
-    output: str = Field(
-        "runs", min_length=1, description="Folder under which the run's own folder is made."
-    )
+    output: Text = Field("runs", description="Folder under which the run's own folder is made.")
 
     def to_yaml(self) -> str:
         """The resolved recipe: every key with its value."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return strict_yaml.dump(self.model_dump())
 
     def sha256(self) -> str:
         """Hash over the resolved values, independent of comments and order in the file."""
@@ -207,8 +201,9 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 def find(source: str | Path) -> Path:
     """The file a person means: a path, or the name of a shipped recipe."""
     path = Path(source)
-    if path.is_file():
-        return path
+    with disk_errors(path):
+        if path.is_file():
+            return path
     named = shipped_folder() / f"{path.stem}.yaml"
     if path.name in (named.name, named.stem) and len(path.parts) == 1 and named.is_file():
         return named
@@ -233,15 +228,14 @@ def parse(text: str, where: str = "", overrides: Iterable[str] = ()) -> Recipe:
     if not isinstance(value, dict):
         raise RecipeError(problems or [Problem("", 1, "not a mapping of keys to values")], where)
     for override in overrides:
-        problem = _apply(value, override)
+        problem = _apply(value, lines, override)
         problems.extend([problem] if problem else [])
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
-        problems.extend(_explain(found, lines) for found in error.errors())
+        problems.extend(_explain(found, lines) for found in _one_a_key(error))
     if problems:
-        unique = {(problem.key, problem.message): problem for problem in problems}
-        raise RecipeError(sorted(unique.values(), key=lambda item: item.line), where)
+        raise RecipeError(sorted(problems, key=lambda item: item.line), where)
     return recipe
 
 
@@ -273,12 +267,16 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _apply(values: dict[str, Any], override: str) -> Problem | None:
+def _apply(
+    values: dict[str, Any], lines: dict[strict_yaml.KeyPath, int], override: str
+) -> Problem | None:
     """Sets one `key=value` in the raw mapping; the schema judges it afterwards."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         return Problem(key, 0, f"--set {override!r}: write it as key=value")
+    if key in _SECTIONS:
+        return Problem(key, 0, f"--set: `{key}` is a group of keys; set one of them, as {key}.KEY")
     if key not in keys():
         return Problem(key, 0, f"--set: unknown key `{key}`{_nearest(key)}")
     *sections, name = key.split(".")
@@ -288,35 +286,65 @@ def _apply(values: dict[str, Any], override: str) -> Problem | None:
             return None  # the schema's own message about this section says more
         values = inner
     values[name] = strict_yaml.scalar(text)
+    lines[tuple(key.split("."))] = _NOT_IN_THE_FILE
     return None
 
 
-def _explain(found: Any, lines: dict[strict_yaml.KeyPath, int]) -> Problem:
-    """One pydantic error as a sentence with the line it stands on."""
-    path = tuple(found["loc"])
-    # Unions add their member's name to the location; the key is what a person wrote.
-    while path and ".".join(map(str, path)) not in _known_paths() and found["type"] in _TYPE_ERRORS:
-        path = path[:-1]
-    dotted = ".".join(map(str, path))
-    line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), 0)
-    if found["type"] == "extra_forbidden":
-        return Problem(dotted, line, f"unknown key `{dotted}`{_nearest(dotted)}")
-    if found["type"] == "value_error":
-        reason = str(found["ctx"]["error"])
-    else:
-        reason = _reason(dotted, found)
-    place = f"`{dotted}`: " if dotted else ""
-    return Problem(dotted, line, f"{place}{reason}")
-
-
+_SECTIONS = [name for name, field in Recipe.model_fields.items() if name not in dict(fields())]
+_NOT_IN_THE_FILE = 0
 _TYPE_ERRORS = {
     "int_type", "string_type", "list_type", "float_type", "bool_type", "literal_error",
     "int_from_float", "dict_type", "model_type",
 }  # fmt: skip
+_PLAIN_REASONS = {
+    "string_too_short": "must not be empty",
+    "too_short": "must not be empty",
+    "string_pattern_mismatch": "must be one line, without control characters",
+    "string_unicode": "must be text that can be written as UTF-8",
+}
+_PLAIN_WORDS = {
+    "Input should be greater than or equal to": "must be at least",
+    "Input should be less than or equal to": "must be at most",
+    "Input should": "must",
+}
 
 
-def _known_paths() -> set[str]:
-    return set(keys()) | {"data", "lora", "train", "eval"}
+def _one_a_key(error: ValidationError) -> list[Any]:
+    """A union complains once for each of its members; the complaint about a value says most."""
+    chosen: dict[tuple[Any, ...], Any] = {}
+    for found in error.errors():
+        path = _written(found)
+        if path not in chosen or chosen[path]["type"] in _TYPE_ERRORS:
+            chosen[path] = {**found, "loc": path}
+    return list(chosen.values())
+
+
+def _written(found: Any) -> tuple[Any, ...]:
+    """The key as a person wrote it; in unions, pydantic adds its member's name."""
+    path = tuple(found["loc"])
+    known = {*keys(), *_SECTIONS}
+    while path and found["type"] != "extra_forbidden" and ".".join(map(str, path)) not in known:
+        path = path[:-1]
+    return path
+
+
+def _explain(found: Any, lines: dict[strict_yaml.KeyPath, int]) -> Problem:
+    """One pydantic error as a sentence with the line it stands on."""
+    path = found["loc"]
+    dotted = ".".join(map(str, path))
+    line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), 0)
+    if found["type"] == "extra_forbidden":
+        return Problem(dotted, line, f"unknown key `{dotted}`{_hint(path)}")
+    place = "" if line else "--set: "
+    return Problem(dotted, line, f"{place}`{dotted}`: {_reason(dotted, found)}")
+
+
+def _hint(path: tuple[Any, ...]) -> str:
+    """What was meant by an unknown key."""
+    if path[-1] in keys():
+        section, name = path[-1].split(".")
+        return f"; write `{section}:` and, indented below it, `{name}: …`"
+    return _nearest(".".join(map(str, path)))
 
 
 def _reason(dotted: str, found: Any) -> str:
@@ -327,35 +355,41 @@ def _reason(dotted: str, found: Any) -> str:
         wanted = type_name(field.annotation) if field else "a group of keys"
         hint = _nearest_choice(found["input"], field)
         return f"must be {wanted}, not {given}{hint}"
-    return f"{found['msg'].replace('Input should', 'must')}, not {given}"
+    plain = _PLAIN_REASONS.get(found["type"]) or found["msg"]
+    for pydantic_says, we_say in _PLAIN_WORDS.items():
+        plain = plain.replace(pydantic_says, we_say)
+    return f"{plain}, not {given}"
 
 
 def type_name(annotation: Any) -> str:
     """A field's type in plain words."""
-    names = {
-        int: "a whole number", float: "a number", str: "text", bool: "true or false",
-        list[str]: "a list of names",
-    }  # fmt: skip
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     if annotation in names:
         return names[annotation]
-    choices = get_args(annotation)
-    if choices and not any(choice in names for choice in choices):
-        return "one of " + ", ".join(map(str, choices))
-    return " or ".join(names.get(choice, str(choice)) for choice in choices)
+    if get_origin(annotation) is Literal:
+        choices = list(map(str, get_args(annotation)))
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    if get_origin(annotation) is Annotated:
+        return type_name(get_args(annotation)[0])
+    if get_origin(annotation) is list:
+        return "a list of names"
+    return " or ".join(map(type_name, get_args(annotation)))
 
 
 def _nearest_choice(value: Any, field: Any) -> str:
-    choices = [str(choice) for choice in get_args(field.annotation)] if field else []
-    near = difflib.get_close_matches(str(value), choices, 1)
+    """For one of several words: the one that was meant."""
+    is_word = field and get_origin(field.annotation) is Literal and isinstance(value, str)
+    near = (
+        difflib.get_close_matches(value, map(str, get_args(field.annotation)), 1) if is_word else []
+    )
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def _nearest(key: str) -> str:
     """` ; did you mean …` for a mistyped key, looking at full names and at last parts."""
-    known = list(keys())
-    near = difflib.get_close_matches(key, known, 1, 0.75)
+    near = difflib.get_close_matches(key, [*keys(), *_SECTIONS], 1, 0.75)
     if not near:
-        last = {name.rsplit(".", 1)[-1]: name for name in known}
+        last = {name.rsplit(".", 1)[-1]: name for name in keys()}
         close = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), 1, 0.6)
         near = [last[close[0]]] if close else []
     return f"; did you mean `{near[0]}`?" if near else ""

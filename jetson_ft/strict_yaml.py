@@ -1,8 +1,9 @@
 """YAML as recipes use it: plain mappings, lists and scalars, each with its line number.
 
 PyYAML reads `1e-4` as a string, lets the last of two equal keys win, builds objects
-from tags and overflows on deep nesting. This reader follows YAML 1.2's core schema for
-scalars and refuses the rest with the line it stands on.
+from tags and overflows on deep nesting. This reader takes scalars as YAML 1.2 does (decimal
+numbers only; `1_000` is one) and refuses the rest with the line it stands on. What `dump`
+writes, `load` and other YAML readers take alike.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import yaml
 from jetson_ft.errors import Problem
 
 MAX_DEPTH = 16
-MAX_CHARACTERS = 1_000_000
+MAX_CHARACTERS = 100_000  # a second of reading
+_MAX_DIGITS = 4000  # Python's own limit is 4300
 
 KeyPath = tuple[str | int, ...]
 
@@ -26,6 +28,10 @@ class _CoreLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}  # noqa: RUF012 - as PyYAML declares it
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts text in quotes which YAML 1.1 or 1.2 would take for something else."""
+
+
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -33,9 +39,10 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
 ):
-    _CoreLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
-    )
+    for _class in (_CoreLoader, _Dumper):
+        _class.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})\Z"), list(_first)
+        )
 
 
 class _Refused(Exception):
@@ -59,14 +66,22 @@ def load(text: str) -> tuple[Any, dict[KeyPath, int], list[Problem]]:
     except _Refused as refused:
         return None, lines, [refused.problem]
     except yaml.YAMLError as error:
-        return None, lines, [_syntax_problem(error)]
+        return None, lines, [_syntax_problem(text, error)]
     return value, lines, problems
+
+
+def dump(value: Any) -> str:
+    """Plain values as YAML, keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def scalar(text: str) -> Any:
     """The value of one `--set key=TEXT`: a YAML scalar or flow list, else the text itself."""
     value, _, problems = load(text)
-    return text if problems or isinstance(value, dict) else value
+    if problems or isinstance(value, dict):
+        return text
+    # Unquoted text is taken to the letter: ` #` in a folder's name begins no comment.
+    return text if isinstance(value, str) and not text.lstrip().startswith(("'", '"')) else value
 
 
 def _refuse_beyond_plain(text: str) -> None:
@@ -129,14 +144,16 @@ def _scalar_value(tag: str, text: str) -> Any:
     if kind == "bool":
         return text.lower() == "true"
     if kind == "int":
-        # int() refuses absurd lengths by itself; such a number is no setting of ours.
-        return int(text.replace("_", "")) if len(text) < 40 else text
+        return int(text.replace("_", "")) if len(text) <= _MAX_DIGITS else text
     if kind == "float":
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     return text
 
 
-def _syntax_problem(error: yaml.YAMLError) -> Problem:
+def _syntax_problem(text: str, error: yaml.YAMLError) -> Problem:
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return Problem("", line, f"not valid YAML: the character U+{error.character:04X}")
     mark = getattr(error, "problem_mark", None)
     detail = getattr(error, "problem", None) or str(error).splitlines()[0]
     return Problem("", mark.line + 1 if mark else 0, f"not valid YAML: {detail}")

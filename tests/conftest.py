@@ -72,6 +72,18 @@ def tiny_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for bitsandbytes, whose nf4 blocks hold 64 weights of one row."""
+    from transformers import PhiConfig
+
+    config = PhiConfig(
+        vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return save_model(tmp_path_factory.mktemp("models") / "wide-phi", config, None)
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A chat model with grouped heads and a tied head, as SmolLM2 is one."""
     from transformers import LlamaConfig

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 1  # grows when the columns or the encoding change
+_VERSION = 2  # grows when the columns or the encoding change
 KEPT, TOO_LONG, NO_ANSWER_LEFT = 0, 1, 2
 _REASONS = {TOO_LONG: "longer than max_length", NO_ANSWER_LEFT: "no answer within max_length"}
 
@@ -73,9 +74,9 @@ def tokenise(
     """
     key = _key(rows_sha256, tokenizer, max_length, over_length)
     path = cache_dir("tokens") / f"{key}.arrow"
-    cached = path.exists()
     with disk_errors(path):
-        encoded = rows.map(
+        cached = _cached(path, len(rows))
+        encoded = cached or rows.map(
             lambda batch: _encode_batch(batch, tokenizer, max_length, over_length),
             batched=True,
             batch_size=256,
@@ -85,7 +86,7 @@ def tokenise(
             features=_features(),
             desc="tokenise",
         )
-    report = _report(encoded, cached)
+    report = _report(encoded, from_cache=cached is not None)
     kept = np.flatnonzero(_column(encoded, "status") == KEPT)
     if not len(kept):
         raise UserError(
@@ -95,6 +96,23 @@ def tokenise(
             "data.over_length: truncate.",
         )
     return encoded.select(kept) if len(kept) < len(encoded) else encoded, report
+
+
+def _cached(path: Path, rows: int) -> Dataset | None:
+    """What an earlier start wrote; removed where a power cut spoilt it."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    if not path.exists():
+        return None
+    try:
+        found = Dataset.from_file(str(path))
+    except (pa.ArrowException, OSError):
+        found = None
+    if found is None or len(found) != rows:
+        path.unlink()
+        return None
+    return found
 
 
 def token_counts(encoded: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -151,7 +169,6 @@ def _encode_row(
         status = TOO_LONG
     elif ANSWER not in parts:
         status = NO_ANSWER_LEFT
-    answers = "".join(m["content"] for m in messages if m["role"] == "assistant")
     return {
         "input_ids": ids,
         "parts": parts,
@@ -159,7 +176,7 @@ def _encode_row(
         "supervised": sum(1 for part in parts if part),
         "full_length": full_length,
         "characters": sum(len(message["content"]) for message in messages),
-        "answer_characters": len(answers) if full_length <= max_length else _characters(
+        "answer_characters": encoded.characters if full_length <= max_length else _characters(
             tokenizer, ids, parts
         ),
         "status": status,
@@ -172,7 +189,7 @@ def _characters(tokenizer: Any, ids: list[int], parts: list[int]) -> int:
     return len(tokenizer.decode(kept).rstrip("\ufffd"))
 
 
-def _report(encoded: Dataset, cached: bool) -> TokenReport:
+def _report(encoded: Dataset, from_cache: bool) -> TokenReport:
     status, full = _column(encoded, "status"), _column(encoded, "full_length")
     kept = status == KEPT
     characters = int(_column(encoded, "characters").sum())
@@ -191,5 +208,5 @@ def _report(encoded: Dataset, cached: bool) -> TokenReport:
             "max": int(full.max()),
         },
         truncated=int(((full > _column(encoded, "length")) & kept).sum()),
-        from_cache=cached,
+        from_cache=from_cache,
     )

@@ -93,8 +93,9 @@ def read_examples(path: Path) -> Messages:
         UserError: unreadable, or no rows of that kind.
     """
     with disk_errors(path):
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     try:
+        text = content.decode("utf-8-sig")
         rows = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
         messages: Messages = []
         for row in rows:

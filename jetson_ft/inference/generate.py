@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
@@ -29,12 +30,11 @@ class Sampling:
         """
         for name, low, high in (
             ("max_new_tokens", 1, 32768), ("temperature", 0, 10), ("top_k", 0, 1_000_000),
-            ("top_p", 1e-6, 1), ("repetition_penalty", 0.01, 10),
+            ("top_p", 1e-6, 1), ("repetition_penalty", 0.01, 10), ("seed", 0, 2**63 - 1),
         ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise UserError(
-                    f"{name} can't be {getattr(self, name):g}.", fix=f"From {low:g} to {high:g}."
-                )
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"{name} can't be {value:g}.", fix=f"From {low:g} to {high:g}.")
 
     def options(self) -> dict[str, Any]:
         """The same for transformers' `generate`."""
@@ -64,7 +64,7 @@ def reply_all(
     ends: Sequence[int],
     max_new_tokens: int,
     progress: Callable[[int], None] = lambda done: None,
-    batch_size: int = 16,
+    batch_size: int = 24,
 ) -> list[Reply]:
     """Greedy replies to all prompts, in their order; `progress` hears how many are done.
 
@@ -72,8 +72,10 @@ def reply_all(
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies: dict[int, Reply] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+    # Batches of equal size: a last one of two rows would take as long as one of fifty.
+    size = math.ceil(len(order) / max(1, math.ceil(len(order) / batch_size)))
+    for start in range(0, len(order), size or 1):
+        chosen = order[start : start + size]
         batch = [prompts[index] for index in chosen]
         for index, reply in zip(
             chosen, _reply_batch(model, tokenizer, batch, ends, max_new_tokens), strict=True
@@ -167,9 +169,19 @@ def stream(
     worker = Thread(target=work, daemon=True)
     worker.start()
     try:
-        yield from streamer
+        yield from _whole_characters(streamer)
     finally:
         left = True
         worker.join()
     if faults:
         raise faults[0]
+
+
+def _whole_characters(pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces without a last character that the length limit cut in half."""
+    held = ""
+    for piece in pieces:
+        text = (held + piece).rstrip("\ufffd")
+        held = (held + piece)[len(text) :]
+        if text:
+            yield text

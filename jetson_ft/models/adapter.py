@@ -26,13 +26,18 @@ def attach(model: Any, lora: LoraRecipe, seed: int) -> PeftModel:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    _check_targets(model, lora.targets)
+    targets = lora.targets
+    if targets != "all-linear":
+        # A single name goes as a list too: PEFT takes a string for a pattern.
+        targets = [targets] if isinstance(targets, str) else targets
+        _check_targets(model, targets)
+    _keep_trainable(model)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.targets,
+        target_modules=targets,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
@@ -40,24 +45,32 @@ def attach(model: Any, lora: LoraRecipe, seed: int) -> PeftModel:
     return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
-def _check_targets(model: Any, targets: str | list[str]) -> None:
+def _keep_trainable(model: Any) -> None:
+    """Keeps bitsandbytes from repacking nf4 weights at the first evaluation on a CPU.
+
+    The packed form (for AVX512-BF16, bitsandbytes 0.50) has no backward pass: a model measured
+    before it is trained would get no gradient through its frozen layers, without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_targets(model: Any, wanted: list[str]) -> None:
+    """A layer is named as PEFT names it: by the end of its path, at a dot."""
     import torch
 
-    if targets == "all-linear":
-        return
-    wanted = [targets] if isinstance(targets, str) else targets
-    linear = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
-    )
-    unknown = [name for name in wanted if name.rsplit(".", 1)[-1] not in linear]
-    if unknown or not wanted:
-        near = [match for name in unknown for match in difflib.get_close_matches(name, linear, 1)]
+    paths = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    unknown = [name for name in wanted if not any(f".{p}".endswith(f".{name}") for p in paths)]
+    if unknown:
+        near = [
+            match
+            for name in unknown
+            for match in difflib.get_close_matches(name.rsplit(".", 1)[-1], linear, 1)
+        ]
         raise UserError(
-            f"The model has no linear layer named {', '.join(unknown) or '(none given)'}.",
+            f"The model has no linear layer named {', '.join(unknown)}.",
             "lora.targets",
             (f"Did you mean {', '.join(near)}? " if near else "")
             + f"It has: {', '.join(linear)}; or write all-linear.",
@@ -86,7 +99,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise UserError("No adapter lies there.", str(folder), "Name a run, or a PEFT folder.")
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(
-            "This adapter's weights are not safetensors; pickled ones are refused.", str(folder)
+            "The adapter has no adapter_model.safetensors; pickled weights are refused.",
+            str(folder),
+            "Save it again with PEFT's `save_pretrained`, which writes safetensors.",
         )
     return dict(read_json(folder / "adapter_config.json"))
 
@@ -98,21 +113,38 @@ def load(model: Any, base: Base, folder: Path) -> PeftModel:
         UserError: no adapter, a pickled one, or one made for another base.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
-    check_folder(folder)
-    if (folder / BASE_FILE).is_file():
-        made_for = read_json(folder / BASE_FILE)
-        if made_for["fingerprint"] != base.fingerprint():
-            raise UserError(
-                f"This adapter was made for another base: {made_for['name']} "
-                f"({made_for['fingerprint'][:12]}), not {base.name} ({base.fingerprint()[:12]}).",
-                str(folder),
-                f"Load it with `--model {made_for['name']}`.",
-            )
+    _check_base(base, folder, check_folder(folder))
     try:
         return PeftModel.from_pretrained(model, folder).eval()
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        said = " ".join(line.strip() for line in str(error).splitlines()[:2])
         raise UserError(
-            f"The adapter doesn't fit the model {base.name}: {str(error).splitlines()[0]}",
-            str(folder),
+            f"The adapter doesn't fit the model {base.name}, or is damaged: {said}", str(folder)
         ) from error
+
+
+def _check_base(base: Base, folder: Path, config: dict[str, Any]) -> None:
+    """Refuses another base than the adapter was made for.
+
+    Ours are told apart by their content; of an adapter that other software made, only the
+    base's name is known.
+    """
+    if (folder / BASE_FILE).is_file():
+        told = read_json(folder / BASE_FILE)
+        name, its = told.get("name"), str(told.get("fingerprint"))
+        if its == base.fingerprint():
+            return
+        found = f"{name} ({its[:12]}), not {base.name} ({base.fingerprint()[:12]})"
+        fix = f"Load it with `--model {name}`."
+    else:
+        name = config.get("base_model_name_or_path")
+        if not name or name in (base.name, str(base.folder)):
+            return
+        found = f"{name}, not {base.name}"
+        fix = (
+            f"Load it with `--model {name}`; if both are the same model, write {base.name} as "
+            "base_model_name_or_path into its adapter_config.json."
+        )
+    raise UserError(f"This adapter was made for another base: {found}.", str(folder), fix)

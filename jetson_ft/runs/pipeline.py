@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,9 +20,10 @@ from jetson_ft.errors import UserError
 from jetson_ft.models import adapter, load, resolve
 from jetson_ft.models.load import Weights
 from jetson_ft.models.resolve import Base
-from jetson_ft.paths import read_json, write_json
+from jetson_ft.paths import disk_errors, read_json, write_json
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import report
+from jetson_ft.runs.jobs import check_only_longer
 from jetson_ft.runs.rundir import EventLog, Run
 
 if TYPE_CHECKING:
@@ -89,6 +91,10 @@ def _those(rows: Dataset, kept: Dataset) -> Dataset:
     return rows.select([index for index, number in enumerate(rows["row"]) if number in numbers])
 
 
+class _Stopped(Exception):
+    """Somebody asked the run to stop; what is worth keeping is in a checkpoint."""
+
+
 class Pipeline:
     """One attempt at a run."""
 
@@ -100,7 +106,9 @@ class Pipeline:
 
     @contextmanager
     def phase(self, name: str, detail: str = "") -> Iterator[None]:
-        """Announces a phase, and how long it took."""
+        """Announces a phase, and how long it took; a run asked to stop begins no more."""
+        if self.stop_requested():
+            raise _Stopped
         started = time.monotonic()
         self.log.emit("phase", name=name, detail=detail)
         yield
@@ -112,6 +120,13 @@ class Pipeline:
         Returns:
             Whether it came to its end; False when it was asked to stop.
         """
+        try:
+            self._finetune()
+        except _Stopped:
+            return False
+        return True
+
+    def _finetune(self) -> None:
         with self.phase("device"):
             device = probe.probe()
             precision = device.precision(self.recipe.precision)
@@ -121,47 +136,46 @@ class Pipeline:
             base = resolve.resolve(self.recipe.model)
         with self.phase("data", self.recipe.data.train):
             rows = prepare_rows(self.recipe, base)
-            self._check_same_rows(rows)
+            self._check_same_lesson(rows)
             self.log.emit("data", **rows.report)
         with self.phase("model", f"{base.name} as {weights}"):
             model = load.load_model(base, weights, device.kind)
             model = adapter.attach(model, self.recipe.lora, self.recipe.train.seed)
             self.log.emit("weights", bytes=load.bytes_per_part(model))
         progress = self._train(model, rows, base, device)
-        if progress is None:
-            return False
         with self.phase("comparison", "base and adapter on the held-out rows"):
             found = self._compare(model, rows)
         with self.phase("report"):
             report.write(self.run, self._facts(device, weights, rows, progress, found))
-        return True
 
-    def _check_same_rows(self, rows: Rows) -> None:
+    def _check_same_lesson(self, rows: Rows) -> None:
+        """Refuses other rows or settings than the run began with (recipe.yaml can be edited)."""
         path = self.run.path / "data.json"
-        if path.exists() and read_json(path)["sha256"] != rows.report["sha256"]:
-            raise UserError(
-                "The data has changed since this run began; going on would train on other rows.",
-                self.recipe.data.train,
-                "Put the old file back, or start a new run.",
-            )
-        write_json(path, rows.report)
+        if path.exists():
+            began = read_json(path)
+            check_only_longer(self.run, Recipe.model_validate(began["recipe"]), self.recipe)
+            if began["sha256"] != rows.report["sha256"]:
+                raise UserError(
+                    "The data has changed since this run began; "
+                    "going on would train on other rows.",
+                    self.recipe.data.train,
+                    "Put the old file back, or start a new run.",
+                )
+        write_json(path, {**rows.report, "recipe": self.recipe.model_dump()})
 
     # --- training ----------------------------------------------------------------------
 
-    def _train(self, model: Any, rows: Rows, base: Base, device: Device) -> Progress | None:
-        """Trains, or takes up what an earlier attempt has finished; None: stopped."""
+    def _train(self, model: Any, rows: Rows, base: Base, device: Device) -> Progress:
+        """Trains, or takes up what an earlier attempt has finished."""
         from jetson_ft.training import checkpoint
 
         newest, faults = checkpoint.newest_intact(self.run.checkpoints)
         for fault in faults:
             self.log.emit("warning", message=f"{fault}; the checkpoint before it is used")
         job = self._job(model, rows, device)
-        if newest is None or self._is_unfinished(newest, job):
-            progress = self._fit(model, job, newest)
-            if self.stop_requested() and not self._is_complete(progress):
-                return None
-        else:
-            progress = checkpoint.read_progress(newest)
+        progress = self._fit(model, job, newest)
+        if not progress.complete:
+            raise _Stopped
         self._export(model, rows, base, progress)
         return progress
 
@@ -204,33 +218,24 @@ class Pipeline:
         write_json(self.run.path / "plan.json", {"schema": 1, **plan.as_json(), "steps": steps})
         self.log.emit("plan", **plan.as_json(), steps_at_most=steps, packing=packing)
 
-    def _is_unfinished(self, newest: Path, job: Any) -> bool:
-        """Whether steps are left; a run made longer has some again."""
-        from jetson_ft.training import checkpoint
-        from jetson_ft.training.schedule import plan_steps
-
-        progress = checkpoint.read_progress(newest)
-        if not self.recipe.train.max_minutes:
-            planned = len(plan_steps(job.train_tokens, self.recipe.train))
-            return progress.step < planned and not progress.stopped_early
-        return not self._is_complete(progress)
-
-    @staticmethod
-    def _is_complete(progress: Progress) -> bool:
-        return progress.stopped_early or (
-            progress.total_steps is not None and progress.step >= progress.total_steps
-        )
-
     def _export(self, model: Any, rows: Rows, base: Base, progress: Progress) -> None:
         """Takes the best checkpoint's weights and writes them as the adapter."""
-        from jetson_ft.training import trainer
+        from jetson_ft.training import checkpoint, trainer
 
         best = self.run.checkpoints / f"step-{progress.best_step}"
-        if best.is_dir():
+        fault = checkpoint.fault(best)
+        if fault:
+            self.log.emit("warning", message=f"{fault}; the adapter is the last step's instead")
+        else:
             trainer.load_adapter(model, best)
+            self.log.emit("best", step=progress.best_step, heldout_loss=progress.best_loss)
         model.eval()
-        self.log.emit("best", step=progress.best_step, heldout_loss=progress.best_loss)
-        adapter.save(model, rows.tokenizer, base, self.run.adapter)
+        staging = self.run.path / ".adapter.tmp"
+        with disk_errors(self.run.path), checkpoint.safetensors_errors():
+            shutil.rmtree(staging, ignore_errors=True)
+            adapter.save(model, rows.tokenizer, base, staging)
+            shutil.rmtree(self.run.adapter, ignore_errors=True)
+            staging.replace(self.run.adapter)
 
     # --- comparison and report -----------------------------------------------------------
 
@@ -248,8 +253,13 @@ class Pipeline:
             rows.heldout_characters,
             self.recipe.eval.max_new_tokens,
             self.recipe.eval.samples,
-            lambda side, done, of: self.log.emit("compare", side=side, done=done, of=of),
+            self._on_reply,
         )
+
+    def _on_reply(self, side: str, done: int, of: int) -> None:
+        if self.stop_requested():
+            raise _Stopped
+        self.log.emit("compare", side=side, done=done, of=of)
 
     def _facts(
         self,

@@ -40,7 +40,8 @@ def write(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
 def compose(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     """`report.json` (docs/run-directory.md describes it). Bytes, seconds, tokens."""
     recipe, progress = run.recipe(), facts["progress"]
-    losses = [event["loss"] for event in run.events() if event["kind"] == "step"]
+    steps = [event for event in run.events() if event["kind"] == "step"]
+    losses = [event["loss"] for event in steps if event["loss"] is not None]
     last = losses[-max(1, round(len(losses) / 10)) :]
     return {
         "schema": SCHEMA,
@@ -160,20 +161,22 @@ def html(name: str, report: dict[str, Any], events: list[dict[str, Any]]) -> str
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    steps = [event for event in events if event["kind"] == "step"]
     return environment.get_template("report.html.jinja").render(
         name=name,
         report=report,
         train=report["train"],
         figures=rows_of_figures(report),
         pairs=pairs(report),
-        chart=chart.losses(
-            [(event["step"], event["loss"]) for event in steps],
-            [(e["step"], e["heldout_loss"]) for e in events if e["kind"] == "eval"],
-        ),
+        chart=chart.losses(_curve(events, "step", "loss"), _curve(events, "eval", "heldout_loss")),
         duration=duration,
         made=time.strftime("%Y-%m-%d %H:%M"),
     )
+
+
+def _curve(events: list[dict[str, Any]], kind: str, key: str) -> list[tuple[float, float]]:
+    """Values by step; null, which stands for an infinite one, is left out."""
+    chosen = (event for event in events if event["kind"] == kind)
+    return [(event["step"], event[key]) for event in chosen if event[key] is not None]
 
 
 def duration(seconds: float) -> str:

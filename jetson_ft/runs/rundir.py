@@ -2,9 +2,9 @@
 
     recipe.yaml      the resolved recipe
     state.json       queued | running | stopping | stopped | finished | failed, and why;
-                     written by the supervisor alone
+                     written only by who holds supervisor.lock
     plan.json        micro-batch, checkpointing, number of steps
-    data.json        which rows: hashes that a resumed run must meet again
+    data.json        rows (by their hash) and recipe that a resumed run must meet again
     events.jsonl     one line an event, written by the worker alone
     log.txt          what the processes printed
     checkpoints/     see training.checkpoint
@@ -88,7 +88,7 @@ class Run:
         return State(**{key: value for key, value in found.items() if key in known})
 
     def write_state(self, state: str, reason: str = "", attempt: int | None = None) -> None:
-        """For the supervisor alone."""
+        """For whoever holds `supervisor.lock`."""
         now = time.time()
         old = self.state() if (self.path / "state.json").exists() else State(state, created=now)
         new = State(state, reason, attempt or old.attempt, old.created, now)
@@ -186,8 +186,10 @@ class EventLog:
             "kind": kind,
             **{key: _finite(value) for key, value in fields.items()},
         }
+        line = (json.dumps(event, ensure_ascii=False) + "\n").encode()
         with disk_errors(self._path):
-            os.write(self._file, (json.dumps(event, ensure_ascii=False) + "\n").encode())
+            while line:  # a disk that fills up takes a part and refuses the rest
+                line = line[os.write(self._file, line) :]
 
 
 def _end_last_line(path: Path, file: int) -> None:
@@ -205,14 +207,22 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def lock(path: Path) -> IO[bytes] | None:
-    """Takes the lock file and keeps it while the returned file is open; None: somebody has it."""
+def lock(path: Path, patience: float = 0.0) -> IO[bytes] | None:
+    """Takes the lock file and keeps it while the returned file is open; None: somebody has it.
+
+    Args:
+        patience: seconds to go on trying. `Run.is_locked` holds a free lock for a moment to
+            test it; who must not mistake that for an owner waits it out.
+    """
     with disk_errors(path):
         file = open(path, "ab")  # noqa: SIM115 - held open on purpose
-    if try_lock(file):
-        return file
-    file.close()
-    return None
+    deadline = time.monotonic() + patience
+    while not try_lock(file):
+        if time.monotonic() >= deadline:
+            file.close()
+            return None
+        time.sleep(0.01)
+    return file
 
 
 def try_lock(file: IO[bytes]) -> bool:
@@ -226,6 +236,8 @@ def try_lock(file: IO[bytes]) -> bool:
 
 def create(recipe: Recipe, label: str) -> Run:
     """Makes a run's folder under `recipe.output` with its recipe in it.
+
+    It counts as a run once its first state is written.
 
     Raises:
         UserError: the folder can't be written.
@@ -249,7 +261,7 @@ def create(recipe: Recipe, label: str) -> Run:
 def find(name: str, root: Path) -> Run:
     """A run by path, by name under the runs root, or the newest (`latest`)."""
     direct = Path(name).expanduser()
-    if (direct / "recipe.yaml").is_file():
+    if _is_run(direct):
         return Run(direct.absolute())
     runs = list_runs(root)
     if name == "latest" and runs:
@@ -266,5 +278,9 @@ def list_runs(root: Path) -> list[Run]:
     if not root.is_dir():
         return []
     with disk_errors(root):
-        found = [path for path in root.iterdir() if (path / "recipe.yaml").is_file()]
+        found = [path for path in root.iterdir() if _is_run(path)]
     return [Run(path.absolute()) for path in sorted(found, key=lambda p: p.name, reverse=True)]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file() and (path / "state.json").is_file()

@@ -47,9 +47,7 @@ def _adapter_of(name: str, root: Path) -> tuple[Path, Recipe]:
     """Adapter folder and recipe of what a person named."""
     path = Path(name).expanduser()
     if (path / "adapter_config.json").is_file():
-        made_for = path / adapter.BASE_FILE
-        known = read_json(made_for)["name"] if made_for.is_file() else "embedded"
-        return path, Recipe(model=known)
+        return path, Recipe(model=_base_of(path))
     run = _newest_with_adapter(root) if name == "latest" else rundir.find(name, root)
     if not run.adapter.is_dir():
         raise UserError(
@@ -58,6 +56,13 @@ def _adapter_of(name: str, root: Path) -> tuple[Path, Recipe]:
             "Let it finish, or name another run (`jetson-ft runs list`).",
         )
     return run.adapter, run.recipe()
+
+
+def _base_of(folder: Path) -> str:
+    """The base that an adapter says it was made for; ours say it better than PEFT does."""
+    if (folder / adapter.BASE_FILE).is_file():
+        return str(read_json(folder / adapter.BASE_FILE)["name"])
+    return read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "embedded"
 
 
 def _newest_with_adapter(root: Path) -> Run:

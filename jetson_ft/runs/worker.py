@@ -10,16 +10,18 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from jetson_ft.errors import UserError
+from jetson_ft.runs.ending import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from jetson_ft.runs.rundir import EventLog, Run, lock
-from jetson_ft.runs.supervisor import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 
 
 def main(run: Run) -> int:
     """Works on the run until it is finished, stopped or failed."""
-    held = lock(run.path / "worker.lock")
+    held = lock(run.path / "worker.lock", patience=1.0)
     if held is None:
         return EXIT_FAILED
     attempt = run.state().attempt
@@ -27,6 +29,13 @@ def main(run: Run) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to translate
     _quieten()
     log = EventLog(run, attempt)
+    code = _work(run, attempt, log)
+    # For `jobs.settle`, should the supervisor be gone that waits for the exit code.
+    _tell(log, "end", code=code)
+    return code
+
+
+def _work(run: Run, attempt: int, log: EventLog) -> int:
     try:
         from jetson_ft.runs.pipeline import Pipeline
 
@@ -34,9 +43,15 @@ def main(run: Run) -> int:
     except Exception as error:
         traceback.print_exc()
         plain = explain(error)
-        log.emit("error", what=plain.what, where=plain.where, fix=plain.fix)
+        _tell(log, "error", what=plain.what, where=plain.where, fix=plain.fix)
         return EXIT_REFUSED if isinstance(error, UserError) else EXIT_FAILED
     return 0 if finished else EXIT_STOPPED
+
+
+def _tell(log: EventLog, kind: str, **fields: Any) -> None:
+    """A last word; where the disk takes none, the exit code has to do."""
+    with suppress(UserError):
+        log.emit(kind, **fields)
 
 
 def explain(error: Exception) -> UserError:

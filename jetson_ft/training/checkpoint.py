@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Progress:
 
     step: int = 0
     total_steps: int | None = None  # None until `max_minutes` has become a number of steps
+    settled_for: list[float] | None = None  # epochs, max_steps, max_minutes behind that number
     eval_every: int | None = None
     tokens: int = 0
     supervised_tokens: int = 0
@@ -37,6 +39,13 @@ class Progress:
     best_loss: float | None = None
     evals_without_gain: int = 0
     stopped_early: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether no step is left to make."""
+        return self.stopped_early or (
+            self.total_steps is not None and self.step >= self.total_steps
+        )
 
 
 def folders(home: Path) -> list[Path]:
@@ -63,7 +72,7 @@ def write(home: Path, progress: Progress, save_files: Callable[[Path], None]) ->
     """
     target = home / f"step-{progress.step}"
     staging = home / f".{target.name}.tmp"
-    with disk_errors(home):
+    with disk_errors(home), safetensors_errors():
         home.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -79,6 +88,20 @@ def write(home: Path, progress: Progress, save_files: Callable[[Path], None]) ->
     return target
 
 
+@contextmanager
+def safetensors_errors() -> Iterator[None]:
+    """Makes an `OSError` again of what safetensors says about a full disk and the like."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if not found:
+            raise
+        raise OSError(int(found[1]), str(error)) from error
+
+
 def _fill(staging: Path, progress: Progress, save_files: Callable[[Path], None]) -> None:
     save_files(staging)
     write_json(staging / "progress.json", asdict(progress))
@@ -91,16 +114,18 @@ def _fill(staging: Path, progress: Progress, save_files: Callable[[Path], None])
 
 def fault(folder: Path) -> str | None:
     """Why a checkpoint can't be used, naming the file; None if it is intact."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return f"{path} is missing"
     try:
-        manifest = read_json(folder / MANIFEST)
-    except UserError as error:
-        return str(error.what)
-    for name, digest in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if sha256_file(path) != digest:
-            return f"{path} is damaged (its SHA-256 differs from the manifest's)"
+        for name, digest in read_json(path).items():
+            path = folder / name
+            if not path.is_file():
+                return f"{path} is missing"
+            if sha256_file(path) != digest:
+                return f"{path} is damaged (its SHA-256 differs from the manifest's)"
+    except (UserError, ValueError, AttributeError):
+        return f"{path} is damaged (it can't be read)"
     return None
 
 
@@ -122,10 +147,14 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**read_json(folder / "progress.json"))
 
 
-def rotate(home: Path, keep: int, best_step: int | None) -> None:
-    """Deletes all but the `keep` newest checkpoints and the best one."""
-    for folder in folders(home)[:-keep]:
-        if step_of(folder) != best_step:
+def rotate(home: Path, keep: int, progress: Progress) -> None:
+    """Deletes all but the `keep` newest checkpoints and the best one.
+
+    Those beyond `progress.step` go too: an earlier attempt left them damaged.
+    """
+    newest = [path for path in folders(home) if step_of(path) <= progress.step][-keep:]
+    for folder in folders(home):
+        if folder not in newest and step_of(folder) != progress.best_step:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -79,8 +79,7 @@ class LoraTrainer(Trainer):
         self.job, self.progress = job, progress
         self.steps = schedule.plan_steps(job.train_tokens, job.recipe)
         self.step_tokens = [sum(int(job.train_tokens[i]) for i in step) for step in self.steps]
-        if not job.recipe.max_minutes:
-            self._fix_length(len(self.steps))
+        self.settle_length()
         self._step_started = 0.0
         self._saved_at = time.monotonic()
         super().__init__(
@@ -97,6 +96,7 @@ class LoraTrainer(Trainer):
             output_dir=str(self.job.checkpoints),
             per_device_train_batch_size=1,  # one optimizer step
             max_steps=self.progress.total_steps or len(self.steps),
+            train_sampling_strategy="sequential",  # `schedule` has shuffled the rows
             learning_rate=train.learning_rate,
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
@@ -116,13 +116,33 @@ class LoraTrainer(Trainer):
             ignore_data_skip=False,
         )
 
-    def _fix_length(self, total: int) -> None:
-        """Settles the number of steps, once, and with it when to measure."""
-        if self.progress.total_steps is None or total > self.progress.total_steps:
-            self.progress.total_steps = total
-            self.progress.eval_every = self.job.recipe.eval_every or schedule.choose_eval_every(
-                self.step_tokens, self.job.heldout_tokens, total
+    def settle_length(self) -> bool:
+        """Fixes the number of steps, and again only for a run that was made longer.
+
+        Under `max_minutes` that takes some timed steps. Returns whether it was done.
+        """
+        progress, train = self.progress, self.job.recipe
+        wanted = [train.epochs, train.max_steps, train.max_minutes]
+        total = len(self.steps)
+        if progress.settled_for == wanted:
+            return False
+        if train.max_minutes:
+            if progress.step < min(schedule.MEASURED_STEPS, total):
+                return False
+            total = schedule.steps_within(
+                self.step_tokens, progress.step, self._speed(), train.max_minutes
             )
+        progress.total_steps = max(total, progress.total_steps or 0)
+        progress.settled_for = wanted
+        progress.eval_every = train.eval_every or schedule.choose_eval_every(
+            self.step_tokens, self.job.heldout_tokens, progress.total_steps
+        )
+        progress.stopped_early, progress.evals_without_gain = False, 0
+        return True
+
+    def _speed(self) -> float:
+        """Tokens per second so far."""
+        return self.progress.tokens / max(1e-9, self.progress.train_seconds)
 
     # --- Trainer's own points of extension -------------------------------------------
 
@@ -149,7 +169,7 @@ class LoraTrainer(Trainer):
         if scale != 1.0:
             _unscale(model, scale)
         if not math.isfinite(float(total)):
-            raise _diverged(self.progress, self.job)
+            raise _diverged("loss", self.progress.step + 1, self.job)
         self._count(inputs, supervised)
         return total
 
@@ -157,6 +177,13 @@ class LoraTrainer(Trainer):
         self.progress.supervised_tokens += supervised
         self.progress.tokens += sum(pack.tokens for pack in inputs)
         self.progress.rows += sum(len(pack.cu_seq_lens) - 1 for pack in inputs)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Trainer's own; an infinite one ends the run before it can ruin the weights."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(float(norm)):
+            raise _diverged("gradient", self.progress.step + 1, self.job)
+        return norm
 
     def _prepare_inputs(self, inputs: list[Pack]) -> list[Pack]:
         return inputs
@@ -181,7 +208,7 @@ class LoraTrainer(Trainer):
             lr=logs["learning_rate"],
             grad_norm=logs["grad_norm"],
             tokens=progress.tokens,
-            tokens_per_second=progress.tokens / max(1e-9, progress.train_seconds),
+            tokens_per_second=self._speed(),
             seconds_left=self.seconds_left(),
             memory=peak_memory_bytes(self.job.device),
         )
@@ -191,11 +218,12 @@ class LoraTrainer(Trainer):
         progress = self.progress
         if progress.total_steps is None or progress.tokens == 0:
             return None
-        speed = progress.tokens / max(1e-9, progress.train_seconds)
-        return sum(self.step_tokens[progress.step : progress.total_steps]) / speed
+        return sum(self.step_tokens[progress.step : progress.total_steps]) / self._speed()
 
     def _evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         result = self.measure()
+        if not math.isfinite(result.loss):
+            raise _diverged("held-out loss", self.progress.step, self.job)
         # Trainer looks at these after a step and again after the last one.
         self.control.should_evaluate, self.control.should_save = False, True
         progress, patience = self.progress, self.job.recipe.early_stopping
@@ -227,9 +255,7 @@ class LoraTrainer(Trainer):
         started = time.monotonic()
         self.control.should_save = False
         folder = checkpoint.write(self.job.checkpoints, self.progress, self._save_files)
-        checkpoint.rotate(
-            self.job.checkpoints, self.job.recipe.keep_checkpoints, self.progress.best_step
-        )
+        checkpoint.rotate(self.job.checkpoints, self.job.recipe.keep_checkpoints, self.progress)
         self._saved_at = time.monotonic()
         self.job.emit(
             "checkpoint",
@@ -279,9 +305,9 @@ class _Steering(TrainerCallback):
         train = trainer.job.recipe
         progress.step = state.global_step
         progress.train_seconds += time.monotonic() - trainer._step_started
-        timed = min(schedule.MEASURED_STEPS, len(trainer.steps))
-        if progress.total_steps is None and progress.step >= timed:
-            self._settle(state)
+        settled = trainer.settle_length()
+        if settled:
+            self._announce_length(state)
         control.should_training_stop = progress.step == progress.total_steps
         stop = trainer.job.stop_requested()
         every = progress.eval_every or 0
@@ -289,23 +315,19 @@ class _Steering(TrainerCallback):
             control.should_training_stop or (every > 0 and progress.step % every == 0)
         )
         since_saved = time.monotonic() - trainer._saved_at
-        control.should_save = stop or since_saved > 60 * train.checkpoint_minutes
+        # A length once settled is stored at once: a resumed run must not settle another.
+        control.should_save = stop or settled or since_saved > 60 * train.checkpoint_minutes
         control.should_training_stop |= stop
 
-    def _settle(self, state: Any) -> None:
+    def _announce_length(self, state: Any) -> None:
         trainer, progress = self.trainer, self.trainer.progress
-        speed = progress.tokens / max(1e-9, progress.train_seconds)
-        total = schedule.steps_within(
-            trainer.step_tokens, progress.step, speed, trainer.job.recipe.max_minutes
-        )
-        trainer._fix_length(total)
-        state.max_steps = total
-        trainer.job.emit("length", step=progress.step, total_steps=total,
+        state.max_steps = progress.total_steps
+        trainer.job.emit("length", step=progress.step, total_steps=progress.total_steps,
                          seconds_left=trainer.seconds_left())  # fmt: skip
 
 
 def fit(model: Any, job: Job, resume: Path | None = None) -> Progress:
-    """Trains, from the start or from a checkpoint, until done, stopped or early-stopped.
+    """Trains, from the start or from a checkpoint, until complete or asked to stop.
 
     Returns:
         The counters; `best_step` names the checkpoint to take.
@@ -320,6 +342,9 @@ def fit(model: Any, job: Job, resume: Path | None = None) -> Progress:
     model.config.use_cache = False
     if resume is None:
         trainer.measure()
+    elif progress.complete:
+        load_adapter(model, resume)
+        return progress
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return progress
 
@@ -342,9 +367,9 @@ def _unscale(model: Any, scale: float) -> None:
             parameter.grad /= scale
 
 
-def _diverged(progress: Progress, job: Job) -> UserError:
+def _diverged(what: str, step: int, job: Job) -> UserError:
     return UserError(
-        f"The loss became infinite at step {progress.step + 1}; training has stopped. "
+        f"The {what} became infinite at step {step}; training has stopped. "
         "The last good checkpoint is kept.",
         str(job.checkpoints),
         f"Lower the rate (--set train.learning_rate={job.recipe.learning_rate / 4:g}), raise "

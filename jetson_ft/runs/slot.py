@@ -1,0 +1,55 @@
+"""The machine's place for one running job, first come first served."""
+
+from __future__ import annotations
+
+import uuid
+from typing import IO
+
+from jetson_ft.paths import cache_dir
+from jetson_ft.runs.rundir import lock, try_lock
+
+
+class Slot:
+    """A place in the queue for the slot.
+
+    Who waits holds the lock of a ticket file named by time; the oldest living ticket may
+    try for the slot.
+    """
+
+    def __init__(self, since: float) -> None:
+        """Joins the queue behind everybody who asked before `since` (seconds since 1970)."""
+        self._folder = cache_dir("queue")
+        self._name = f"{int(since * 1e6):020d}-{uuid.uuid4().hex}"
+        # Locked first and shown then: an unlocked ticket is taken for a dead man's.
+        hidden = self._folder / f".{self._name}"
+        self._ticket = lock(hidden)
+        hidden.replace(self._folder / self._name)
+
+    def try_take(self) -> IO[bytes] | None:
+        """The slot's lock file when it is this ticket's turn and the slot is free."""
+        if self._is_anybody_before():
+            return None
+        held = lock(self._folder / "slot")
+        if held:
+            self.leave()
+        return held
+
+    def leave(self) -> None:
+        """Gives the ticket back."""
+        (self._folder / self._name).unlink(missing_ok=True)
+        if self._ticket:
+            self._ticket.close()
+            self._ticket = None
+
+    def _is_anybody_before(self) -> bool:
+        for path in sorted(self._folder.glob("[0-9]*-*")):
+            if path.name >= self._name:
+                return False
+            try:
+                with open(path, "rb") as file:
+                    if not try_lock(file):
+                        return True
+            except FileNotFoundError:
+                continue
+            path.unlink(missing_ok=True)  # its owner died waiting
+        return False

@@ -1,0 +1,54 @@
+"""The real embedded model, from the recipe to a chat, in its three weight formats."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jetson_ft.models import embedded
+
+pytestmark = pytest.mark.slow
+
+
+def run_cli(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """`jetson-ft …` in a process of its own."""
+    command = [sys.executable, "-m", "jetson_ft.cli", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=600, input=stdin
+    )
+
+
+@pytest.fixture(scope="module")
+def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six of the bundled held-out rows."""
+    path = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
+    source = Path(embedded.__file__).parents[1] / "data" / "bundled" / "zh_heldout.jsonl"
+    path.write_text("".join(source.read_text(encoding="utf-8").splitlines(True)[:6]), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
+def test_embedded_model_learns_and_chats(quantize: str, heldout_file: Path, tmp_path: Path) -> None:
+    sets = [
+        f"quantize={quantize}", f"data.heldout={heldout_file}", "train.max_minutes=0",
+        "train.max_steps=3", "train.tokens_per_step=1024", "train.warmup_steps=0",
+        "eval.max_new_tokens=12", "eval.samples=2",
+    ]  # fmt: skip
+    flags = [flag for text in sets for flag in ("--set", text)]
+    done = run_cli("train", "quickstart-zh", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    report = json.loads((run / "report.json").read_text())
+    before, after = report["eval"]["before"], report["eval"]["after"]
+    assert after["bits_per_char"] < before["bits_per_char"]
+    # Pinned: the base's score on these rows depends on the weights and the template alone.
+    expected = {"none": 6.75, "nf4": 7.0, "int8": 6.75}[quantize]
+    assert before["bits_per_char"] == pytest.approx(expected, rel=0.08)
+    chat = run_cli("chat", "--max-new-tokens", "8", cwd=tmp_path, stdin="你好！\n/compare\n再见\n")
+    assert chat.returncode == 0, chat.stderr
+    assert chat.stdout.count("adapter>") == 2
+    assert chat.stdout.count("base>") == 1

@@ -1,0 +1,71 @@
+"""Every shipped recipe through the real command line, with the model swapped for a tiny Phi."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jetson_ft import recipe
+
+
+def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`jetson-ft …` in a process of its own."""
+    command = [sys.executable, "-m", "jetson_ft.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(recipe.shipped()))
+def test_shipped_recipe_trains_and_reports(
+    name: str, wide_phi: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    shipped = recipe.load(name)
+    sets = {
+        "model": str(wide_phi),
+        "train.max_steps": "2",
+        "train.tokens_per_step": "512",
+        "data.heldout": "4",
+        "eval.max_new_tokens": "4",
+        "data.train": str(rows_file),
+    }
+    flags = [flag for key, value in sets.items() for flag in ("--set", f"{key}={value}")]
+    done = run_cli("train", name, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = (tmp_path / "runs").iterdir()
+    report = json.loads((run / "report.json").read_text())
+    assert report["train"]["steps"] == 2
+    assert report["precision"].startswith(shipped.quantize if shipped.quantize != "none" else "")
+    assert report["eval"]["rows"] == 4
+    assert report["eval"]["after"]["loss"] < report["eval"]["before"]["loss"]
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_every_key_a_shipped_recipe_sets_is_commented() -> None:
+    for path in recipe.shipped().values():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert lines[0].startswith("# ")
+        for number, line in enumerate(lines):
+            is_setting = (
+                line.rstrip() and not line.lstrip().startswith("#") and not line.endswith(":")
+            )
+            previous = lines[number - 1].strip()
+            # Keys right below each other share the comment above the first.
+            assert not is_setting or previous.startswith("#") or ":" in previous, f"{path}: {line}"
+
+
+def test_dry_run_shows_recipe_rows_and_steps_and_makes_nothing(
+    tiny_phi: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    done = run_cli(
+        "train", "quickstart-zh", "--dry-run", "--set", f"model={tiny_phi}",
+        "--set", f"data.train={rows_file}", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "36 rows" in done.stdout
+    assert "held out:  4 rows" in done.stdout
+    assert "steps:" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,156 @@
+"""Rows of a pack keep to themselves, as they don't with attention as it comes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from jetson_ft.models.attention import NAME, packed, packed_attention, supports_packing
+from jetson_ft.models.packing import Pack, pack
+
+LENGTHS = [5, 1, 9, 3]
+SMALL: dict[str, Any] = {
+    "vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+
+
+def random_rows() -> list[dict[str, Any]]:
+    """Rows of random ids whose tokens are all learnt."""
+    ids = torch.randint(3, 259, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "parts": torch.ones(len(row))} for row in ids.split(LENGTHS)]
+
+
+@pytest.fixture(params=["tiny_phi", "tiny_llama"])
+def model(request: pytest.FixtureRequest) -> Any:
+    folder: Path = request.getfixturevalue(request.param)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def build(config: PreTrainedConfig) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@torch.no_grad()
+def alone(model: Any) -> torch.Tensor:
+    """Logits of each row given alone, one behind the other."""
+    return torch.cat([model(row["input_ids"][None]).logits[0] for row in random_rows()])
+
+
+@torch.no_grad()
+def together(model: Any) -> torch.Tensor:
+    found: Pack = pack(random_rows())
+    with packed(model):
+        return model(
+            input_ids=found.input_ids,
+            position_ids=found.position_ids,
+            cu_seq_lens_q=found.cu_seq_lens,
+            use_cache=False,
+        ).logits[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_rows_give_the_logits_of_each_row_alone(model: Any, training: bool) -> None:
+    model.train(training)
+    assert torch.allclose(together(model), alone(model), atol=1e-5)
+
+
+def test_without_packed_attention_rows_influence_each_other(model: Any) -> None:
+    # Why packed attention exists: an all-ones mask, as data collators make one, lets a row
+    # see those before it. Only the first row, which has none before it, stays as it is.
+    found = pack(random_rows())
+    with torch.no_grad():
+        leaking = model(
+            input_ids=found.input_ids,
+            position_ids=found.position_ids,
+            attention_mask=torch.ones_like(found.input_ids),
+        ).logits[0]
+    difference = (leaking - alone(model)).abs().amax(1)
+    assert model.config._attn_implementation == "sdpa"
+    assert float(difference[: LENGTHS[0]].max()) < 1e-5
+    assert float(difference[LENGTHS[0] :].min()) > 1e-3
+
+
+def test_packed_attention_is_left_behind_as_it_was_found(model: Any) -> None:
+    with pytest.raises(KeyError), packed(model):
+        assert model.config._attn_implementation == NAME
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_packed_attention_without_bounds_is_refused(model: Any) -> None:
+    with packed(model), pytest.raises(ValueError, match="without row bounds"):
+        model(torch.tensor([[5, 6, 7]]))
+
+
+def test_a_sliding_window_holds_inside_a_row() -> None:
+    narrow, wide = (
+        build(
+            transformers.MistralConfig(
+                **SMALL,
+                intermediate_size=64,
+                num_key_value_heads=2,
+                sliding_window=window,
+                initializer_range=0.3,
+            )
+        )
+        for window in (4, None)
+    )
+    assert torch.allclose(together(narrow), alone(narrow), atol=1e-4)
+    assert not torch.allclose(together(narrow), alone(wide), atol=1e-1)
+
+
+def test_a_position_sees_itself_and_what_the_window_leaves() -> None:
+    length, window = 6, 3
+    query = torch.zeros(1, 1, length, length)  # equal scores: the mean of what is seen
+    value = torch.eye(length)[None, None]
+    bounds = torch.tensor([0, length], dtype=torch.int32)
+    seen, _ = packed_attention(
+        None, query, query, value, None, cu_seq_lens_q=bounds, sliding_window=window
+    )
+    expected = torch.ones(length, length).tril().triu(1 - window)
+    assert torch.equal(seen[0, :, 0] > 0, expected > 0)
+
+
+def test_packing_is_used_with_phi_and_llama(model: Any) -> None:
+    assert supports_packing(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("format", [torch.bfloat16, torch.float16])
+def test_rounding_does_not_forbid_packing(model: Any, format: torch.dtype) -> None:
+    assert supports_packing(model.to(format))
+
+
+# Distances in place of positions, attention of their own, states that run on from row to row.
+CANNOT = {
+    "Bloom": lambda: transformers.BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4),
+    "GPT-J": lambda: transformers.GPTJConfig(
+        vocab_size=259, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=0, eos_token_id=0
+    ),
+    "Falcon": lambda: transformers.FalconConfig(**SMALL, alibi=True),
+    "Mamba": lambda: transformers.MambaConfig(
+        vocab_size=259, hidden_size=32, num_hidden_layers=2, pad_token_id=None
+    ),
+    "LFM2": lambda: transformers.Lfm2Config(
+        **SMALL,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        layer_types=["conv", "full_attention"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_packing_is_not_used_where_rows_would_see_each_other(name: str) -> None:
+    model = build(CANNOT[name]())
+    before = model.config._attn_implementation
+    assert not supports_packing(model)
+    assert model.config._attn_implementation == before

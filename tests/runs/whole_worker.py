@@ -1,0 +1,37 @@
+"""The entry of a worker process that is forked from one which has the imports behind it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft  # noqa: F401
+import sacrebleu  # noqa: F401
+import torch
+from transformers.models.phi import modeling_phi  # noqa: F401
+
+from jetson_ft.inference import evaluate  # noqa: F401
+from jetson_ft.runs import pipeline, rundir, worker
+from jetson_ft.training import trainer  # noqa: F401
+
+assert pipeline
+
+
+def work(path: str, kill_at: str) -> None:
+    """`python -m jetson_ft.runs.worker PATH`, killed at an event: `KIND`, or `KIND-STEP`."""
+    torch.set_num_threads(1)
+    log = os.open(Path(path) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    emit = rundir.EventLog.emit
+
+    def emit_or_die(self: rundir.EventLog, kind: str, **fields: Any) -> None:
+        if kill_at in (kind, f"{kind}-{fields.get('step', fields.get('name'))}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        emit(self, kind, **fields)
+
+    rundir.EventLog.emit = emit_or_die  # type: ignore[method-assign]
+    sys.exit(worker.main(rundir.Run(Path(path))))

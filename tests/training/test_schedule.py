@@ -1,0 +1,160 @@
+"""Whole rows, each once an epoch, in steps that a seed alone decides."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jetson_ft.recipe import Recipe, TrainRecipe
+from jetson_ft.training.schedule import (
+    choose_eval_every,
+    plan_steps,
+    rate_factor,
+    steps_within,
+)
+
+lengths_of_rows = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+
+
+def train(**values: Any) -> TrainRecipe:
+    return Recipe.model_validate({"train": values}).train
+
+
+@given(lengths_of_rows, st.integers(1, 500), st.integers(1, 3), st.integers(0, 5))
+def test_every_row_comes_once_an_epoch(
+    lengths: list[int], size: int, epochs: int, seed: int
+) -> None:
+    steps = plan_steps(lengths, train(tokens_per_step=size, epochs=float(epochs), seed=seed))
+    order = np.concatenate(steps).tolist()
+    for epoch in range(epochs):
+        rows = order[epoch * len(lengths) : (epoch + 1) * len(lengths)]
+        assert sorted(rows) == list(range(len(lengths)))
+
+
+@given(lengths_of_rows, st.integers(1, 500))
+def test_steps_reach_their_tokens_and_no_more_than_needed(lengths: list[int], size: int) -> None:
+    steps = plan_steps(lengths, train(tokens_per_step=size, epochs=1.0))
+    sizes = [[lengths[row] for row in step] for step in steps]
+    if sum(lengths) >= size:
+        assert all(sum(step) >= size for step in sizes)
+    assert all(sum(step[:-1]) < size for step in sizes[:-1])
+
+
+@given(lengths_of_rows, st.integers(0, 9))
+def test_same_seed_same_steps(lengths: list[int], seed: int) -> None:
+    recipe = train(seed=seed, epochs=2.0, tokens_per_step=200)
+    first, second = plan_steps(lengths, recipe), plan_steps(np.asarray(lengths), recipe)
+    assert [step.tolist() for step in first] == [step.tolist() for step in second]
+
+
+def test_seeds_and_epochs_differ_in_order() -> None:
+    steps = {
+        seed: plan_steps([10] * 50, train(seed=seed, epochs=2.0, tokens_per_step=500))
+        for seed in (0, 1)
+    }
+    orders = [step.tolist() for found in steps.values() for step in found]
+    assert len(orders) == 4 and len({tuple(order) for order in orders}) == 4
+
+
+def test_the_order_is_pinned() -> None:
+    """A run resumed under a later release must repeat the same steps."""
+    steps = plan_steps([5] * 6, train(seed=7, epochs=1.0, tokens_per_step=10))
+    assert [step.tolist() for step in steps] == [[5, 2], [0, 4], [1, 3]]
+
+
+def test_fractional_epochs_take_a_share_of_the_last_one() -> None:
+    lengths = [1] * 40
+    steps = plan_steps(lengths, train(epochs=1.25, tokens_per_step=1))
+    assert len(steps) == 50
+    assert len({int(step[0]) for step in steps[40:]}) == 10
+    assert [s.tolist() for s in steps[:40]] == [
+        s.tolist() for s in plan_steps(lengths, train(epochs=1.0, tokens_per_step=1))
+    ]
+
+
+@pytest.mark.parametrize("epochs", [0.001, 0.02])
+def test_a_share_is_never_empty(epochs: float) -> None:
+    assert [len(step) for step in plan_steps([7] * 9, train(epochs=epochs))] == [1]
+
+
+def test_max_steps_cuts_the_plan_and_changes_nothing_before() -> None:
+    lengths = list(range(1, 60))
+    full = plan_steps(lengths, train(epochs=3.0, tokens_per_step=100))
+    cut = plan_steps(lengths, train(epochs=3.0, tokens_per_step=100, max_steps=20))
+    assert len(cut) == 20 < len(full)
+    assert [s.tolist() for s in cut] == [s.tolist() for s in full[:20]]
+
+
+def test_longer_runs_begin_alike() -> None:
+    lengths = list(range(1, 60))
+    short = plan_steps(lengths, train(epochs=2.0, tokens_per_step=100))
+    longer = plan_steps(lengths, train(epochs=3.0, tokens_per_step=100))
+    assert [s.tolist() for s in longer[: len(short)]] == [s.tolist() for s in short]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "done", "speed", "minutes", "steps"),
+    [
+        ([600] * 10, 2, 10.0, 5.0, 5),  # a step a minute
+        ([600] * 10, 2, 10.0, 4.99, 4),
+        ([600] * 10, 2, 10.0, 60.0, 10),  # never more than planned
+        ([600] * 10, 5, 10.0, 1.0, 6),  # never fewer than made, and one to end on
+        ([600] * 5, 5, 10.0, 1.0, 5),
+        ([60, 600, 6000], 1, 10.0, 1.2, 2),  # long steps count as long ones
+    ],
+)
+def test_minutes_to_steps(
+    tokens: list[int], done: int, speed: float, minutes: float, steps: int
+) -> None:
+    assert steps_within(tokens, done, speed, minutes) == steps
+
+
+def factors(total: int | None, **values: Any) -> list[float]:
+    return [rate_factor(step, total, train(**values)) for step in range(total or 12)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_rate_rises_over_the_warmup_from_above_zero(schedule: str) -> None:
+    rising = factors(20, schedule=schedule, warmup_steps=4)[:5]
+    assert rising == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"),
+    [("cosine", 0.5, 0.5 * (1 + math.cos(math.pi * 9 / 10))), ("linear", 0.5, 0.1),
+     ("constant", 1.0, 1.0)],
+)  # fmt: skip
+def test_rate_falls_as_asked(schedule: str, middle: float, last: float) -> None:
+    found = factors(10, schedule=schedule, warmup_steps=0)
+    assert (found[0], found[5], found[9]) == pytest.approx((1.0, middle, last))
+    assert found == sorted(found, reverse=True) and found[-1] > 0
+
+
+def test_rate_stays_up_until_the_length_is_known() -> None:
+    assert factors(None, warmup_steps=2)[2:] == [1.0] * 10
+
+
+def test_rate_is_never_negative_beyond_the_end() -> None:
+    assert rate_factor(99, 10, train(schedule="linear")) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("step_tokens", "heldout", "total", "every"),
+    [
+        ([1000] * 100, 3000, 100, 10),  # 10 forward passes of 1000 steps' worth: a tenth
+        ([1000] * 100, 300, 100, 5),  # cheap: twenty times, not more
+        ([1000] * 100, 10**9, 100, 50),  # dear: still twice
+        ([1000] * 3, 10**9, 3, 2),
+        ([1000], 10, 1, 1),
+        ([1000] * 100, 0, 40, 2),  # only the steps that will be made count
+    ],
+)
+def test_measurements_cost_about_a_tenth(
+    step_tokens: list[int], heldout: int, total: int, every: int
+) -> None:
+    assert choose_eval_every(step_tokens, heldout, total) == every
