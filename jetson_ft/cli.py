@@ -72,7 +72,7 @@ def train(
 ) -> None:
     """Fine-tune: recipe in, LoRA adapter and before/after report out."""
     from jetson_ft import recipe as recipes
-    from jetson_ft.runs import jobs, preflight, rundir
+    from jetson_ft.runs import jobs, rundir
 
     sets = overrides or []
     if resume:
@@ -86,7 +86,6 @@ def train(
         if dry_run:
             _dry_run(loaded)
             return
-        preflight.check(loaded)
         run, offset = jobs.launch(loaded, Path(name).stem), 0
     print(f"run: {run.path}", flush=True)
     raise typer.Exit(_follow(run, offset))

@@ -14,7 +14,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
@@ -100,9 +101,13 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty short alpaca rows, each different."""
     rows = [
-        {"instruction": f"第{n}题：{n}加{n + 1}等于几？", "input": "", "output": f"等于{2 * n + 1}。" * (1 + n % 3)}
+        {
+            "instruction": f"第{n}题：{n}加{n + 1}等于几？",
+            "input": "",
+            "output": f"等于{2 * n + 1}。" * (1 + n % 3),
+        }
         for n in range(40)
-    ]  # fmt: skip
+    ]
     path = tmp_path_factory.mktemp("rows") / "rows.json"
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     return path

@@ -12,6 +12,7 @@ supervisor it starts; after both are dead, whoever settles or resumes the run.
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ from jetson_ft import recipe as recipes
 from jetson_ft.errors import UserError
 from jetson_ft.paths import disk_errors, write_atomic
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import ending, rundir
+from jetson_ft.runs import ending, preflight, rundir
 from jetson_ft.runs.rundir import LIVE, Run, lock
 
 # What may change on resume, and only upwards: how long a run is.
@@ -30,11 +31,21 @@ _LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
 
 
 def launch(recipe: Recipe, label: str) -> Run:
-    """Makes the run and starts its supervisor; returns at once."""
+    """Makes the run and starts its supervisor; returns at once.
+
+    Raises:
+        UserError: the job would fail at its start, or its folder can't be written; nothing
+            of it is left behind.
+    """
+    preflight.check(recipe)
     run = rundir.create(_with_absolute_paths(recipe), label)
-    with _claim(run) as held:
-        run.write_state("queued")
-        _spawn_supervisor(run, held)
+    try:
+        with _claim(run) as held:
+            run.write_state("queued")
+            _spawn_supervisor(run, held)
+    except UserError:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
     return run
 
 

@@ -253,7 +253,11 @@ def create(recipe: Recipe, label: str) -> Run:
                 path.mkdir()
             except FileExistsError:
                 continue
-            write_atomic(path / "recipe.yaml", recipe.to_yaml())
+            try:
+                write_atomic(path / "recipe.yaml", recipe.to_yaml())
+            except UserError:
+                path.rmdir()
+                raise
             return Run(path)
     raise UserError("No free name for the run.", str(root), "Remove old runs.")
 

@@ -19,6 +19,9 @@ from jetson_ft.runs.rundir import Run
 from jetson_ft.runs.slot import Slot
 
 _POLL_SECONDS = 0.25
+# OpenMP threads that spin while they wait make training several times slower as soon as
+# anything else runs on the machine.
+_WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def supervise(run: Run, held: IO[bytes]) -> None:
@@ -58,8 +61,9 @@ def _watch(run: Run, slot: IO[bytes]) -> int:
     command = [sys.executable, "-m", "jetson_ft.runs.worker", str(run.path)]
     with open(run.path / "log.txt", "ab") as log:
         worker = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[slot.fileno()]
-        )
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            pass_fds=[slot.fileno()], env={**_WORKER_ENVIRONMENT, **os.environ},
+        )  # fmt: skip
     run.write_state("running")
     told = False
     while True:
