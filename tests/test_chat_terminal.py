@@ -298,6 +298,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(tty: tuple[Screen, Any]) -> 
     screen.type("\x03\x03")
     screen.wait("stopped)", 5.0)
     screen.wait("you> ")
+    time.sleep(1.0)  # a key in the moment between prompt and read would wait for the next one
     screen.type("\x03")
     screen.wait("/quit leaves")
     screen.type("/set max_new_tokens 4\n")

@@ -55,7 +55,8 @@ def resume(run: Run, overrides: Iterable[str] = ()) -> Run:
     Raises:
         UserError: it is running, it is finished, or an override would change what it learns.
     """
-    settle(run)
+    if settle(run) in LIVE:
+        raise _running_already(run)
     with _claim(run) as held:
         old, state = run.recipe(), run.state()
         new = recipes.parse(old.to_yaml(), str(run.path / "recipe.yaml"), overrides)
@@ -76,12 +77,20 @@ def resume(run: Run, overrides: Iterable[str] = ()) -> Run:
 
 def _claim(run: Run) -> IO[bytes]:
     """The lock without which nobody may change a run's state."""
-    held = lock(run.path / "supervisor.lock", patience=1.0)
-    if held is not None and not run.is_locked("worker"):
-        return held
-    if held is not None:
+    # An ended run's supervisor has still to leave, which takes a moment.
+    held = lock(run.path / "supervisor.lock", patience=2.0)
+    if held is None:
+        raise _running_already(run)
+    if run.is_locked("worker"):
         held.close()
-    raise UserError(f"{run.name} is running already.", str(run.path), "`jetson-ft runs list`")
+        raise _running_already(run)
+    return held
+
+
+def _running_already(run: Run) -> UserError:
+    return UserError(
+        f"{run.name} is running already.", str(run.path), "`jetson-ft runs stop` ends it."
+    )
 
 
 def check_only_longer(run: Run, old: Recipe, new: Recipe) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(LIGHT_PIPELINE)
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
     made = Shop(tmp_path)
     yield made
@@ -133,15 +133,18 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
 # --- whole runs on the tiny Phi ----------------------------------------------------------------
 
 
+PRELOADED = [
+    "peft", "sacrebleu", "transformers.models.phi.modeling_phi", "jetson_ft.training.trainer",
+    "jetson_ft.inference.evaluate", "jetson_ft.runs.pipeline",
+]  # fmt: skip
+
+
 class Workbench:
     """Whole worker processes: the real pipeline, without the wait for its imports."""
 
     def __init__(self, tiny_phi: Path, rows_file: Path, root: Path) -> None:
         self.context: Any = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["whole_worker"])
-        with pytest.MonkeyPatch.context() as patch:  # older Pythons preload with their own path
-            patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-            forkserver.ensure_running()
+        self.context.set_forkserver_preload(PRELOADED)
         self.model, self.rows, self.root = tiny_phi, rows_file, root
 
     def run(self, label: str, rows: Path | None = None, **train: Any) -> Run:

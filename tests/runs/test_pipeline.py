@@ -83,8 +83,8 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 @pytest.mark.slow
 def test_a_run_against_the_clock_resumes_alike_once_its_length_is_settled(workbench: Any) -> None:
-    run = workbench.run("minutes", max_minutes=3e-3, epochs=30.0)
-    assert workbench.work(run, "step-7") == -signal.SIGKILL
+    run = workbench.run("minutes", max_minutes=1e-2, epochs=30.0)
+    assert workbench.work(run, "step-6") == -signal.SIGKILL
     twin = copy_of(run, workbench.root / "twins")
     (settled,) = [event for event in run.events() if event["kind"] == "length"]
     for one in (run, twin):

@@ -52,8 +52,11 @@ def test_who_leaves_lets_the_others_pass(queue: Path) -> None:
 def test_the_dead_are_swept(queue: Path) -> None:
     child = os.fork()
     if child == 0:
-        Slot(1.0)
-        os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            waiting = Slot(1.0)
+            assert waiting
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert len(list(queue.iterdir())) == 1
     assert Slot(2.0).try_take()

@@ -8,20 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401
-import sacrebleu  # noqa: F401
-import torch
-from transformers.models.phi import modeling_phi  # noqa: F401
-
-from jetson_ft.inference import evaluate  # noqa: F401
-from jetson_ft.runs import pipeline, rundir, worker
-from jetson_ft.training import trainer  # noqa: F401
-
-assert pipeline
+from jetson_ft.runs import rundir, worker
 
 
 def work(path: str, kill_at: str) -> None:
     """`python -m jetson_ft.runs.worker PATH`, killed at an event: `KIND`, or `KIND-STEP`."""
+    import torch
+
     torch.set_num_threads(1)
     log = os.open(Path(path) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

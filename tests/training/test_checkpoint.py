@@ -118,9 +118,10 @@ def killed_at_line(number: int, work: Callable[[], Any]) -> bool:
             return tracer
 
         sys.settrace(tracer)
-        work()
-        sys.settrace(None)
-        os._exit(0)
+        try:
+            work()
+        finally:  # whatever happens, this is no second test session
+            os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
