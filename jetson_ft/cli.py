@@ -297,7 +297,8 @@ def _summary(run: Any) -> tuple[str, ...]:
     state = jobs.settle(run)
     events = run.events()
     steps = [event for event in events if event["kind"] == "step"]
-    evals = [event["heldout_loss"] for event in events if event["kind"] == "eval"]
+    # A loss that was not finite stands as null in the events.
+    evals = [e["heldout_loss"] for e in events if e["kind"] == "eval" and e["heldout_loss"]]
     done = f"{steps[-1]['step']}/{steps[-1]['total_steps'] or '?'}" if steps else "–"
     loss = f"{evals[0]:.3f} → {min(evals):.3f}" if evals else "–"
     return run.name, state, done, loss, run.recipe().model

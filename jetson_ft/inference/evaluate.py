@@ -12,7 +12,7 @@ from jetson_ft.data.template import encode_prompt, end_ids
 from jetson_ft.inference.generate import Reply, reply_all
 from jetson_ft.inference.metrics import reply_figures
 from jetson_ft.models import attention
-from jetson_ft.models.loss import score
+from jetson_ft.models.loss import Score, score
 from jetson_ft.models.packing import Pack
 
 Messages = list[Message]
@@ -27,6 +27,7 @@ def compare(
     max_new_tokens: int,
     samples: int,
     progress: Callable[[str, int, int], None] = lambda side, done, of: None,
+    scores: dict[str, Score] | None = None,
 ) -> dict[str, Any]:
     """Measures a PEFT model with its adapter switched off ("before") and on ("after").
 
@@ -35,6 +36,7 @@ def compare(
         packs: the same rows as tokens.
         characters: of all their answers.
         progress: hears ("before"|"after", replies done, replies in all).
+        scores: by side, where training has measured these very weights on these rows already.
 
     Returns:
         `report.json`'s `eval` and, under "generation", how the replies were written.
@@ -46,11 +48,12 @@ def compare(
     started = time.monotonic()
     for side in ("before", "after"):
         with model.disable_adapter() if side == "before" else nullcontext():
-            figures = _score(model, packs, characters)
+            found = scores[side] if scores else _score(model, packs, characters)
             replies = reply_all(
                 model, tokenizer, prompts, ends, max_new_tokens,
                 lambda done, side=side: progress(side, done, len(prompts)),  # type: ignore[misc]
             )  # fmt: skip
+        figures = {"loss": found.loss, "bits_per_char": found.bits_per_char}
         figures |= reply_figures(replies, references)
         result[side] = figures | {"samples": _samples(conversations, replies, samples)}
     return {
@@ -63,10 +66,9 @@ def compare(
     }
 
 
-def _score(model: Any, packs: Sequence[Pack], characters: int) -> dict[str, float]:
+def _score(model: Any, packs: Sequence[Pack], characters: int) -> Score:
     with attention.packed(model) if any(len(p.cu_seq_lens) > 2 for p in packs) else nullcontext():
-        found = score(model, packs, characters)
-    return {"loss": found.loss, "bits_per_char": found.bits_per_char}
+        return score(model, packs, characters)
 
 
 def _samples(

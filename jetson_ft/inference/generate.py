@@ -64,7 +64,7 @@ def reply_all(
     ends: Sequence[int],
     max_new_tokens: int,
     progress: Callable[[int], None] = lambda done: None,
-    batch_size: int = 24,
+    batch_size: int = 36,
 ) -> list[Reply]:
     """Greedy replies to all prompts, in their order; `progress` hears how many are done.
 

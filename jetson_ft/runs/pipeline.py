@@ -144,7 +144,7 @@ class Pipeline:
             self.log.emit("weights", bytes=load.bytes_per_part(model))
         progress = self._train(model, rows, base, device)
         with self.phase("comparison", "base and adapter on the held-out rows"):
-            found = self._compare(model, rows)
+            found = self._compare(model, rows, progress)
         with self.phase("report"):
             report.write(self.run, self._facts(device, weights, rows, progress, found))
 
@@ -239,7 +239,7 @@ class Pipeline:
 
     # --- comparison and report -----------------------------------------------------------
 
-    def _compare(self, model: Any, rows: Rows) -> dict[str, Any]:
+    def _compare(self, model: Any, rows: Rows, progress: Progress) -> dict[str, Any]:
         from jetson_ft.inference import evaluate
         from jetson_ft.models.packing import packs
 
@@ -254,7 +254,20 @@ class Pipeline:
             self.recipe.eval.max_new_tokens,
             self.recipe.eval.samples,
             self._on_reply,
+            self._measured(progress),
         )
+
+    def _measured(self, progress: Progress) -> dict[str, Any] | None:
+        """The scores that training took of the base (step 0) and of the weights exported."""
+        from jetson_ft.models.loss import Score
+
+        found = {
+            event["step"]: Score(event["heldout_loss"], event["bits_per_char"])
+            for event in self.run.events()
+            if event["kind"] == "eval"
+        }
+        sides = {"before": found.get(0), "after": found.get(progress.best_step)}
+        return sides if all(sides.values()) else None
 
     def _on_reply(self, side: str, done: int, of: int) -> None:
         if self.stop_requested():
