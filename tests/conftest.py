@@ -60,28 +60,27 @@ def save_model(folder: Path, config: Any, template: str | None) -> Path:
     return folder
 
 
+def phi_config(hidden_size: int) -> Any:
+    """A Phi of two layers."""
+    from transformers import PhiConfig
+
+    return PhiConfig(
+        vocab_size=259, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def tiny_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model without a chat template, as Phi-1.5 is one."""
-    from transformers import PhiConfig
-
-    config = PhiConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return save_model(tmp_path_factory.mktemp("models") / "tiny-phi", config, None)
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-phi", phi_config(32), None)
 
 
 @pytest.fixture(scope="session")
 def wide_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide enough for bitsandbytes, whose nf4 blocks hold 64 weights of one row."""
-    from transformers import PhiConfig
-
-    config = PhiConfig(
-        vocab_size=259, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    return save_model(tmp_path_factory.mktemp("models") / "wide-phi", config, None)
+    return save_model(tmp_path_factory.mktemp("models") / "wide-phi", phi_config(64), None)
 
 
 @pytest.fixture(scope="session")
