@@ -12,7 +12,7 @@ from jetson_ft.data.template import encode_prompt, end_ids
 from jetson_ft.inference.generate import Reply, reply_all
 from jetson_ft.inference.metrics import reply_figures
 from jetson_ft.models import attention
-from jetson_ft.models.loss import Score, score
+from jetson_ft.models.loss import Score, score, without_head
 from jetson_ft.models.packing import Pack
 
 Messages = list[Message]
@@ -67,7 +67,8 @@ def compare(
 
 
 def _score(model: Any, packs: Sequence[Pack], characters: int) -> Score:
-    with attention.packed(model) if any(len(p.cu_seq_lens) > 2 for p in packs) else nullcontext():
+    packing = any(len(pack.row_lengths) > 1 for pack in packs)
+    with without_head(model), attention.packed(model) if packing else nullcontext():
         return score(model, packs, characters)
 
 

@@ -26,6 +26,8 @@ def attach(model: Any, lora: LoraRecipe, seed: int) -> PeftModel:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from jetson_ft.models.lora import register
+
     targets = lora.targets
     if targets != "all-linear":
         # A single name goes as a list too: PEFT takes a string for a pattern.
@@ -42,6 +44,7 @@ def attach(model: Any, lora: LoraRecipe, seed: int) -> PeftModel:
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
+    register(config)
     return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 

@@ -1,7 +1,7 @@
 """Attention that stays inside each row of a packed sequence.
 
 Rows of different length lie one behind the other in one sequence without padding; their
-bounds travel through the model's forward as `cu_seq_lens_q`. transformers finds the
+bounds travel through the model's forward as `row_lengths`. transformers finds the
 function below by the name it is registered under, so no model code is touched.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def packed_attention(
     attention_mask: Any,
     scaling: float | None = None,
     dropout: float = 0.0,
-    cu_seq_lens_q: torch.Tensor | None = None,
+    row_lengths: list[int] | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -34,7 +33,7 @@ def packed_attention(
 
     Args:
         query: [1, heads, tokens, head_dim]; key and value may have fewer heads.
-        cu_seq_lens_q: [rows + 1] offsets of the rows, starting with 0.
+        row_lengths: tokens of each row.
         sliding_window: tokens a position may look back, itself included.
 
     Returns:
@@ -43,23 +42,30 @@ def packed_attention(
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    if cu_seq_lens_q is None:
+    from jetson_ft.models import cpu_attention
+
+    if row_lengths is None:
         raise ValueError("packed attention was called without row bounds")
-    bounds = cu_seq_lens_q.tolist()
-    rows = [
-        scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            attn_mask=_window(end - start, sliding_window, query.device),
+    grouped = query.shape[1] != key.shape[1]
+
+    def one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        windowed = _is_windowed(q.shape[2], sliding_window)
+        if q.device.type == "cpu" and not windowed and not dropout and q.requires_grad:
+            return cpu_attention.attend(q, k, v, scaling)
+        return scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=_window(q.shape[2], sliding_window, q.device),
             dropout_p=dropout,
-            is_causal=not _is_windowed(end - start, sliding_window),
+            is_causal=not windowed,
             scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=grouped,
         )
-        for start, end in pairwise(bounds)
-    ]
-    return torch.cat(rows, 2).transpose(1, 2).contiguous(), None
+
+    # `split` and not slices: the gradient of a slice is a whole tensor of zeros around it.
+    rows = zip(*(tensor.split(row_lengths, 2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([one_row(*row) for row in rows], 2).transpose(1, 2).contiguous(), None
 
 
 def _is_windowed(length: int, sliding_window: int | None) -> bool:
@@ -106,7 +112,6 @@ def supports_packing(model: Any) -> bool:
     device = model.get_input_embeddings().weight.device
     first, second = [vocabulary // 2, vocabulary // 3, 7 % vocabulary], [11 % vocabulary, 3, 5]
     pair = torch.tensor([first + second], device=device)
-    bounds = torch.tensor([0, 3, 6], dtype=torch.int32, device=device)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
     with torch.no_grad():
         alone = model(input_ids=pair[:, 3:], use_cache=False).logits[0].float()
@@ -115,7 +120,7 @@ def supports_packing(model: Any) -> bool:
                 if model.config._attn_implementation != NAME:
                     return False  # attention of its own, which no other can replace
                 together = model(
-                    input_ids=pair, position_ids=positions, cu_seq_lens_q=bounds, use_cache=False
+                    input_ids=pair, position_ids=positions, row_lengths=[3, 3], use_cache=False
                 )
         except (TypeError, ValueError, RuntimeError, AttributeError):
             return False

@@ -19,7 +19,7 @@ class Pack:
 
     input_ids: torch.Tensor  # [1, T]
     position_ids: torch.Tensor  # [1, T], starting anew with each row
-    cu_seq_lens: torch.Tensor  # [R + 1] int32
+    row_lengths: list[int]  # [R] tokens of each row; on the host, where no GPU waits for them
     positions: torch.Tensor  # [S] places whose next token is learnt
     targets: torch.Tensor  # [S] those next tokens
     is_answer: torch.Tensor  # [S] bool: an answer's token, not an end of turn
@@ -31,7 +31,9 @@ class Pack:
 
     def to(self, device: Any) -> Pack:
         """The same pack on another device."""
-        return Pack(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        lengths = values.pop("row_lengths")
+        return Pack(row_lengths=lengths, **{k: value.to(device) for k, value in values.items()})
 
 
 def pack(rows: Sequence[dict[str, Any]]) -> Pack:
@@ -47,7 +49,7 @@ def pack(rows: Sequence[dict[str, Any]]) -> Pack:
     return Pack(
         input_ids=all_ids[None],
         position_ids=torch.cat([torch.arange(len(row)) for row in ids])[None],
-        cu_seq_lens=bounds.to(torch.int32),
+        row_lengths=[len(row) for row in ids],
         positions=learnt - 1,
         targets=all_ids[learnt],
         is_answer=all_parts[learnt] == ANSWER,

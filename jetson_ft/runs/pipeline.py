@@ -127,6 +127,8 @@ class Pipeline:
         return True
 
     def _finetune(self) -> None:
+        from jetson_ft.models import fused
+
         with self.phase("device"):
             device = probe.probe()
             precision = device.precision(self.recipe.precision)
@@ -141,7 +143,7 @@ class Pipeline:
         with self.phase("model", f"{base.name} as {weights}"):
             model = load.load_model(base, weights, device.kind)
             model = adapter.attach(model, self.recipe.lora, self.recipe.train.seed)
-            self.log.emit("weights", bytes=load.bytes_per_part(model))
+            self.log.emit("weights", bytes=load.bytes_per_part(model), fused=fused.fuse(model))
         progress = self._train(model, rows, base, device)
         with self.phase("comparison", "base and adapter on the held-out rows"):
             found = self._compare(model, rows, progress)
@@ -181,9 +183,10 @@ class Pipeline:
 
     def _fit(self, model: Any, job: Any, newest: Path | None) -> Progress:
         from jetson_ft.models import attention
+        from jetson_ft.models.loss import without_head
         from jetson_ft.training import trainer
 
-        with self.phase("training"):
+        with self.phase("training"), without_head(model):
             packing = job.plan.micro_batch_tokens > 0
             with attention.packed(model) if packing else nullcontext():
                 return trainer.fit(model, job, newest)

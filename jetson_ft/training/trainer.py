@@ -176,7 +176,7 @@ class LoraTrainer(Trainer):
     def _count(self, inputs: list[Pack], supervised: int) -> None:
         self.progress.supervised_tokens += supervised
         self.progress.tokens += sum(pack.tokens for pack in inputs)
-        self.progress.rows += sum(len(pack.cu_seq_lens) - 1 for pack in inputs)
+        self.progress.rows += sum(len(pack.row_lengths) for pack in inputs)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Trainer's own; an infinite one ends the run before it can ruin the weights."""

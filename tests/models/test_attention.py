@@ -50,7 +50,7 @@ def together(model: Any) -> torch.Tensor:
         return model(
             input_ids=found.input_ids,
             position_ids=found.position_ids,
-            cu_seq_lens_q=found.cu_seq_lens,
+            row_lengths=found.row_lengths,
             use_cache=False,
         ).logits[0]
 
@@ -110,9 +110,8 @@ def test_a_position_sees_itself_and_what_the_window_leaves() -> None:
     length, window = 6, 3
     query = torch.zeros(1, 1, length, length)  # equal scores: the mean of what is seen
     value = torch.eye(length)[None, None]
-    bounds = torch.tensor([0, length], dtype=torch.int32)
     seen, _ = packed_attention(
-        None, query, query, value, None, cu_seq_lens_q=bounds, sliding_window=window
+        None, query, query, value, None, row_lengths=[length], sliding_window=window
     )
     expected = torch.ones(length, length).tril().triu(1 - window)
     assert torch.equal(seen[0, :, 0] > 0, expected > 0)

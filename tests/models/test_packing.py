@@ -7,7 +7,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,8 +26,7 @@ def test_a_pack_holds_its_rows_one_behind_the_other() -> None:
     found = pack(ROWS)
     assert found.input_ids.tolist() == [[10, 11, 12, 13, 20, 30, 31, 32]]
     assert found.position_ids.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
-    assert found.cu_seq_lens.tolist() == [0, 4, 5, 8]
-    assert found.cu_seq_lens.dtype == torch.int32
+    assert found.row_lengths == [4, 1, 3]
     assert found.tokens == 8
 
 
@@ -47,6 +45,8 @@ def test_packing_leaves_the_rows_as_they_are() -> None:
 
 def test_a_pack_moves_to_a_device_whole() -> None:
     moved = pack(ROWS).to("meta")
+    lengths = vars(moved).pop("row_lengths")
+    assert lengths == [4, 1, 3]
     assert {value.device.type for value in vars(moved).values()} == {"meta"}
 
 
