@@ -114,6 +114,7 @@ def measure_flops(kind: str, precision: str) -> float:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     size = 4096 if kind == "cuda" else 512
     matrix = torch.full((size, size), 1 / size, dtype=dtype, device=kind)
+    matrix @ matrix  # the first one also chooses a kernel, which takes longer
     started, best = time.perf_counter(), float("inf")
     while time.perf_counter() - started < 0.25:
         before = time.perf_counter()

@@ -107,9 +107,8 @@ def from_config(config: Any) -> Shape:
     config = config.get_text_config()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linears = tuple(_linears(model, head))
-    hidden, heads, tied = config.hidden_size, config.num_attention_heads, (
-        head.weight is embedding.weight
-    )  # fmt: skip
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    tied = head.weight is embedding.weight
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     total = sum(parameter.numel() for parameter in model.parameters())
     counted = sum(linear.parameters for linear in linears)
@@ -161,15 +160,17 @@ def _norms(model: Any, hidden: int) -> int:
 
 def _is_gated(linears: Sequence[Linears], hidden: int, intermediate: int) -> bool:
     """Whether a layer has a gate beside its up projection, or both in one matrix."""
-    ups = [l for l in linears if l.inputs == hidden and l.outputs == intermediate]
-    both = [l for l in linears if l.inputs == hidden and l.outputs == 2 * intermediate]
-    return len(ups) > 1 or bool(both)
+    widths = [linear.outputs for linear in linears if linear.inputs == hidden]
+    return widths.count(intermediate) > 1 or 2 * intermediate in widths
 
 
 def _phi_linears(layers: int, hidden: int, intermediate: int) -> tuple[Linears, ...]:
     attention = ("q_proj", "k_proj", "v_proj", "dense")
     return (
-        *(Linears(f"model.layers.*.self_attn.{name}", layers, hidden, hidden) for name in attention),
+        *(
+            Linears(f"model.layers.*.self_attn.{name}", layers, hidden, hidden)
+            for name in attention
+        ),
         Linears("model.layers.*.mlp.fc1", layers, hidden, intermediate),
         Linears("model.layers.*.mlp.fc2", layers, intermediate, hidden),
     )
