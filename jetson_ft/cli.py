@@ -66,7 +66,8 @@ def train(
         str | None, typer.Option(metavar="RUN", help="Go on with a stopped run (name or path).")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show recipe, rows, tokens and steps; train nothing.")
+        bool,
+        typer.Option("--dry-run", help="Show recipe, rows, steps, memory and time; train nothing."),
     ] = False,
     runs: RunsOption = RUNS,
 ) -> None:
@@ -141,6 +142,30 @@ def _follow(run: Any, offset: int) -> int:
     if state.state == "finished":
         return 0
     return 130 if state.state == "stopped" else 2
+
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    device: Annotated[
+        str | None, typer.Option(help="One Orin module, e.g. orin-nx-16gb; by default all of them.")
+    ] = None,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict memory and time, here and on Orin modules; nothing is loaded or trained."""
+    from jetson_ft import recipe as recipes
+    from jetson_ft.console import print_outlook
+    from jetson_ft.runs.forecast import outlook
+
+    found = outlook(recipes.load(recipe, overrides or []), device)
+    if as_json:
+        print(json.dumps(found.as_json(), ensure_ascii=False, indent=2))
+    else:
+        print_outlook(found)
 
 
 @app.command()
@@ -228,9 +253,6 @@ def data_inspect(
         print(json.dumps(asdict(found), ensure_ascii=False, indent=2))
     else:
         print_inspection(found)
-
-
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped one.")]
 
 
 @recipe_app.command("list")

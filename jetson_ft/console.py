@@ -217,6 +217,60 @@ def print_dry_run(found: Any) -> None:
         f"steps:     {found.steps:,}{limit}; {found.tokens:,} tokens in all, "
         f"{found.rows_per_step:.1f} rows a step"
     )
+    _print_forecast(found.forecast)
+
+
+def _print_forecast(found: Any) -> None:
+    """One device's prediction, in a line or two."""
+    gib = f"of {found.memory / 2**30:.1f} GiB free"
+    if found.plan is None:
+        out.print(f"predicted: doesn't fit; {found.least_memory / 2**30:.2f} GiB needed {gib}")
+        print_remedies(found)
+        return
+    plan = found.plan
+    recompute = ", recomputing activations" if plan.checkpointing else ""
+    out.print(
+        f"predicted: about {duration(plan.seconds)} and {plan.peak_memory_bytes / 2**30:.2f} GiB "
+        f"{gib}; micro-batches of {plan.micro_batch_tokens:,} tokens{recompute}"
+    )
+
+
+def print_remedies(found: Any) -> None:
+    """The settings with which a recipe would fit a device."""
+    would = "; ".join(f"{text} ({peak / 2**30:.2f} GiB)" for text, peak in found.remedies)
+    would = f"would fit with {would}" if would else "no setting of the recipe makes it fit"
+    out.print(f"{found.name}: {would}", markup=False)
+
+
+def print_outlook(found: Any) -> None:
+    """A table with one row a device, what would make the others fit, and the assumptions."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("predicted for", no_wrap=True)
+    for column in ("fits", "micro-batch", "recompute", "GiB", "of free", "time"):
+        table.add_column(column, justify="right")
+    for device in found.devices:
+        table.add_row(device.name, *_cells(device))
+    out.print(table)
+    out.print()
+    for device in found.devices:
+        if device.plan is None:
+            print_remedies(device)
+    here = [f"{one.name}: {one.device}, {one.precision}" for one in found.devices if one.is_here]
+    for line in [*here, *found.sources, *found.assumptions]:
+        out.print(f"- {line}", markup=False)
+
+
+def _cells(device: Any) -> tuple[str, ...]:
+    """A device's cells; where nothing fits, the peak is the least that would do."""
+    plan, free = device.plan, f"{device.memory / 2**30:.1f}"
+    if plan is None:
+        return "no", "–", "–", f"{device.least_memory / 2**30:.2f}", free, "–"
+    recompute = "yes" if plan.checkpointing else "no"
+    peak = f"{plan.peak_memory_bytes / 2**30:.2f}"
+    size = f"{plan.micro_batch_tokens:,}"
+    return "yes", size, recompute, peak, free, duration(plan.seconds)
 
 
 def print_read(found: dict[str, Any]) -> None:

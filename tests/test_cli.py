@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from jetson_ft import __version__, cli
 from jetson_ft import recipe as recipes
+from jetson_ft.device.boards import BOARDS
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import rundir
 
@@ -102,7 +103,7 @@ def test_help_loads_nothing_heavy(arguments: list[str], own: set[str]) -> None:
 
 def test_every_promised_command_is_there() -> None:
     help_text = CliRunner().invoke(cli.app, ["--help"]).output
-    for command in ("train", "chat", "eval", "data", "recipe", "runs"):
+    for command in ("train", "plan", "chat", "eval", "data", "recipe", "runs"):
         assert command in help_text
     for group, commands in {
         "data": ["inspect"],
@@ -115,6 +116,50 @@ def test_every_promised_command_is_there() -> None:
 
 def test_the_version_is_said() -> None:
     assert CliRunner().invoke(cli.app, ["--version"]).output == f"jetson-ft {__version__}\n"
+
+
+# Planning
+
+
+def test_a_job_is_planned_for_every_module_without_board_weights_or_network(
+    jetson: Jetson, tmp_path: Path
+) -> None:
+    done = jetson(
+        "plan", "phi-1_5-zh", COLUMNS="80", HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert all(any(line.startswith(name) for line in lines) for name in (*BOARDS, "this machine"))
+    assert "built-in lengths of llamafactory/alpaca_zh, 51,000 rows" in done.stdout
+    assert "no board has run this yet" in done.stdout
+    assert max(map(len, lines)) <= 84 and not list((tmp_path / "here").iterdir())
+
+
+def test_planning_for_a_board_loads_no_torch() -> None:
+    code = (
+        "import sys; from jetson_ft import cli; sys.argv[0] = 'jetson-ft'\n"
+        "try: cli.main()\n"
+        "finally: print(*{'torch', 'gradio', 'peft'} & set(sys.modules), file=sys.stderr)"
+    )
+    arguments = ["plan", "phi-1_5-zh-qlora", "--device", "orin-nx-16gb", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    (device,) = json.loads(done.stdout)["devices"]
+    assert device["fits"] and device["precision"] == "nf4/bf16"
+    assert device["plan"]["peak_memory_bytes"] == sum(device["plan"]["parts"].values())
+    assert done.stderr.strip() == ""
+
+
+def test_a_board_that_is_too_small_is_told_with_what_would_fit(jetson: Jetson) -> None:
+    done = jetson("plan", "phi-1_5-zh", "--device", "orin-nano-8gb", "-s", "precision=fp32")
+    assert done.returncode == 0
+    assert "orin-nano-8gb: would fit with precision: bf16 (" in done.stdout
+
+
+def test_an_unknown_board_is_refused_with_the_nearest(jetson: Jetson) -> None:
+    done = jetson("plan", "phi-1_5-zh", "--device", "orin-nano")
+    assert_plain_refusal(done, "no such device", "Did you mean orin-nano-")
 
 
 # Bad input

@@ -120,6 +120,11 @@ def token_counts(encoded: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
     return _column(encoded, "length").astype(np.int64)
 
 
+def supervised_counts(encoded: Dataset) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Supervised tokens of each row."""
+    return _column(encoded, "supervised").astype(np.int64)
+
+
 def _column(encoded: Dataset, name: str) -> np.ndarray[Any, Any]:
     return np.asarray(encoded.with_format("numpy")[name][:])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,24 @@ def probe() -> Device:
         integrated=False,
         fast_bf16=cpu_has_bf16(cpuinfo),
     )
+
+
+def measure_flops(kind: str, precision: str) -> float:
+    """Dense matrix products of this machine, FLOP/s: the best of a quarter of a second."""
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    size = 4096 if kind == "cuda" else 512
+    matrix = torch.full((size, size), 1 / size, dtype=dtype, device=kind)
+    matrix @ matrix  # the first one also chooses a kernel, which takes longer
+    started, best = time.perf_counter(), float("inf")
+    while time.perf_counter() - started < 0.25:
+        before = time.perf_counter()
+        matrix @ matrix
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - before)
+    return 2.0 * size**3 / best
 
 
 def _read_cpuinfo() -> str:

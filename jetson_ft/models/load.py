@@ -11,7 +11,7 @@ from jetson_ft.models.resolve import Base
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # GPT-2 style base models have no chat format; this one is plain text whose end token is
 # supervised, so that the model learns to stop.
@@ -73,6 +73,22 @@ def _opening(tokenizer: Any) -> str:
     start = tokenizer.bos_token_id
     opens = start is not None and tokenizer("a")["input_ids"][0] == start
     return "{{ bos_token }}" if opens else ""
+
+
+def load_config(base: Base) -> PretrainedConfig:
+    """The model's config, of a GGUF file too.
+
+    Raises:
+        UserError: it is damaged, or of an architecture that can't be used.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base.folder, trust_remote_code=False, **_gguf(base))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The model can't be loaded: {_first_line(error)}", str(base.folder)
+        ) from error
 
 
 def load_model(base: Base, weights: Weights, device: str) -> PreTrainedModel:

@@ -9,15 +9,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jetson_ft.data import read, store, tokens
+from jetson_ft.data import lengths, read, store, tokens
 from jetson_ft.device import probe
 from jetson_ft.device.probe import Device
 from jetson_ft.errors import UserError
-from jetson_ft.models import adapter, load, resolve
+from jetson_ft.models import adapter, load, resolve, shapes
 from jetson_ft.models.load import Weights
 from jetson_ft.models.resolve import Base
 from jetson_ft.paths import disk_errors, read_json, write_json
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from jetson_ft.training.checkpoint import Progress
+    from jetson_ft.training.planner import Plan, Work
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,25 @@ def prepare_rows(recipe: Recipe, base: Base) -> Rows:
         "read": asdict(split),
     }
     return Rows(tokenizer, train_ids, heldout_ids, _those(heldout, heldout_ids), about)
+
+
+def work_of(recipe: Recipe, weights: Weights, base: Base, rows: Rows) -> Work:
+    """The training as the planner sees it; of the model only its config is read."""
+    from jetson_ft.training.planner import Work
+
+    return Work(
+        shape=shapes.of(base),
+        weights=weights,
+        lora=recipe.lora,
+        train=recipe.train,
+        lengths=lengths.of(rows.train),
+        heldout_tokens=float(tokens.token_counts(rows.heldout).sum()),
+    )
+
+
+def weights_of(recipe: Recipe, device: Device) -> Weights:
+    """How the device would keep the recipe's frozen weights."""
+    return Weights(device.precision(recipe.precision), recipe.quantize, recipe.double_quantize)
 
 
 def _identity(recipe: Recipe, split: store.SplitInfo) -> str:
@@ -131,20 +151,21 @@ class Pipeline:
 
         with self.phase("device"):
             device = probe.probe()
-            precision = device.precision(self.recipe.precision)
-            weights = Weights(precision, self.recipe.quantize, self.recipe.double_quantize)
-            self.log.emit("device", device=device.as_json(), precision=precision)
+            weights = weights_of(self.recipe, device)
+            self.log.emit("device", device=device.as_json(), precision=weights.precision)
         with self.phase("model files", self.recipe.model):
             base = resolve.resolve(self.recipe.model)
         with self.phase("data", self.recipe.data.train):
             rows = prepare_rows(self.recipe, base)
             self._check_same_lesson(rows)
             self.log.emit("data", **rows.report)
+        with self.phase("plan"):
+            plan = self._plan(work_of(self.recipe, weights, base, rows), device)
         with self.phase("model", f"{base.name} as {weights}"):
             model = load.load_model(base, weights, device.kind)
             model = adapter.attach(model, self.recipe.lora, self.recipe.train.seed)
             self.log.emit("weights", bytes=load.bytes_per_part(model), fused=fused.fuse(model))
-        progress = self._train(model, rows, base, device)
+        progress = self._train(model, rows, base, device, plan)
         with self.phase("comparison", "base and adapter on the held-out rows"):
             found = self._compare(model, rows, progress)
         with self.phase("report"):
@@ -167,14 +188,21 @@ class Pipeline:
 
     # --- training ----------------------------------------------------------------------
 
-    def _train(self, model: Any, rows: Rows, base: Base, device: Device) -> Progress:
+    def _plan(self, work: Work, device: Device) -> Plan:
+        """Refuses what can't fit before the model is loaded."""
+        from jetson_ft.training import memory, planner
+
+        flops = probe.measure_flops(device.kind, work.weights.precision)
+        return planner.choose(work, memory.with_own(device), flops)
+
+    def _train(self, model: Any, rows: Rows, base: Base, device: Device, plan: Plan) -> Progress:
         """Trains, or takes up what an earlier attempt has finished."""
         from jetson_ft.training import checkpoint
 
         newest, faults = checkpoint.newest_intact(self.run.checkpoints)
         for fault in faults:
             self.log.emit("warning", message=f"{fault}; the checkpoint before it is used")
-        job = self._job(model, rows, device)
+        job = self._job(model, rows, device, plan)
         progress = self._fit(model, job, newest)
         if not progress.complete:
             raise _Stopped
@@ -191,18 +219,19 @@ class Pipeline:
             with attention.packed(model) if packing else nullcontext():
                 return trainer.fit(model, job, newest)
 
-    def _job(self, model: Any, rows: Rows, device: Device) -> Any:
+    def _job(self, model: Any, rows: Rows, device: Device, plan: Plan) -> Any:
         from jetson_ft.models import attention
         from jetson_ft.models.packing import packs
-        from jetson_ft.training import planner, trainer
+        from jetson_ft.training import trainer
 
         packing = attention.supports_packing(model)
-        plan = planner.choose(device, self.recipe.train.tokens_per_step, packing)
-        lengths = tokens.token_counts(rows.train)
-        self._announce(plan, lengths, packing)
+        if not packing:
+            plan = replace(plan, micro_batch_tokens=0)  # each row alone; none is longer
+        counts = tokens.token_counts(rows.train)
+        self._announce(plan, counts, packing)
         return trainer.Job(
             train_rows=rows.train,
-            train_tokens=lengths,
+            train_tokens=counts,
             heldout_packs=list(packs(list(rows.heldout), plan.micro_batch_tokens)),
             heldout_tokens=int(tokens.token_counts(rows.heldout).sum()),
             heldout_characters=rows.heldout_characters,
@@ -214,10 +243,10 @@ class Pipeline:
             stop_requested=self.stop_requested,
         )
 
-    def _announce(self, plan: Any, lengths: Any, packing: bool) -> None:
+    def _announce(self, plan: Plan, counts: Any, packing: bool) -> None:
         from jetson_ft.training.schedule import plan_steps
 
-        steps = len(plan_steps(lengths, self.recipe.train))
+        steps = len(plan_steps(counts, self.recipe.train))
         write_json(self.run.path / "plan.json", {"schema": 1, **plan.as_json(), "steps": steps})
         self.log.emit("plan", **plan.as_json(), steps_at_most=steps, packing=packing)
 

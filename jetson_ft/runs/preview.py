@@ -10,7 +10,8 @@ from jetson_ft.data.formats import Message
 from jetson_ft.data.template import CONTEXT, encode
 from jetson_ft.models import load, resolve
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs.pipeline import prepare_rows
+from jetson_ft.runs.forecast import Forecast, forecast_here
+from jetson_ft.runs.pipeline import prepare_rows, work_of
 
 Pieces = list[tuple[str, bool]]  # text, whether it is learnt
 
@@ -24,13 +25,15 @@ class DryRun:
     steps: int
     tokens: int  # over all planned steps
     rows_per_step: float
+    forecast: Forecast  # of this machine
 
 
 def dry_run(recipe: Recipe) -> DryRun:
     """Reads and tokenises as a run would, and plans its steps."""
     from jetson_ft.training.schedule import plan_steps
 
-    rows = prepare_rows(recipe, resolve.resolve(recipe.model, weights=False))
+    base = resolve.resolve(recipe.model, weights=False)
+    rows = prepare_rows(recipe, base)
     lengths = tokens.token_counts(rows.train)
     steps = plan_steps(lengths, recipe.train)
     return DryRun(
@@ -39,6 +42,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         steps=len(steps),
         tokens=int(sum(lengths[step].sum() for step in steps)),
         rows_per_step=sum(map(len, steps)) / max(1, len(steps)),
+        forecast=forecast_here(lambda weights: work_of(recipe, weights, base, rows), recipe),
     )
 
 

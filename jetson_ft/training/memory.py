@@ -1,8 +1,21 @@
-"""How much memory this process has taken at most."""
+"""How much memory this process has taken at most, and how much it could take."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+
+import psutil
+
+from jetson_ft.device.probe import Device
+
+
+def with_own(device: Device) -> Device:
+    """This machine with what this process holds counted as free: a plan is for all of it."""
+    if device.kind == "cuda" and not device.integrated:
+        return device
+    own = psutil.Process().memory_info().rss
+    return replace(device, memory_available=device.memory_available + own)
 
 
 def peak_memory_bytes(device: str) -> int:

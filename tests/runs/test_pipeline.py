@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from jetson_ft.runs import ending, rundir
+from jetson_ft.device.boards import find
+from jetson_ft.errors import UserError
+from jetson_ft.runs import ending, pipeline, rundir
 from jetson_ft.runs.rundir import Run
 from jetson_ft.training import checkpoint
 
@@ -133,6 +136,35 @@ def test_stopped_before_training_and_in_the_comparison(workbench: Any, finished:
     run.clear_stop()
     assert workbench.work(run) == 0
     assert adapter_bytes(run) == adapter_bytes(finished)
+
+
+# --- planned before it starts ---------------------------------------------------------------------
+
+
+def test_the_plan_stands_before_training_with_its_predictions(
+    workbench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = workbench.run("planned")
+
+    def stop(*_: Any) -> None:
+        raise pipeline._Stopped
+
+    monkeypatch.setattr(pipeline.Pipeline, "_fit", stop)
+    assert not pipeline.Pipeline(run, 1, lambda: False).finetune()
+    plan = json.loads((run.path / "plan.json").read_text())
+    assert plan["peak_memory_bytes"] == sum(plan["parts"].values()) > 0
+    assert plan["seconds"] > 0 and plan["micro_batch_tokens"] > 0 and not plan["checkpointing"]
+
+
+def test_what_cant_fit_is_refused_before_the_model_is_loaded(
+    workbench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = find("orin-nano-4gb").device()
+    monkeypatch.setattr(pipeline.probe, "probe", lambda: replace(board, memory_available=1000))
+    monkeypatch.setattr(pipeline.probe, "measure_flops", lambda *_: 1e12)
+    monkeypatch.setattr(pipeline.load, "load_model", None)
+    with pytest.raises(UserError, match="needs about"):
+        pipeline.Pipeline(workbench.run("large"), 1, lambda: False).finetune()
 
 
 # --- what a resumed run must meet again --------------------------------------------------------
