@@ -59,7 +59,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).to(x.dtype).mul_(weight)
@@ -67,15 +68,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:
         x, weight, inverse = ctx.saved_tensors
-        d_normed = d_y * weight
-        along = torch.linalg.vecdot(d_normed.float(), x.float())[..., None]
+        d_normed, wide = (d_y * weight).to(inverse.dtype), x.to(inverse.dtype)
+        along = torch.linalg.vecdot(d_normed, wide)[..., None]
         along = along.mul_(inverse.pow(3)).div_(-x.shape[-1])
-        d_x = (
-            d_normed.mul(inverse).addcmul_(x, along)
-            if x.dtype == torch.float32
-            else (torch.addcmul(d_normed.float().mul_(inverse), x.float(), along).to(x.dtype))
-        )
-        return d_x, None, None
+        return d_normed.mul_(inverse).addcmul_(wide, along).to(x.dtype), None, None
 
 
 def _is_rms_norm(module: Any) -> bool:

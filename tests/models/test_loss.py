@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GraniteConfig
 
 from jetson_ft.data.template import ANSWER, CONTEXT, END
+from jetson_ft.models import loss
 from jetson_ft.models.attention import packed
-from jetson_ft.models.loss import score, token_losses
+from jetson_ft.models.loss import head_losses, score, token_losses, without_head
 from jetson_ft.models.packing import pack, packs
 
 
@@ -118,3 +120,57 @@ def test_a_score_is_taken_without_dropout_and_leaves_the_mode(
 
 def test_a_score_of_nothing_is_zero(model: Any) -> None:
     assert score(model, [], 0).loss == 0
+
+
+# The head, applied to chunks
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 15, 16, 40])
+def test_the_loss_of_chunks_is_the_loss_of_all(
+    rows: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", 1)  # the least there is: 16 rows at a time
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, 8, requires_grad=True)
+    weight, bias = torch.randn(30, 8), torch.randn(30) if with_bias else None
+    targets, slopes = torch.randint(30, (rows,)), torch.randn(rows)
+    mine = head_losses(hidden, weight, bias, targets)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    own = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert torch.allclose(mine, own, atol=1e-5)
+    (found,) = torch.autograd.grad((mine * slopes).sum(), hidden)
+    (expected,) = torch.autograd.grad((own * slopes).sum(), hidden)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_hopeless_prediction_has_a_finite_loss() -> None:
+    hidden, weight = torch.tensor([[200.0]]), torch.tensor([[1.0], [-1.0]])
+    assert head_losses(hidden, weight, None, torch.tensor([1])).tolist() == [400.0]
+
+
+def test_without_head_loss_and_gradient_stay_and_the_head_comes_back(model: Any) -> None:
+    model.requires_grad_(False)
+    trained = model.model.layers[0].mlp.parameters().__next__().requires_grad_()
+    results = []
+    for context in (nullcontext(), without_head(model)):
+        with context, packed(model):
+            losses = token_losses(model, pack(make_rows()))
+        (gradient,) = torch.autograd.grad(losses.sum(), trained)
+        results.append((losses.detach(), gradient))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert torch.allclose(results[0][1], results[1][1], atol=1e-5)
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 259)
+
+
+def test_a_head_whose_logits_are_scaled_afterwards_stays() -> None:
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, logits_scaling=4.0,
+    )  # fmt: skip
+    granite = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    with without_head(granite), packed(granite):
+        mine = token_losses(granite, pack(make_rows())).sum()
+    expected = sum(own_loss(granite, row) for row in make_rows())
+    assert float(mine) == pytest.approx(float(expected), rel=1e-5)

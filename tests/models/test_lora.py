@@ -1,0 +1,129 @@
+"""The fused LoRA layers give PEFT's own result and gradients, and leave the rest to PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from jetson_ft.models.load import Weights, load_model
+from jetson_ft.models.lora import FusedLinear, register
+from jetson_ft.models.resolve import Base
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+
+
+def adapted(folder: Path, weights: Weights, fused: bool, **lora: Any) -> Any:
+    """The model with an adapter that isn't the starting one."""
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        | lora
+    )
+    if fused:
+        register(config)
+    for module in (model := load_model(Base("m", folder), weights, "cpu")).modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    torch.manual_seed(0)
+    model = get_peft_model(model, config)
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
+    return model
+
+
+def results(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, and the gradient of every trained parameter."""
+    model.zero_grad()
+    logits = model(IDS).logits
+    logits.float().square().mean().backward()
+    return logits.detach(), {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def fused_layers(model: Any) -> int:
+    return sum("Fused" in type(module).__name__ for module in model.modules())
+
+
+@pytest.mark.parametrize("folder", ["tiny_phi", "tiny_llama"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_result_and_gradients_are_pefts(
+    folder: str, rslora: bool, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(folder)
+    mine, theirs = (
+        adapted(path, Weights("fp32"), fused, use_rslora=rslora) for fused in (True, False)
+    )
+    assert fused_layers(mine) and not fused_layers(theirs)
+    (logits, gradients), (own_logits, own_gradients) = results(mine), results(theirs)
+    assert torch.allclose(logits, own_logits, atol=1e-5)
+    assert gradients.keys() == own_gradients.keys()
+    for name, gradient in gradients.items():
+        assert float(own_gradients[name].abs().max()) > 0
+        assert torch.allclose(gradient, own_gradients[name], rtol=1e-4, atol=1e-7), name
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_beside_quantised_weights_too(wide_phi: Path, quantize: str) -> None:
+    weights = Weights("fp32", quantize)
+    mine, theirs = (adapted(wide_phi, weights, fused) for fused in (True, False))
+    assert fused_layers(mine)
+    (logits, gradients), (own_logits, own_gradients) = results(mine), results(theirs)
+    assert torch.allclose(logits, own_logits, atol=1e-4)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, own_gradients[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_in_bf16_masters_and_gradients_stay_fp32(tiny_llama: Path) -> None:
+    mine, theirs = (adapted(tiny_llama, Weights("bf16"), fused) for fused in (True, False))
+    (logits, gradients), (own_logits, _) = results(mine), results(theirs)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    scale = float(own_logits.abs().max())
+    assert float((logits - own_logits).abs().max()) < 0.03 * scale  # bf16 keeps 8 bits
+
+
+def test_the_input_gradient_is_checked_numerically() -> None:
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"])
+    register(config)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(5, 7)), config).double()
+    layer = model.base_model.model[0]
+    assert type(layer) is FusedLinear
+    layer.lora_B["default"].weight.data.normal_()
+    x = torch.randn(3, 5, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, x)
+
+
+@pytest.mark.parametrize("setting", [{"use_dora": True}, {"lora_dropout": 0.5}])
+def test_what_is_not_plain_lora_goes_pefts_way(tiny_llama: Path, setting: dict[str, Any]) -> None:
+    mine, theirs = (adapted(tiny_llama, Weights("fp32"), fused, **setting) for fused in (1, 0))
+    for model in (mine, theirs):
+        model.train()
+    found = []
+    for model in (mine, theirs):
+        torch.manual_seed(3)
+        found.append(results(model)[0])
+    assert torch.equal(*found)
+
+
+def test_switched_off_it_is_the_base(tiny_llama: Path) -> None:
+    mine = adapted(tiny_llama, Weights("fp32"), True)
+    base = load_model(Base("m", tiny_llama), Weights("fp32"), "cpu")
+    with torch.no_grad(), mine.disable_adapter():
+        assert torch.equal(mine(IDS).logits, base(IDS).logits)
+
+
+def test_the_saved_adapter_is_an_ordinary_one(tiny_llama: Path, tmp_path: Path) -> None:
+    mine = adapted(tiny_llama, Weights("fp32"), True).eval()
+    mine.save_pretrained(tmp_path)
+    base = load_model(Base("m", tiny_llama), Weights("fp32"), "cpu")
+    plain = PeftModel.from_pretrained(base, tmp_path)
+    assert not fused_layers(plain)
+    with torch.no_grad():
+        assert torch.allclose(plain(IDS).logits, mine(IDS).logits, atol=1e-5)
