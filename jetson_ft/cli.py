@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help in colour takes twice as long to appear
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
@@ -156,7 +157,7 @@ def plan(
     overrides: SetOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict memory and time, here and on Orin modules; nothing is loaded or trained."""
+    """Predict memory and time, here and on Orin modules; load nothing."""
     from jetson_ft import recipe as recipes
     from jetson_ft.console import print_outlook
     from jetson_ft.runs.forecast import outlook
