@@ -113,6 +113,11 @@ class Follower:
         self._say(
             f"plan: at most {event['steps_at_most']:,} steps; micro-batches of {size}, {recompute}"
         )
+        if event.get("seconds") is not None:  # older runs have no prediction
+            self._say(
+                f"  predicted: {event['peak_memory_bytes'] / 2**30:.2f} GiB at most, "
+                f"{duration(event['seconds'])} of training and measuring"
+            )
 
     def _on_length(self, event: dict[str, Any]) -> None:
         self._say(

@@ -118,7 +118,10 @@ def test_data_weights_plan_length_and_best_have_their_lines(run: Run, screen: io
     }  # fmt: skip
     log.emit("data", train=train, heldout={"rows": 60}, read=read)
     log.emit("weights", bytes={"embedding": 2**20, "head": 0, "linear": 3 * 2**20})
-    log.emit("plan", steps_at_most=300, micro_batch_tokens=0, checkpointing=True)
+    log.emit(
+        "plan", steps_at_most=300, micro_batch_tokens=0, checkpointing=True,
+        peak_memory_bytes=3 * 2**30, seconds=90.0,
+    )  # fmt: skip
     log.emit("length", step=5, total_steps=40, seconds_left=120.0)
     log.emit("best", step=30, heldout_loss=2.0)
     follow(run)
@@ -130,6 +133,7 @@ def test_data_weights_plan_length_and_best_have_their_lines(run: Run, screen: io
         "  left out, also in the held-out set: 1",
         "  4.0 MiB: embedding 1.0, linear 3.0",
         "plan: at most 300 steps; micro-batches of one row, recomputing activations",
+        "  predicted: 3.00 GiB at most, 1 min 30 s of training and measuring",
         "  timed: 40 steps fit, 2 min 00 s to go",
         "  the adapter is taken from step 30, the best on held-out rows",
     ]
