@@ -13,8 +13,7 @@ from torch import Tensor
 
 from jetson_ft.models import attention
 from jetson_ft.models.packing import Pack
-
-_CHUNK_BYTES = 32 * 2**20  # of fp32 logits that exist at one time
+from jetson_ft.models.shapes import head_rows
 
 
 def token_losses(model: Any, pack: Pack) -> Tensor:
@@ -71,7 +70,7 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = min(len(hidden), max(16, _CHUNK_BYTES // (4 * len(weight))))
+        size = min(len(hidden), head_rows(len(weight)))
         # One buffer for all chunks: fresh memory costs as much as the product it receives.
         room = hidden.new_empty(size, len(weight))
         for start in range(0, len(hidden), size):

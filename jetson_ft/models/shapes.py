@@ -10,6 +10,13 @@ from typing import Any
 from jetson_ft.models import load
 from jetson_ft.models.resolve import Base
 
+_LOGIT_BYTES = 32 * 2**20  # of fp32 logits that exist at one time
+
+
+def head_rows(vocabulary: int) -> int:
+    """Positions that the head projects at one time (`models.loss`)."""
+    return max(16, _LOGIT_BYTES // (4 * vocabulary))
+
 
 @dataclass(frozen=True)
 class Linears:

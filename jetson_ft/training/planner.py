@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from jetson_ft.data.lengths import Lengths
 from jetson_ft.device.probe import Device
 from jetson_ft.errors import UserError
+from jetson_ft.models import shapes
 from jetson_ft.models.load import Weights
 from jetson_ft.models.shapes import Shape
 from jetson_ft.recipe import LoraRecipe, TrainRecipe
@@ -67,7 +68,6 @@ COSTS = {
 }
 
 _LORA_BYTES = 16  # fp32: weight, gradient, and AdamW's two moments
-_HEAD_CHUNK = 32 * 2**20  # bytes of fp32 logits that exist at one time
 _NF4_BLOCK = 64  # weights that share a scale (QLoRA: Dettmers et al. 2023, section 3)
 _NF4_SUPER_BLOCK = 256  # scales that share one, when they are quantised to a byte too
 
@@ -287,11 +287,12 @@ def layer_bytes(work: Work) -> int:
 def head_bytes(work: Work, tokens: int) -> int:
     """Of the logits that exist at one time, and of all gradients that the head hands back.
 
-    A chunk's logits stand there as computed, in fp32, as probabilities, and those as computed.
+    A chunk's logits and probabilities stand there in fp32; in a smaller arithmetic, in that too.
     """
     shape, number = work.shape, work.bytes_per_number
-    rows = min(tokens, max(16, _HEAD_CHUNK // (4 * shape.vocabulary)))
-    return rows * shape.vocabulary * (8 + 2 * number) + tokens * shape.hidden * number
+    rows = min(tokens, shapes.head_rows(shape.vocabulary))
+    copies = 8 if number == 4 else 8 + 2 * number
+    return rows * shape.vocabulary * copies + tokens * shape.hidden * number
 
 
 def dequantised_bytes(work: Work) -> int:

@@ -130,7 +130,7 @@ def test_a_score_of_nothing_is_zero(model: Any) -> None:
 def test_the_loss_of_chunks_is_the_loss_of_all(
     rows: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", 1)  # the least there is: 16 rows at a time
+    monkeypatch.setattr(loss, "head_rows", lambda vocabulary: 16)
     torch.manual_seed(0)
     hidden = torch.randn(rows, 8, requires_grad=True)
     weight, bias = torch.randn(30, 8), torch.randn(30) if with_bias else None
