@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Thread
@@ -68,21 +67,39 @@ def reply_all(
 ) -> list[Reply]:
     """Greedy replies to all prompts, in their order; `progress` hears how many are done.
 
-    Prompts of similar length share a batch, so that little of it is padding.
+    Prompts of similar length share a batch: padding is computed like anything else.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     replies: dict[int, Reply] = {}
-    # Batches of equal size: a last one of two rows would take as long as one of fifty.
-    size = math.ceil(len(order) / max(1, math.ceil(len(order) / batch_size)))
-    for start in range(0, len(order), size or 1):
-        chosen = order[start : start + size]
-        batch = [prompts[index] for index in chosen]
-        for index, reply in zip(
-            chosen, _reply_batch(model, tokenizer, batch, ends, max_new_tokens), strict=True
-        ):
-            replies[index] = reply
+    widths = [len(prompts[index]) for index in order]
+    for start, end in batches(widths, batch_size, _STEP_COST * max_new_tokens):
+        batch = [prompts[index] for index in order[start:end]]
+        found = _reply_batch(model, tokenizer, batch, ends, max_new_tokens)
+        replies |= zip(order[start:end], found, strict=True)
         progress(len(replies))
     return [replies[index] for index in range(len(prompts))]
+
+
+# One step of a batch, whose weights have to be read whole, in tokens of a prompt. About that on
+# CPUs and GPUs alike: it is their ratio of arithmetic to memory speed.
+_STEP_COST = 32
+
+
+def batches(widths: Sequence[int], at_most: int, overhead: float) -> list[tuple[int, int]]:
+    """Cuts ascending lengths into batches of least total cost, as (start, end).
+
+    A batch costs its rows times its longest, padding included, and `overhead`. Found by
+    dynamic programming over the last batch's start.
+    """
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for end in range(1, len(widths) + 1):
+        starts = range(max(0, end - at_most), end)
+        best.append(min((best[s][0] + (end - s) * widths[end - 1] + overhead, s) for s in starts))
+    cuts, end = [], len(widths)
+    while end:
+        cuts.append((best[end][1], end))
+        end = best[end][1]
+    return cuts[::-1]
 
 
 def _reply_batch(

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain, combinations, pairwise
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from jetson_ft.inference.generate import (
     Sampling,
     _finish,
     _whole_characters,
+    batches,
     reply_all,
     stream,
 )
@@ -47,7 +49,7 @@ def test_order_and_progress_survive_sorting_by_length(writer: Any) -> None:
     heard: list[int] = []
     replies = write(writer, TEXTS, 8, progress=heard.append, batch_size=2)
     assert replies == write(writer, TEXTS, 8)
-    assert heard == [2, 4, 5]
+    assert heard == sorted(heard) and heard[-1] == 5 and len(heard) > 2
 
 
 def test_no_prompts_no_replies(writer: Any) -> None:
@@ -180,3 +182,26 @@ def test_a_fault_while_writing_reaches_the_reader(writer: Any) -> None:
 
     with pytest.raises(RuntimeError, match="fell off"):
         list(begun(writer, broken))
+
+
+# Batches
+
+
+def cost(widths: list[int], cuts: list[tuple[int, int]], overhead: float) -> float:
+    return sum((end - start) * widths[end - 1] + overhead for start, end in cuts)
+
+
+@given(
+    st.lists(st.integers(1, 300), max_size=7).map(sorted), st.integers(1, 7), st.integers(0, 500)
+)
+def test_batches_are_whole_small_enough_and_of_least_cost(
+    widths: list[int], at_most: int, overhead: int
+) -> None:
+    found = batches(widths, at_most, overhead)
+    assert [row for start, end in found for row in range(start, end)] == list(range(len(widths)))
+    assert all(0 < end - start <= at_most for start, end in found)
+    inner = range(1, len(widths))
+    for cuts in chain.from_iterable(combinations(inner, size) for size in range(len(widths))):
+        other = list(pairwise([0, *cuts, len(widths)]))
+        if all(end - start <= at_most for start, end in other):
+            assert cost(widths, found, overhead) <= cost(widths, other, overhead)
