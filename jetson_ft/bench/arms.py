@@ -12,12 +12,8 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
-from jetson_ft.bench.lesson import Lesson, Settings
-
-if TYPE_CHECKING:
-    from jetson_ft.bench.trainers import Trained
+from jetson_ft.bench.lesson import Lesson, Settings, Trained
 
 BASELINES = ("trainer", "packed")  # that the others are compared with
 

@@ -1,9 +1,9 @@
-"""What every arm of a benchmark trains: the same rows in the same steps on the same base."""
+"""What every arm of a benchmark trains, the same rows in the same steps, and what is seen of it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,16 @@ class Lesson:
     def write(self, path: Path) -> None:
         """For the processes of the arms."""
         write_json(path, asdict(self))
+
+
+@dataclass
+class Trained:
+    """What was seen of a training."""
+
+    ends: list[float] = field(default_factory=list)  # seconds, at the end of each step
+    losses: list[float] = field(default_factory=list)  # nats, of each step
+    peak_memory_bytes: int | None = None
+    plan: dict[str, Any] | None = None  # what ours chose
 
 
 def load(path: Path) -> Lesson:

@@ -13,13 +13,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from jetson_ft.bench.lesson import ROWS_PER_STEP, Lesson
+from jetson_ft.bench.lesson import ROWS_PER_STEP, Lesson, Trained
 from jetson_ft.paths import write_json
-
-if TYPE_CHECKING:
-    from jetson_ft.bench.trainers import Trained
 
 _POLL_SECONDS = 0.02
 _START = "from llamafactory.cli import main; main()"
@@ -31,8 +28,6 @@ def train(lesson: Lesson, folder: str) -> Trained:
     Raises:
         RuntimeError: it failed; its own words are in the log.
     """
-    from jetson_ft.bench.trainers import Trained
-
     home = Path(folder)
     _write_rows(lesson, home)
     write_json(home / "train.json", arguments(lesson, home))

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jetson_ft.bench.lesson import Lesson
+from jetson_ft.bench.lesson import Lesson, Trained
 from jetson_ft.device import probe
 
 if TYPE_CHECKING:
-    from jetson_ft.bench.trainers import Trained
     from jetson_ft.training.planner import Plan
     from jetson_ft.training.trainer import Job
 
@@ -24,7 +23,7 @@ def train(lesson: Lesson, folder: str, without: str = "") -> Trained:
         without: `fused` layers, `head` left out of the model, `packing`, `kept` activations;
             or nothing.
     """
-    from jetson_ft.bench.trainers import Trained, plain_model
+    from jetson_ft.bench.trainers import plain_model
     from jetson_ft.models import attention
     from jetson_ft.models.loss import without_head
     from jetson_ft.training import trainer

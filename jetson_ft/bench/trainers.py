@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from jetson_ft.bench.lesson import ROWS_PER_STEP, Lesson
+from jetson_ft.bench.lesson import ROWS_PER_STEP, Lesson, Trained
 from jetson_ft.data.template import IGNORED
 from jetson_ft.models import adapter, load
 from jetson_ft.models.packing import Pack, packs
 from jetson_ft.training.memory import peak_memory_bytes
-
-
-@dataclass
-class Trained:
-    """What was seen of a training."""
-
-    ends: list[float] = field(default_factory=list)  # seconds, at the end of each step
-    losses: list[float] = field(default_factory=list)  # nats, of each step
-    peak_memory_bytes: int | None = None
-    plan: dict[str, Any] | None = None  # what ours chose
 
 
 class _Clock(TrainerCallback):
