@@ -51,9 +51,13 @@ def bench(settings: Settings, output: Path, listener: Listener) -> dict[str, Any
     """Runs it and returns what is in `bench.json`, which is kept up to date after each arm.
 
     Raises:
-        UserError: there is no such arm, model or data, or the folder can't be written.
+        UserError: there is no such arm, model or data, no arm can run here, or the folder
+            can't be written.
     """
     skipped = lacking(settings)
+    if len(skipped) == len(settings.arms):
+        told = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise UserError("None of the arms can run here.", told, "Add `trainer` and `ours`.")
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     lesson = _prepared(settings)

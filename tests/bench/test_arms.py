@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft.tuners.lora import layer
 
 from jetson_ft.bench import lesson as lessons
@@ -15,9 +16,10 @@ from jetson_ft.bench import llamafactory
 from jetson_ft.bench.arm import measure, reason
 from jetson_ft.bench.arms import ARMS
 from jetson_ft.bench.lesson import Lesson, Settings, prepare
-from jetson_ft.bench.run import lacking
+from jetson_ft.bench.run import bench, lacking
 from jetson_ft.errors import UserError
 from jetson_ft.models.lora import FusedLinear
+from jetson_ft.models.packing import pack
 
 HERE = [name for name in ARMS if name not in ("trl", "llamafactory")]
 README = Path(__file__).parents[2] / "benchmarks" / "README.md"
@@ -69,12 +71,25 @@ def test_an_arm_learns_what_trainer_learns(
     assert 0 < measured[name]["roof_share"] < 1
 
 
-def test_losses_fall_so_that_to_agree_means_something(
-    measured: dict[str, dict[str, Any]], lesson: Lesson
+def test_steps_differ_so_that_to_agree_means_something(
+    measured: dict[str, dict[str, Any]],
 ) -> None:
-    """An arm that didn't step, or took other rows, would show."""
+    """An arm that took other rows would show."""
     by_step = measured["trainer"]["losses"]
     assert max(by_step) - min(by_step) > 2e-3
+
+
+def test_packed_rows_do_not_see_each_other(lesson: Lesson) -> None:
+    """transformers keeps them apart by positions that begin anew; without, the loss moves."""
+    from jetson_ft.bench.trainers import _loss_with_full_head, plain_model
+
+    model, rows = plain_model(lesson), lesson.rows[:2]
+    together = pack(rows)
+    in_a_row = replace(together, position_ids=torch.arange(together.tokens)[None])
+    with torch.no_grad():
+        alone = float(sum(_loss_with_full_head(model, pack([row])) for row in rows))
+        assert float(_loss_with_full_head(model, together)) == pytest.approx(alone, abs=1e-3)
+        assert float(_loss_with_full_head(model, in_a_row)) != pytest.approx(alone, abs=4e-3)
 
 
 def test_only_ours_has_a_plan_and_switches_change_it(measured: dict[str, dict[str, Any]]) -> None:
@@ -110,6 +125,13 @@ def test_arms_that_cannot_run_say_why(settings: Settings, tmp_path: Path) -> Non
     assert without["llamafactory"] == f"{sys.executable} doesn't have llamafactory"
     missing = lacking(replace(settings, llamafactory=str(tmp_path / "python")))
     assert "no program" in missing["llamafactory"]
+
+
+def test_where_no_arm_can_run_nothing_is_prepared(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="None of the arms can run here") as caught:
+        bench(replace(settings, arms=("llamafactory",)), tmp_path / "out", print)
+    assert caught.value.where.startswith("llamafactory: no interpreter")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_arm_is_refused_with_the_nearest(settings: Settings) -> None:

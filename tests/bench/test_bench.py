@@ -7,8 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
+from jetson_ft import cli
+from jetson_ft.bench.lesson import Settings
 
 ARMS = ["trainer", "packed", "ours", "llamafactory"]
 
@@ -48,17 +53,24 @@ def test_bench_from_command_to_files(tiny_llama: Path, rows_file: Path, tmp_path
     assert table in done.stdout
 
 
-def test_nothing_measured_is_exit_code_1(tmp_path: Path) -> None:
-    """An arm that can't run here is told, and the command fails as it has no figures."""
-    from jetson_ft.bench.run import write
+def test_nothing_measured_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jetson_ft.bench import run
 
-    found = {
-        "settings": {"threads": 1, "model": "m", "rank": 8, "data": "d", "max_length": 512,
-                     "rounds": 1},
-        "device": {"board": None, "name": "a CPU", "kind": "cpu"},
-        "lesson": {"rows": 16, "steps": 2, "timed_tokens": 1234},
-        "versions": {}, "precision": "fp32", "arms": {"trl": "…"},
-        "skipped": {"trl": "trl is not installed"}, "rounds": [],
-    }  # fmt: skip
-    write(tmp_path, found)
-    assert "- trl: trl is not installed" in (tmp_path / "bench.md").read_text(encoding="utf-8")
+    def all_failed(settings: Settings, output: Path, listener: Any) -> dict[str, Any]:
+        found = {
+            "settings": vars(settings) | {"data": "d"},
+            "device": {"board": None, "name": "a CPU", "kind": "cpu"},
+            "lesson": {"rows": 16, "steps": 2, "timed_tokens": 1234},
+            "versions": {}, "precision": "fp32", "arms": {"ours": "…", "trl": "…"},
+            "skipped": {"trl": "trl is not installed"},
+            "rounds": [{"round": 1, "arm": "ours", "error": "crashed (signal 9)"}],
+        }  # fmt: skip
+        output.mkdir()
+        run.write(output, found)
+        return found
+
+    monkeypatch.setattr(run, "bench", all_failed)
+    done = CliRunner().invoke(cli.app, ["bench", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "- ours: failed in 1 of 1 rounds: crashed (signal 9)" in done.stdout
+    assert "- trl: trl is not installed" in done.stdout
