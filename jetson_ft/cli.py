@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -167,6 +168,53 @@ def plan(
         print(json.dumps(found.as_json(), ensure_ascii=False, indent=2))
     else:
         print_outlook(found)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="`embedded`, a hub id or a folder.")] = "embedded",
+    data: Annotated[
+        str, typer.Option(help="Rows: `bundled`, a file or a hub data set id.")
+    ] = "bundled",
+    rows: Annotated[int, typer.Option(min=16, help="Rows an arm trains on, 8 a step.")] = 40,
+    max_length: Annotated[int, typer.Option(min=16, help="Longest row in tokens.")] = 512,
+    rank: Annotated[int, typer.Option(min=1, max=1024, help="Rank of the adapter.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="How often every arm runs.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Processor threads; by default every core.")
+    ] = None,
+    arms: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="Arms to run; by default all of them.")
+    ] = None,
+    llamafactory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PYTHON", help="An interpreter that has LLaMA-Factory, to try it too."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for bench.md, bench.json and the log.")
+    ] = None,
+) -> None:
+    """Compare this program's training with what one would otherwise use, on this machine."""
+    from jetson_ft.bench.arms import ARMS
+    from jetson_ft.bench.lesson import Settings
+    from jetson_ft.bench.run import bench as run_bench
+    from jetson_ft.bench.table import markdown
+    from jetson_ft.console import bench_bar
+    from jetson_ft.device.probe import usable_cores
+
+    chosen = tuple(dict.fromkeys(arms.split(","))) if arms else tuple(ARMS)
+    settings = Settings(
+        model, data, rows, max_length, rank, rounds, threads or usable_cores(), chosen, llamafactory
+    )
+    folder = output or Path("bench") / time.strftime("%Y%m%d-%H%M%S")
+    with bench_bar() as listener:
+        found = run_bench(settings, folder, listener)
+    print(markdown(found))
+    print(f"written: {folder / 'bench.md'}, {folder / 'bench.json'}")
+    if all("error" in measured for measured in found["rounds"]):
+        raise typer.Exit(1)
 
 
 @app.command()

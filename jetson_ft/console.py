@@ -358,3 +358,37 @@ def print_figures(report: dict[str, Any]) -> None:
     for row in rows_of_figures(report):
         table.add_row(row["en"], row["before"], row["after"], style=colours[row["verdict"]])
     out.print(table)
+
+
+@contextmanager
+def bench_bar() -> Iterator[Callable[[Any], None]]:
+    """A progress bar with the time left, and a line for each arm that has ended."""
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"), console=out, transient=True, refresh_per_second=1,
+    ) as progress:  # fmt: skip
+        task = progress.add_task("preparing", total=None, note="")
+
+        def update(turn: Any) -> None:
+            if turn.measured is not None:
+                out.print(f"round {turn.round}  {turn.arm:24} {_measured(turn.measured)}",
+                          markup=False)  # fmt: skip
+                progress.update(task, completed=turn.number)
+                return
+            left = turn.seconds_left
+            note = "" if left is None else f"about {duration(left)} left"
+            what = f"round {turn.round}: {turn.arm}"
+            progress.update(
+                task, description=what, completed=turn.number - 1, total=turn.of, note=note
+            )
+
+        yield update
+
+
+def _measured(found: dict[str, Any]) -> str:
+    """One arm's figures in a few words, or why it has none."""
+    if "error" in found:
+        return printable(f"failed: {found['error']}")
+    peak = found["peak_memory_bytes"]
+    memory = "" if peak is None else f", {peak / 2**30:.2f} GiB"
+    return f"{found['tokens_per_second']:,.0f} tokens/s{memory}"

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 BASE_FILE = "base.json"
 
 
-def attach(model: Any, lora: LoraRecipe, seed: int) -> PeftModel:
+def attach(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) -> PeftModel:
     """Puts a fresh adapter (fp32, whatever the base) on the model, in place.
+
+    Args:
+        fused: with the layers of `models.lora`; else with PEFT's own.
 
     Raises:
         UserError: `lora.targets` names layers that the model doesn't have.
@@ -44,7 +47,8 @@ def attach(model: Any, lora: LoraRecipe, seed: int) -> PeftModel:
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
     )
-    register(config)
+    if fused:
+        register(config)
     return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 

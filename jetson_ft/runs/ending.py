@@ -16,10 +16,15 @@ def of_code(run: Run, code: int) -> tuple[str, str]:
     if code == EXIT_STOPPED:
         return "stopped", "stopped on request; resumable"
     if code < 0:
-        hint = "; most likely the kernel ended it for want of memory" if code == -9 else ""
-        return "failed", f"crashed (signal {-code}){hint}"
+        return "failed", of_signal(-code)
     errors = _this_attempts(run, "error")
     return "failed", errors[-1]["what"] if errors else f"ended with code {code}; see log.txt"
+
+
+def of_signal(number: int) -> str:
+    """What a process died of."""
+    hint = "; most likely the kernel ended it for want of memory" if number == 9 else ""
+    return f"crashed (signal {number}){hint}"
 
 
 def unwatched(run: Run) -> tuple[str, str]:

@@ -47,7 +47,7 @@ def compose(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
         "schema": SCHEMA,
         "recipe_sha256": recipe.sha256(),
         "model": recipe.model,
-        "versions": {"jetson-ft": __version__, **_versions()},
+        "versions": versions(),
         "precision": facts["precision"],
         "data_sha256": facts["data_sha256"],
         "seed": recipe.train.seed,
@@ -74,8 +74,9 @@ def compose(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Of this program and of the packages that decide what it computes."""
+    found = {"jetson-ft": __version__}
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -21,7 +21,7 @@ from jetson_ft.runs.slot import Slot
 _POLL_SECONDS = 0.25
 # OpenMP threads that spin without end while they wait make training several times slower as
 # soon as anything else runs on the machine; those that never spin are slow to wake.
-_WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
+WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
 
 
 def supervise(run: Run, held: IO[bytes]) -> None:
@@ -62,7 +62,7 @@ def _watch(run: Run, slot: IO[bytes]) -> int:
     with open(run.path / "log.txt", "ab") as log:
         worker = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            pass_fds=[slot.fileno()], env={**_WORKER_ENVIRONMENT, **os.environ},
+            pass_fds=[slot.fileno()], env={**WORKER_ENVIRONMENT, **os.environ},
         )  # fmt: skip
     run.write_state("running")
     told = False

@@ -27,7 +27,7 @@ def main(run: Run) -> int:
     attempt = run.state().attempt
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to translate
-    _quieten()
+    quieten()
     log = EventLog(run, attempt)
     code = _work(run, attempt, log)
     # For `jobs.settle`, should the supervisor be gone that waits for the exit code.
@@ -86,7 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """No progress bars into the log; our events say what goes on."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,0 +1,109 @@
+"""LLaMA-Factory as an arm: its own command line, on the same conversations.
+
+It tokenises them itself, with the template it reads from the tokenizer; rows are counted as
+ours are, so its rate says how fast the same text was learnt. Written for release 0.9.5.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from jetson_ft.bench.lesson import ROWS_PER_STEP, Lesson, Trained
+from jetson_ft.paths import write_json
+
+_POLL_SECONDS = 0.02
+_START = "from llamafactory.cli import main; main()"
+
+
+def train(lesson: Lesson, folder: str) -> Trained:
+    """Starts it and notes when it logs each step.
+
+    Raises:
+        RuntimeError: it failed; its own words are in the log.
+    """
+    home = Path(folder)
+    _write_rows(lesson, home)
+    write_json(home / "train.json", arguments(lesson, home))
+    command = [str(lesson.settings.llamafactory), "-c", _START, "train", str(home / "train.json")]
+    seen = Trained()
+    process = subprocess.Popen(command, cwd=home, env=os.environ | {"PYTHONPATH": ""})
+    while process.poll() is None:
+        _note_new(home / "out" / "trainer_log.jsonl", seen)
+        time.sleep(_POLL_SECONDS)
+    _note_new(home / "out" / "trainer_log.jsonl", seen)
+    if process.returncode:
+        raise RuntimeError(f"LLaMA-Factory ended with code {process.returncode}; see log.txt")
+    if lesson.device.kind == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        seen.peak_memory_bytes = int(peak if sys.platform == "darwin" else peak * 1024)
+    return seen
+
+
+def _note_new(log: Path, seen: Trained) -> None:
+    """Each step's line comes when the step has ended."""
+    if log.exists():
+        losses = losses_in(log.read_text(encoding="utf-8"))
+        seen.ends += [time.perf_counter()] * (len(losses) - len(seen.losses))
+        seen.losses = losses
+
+
+def losses_in(log: str) -> list[float]:
+    """Of each step, out of `trainer_log.jsonl`; a last line still being written is left out."""
+    lines = [json.loads(line) for line in log.split("\n")[:-1]]
+    return [float(line["loss"]) for line in lines if "loss" in line]
+
+
+def _write_rows(lesson: Lesson, home: Path) -> None:
+    rows = [{"messages": lesson.messages[i]} for step in lesson.steps() for i in step]
+    tags = {
+        "role_tag": "role", "content_tag": "content",
+        "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system",
+    }  # fmt: skip
+    write_json(home / "rows.json", rows)
+    entry = {
+        "file_name": "rows.json",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": tags,
+    }
+    write_json(home / "dataset_info.json", {"rows": entry})
+
+
+def arguments(lesson: Lesson, home: Path) -> dict[str, Any]:
+    """Its settings where they are not its defaults; the batch is that of its examples."""
+    recipe = lesson.settings.recipe()
+    return {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": lesson.folder,
+        "dataset": "rows",
+        "dataset_dir": str(home),
+        "output_dir": str(home / "out"),
+        "cutoff_len": lesson.settings.max_length,
+        "disable_shuffling": True,
+        "overwrite_cache": True,
+        "finetuning_type": "lora",
+        "lora_target": "all",
+        "lora_rank": recipe.lora.rank,
+        "lora_alpha": int(recipe.lora.alpha),
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": ROWS_PER_STEP,
+        "num_train_epochs": recipe.train.epochs,
+        "learning_rate": recipe.train.learning_rate,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "bf16": lesson.precision == "bf16",
+        "fp16": lesson.precision == "fp16",
+        "use_cpu": lesson.device.kind == "cpu",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": recipe.train.seed,
+    }

@@ -1,0 +1,76 @@
+"""The whole command: real processes, both files, and a failing arm among the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from jetson_ft import cli
+from jetson_ft.bench.lesson import Settings
+
+ARMS = ["trainer", "packed", "ours", "llamafactory"]
+
+
+@pytest.mark.slow
+def test_bench_from_command_to_files(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
+    failing = tmp_path / "python"
+    failing.write_text('#!/bin/sh\ncase "$2" in *find_spec*) exit 0;; esac\nexit 7\n')
+    failing.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "jetson_ft.cli", "bench", "--model", str(tiny_llama),
+         "--data", str(rows_file), "--rows", "16", "--rounds", "1", "--threads", "1",
+         "--arms", ",".join(ARMS), "--llamafactory", str(failing), "--output", "out"],
+        cwd=tmp_path, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
+    assert set(report) == {
+        "schema", "created", "versions", "device", "settings", "precision", "lesson", "arms",
+        "skipped", "rounds", "rounds_done", "summary",
+    }  # fmt: skip
+    assert report["schema"] == 1
+    assert report["lesson"]["steps"] == 2
+    *good, bad = report["rounds"]
+    for measured in good:
+        assert set(measured) == {
+            "round", "arm", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes",
+            "losses", "plan", "flops_per_token", "matmul_flops", "roof_share",
+        }  # fmt: skip
+        assert measured["losses"] == pytest.approx(good[0]["losses"], abs=1e-3)
+    why = "RuntimeError: LLaMA-Factory ended with code 7; see log.txt"
+    assert bad == {"round": 1, "arm": "llamafactory", "error": why}
+    table = (tmp_path / "out" / "bench.md").read_text(encoding="utf-8")
+    assert [line.split()[1] for line in table.splitlines() if line.startswith("| ")][2:] == ARMS
+    assert f"- llamafactory: failed in 1 of 1 rounds: {why}" in table
+    assert table in done.stdout
+
+
+def test_nothing_measured_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jetson_ft.bench import run
+
+    def all_failed(settings: Settings, output: Path, listener: Any) -> dict[str, Any]:
+        found = {
+            "settings": vars(settings) | {"data": "d"},
+            "device": {"board": None, "name": "a CPU", "kind": "cpu"},
+            "lesson": {"rows": 16, "steps": 2, "timed_tokens": 1234},
+            "versions": {}, "precision": "fp32", "arms": {"ours": "…", "trl": "…"},
+            "skipped": {"trl": "trl is not installed"},
+            "rounds": [{"round": 1, "arm": "ours", "error": "crashed (signal 9)"}],
+        }  # fmt: skip
+        output.mkdir()
+        run.write(output, found)
+        return found
+
+    monkeypatch.setattr(run, "bench", all_failed)
+    done = CliRunner().invoke(cli.app, ["bench", "--output", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "- ours: failed in 1 of 1 rounds: crashed (signal 9)" in done.stdout
+    assert "- trl: trl is not installed" in done.stdout
