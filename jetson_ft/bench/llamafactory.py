@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jetson_ft import strict_yaml
 from jetson_ft.bench.lesson import ROWS_PER_STEP, Lesson, Trained
-from jetson_ft.paths import write_json
+from jetson_ft.paths import write_atomic, write_json
 
 _POLL_SECONDS = 0.02
 _START = "from llamafactory.cli import main; main()"
@@ -30,8 +31,8 @@ def train(lesson: Lesson, folder: str) -> Trained:
     """
     home = Path(folder)
     _write_rows(lesson, home)
-    write_json(home / "train.json", arguments(lesson, home))
-    command = [str(lesson.settings.llamafactory), "-c", _START, "train", str(home / "train.json")]
+    write_atomic(home / "train.yaml", strict_yaml.dump(arguments(lesson, home)))
+    command = [str(lesson.settings.llamafactory), "-c", _START, "train", str(home / "train.yaml")]
     seen = Trained()
     process = subprocess.Popen(command, cwd=home, env=os.environ | {"PYTHONPATH": ""})
     while process.poll() is None:

@@ -53,6 +53,16 @@ def test_bench_from_command_to_files(tiny_llama: Path, rows_file: Path, tmp_path
     assert table in done.stdout
 
 
+def test_the_process_beside_the_arms_stays_small() -> None:
+    """Its memory would be missing to them."""
+    code = (
+        "import sys, jetson_ft.bench.run; "
+        "print(*{'torch', 'transformers', 'peft', 'datasets', 'pyarrow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_nothing_measured_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from jetson_ft.bench import run
 
