@@ -28,8 +28,9 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
     from jetson_ft.errors import UserError
 
     class Pipeline:
-        def __init__(self, run, attempt, stop_requested):
-            self.run, self.attempt, self.stop_requested = run, attempt, stop_requested
+        def __init__(self, run, log, stop_requested, group):
+            self.run, self.attempt = run, run.state().attempt
+            self.stop_requested = stop_requested
 
         def finetune(self):
             name = self.run.name
