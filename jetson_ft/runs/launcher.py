@@ -29,15 +29,16 @@ _MEETING_SECONDS = 900  # for the other machines to come
 def main(run: Run) -> int:
     """Until all of this machine's processes have ended."""
     wanted = processes.of(run)
-    _prepare_environment(wanted)
     threading.Thread(target=_leave_if_stopped, args=(run,), daemon=True).start()
+    log = EventLog(run, run.state().attempt)
+    if wanted.nnodes > 1:
+        log.emit("phase", name="meeting", detail=f"{wanted.nnodes} machines, {wanted.rendezvous}")
     try:
         _launch(run, wanted)
     except Exception as error:
         if ending.last_word(run) is None:
             traceback.print_exc()
             said = explain(error, wanted)
-            log = EventLog(run, run.state().attempt)
             log.emit("error", what=said.what, where=said.where, fix=said.fix)
         return ending.last_word(run) or ending.EXIT_REFUSED
     return ending.last_word(run) or 0
@@ -46,6 +47,7 @@ def main(run: Run) -> int:
 def _launch(run: Run, wanted: Processes) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    _prepare_environment(wanted)
     alone = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
     meeting = {"rdzv_backend": "static", "rdzv_endpoint": wanted.rendezvous}
     config = LaunchConfig(
@@ -115,7 +117,8 @@ def explain(error: Exception, wanted: Processes) -> UserError:
         return error
     if isinstance(error, ChildFailedError):
         rank, failure = error.get_first_failure()
-        return lost([f"{rank} on {socket.gethostname()}"], _end_of(failure))
+        here = f"machine {wanted.node_rank} ({socket.gethostname()})"
+        return lost([f"{rank} on {here}"], _end_of(failure))
     return UserError(
         f"The {wanted.nnodes} machines did not come together: {error}",
         wanted.rendezvous or "",

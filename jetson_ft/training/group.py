@@ -15,7 +15,7 @@ import re
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Group:
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1):
         self.rank, self.size = rank, size
         self.local_rank, self.local_size = local_rank, local_size
-        self.hosts = [socket.gethostname()]  # of each process
+        self.hosts = [this_machine()]  # of each process
         self.backend = ""  # of the gradients
         self._loading: Any = None
         self._roll_call: Any = None
@@ -175,21 +175,19 @@ class Group:
         """Calls the roll, to say whose silence it was; only the first process can tell."""
         import torch
 
-        said, waiting = str(error), timedelta(seconds=_ROLL_CALL_SECONDS)
-        with suppress(RuntimeError):  # after the first one's word the others' is of no use
-            try:
-                torch.distributed.monitored_barrier(self._roll_call, waiting, wait_all_ranks=True)
-            except RuntimeError as found:
-                said = str(found)
-                raise
+        said, waiting = "", timedelta(seconds=_ROLL_CALL_SECONDS)
+        try:
+            torch.distributed.monitored_barrier(self._roll_call, waiting, wait_all_ranks=True)
+        except (RuntimeError, ValueError) as found:
+            said = str(found)
         listed = re.search(r"Ranks? ([\d, ]+) failed to pass", said)
         ranks = [int(rank) for rank in listed[1].split(",")] if listed and self.is_first else []
-        return lost([f"{rank} on {self.hosts[rank]}" for rank in ranks], said)
+        return lost([f"{rank} on {self.hosts[rank]}" for rank in ranks], str(error))
 
 
 def lost(whom: list[str], said: str) -> UserError:
     """The message for processes (`RANK on HOST`) that ended or fell silent."""
-    who = f"Process {' and '.join(whom)}" if whom else "Another process"
+    who = f"Process {' and '.join(whom)}" if whom else "Another process (machine 0 knows which)"
     return UserError(
         f"{who} stopped answering; training has ended, the last checkpoint is kept.",
         said.splitlines()[0] if said else "",
@@ -201,6 +199,11 @@ def lost(whom: list[str], said: str) -> UserError:
 def leads_its_machine() -> bool:
     """Whether this process is its machine's first, by the launcher's word, before `join`."""
     return os.environ.get("LOCAL_RANK", "0") == "0" or not is_launched()
+
+
+def this_machine() -> str:
+    """By its number among the machines, and its name: boards often have the same."""
+    return f"machine {os.environ.get('GROUP_RANK', '0')} ({socket.gethostname()})"
 
 
 def is_launched() -> bool:
@@ -244,7 +247,7 @@ def _connect(group: Group) -> None:
         group._loading = distributed.new_group(backend="gloo", timeout=long)
         group._roll_call = distributed.new_group(backend="gloo", timeout=waiting)
         has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
-        told = group._gather((socket.gethostname(), has_nccl))
+        told = group._gather((this_machine(), has_nccl))
         group.hosts = [host for host, _ in told]
         group.backend = "nccl" if all(has for _, has in told) else "gloo"
         group._gradients = distributed.new_group(backend=group.backend, timeout=waiting)
