@@ -11,9 +11,9 @@ over gloo too (PyTorch for Jetson often comes without NCCL).
 from __future__ import annotations
 
 import os
-import re
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -26,7 +26,9 @@ from jetson_ft.errors import UserError
 PATIENCE = 120.0
 # The same before training, while one still fetches what another has.
 _PATIENCE_LOADING = 1800.0
-_ROLL_CALL_SECONDS = 10.0
+# For those who haven't noticed yet. The launcher ends a machine's processes after half a minute.
+_ROLL_CALL_SECONDS = 20.0
+_HERE = "jetson-ft-here-"  # and a process's number: it has noticed that one is gone
 
 # What the launcher tells each process, and accelerate must not hear.
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -45,7 +47,7 @@ class Group:
         self.hosts = [this_machine()]  # of each process
         self.backend = ""  # of the gradients
         self._loading: Any = None
-        self._roll_call: Any = None
+        self._store: Any = None
         self._gradients: Any = None
 
     @property
@@ -172,24 +174,29 @@ class Group:
             raise self._missing(error) from error
 
     def _missing(self, error: RuntimeError) -> UserError:
-        """Calls the roll, to say whose silence it was; only the first process can tell."""
-        import torch
-
-        said, waiting = "", timedelta(seconds=_ROLL_CALL_SECONDS)
+        """Calls the roll: who also noticed says so in the launcher's store, who is gone doesn't."""
+        deadline = time.monotonic() + min(_ROLL_CALL_SECONDS, _patience())
         try:
-            torch.distributed.monitored_barrier(self._roll_call, waiting, wait_all_ranks=True)
-        except (RuntimeError, ValueError) as found:
-            said = str(found)
-        listed = re.search(r"Ranks? ([\d, ]+) failed to pass", said)
-        ranks = [int(rank) for rank in listed[1].split(",")] if listed and self.is_first else []
-        return lost([f"{rank} on {self.hosts[rank]}" for rank in ranks], str(error))
+            self._store.set(f"{_HERE}{self.rank}", "")
+            silent = [rank for rank in range(self.size) if not self._answers(rank, deadline)]
+        except RuntimeError:  # the store is on machine 0
+            silent = [0]
+        return lost([f"{rank} on {self.hosts[rank]}" for rank in silent], str(error))
+
+    def _answers(self, rank: int, deadline: float) -> bool:
+        left = timedelta(seconds=max(0.1, deadline - time.monotonic()))
+        try:
+            self._store.wait([f"{_HERE}{rank}"], left)
+        except RuntimeError:
+            return False
+        return True
 
 
 def lost(whom: list[str], said: str) -> UserError:
     """The message for processes (`RANK on HOST`) that ended or fell silent."""
-    who = f"Process {' and '.join(whom)}" if whom else "Another process (machine 0 knows which)"
+    what = f"Process {' and '.join(whom)} stopped answering" if whom else "A connection broke"
     return UserError(
-        f"{who} stopped answering; training has ended, the last checkpoint is kept.",
+        f"{what}; training has ended, the last checkpoint is kept.",
         said.splitlines()[0] if said else "",
         "Resume from the last checkpoint with `jetson-ft train --resume RUN` on every machine, or "
         "by one process alone with `--nnodes 1 --nproc-per-node 1` added.",
@@ -238,19 +245,22 @@ def _connect(group: Group) -> None:
     import torch
     from torch import distributed
 
-    waiting = timedelta(seconds=float(os.environ.get("JETSON_FT_PATIENCE", PATIENCE)))
+    waiting, long = timedelta(seconds=_patience()), timedelta(seconds=_PATIENCE_LOADING)
+    distributed.init_process_group("gloo", rank=group.rank, world_size=group.size, timeout=waiting)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    group._store = distributed.TCPStore(address, port, is_master=False, timeout=waiting)
+    group.hosts = ["its machine"] * group.size  # until they have told
     with group._missing_told():
-        distributed.init_process_group(
-            "gloo", rank=group.rank, world_size=group.size, timeout=waiting
-        )
-        long = timedelta(seconds=_PATIENCE_LOADING)
         group._loading = distributed.new_group(backend="gloo", timeout=long)
-        group._roll_call = distributed.new_group(backend="gloo", timeout=waiting)
         has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
         told = group._gather((this_machine(), has_nccl))
         group.hosts = [host for host, _ in told]
         group.backend = "nccl" if all(has for _, has in told) else "gloo"
         group._gradients = distributed.new_group(backend=group.backend, timeout=waiting)
+
+
+def _patience() -> float:
+    return float(os.environ.get("JETSON_FT_PATIENCE", PATIENCE))
 
 
 def _parts(flat: Any, parameters: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
