@@ -36,11 +36,14 @@ def main(run: Run) -> int:
     try:
         _launch(run, wanted)
     except Exception as error:
-        if ending.last_word(run) is None:
-            traceback.print_exc()
-            said = explain(error, wanted)
-            log.emit("error", what=said.what, where=said.where, fix=said.fix)
-        return ending.last_word(run) or ending.EXIT_REFUSED
+        traceback.print_exc()
+        word = ending.last_word(run)
+        # The launcher ends all when one is lost, which the first process takes for a stop.
+        if word not in (None, ending.EXIT_STOPPED):
+            return word
+        said = explain(error, wanted)
+        log.emit("error", what=said.what, where=said.where, fix=said.fix)
+        return ending.EXIT_REFUSED
     return ending.last_word(run) or 0
 
 

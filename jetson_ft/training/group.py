@@ -246,9 +246,18 @@ def _connect(group: Group) -> None:
     from torch import distributed
 
     waiting, long = timedelta(seconds=_patience()), timedelta(seconds=_PATIENCE_LOADING)
-    distributed.init_process_group("gloo", rank=group.rank, world_size=group.size, timeout=waiting)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    group._store = distributed.TCPStore(address, port, is_master=False, timeout=waiting)
+    try:
+        distributed.init_process_group(
+            "gloo", rank=group.rank, world_size=group.size, timeout=waiting
+        )
+        group._store = distributed.TCPStore(address, port, is_master=False, timeout=waiting)
+    except RuntimeError as error:
+        raise UserError(
+            f"The {group.size} processes could not connect: {str(error).splitlines()[0]}",
+            f"{address}:{port}",
+            "Let no firewall stand between the machines: gloo chooses its ports itself.",
+        ) from error
     group.hosts = ["its machine"] * group.size  # until they have told
     with group._missing_told():
         group._loading = distributed.new_group(backend="gloo", timeout=long)

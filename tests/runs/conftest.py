@@ -86,9 +86,9 @@ class Shop:
         wait_for(lambda: (run.path / f"worked-{attempt}").exists())
         return int((run.path / "pid").read_text())
 
-    def until(self, holds: Callable[[], Any]) -> Any:
+    def until(self, holds: Callable[[], Any], seconds: float = 15.0) -> Any:
         """What `holds` says as soon as it says yes."""
-        return wait_for(holds)
+        return wait_for(holds, seconds)
 
     def told(self, run: Run) -> Any:
         """The state of a run once it gives a reason."""
