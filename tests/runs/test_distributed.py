@@ -25,6 +25,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 # --- what is asked for ------------------------------------------------------------------------
 
 
@@ -116,9 +121,10 @@ def test_a_refused_run_says_why_once(shop: Any, pair: Any) -> None:
 
 
 def test_the_wait_for_another_machine_can_be_stopped(shop: Any) -> None:
-    wanted = Processes(nnodes=2, rendezvous=f"127.0.0.1:{free_port()}")
+    port = free_port()
+    wanted = Processes(nnodes=2, rendezvous=f"127.0.0.1:{port}")
     run = jobs.launch(shop.recipe(), "plain", wanted)
-    shop.until(lambda: any(e["kind"] == "phase" for e in run.events()), 60.0)
+    shop.until(lambda: listens(port), 60.0)
     jobs.stop(run)
     assert shop.wait(run, *rundir.ENDED) == "stopped"
 
