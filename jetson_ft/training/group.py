@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -175,13 +176,23 @@ class Group:
 
     def _missing(self, error: RuntimeError) -> UserError:
         """Calls the roll: who also noticed says so in the launcher's store, who is gone doesn't."""
-        deadline = time.monotonic() + min(_ROLL_CALL_SECONDS, _patience())
+        answers: list[list[int]] = []
+        waiting = min(_ROLL_CALL_SECONDS, _patience())
+        deadline = time.monotonic() + waiting
+        # Beside us, as a store on a machine that is cut off keeps its callers without end.
+        calling = threading.Thread(target=lambda: answers.append(self._silent(deadline)))
+        calling.daemon = True
+        calling.start()
+        calling.join(waiting + 1)
+        silent = answers[0] if answers else [0]
+        return lost([f"{rank} on {self.hosts[rank]}" for rank in silent], str(error))
+
+    def _silent(self, deadline: float) -> list[int]:
         try:
             self._store.set(f"{_HERE}{self.rank}", "")
-            silent = [rank for rank in range(self.size) if not self._answers(rank, deadline)]
+            return [rank for rank in range(self.size) if not self._answers(rank, deadline)]
         except RuntimeError:  # the store is on machine 0
-            silent = [0]
-        return lost([f"{rank} on {self.hosts[rank]}" for rank in silent], str(error))
+            return [0]
 
     def _answers(self, rank: int, deadline: float) -> bool:
         left = timedelta(seconds=max(0.1, deadline - time.monotonic()))

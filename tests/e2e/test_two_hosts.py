@@ -100,7 +100,7 @@ def hosts(tiny_phi: Path, rows_file: Path, tmp_path: Path) -> Iterator[Hosts]:
 
 
 def said(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=120)
     return output
 
 
@@ -118,7 +118,7 @@ def test_two_hosts_train_one_adapter(hosts: Hosts) -> None:
 
 def test_a_cut_cable_fails_the_run_and_one_host_goes_on(hosts: Hosts) -> None:
     first, second = hosts.train("a", "train.epochs=400"), hosts.train("b", "train.epochs=400")
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 120
     while not hosts.events("a", "checkpoint"):
         assert time.monotonic() < deadline and first.poll() is None
         time.sleep(0.2)
