@@ -76,9 +76,7 @@ def main() -> None:
     for name in names:
         predicted, measured, parts = measure(RECIPES[name])
         off = predicted / measured - 1
-        print(
-            f"| {name} | {predicted / 1e9:.2f} | {measured / 1e9:.2f} | {off:+.1%} |", flush=True
-        )
+        print(f"| {name} | {predicted / 1e9:.2f} | {measured / 1e9:.2f} | {off:+.1%} |", flush=True)
         print(json.dumps(parts), file=sys.stderr)
 
 

@@ -71,25 +71,40 @@ def train(
         bool,
         typer.Option("--dry-run", help="Show recipe, rows, steps, memory and time; train nothing."),
     ] = False,
+    nproc_per_node: Annotated[
+        int | None, typer.Option(help="Processes on this machine (1): one a GPU.")
+    ] = None,
+    nnodes: Annotated[int | None, typer.Option(help="Machines that train together (1).")] = None,
+    node_rank: Annotated[
+        int | None, typer.Option(help="Number of this machine, from 0, which owns the run.")
+    ] = None,
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Machine 0's address, for all alike.")
+    ] = None,
     runs: RunsOption = RUNS,
 ) -> None:
     """Fine-tune: recipe in, LoRA adapter and before/after report out."""
     from jetson_ft import recipe as recipes
-    from jetson_ft.runs import jobs, rundir
+    from jetson_ft.runs import jobs, processes, rundir
 
     sets = overrides or []
+    given = {
+        "nproc_per_node": nproc_per_node, "nnodes": nnodes,
+        "node_rank": node_rank, "rendezvous": rendezvous,
+    }  # fmt: skip
     if resume:
         _refuse_with_resume(recipe, dry_run)
         run = rundir.find(resume, runs)
         offset = run.events_file.stat().st_size if run.events_file.exists() else 0
-        jobs.resume(run, sets)
+        jobs.resume(run, sets, processes.of(run).changed(**given))
     else:
         name = recipe or _chosen()
         loaded = recipes.load(name, sets)
         if dry_run:
             _dry_run(loaded)
             return
-        run, offset = jobs.launch(loaded, Path(name).stem), 0
+        wanted = processes.Processes().changed(**given)
+        run, offset = jobs.launch(loaded, Path(name).stem, wanted), 0
     print(f"run: {run.path}", flush=True)
     raise typer.Exit(_follow(run, offset))
 

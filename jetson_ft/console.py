@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from jetson_ft.paths import printable
-from jetson_ft.runs import jobs
+from jetson_ft.runs import jobs, processes
 from jetson_ft.runs.report import duration, rows_of_figures
 from jetson_ft.runs.rundir import LIVE, Run, State, read_events
 
@@ -77,6 +77,12 @@ class Follower:
             f"device: {device['board'] or device['name']}, "
             f"{device['memory_available'] / 2**30:.1f} of "
             f"{device['memory_total'] / 2**30:.1f} GiB free, {event['precision']}"
+        )
+
+    def _on_processes(self, event: dict[str, Any]) -> None:
+        self._say(
+            f"processes: {event['size']} on {', '.join(dict.fromkeys(event['hosts']))}; "
+            f"gradients over {event['backend']}"
         )
 
     def _on_data(self, event: dict[str, Any]) -> None:
@@ -193,6 +199,9 @@ def print_ending(run: Run, state: State) -> None:
 def _print_result(run: Run) -> None:
     from jetson_ft.paths import read_json
 
+    if processes.of(run).node_rank > 0:
+        out.print("This machine's part is done; adapter and report are on machine 0.")
+        return
     report = read_json(run.path / "report.json")
     print_figures(report)
     train = report["train"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -151,11 +151,20 @@ class Score:
     bits_per_char: float  # bits per character of the answers
 
 
-def score(model: Any, packs: Iterable[Pack], characters: int) -> Score:
-    """Teacher-forced score over packs whose answers have `characters` characters in all."""
+def score(
+    model: Any,
+    packs: Iterable[Pack],
+    characters: int,
+    total: Callable[[Sequence[float]], list[float]] = list,
+) -> Score:
+    """Teacher-forced score over packs whose answers have `characters` characters in all.
+
+    Args:
+        total: adds other processes' nats and tokens, where each scores some of the packs.
+    """
     was_training = model.training
     model.eval()
-    nats, tokens = 0.0, 0
+    nats, tokens = 0.0, 0.0
     device = model.get_input_embeddings().weight.device
     with torch.inference_mode():
         for pack in packs:
@@ -164,4 +173,5 @@ def score(model: Any, packs: Iterable[Pack], characters: int) -> Score:
             nats += float(losses[answer].double().sum())
             tokens += int(answer.sum())
     model.train(was_training)
+    nats, tokens = total([nats, tokens])
     return Score(nats / max(1, tokens), nats / math.log(2) / max(1, characters))

@@ -27,11 +27,17 @@ def of_signal(number: int) -> str:
     return f"crashed (signal {number}){hint}"
 
 
+def last_word(run: Run) -> int | None:
+    """The exit code that this attempt's worker announced, if it came to that."""
+    said = _this_attempts(run, "end")
+    return int(said[-1]["code"]) if said else None
+
+
 def unwatched(run: Run) -> tuple[str, str]:
     """(state, reason) where the supervisor is gone: by the worker's last word, if it had one."""
-    said = _this_attempts(run, "end")
-    if said:
-        return of_code(run, said[-1]["code"])
+    said = last_word(run)
+    if said is not None:
+        return of_code(run, said)
     return "failed", "ended without a word (power cut, or killed); resumable"
 
 

@@ -23,14 +23,16 @@ from jetson_ft import recipe as recipes
 from jetson_ft.errors import UserError
 from jetson_ft.paths import disk_errors, write_atomic
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import ending, preflight, rundir
+from jetson_ft.runs import ending, preflight, processes, rundir
+from jetson_ft.runs.processes import Processes
 from jetson_ft.runs.rundir import LIVE, Run, lock
 
 # What may change on resume, and only upwards: how long a run is.
 _LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
+_ONE = Processes()
 
 
-def launch(recipe: Recipe, label: str) -> Run:
+def launch(recipe: Recipe, label: str, wanted: Processes = _ONE) -> Run:
     """Makes the run and starts its supervisor; returns at once.
 
     Raises:
@@ -41,6 +43,7 @@ def launch(recipe: Recipe, label: str) -> Run:
     run = rundir.create(_with_absolute_paths(recipe), label)
     try:
         with _claim(run) as held:
+            processes.store(run, wanted)
             run.write_state("queued")
             _spawn_supervisor(run, held)
     except UserError:
@@ -49,8 +52,10 @@ def launch(recipe: Recipe, label: str) -> Run:
     return run
 
 
-def resume(run: Run, overrides: Iterable[str] = ()) -> Run:
+def resume(run: Run, overrides: Iterable[str] = (), wanted: Processes | None = None) -> Run:
     """Goes on from the last checkpoint; overrides may only make the run longer.
+
+    As many processes work on it as before, or as are wanted now.
 
     Raises:
         UserError: it is running, it is finished, or an override would change what it learns.
@@ -69,6 +74,8 @@ def resume(run: Run, overrides: Iterable[str] = ()) -> Run:
             )
         if new != old:
             write_atomic(run.path / "recipe.yaml", new.to_yaml())
+        if wanted:
+            processes.store(run, wanted)
         run.clear_stop()
         run.write_state("queued", attempt=state.attempt + 1)
         _spawn_supervisor(run, held)

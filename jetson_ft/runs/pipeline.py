@@ -24,7 +24,8 @@ from jetson_ft.paths import disk_errors, read_json, write_json
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import report
 from jetson_ft.runs.jobs import check_only_longer
-from jetson_ft.runs.rundir import EventLog, Run
+from jetson_ft.runs.rundir import Log, Run
+from jetson_ft.training.group import Group
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -118,16 +119,18 @@ class _Stopped(Exception):
 class Pipeline:
     """One attempt at a run."""
 
-    def __init__(self, run: Run, attempt: int, stop_requested: Callable[[], bool]) -> None:
-        self.run, self.attempt = run, attempt
+    def __init__(
+        self, run: Run, log: Log, stop_requested: Callable[[], bool], group: Group | None = None
+    ) -> None:
+        self.run, self.log = run, log
         self.recipe = run.recipe()
-        self.log = EventLog(run, attempt)
         self.stop_requested = stop_requested
+        self.group = group or Group()
 
     @contextmanager
     def phase(self, name: str, detail: str = "") -> Iterator[None]:
         """Announces a phase, and how long it took; a run asked to stop begins no more."""
-        if self.stop_requested():
+        if self.group.any(self.stop_requested()):
             raise _Stopped
         started = time.monotonic()
         self.log.emit("phase", name=name, detail=detail)
@@ -152,12 +155,13 @@ class Pipeline:
         with self.phase("device"):
             device = probe.probe()
             weights = weights_of(self.recipe, device)
+            self._announce_processes()
             self.log.emit("device", device=device.as_json(), precision=weights.precision)
         with self.phase("model files", self.recipe.model):
             base = resolve.resolve(self.recipe.model)
         with self.phase("data", self.recipe.data.train):
-            rows = prepare_rows(self.recipe, base)
-            self._check_same_lesson(rows)
+            rows = self._rows(base)
+            self._check_same_on_all(weights, base, rows)
             self.log.emit("data", **rows.report)
         with self.phase("plan"):
             plan = self._plan(work_of(self.recipe, weights, base, rows), device)
@@ -166,10 +170,21 @@ class Pipeline:
             model = adapter.attach(model, self.recipe.lora, self.recipe.train.seed)
             self.log.emit("weights", bytes=load.bytes_per_part(model), fused=fused.fuse(model))
         progress = self._train(model, rows, base, device, plan)
+        if not self.group.is_first:
+            return
+        self.group = self.group.leave()
         with self.phase("comparison", "base and adapter on the held-out rows"):
             found = self._compare(model, rows, progress)
         with self.phase("report"):
             report.write(self.run, self._facts(device, weights, rows, progress, found))
+
+    def _rows(self, base: Base) -> Rows:
+        """Made by each machine's first process; the others wait, and find them in the cache."""
+        rows = prepare_rows(self.recipe, base) if self.group.leads else None
+        if rows:
+            self._check_same_lesson(rows)
+        self.group.wait()
+        return rows or prepare_rows(self.recipe, base)
 
     def _check_same_lesson(self, rows: Rows) -> None:
         """Refuses other rows or settings than the run began with (recipe.yaml can be edited)."""
@@ -186,6 +201,29 @@ class Pipeline:
                 )
         write_json(path, {**rows.report, "recipe": self.recipe.model_dump()})
 
+    def _announce_processes(self) -> None:
+        if self.group.size > 1:
+            group = self.group
+            self.log.emit(
+                "processes", rank=group.rank, size=group.size,
+                hosts=group.hosts, backend=group.backend,
+            )  # fmt: skip
+
+    def _check_same_on_all(self, weights: Weights, base: Base, rows: Rows) -> None:
+        """Other paths are fine, other contents are not."""
+        own = {"output": "", "model": "", "data": self.recipe.data.model_copy(
+            update={"train": "", "heldout": ""})}  # fmt: skip
+        counts = tokens.token_counts(rows.train).tobytes()
+        self.group.agree(
+            {
+                "the recipe": self.recipe.model_copy(update=own).to_yaml(),
+                "the rows": rows.report["sha256"],
+                "the rows' tokens": hashlib.sha256(counts).hexdigest(),
+                "the model": base.fingerprint(),
+                "the arithmetic": str(weights),
+            }
+        )
+
     # --- training ----------------------------------------------------------------------
 
     def _plan(self, work: Work, device: Device) -> Plan:
@@ -193,21 +231,28 @@ class Pipeline:
         from jetson_ft.training import memory, planner
 
         flops = probe.measure_flops(device.kind, work.weights.precision)
-        return planner.choose(work, memory.with_own(device), flops)
+        free = memory.with_own(device, self.group.local_size)
+        return planner.choose(work, free, flops * self.group.size)
 
     def _train(self, model: Any, rows: Rows, base: Base, device: Device, plan: Plan) -> Progress:
         """Trains, or takes up what an earlier attempt has finished."""
+        newest = self._newest_checkpoint() if self.group.is_first else None
+        job = self._job(model, rows, device, plan)
+        with self.group.copy_of_firsts(newest) as resume:
+            progress = self._fit(model, job, resume)
+        if not progress.complete:
+            raise _Stopped
+        if self.group.is_first:
+            self._export(model, rows, base, progress)
+        return progress
+
+    def _newest_checkpoint(self) -> Path | None:
         from jetson_ft.training import checkpoint
 
         newest, faults = checkpoint.newest_intact(self.run.checkpoints)
         for fault in faults:
             self.log.emit("warning", message=f"{fault}; the checkpoint before it is used")
-        job = self._job(model, rows, device, plan)
-        progress = self._fit(model, job, newest)
-        if not progress.complete:
-            raise _Stopped
-        self._export(model, rows, base, progress)
-        return progress
+        return newest
 
     def _fit(self, model: Any, job: Any, newest: Path | None) -> Progress:
         from jetson_ft.models import attention
@@ -241,13 +286,15 @@ class Pipeline:
             device=device.kind,
             emit=self.log.emit,
             stop_requested=self.stop_requested,
+            group=self.group,
         )
 
     def _announce(self, plan: Plan, counts: Any, packing: bool) -> None:
         from jetson_ft.training.schedule import plan_steps
 
         steps = len(plan_steps(counts, self.recipe.train))
-        write_json(self.run.path / "plan.json", {"schema": 1, **plan.as_json(), "steps": steps})
+        if self.group.leads:
+            write_json(self.run.path / "plan.json", {"schema": 1, **plan.as_json(), "steps": steps})
         self.log.emit("plan", **plan.as_json(), steps_at_most=steps, packing=packing)
 
     def _export(self, model: Any, rows: Rows, base: Base, progress: Progress) -> None:

@@ -3,6 +3,7 @@
     recipe.yaml      the resolved recipe
     state.json       queued | running | stopping | stopped | finished | failed, and why;
                      written only by who holds supervisor.lock
+    processes.json   how many processes train it, and on how many machines
     plan.json        micro-batch, checkpointing, number of steps
     data.json        rows (by their hash) and recipe that a resumed run must meet again
     events.jsonl     one line an event, written by the worker alone
@@ -190,6 +191,16 @@ class EventLog:
         with disk_errors(self._path):
             while line:  # a disk that fills up takes a part and refuses the rest
                 line = line[os.write(self._file, line) :]
+
+
+class Silence:
+    """For processes beside the one that writes the events."""
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Says nothing."""
+
+
+Log = EventLog | Silence
 
 
 def _end_last_line(path: Path, file: int) -> None:

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from jetson_ft.runs import ending
+from jetson_ft.runs import ending, processes
 from jetson_ft.runs.rundir import Run
 from jetson_ft.runs.slot import Slot
 
@@ -58,7 +58,8 @@ def _wait_for_turn(run: Run) -> IO[bytes] | None:
 
 
 def _watch(run: Run, slot: IO[bytes]) -> int:
-    command = [sys.executable, "-m", "jetson_ft.runs.worker", str(run.path)]
+    program = "launcher" if processes.of(run).several else "worker"
+    command = [sys.executable, "-m", f"jetson_ft.runs.{program}", str(run.path)]
     with open(run.path / "log.txt", "ab") as log:
         worker = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

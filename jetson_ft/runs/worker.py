@@ -16,30 +16,34 @@ from typing import Any
 
 from jetson_ft.errors import UserError
 from jetson_ft.runs.ending import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
-from jetson_ft.runs.rundir import EventLog, Run, lock
+from jetson_ft.runs.rundir import EventLog, Log, Run, Silence, lock
+from jetson_ft.training import group
 
 
 def main(run: Run) -> int:
     """Works on the run until it is finished, stopped or failed."""
-    held = lock(run.path / "worker.lock", patience=1.0)
-    if held is None:
+    leads = group.leads_its_machine()
+    held = lock(run.path / "worker.lock", patience=1.0) if leads else None
+    if leads and held is None:
         return EXIT_FAILED
     attempt = run.state().attempt
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to translate
     quieten()
-    log = EventLog(run, attempt)
-    code = _work(run, attempt, log)
+    log = EventLog(run, attempt) if leads else Silence()
+    launched = group.is_launched()
+    code = _work(run, log)
     # For `jobs.settle`, should the supervisor be gone that waits for the exit code.
     _tell(log, "end", code=code)
-    return code
+    # A launcher takes any code but 0 for a fault, and ends the other processes.
+    return 0 if launched and code == EXIT_STOPPED else code
 
 
-def _work(run: Run, attempt: int, log: EventLog) -> int:
+def _work(run: Run, log: Log) -> int:
     try:
         from jetson_ft.runs.pipeline import Pipeline
 
-        finished = Pipeline(run, attempt, run.stop_requested).finetune()
+        finished = Pipeline(run, log, run.stop_requested, group.join()).finetune()
     except Exception as error:
         traceback.print_exc()
         plain = explain(error)
@@ -48,7 +52,7 @@ def _work(run: Run, attempt: int, log: EventLog) -> int:
     return 0 if finished else EXIT_STOPPED
 
 
-def _tell(log: EventLog, kind: str, **fields: Any) -> None:
+def _tell(log: Log, kind: str, **fields: Any) -> None:
     """A last word; where the disk takes none, the exit code has to do."""
     with suppress(UserError):
         log.emit(kind, **fields)

@@ -10,12 +10,15 @@ import psutil
 from jetson_ft.device.probe import Device
 
 
-def with_own(device: Device) -> Device:
-    """This machine with what this process holds counted as free: a plan is for all of it."""
+def with_own(device: Device, processes: int = 1) -> Device:
+    """This machine with what this process holds counted as free: a plan is for all of it.
+
+    Of a memory that several processes share, each gets its part; a GPU's own is not shared.
+    """
     if device.kind == "cuda" and not device.integrated:
         return device
     own = psutil.Process().memory_info().rss
-    return replace(device, memory_available=device.memory_available + own)
+    return replace(device, memory_available=device.memory_available // processes + own)
 
 
 def peak_memory_bytes(device: str) -> int:

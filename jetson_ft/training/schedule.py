@@ -53,6 +53,20 @@ def _cut(order: Array, sizes: Array, tokens_per_step: int) -> list[Array]:
     return steps
 
 
+def share(lengths: Sequence[int] | Array, rank: int, size: int) -> list[int]:
+    """Positions of the rows that one of `size` processes takes of a step; may be none.
+
+    The longest row goes first, each to whoever has the fewest tokens (Graham 1969, LPT).
+    """
+    loads, mine = [0] * size, []
+    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
+        taker = loads.index(min(loads))
+        loads[taker] += int(lengths[place])
+        if taker == rank:
+            mine.append(place)
+    return sorted(mine)
+
+
 def steps_within(
     tokens: Sequence[int], done: int, tokens_per_second: float, max_minutes: float
 ) -> int:

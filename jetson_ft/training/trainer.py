@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,14 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from jetson_ft.data.tokens import supervised_counts
 from jetson_ft.errors import UserError
 from jetson_ft.models.loss import Score, score, token_losses
 from jetson_ft.models.packing import Pack, packs
 from jetson_ft.recipe import TrainRecipe
 from jetson_ft.training import checkpoint, schedule
 from jetson_ft.training.checkpoint import Progress
+from jetson_ft.training.group import Group
 from jetson_ft.training.memory import peak_memory_bytes
 from jetson_ft.training.planner import Plan
 
@@ -56,20 +58,40 @@ class Job:
     device: str
     emit: Emit
     stop_requested: Callable[[], bool]
+    group: Group = field(default_factory=Group)
 
 
-class _Steps(torch.utils.data.Dataset[list[Pack]]):
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step: this process's micro-batches of it, and the counts of all of it."""
+
+    packs: list[Pack]
+    rows: int
+    tokens: int
+    supervised: int
+
+
+class _Steps(torch.utils.data.Dataset[Step]):
     """Planned optimizer steps, each as its micro-batches."""
 
-    def __init__(self, rows: Dataset, steps: list[schedule.Array], capacity: int) -> None:
-        self.rows, self.steps, self.capacity = rows, steps, capacity
+    def __init__(self, job: Job, steps: list[schedule.Array]) -> None:
+        self.job, self.steps = job, steps
+        self.supervised = supervised_counts(job.train_rows)
 
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, number: int) -> list[Pack]:
-        chosen = self.rows.select_columns(["input_ids", "parts"]).select(self.steps[number])
-        return list(packs(list(chosen), self.capacity))
+    def __getitem__(self, number: int) -> Step:
+        job, step = self.job, self.steps[number]
+        lengths = job.train_tokens[step]
+        mine = step[schedule.share(lengths, job.group.rank, job.group.size)]
+        chosen = job.train_rows.select_columns(["input_ids", "parts"]).select(mine)
+        return Step(
+            packs=list(packs(list(chosen), job.plan.micro_batch_tokens)),
+            rows=len(step),
+            tokens=int(lengths.sum()),
+            supervised=int(self.supervised[step].sum()),
+        )
 
 
 class LoraTrainer(Trainer):
@@ -85,7 +107,7 @@ class LoraTrainer(Trainer):
         super().__init__(
             model=model,
             args=self._arguments(),
-            train_dataset=_Steps(job.train_rows, self.steps, job.plan.micro_batch_tokens),
+            train_dataset=_Steps(job, self.steps),
             data_collator=_only_item,
             callbacks=[_Steering(self)],
         )
@@ -101,7 +123,7 @@ class LoraTrainer(Trainer):
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
             optim="adamw_torch_fused",
-            seed=train.seed,
+            seed=train.seed + self.job.group.rank,  # each drops out other activations
             use_cpu=self.job.device == "cpu",
             gradient_checkpointing=self.job.plan.checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -140,6 +162,14 @@ class LoraTrainer(Trainer):
         progress.stopped_early, progress.evals_without_gain = False, 0
         return True
 
+    def first_ones_clock(self) -> tuple[float, float, bool]:
+        """Seconds of the step and since the last checkpoint, as the first process took them,
+        and whether any was asked to stop: so all of them decide alike."""
+        now, ours = time.monotonic(), float(self.job.group.is_first)
+        mine = [ours * (now - self._step_started), ours * (now - self._saved_at)]
+        taken, since_saved, stops = self.job.group.sum([*mine, float(self.job.stop_requested())])
+        return taken, since_saved, stops > 0
+
     def _speed(self) -> float:
         """Tokens per second so far."""
         return self.progress.tokens / max(1e-9, self.progress.train_seconds)
@@ -155,28 +185,32 @@ class LoraTrainer(Trainer):
         return schedule.rate_factor(step, self.progress.total_steps, self.job.recipe)
 
     def training_step(
-        self, model: Any, inputs: list[Pack], num_items_in_batch: Any = None
+        self, model: Any, inputs: Step, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Forward and backward over all micro-batches of a step; its mean loss in nats."""
+        """Forward and backward over all micro-batches of a step; its mean loss in nats.
+
+        Loss and gradients are sums over the processes, each over the tokens of the whole step.
+        """
         model.train()
-        supervised = sum(len(pack.targets) for pack in inputs)
         scale = _FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
         total = torch.zeros((), device=self.args.device)
-        for pack in inputs:
-            loss = token_losses(model, pack.to(self.args.device)).sum() / supervised
+        for pack in inputs.packs:
+            loss = token_losses(model, pack.to(self.args.device)).sum() / inputs.supervised
             (loss * scale).backward()
             total += loss.detach()
         if scale != 1.0:
             _unscale(model, scale)
-        if not math.isfinite(float(total)):
+        (loss_of_all,) = self.job.group.sum([float(total)])
+        if not math.isfinite(loss_of_all):
             raise _diverged("loss", self.progress.step + 1, self.job)
-        self._count(inputs, supervised)
-        return total
+        self.job.group.add_gradients(_trained(model))
+        self._count(inputs)
+        return total.fill_(loss_of_all)
 
-    def _count(self, inputs: list[Pack], supervised: int) -> None:
-        self.progress.supervised_tokens += supervised
-        self.progress.tokens += sum(pack.tokens for pack in inputs)
-        self.progress.rows += sum(len(pack.row_lengths) for pack in inputs)
+    def _count(self, step: Step) -> None:
+        self.progress.supervised_tokens += step.supervised
+        self.progress.tokens += step.tokens
+        self.progress.rows += step.rows
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Trainer's own; an infinite one ends the run before it can ruin the weights."""
@@ -185,7 +219,7 @@ class LoraTrainer(Trainer):
             raise _diverged("gradient", self.progress.step + 1, self.job)
         return norm
 
-    def _prepare_inputs(self, inputs: list[Pack]) -> list[Pack]:
+    def _prepare_inputs(self, inputs: Step) -> Step:
         return inputs
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> None:
@@ -239,7 +273,9 @@ class LoraTrainer(Trainer):
     def measure(self) -> Score:
         """Scores the held-out rows and emits the result."""
         started = time.monotonic()
-        result = score(self.model, self.job.heldout_packs, self.job.heldout_characters)
+        job = self.job
+        mine = job.heldout_packs[job.group.rank :: job.group.size]
+        result = score(self.model, mine, job.heldout_characters, job.group.sum)
         self.job.emit(
             "eval",
             step=self.progress.step,
@@ -254,6 +290,8 @@ class LoraTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         started = time.monotonic()
         self.control.should_save = False
+        if not self.job.group.is_first:
+            return
         folder = checkpoint.write(self.job.checkpoints, self.progress, self._save_files)
         checkpoint.rotate(self.job.checkpoints, self.job.recipe.keep_checkpoints, self.progress)
         self._saved_at = time.monotonic()
@@ -285,8 +323,9 @@ class LoraTrainer(Trainer):
         """No scaler: fp16 uses a constant factor."""
 
     def _load_rng_state(self, checkpoint_folder: str) -> None:
-        states = checkpoint.load_tensors(Path(checkpoint_folder) / "random.safetensors")
-        checkpoint.restore_random_states(states)
+        if self.job.group.is_first:
+            states = checkpoint.load_tensors(Path(checkpoint_folder) / "random.safetensors")
+            checkpoint.restore_random_states(states)
 
 
 class _Steering(TrainerCallback):
@@ -304,17 +343,16 @@ class _Steering(TrainerCallback):
         trainer, progress = self.trainer, self.trainer.progress
         train = trainer.job.recipe
         progress.step = state.global_step
-        progress.train_seconds += time.monotonic() - trainer._step_started
+        taken, since_saved, stop = trainer.first_ones_clock()
+        progress.train_seconds += taken
         settled = trainer.settle_length()
         if settled:
             self._announce_length(state)
         control.should_training_stop = progress.step == progress.total_steps
-        stop = trainer.job.stop_requested()
         every = progress.eval_every or 0
         control.should_evaluate = not stop and (
             control.should_training_stop or (every > 0 and progress.step % every == 0)
         )
-        since_saved = time.monotonic() - trainer._saved_at
         # A length once settled is stored at once: a resumed run must not settle another.
         control.should_save = stop or settled or since_saved > 60 * train.checkpoint_minutes
         control.should_training_stop |= stop
@@ -340,6 +378,7 @@ def fit(model: Any, job: Job, resume: Path | None = None) -> Progress:
     if job.plan.checkpointing:
         model.enable_input_require_grads()
     model.config.use_cache = False
+    job.group.align(_trained(model))
     if resume is None:
         trainer.measure()
     elif progress.complete:
@@ -357,7 +396,11 @@ def load_adapter(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, weights)
 
 
-def _only_item(batch: list[list[Pack]]) -> list[Pack]:
+def _trained(model: Any) -> list[Any]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _only_item(batch: list[Step]) -> Step:
     return batch[0]
 
 

@@ -28,8 +28,9 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
     from jetson_ft.errors import UserError
 
     class Pipeline:
-        def __init__(self, run, attempt, stop_requested):
-            self.run, self.attempt, self.stop_requested = run, attempt, stop_requested
+        def __init__(self, run, log, stop_requested, group):
+            self.run, self.attempt = run, run.state().attempt
+            self.stop_requested = stop_requested
 
         def finetune(self):
             name = self.run.name
@@ -85,9 +86,9 @@ class Shop:
         wait_for(lambda: (run.path / f"worked-{attempt}").exists())
         return int((run.path / "pid").read_text())
 
-    def until(self, holds: Callable[[], Any]) -> Any:
+    def until(self, holds: Callable[[], Any], seconds: float = 15.0) -> Any:
         """What `holds` says as soon as it says yes."""
-        return wait_for(holds)
+        return wait_for(holds, seconds)
 
     def told(self, run: Run) -> Any:
         """The state of a run once it gives a reason."""

@@ -19,7 +19,7 @@ import pytest
 from jetson_ft.device.boards import find
 from jetson_ft.errors import UserError
 from jetson_ft.runs import ending, pipeline, rundir
-from jetson_ft.runs.rundir import Run
+from jetson_ft.runs.rundir import Run, Silence
 from jetson_ft.training import checkpoint
 
 
@@ -150,7 +150,7 @@ def test_the_plan_stands_before_training_with_its_predictions(
         raise pipeline._Stopped
 
     monkeypatch.setattr(pipeline.Pipeline, "_fit", stop)
-    assert not pipeline.Pipeline(run, 1, lambda: False).finetune()
+    assert not pipeline.Pipeline(run, Silence(), lambda: False).finetune()
     plan = json.loads((run.path / "plan.json").read_text())
     assert plan["peak_memory_bytes"] == sum(plan["parts"].values()) > 0
     assert plan["seconds"] > 0 and plan["micro_batch_tokens"] > 0 and not plan["checkpointing"]
@@ -164,7 +164,7 @@ def test_what_cant_fit_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(pipeline.probe, "measure_flops", lambda *_: 1e12)
     monkeypatch.setattr(pipeline.load, "load_model", None)
     with pytest.raises(UserError, match="needs about"):
-        pipeline.Pipeline(workbench.run("large"), 1, lambda: False).finetune()
+        pipeline.Pipeline(workbench.run("large"), Silence(), lambda: False).finetune()
 
 
 # --- what a resumed run must meet again --------------------------------------------------------

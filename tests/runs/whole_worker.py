@@ -11,10 +11,11 @@ from typing import Any
 from jetson_ft.runs import rundir, worker
 
 
-def work(path: str, kill_at: str) -> None:
+def work(path: str, kill_at: str, environment: dict[str, str] | None = None) -> None:
     """`python -m jetson_ft.runs.worker PATH`, killed at an event: `KIND`, or `KIND-STEP`."""
     import torch
 
+    os.environ.update(environment or {})
     torch.set_num_threads(1)
     log = os.open(Path(path) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)

@@ -1,0 +1,98 @@
+"""One of several processes that train the tiny Phi together, forked with its imports behind it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import traceback
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ["peft", "transformers.models.phi.modeling_phi", "jetson_ft.training.trainer"]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What the processes do; `ranks` says who does the unusual."""
+
+    model: str
+    rows: str
+    home: str  # checkpoints, and what each process leaves: events, adapter or error
+    train: dict[str, Any] = field(default_factory=dict)
+    resume: str = ""  # a checkpoint that only the first process is told of
+    ranks: tuple[int, ...] = ()
+    act: str = ""  # stop, die, hang, spoil: after the third step
+    seed: int = 0  # of the adapter, in `ranks`
+
+    def acts(self, act: str, rank: int) -> bool:
+        """Whether that is this process's part."""
+        return act == self.act and rank in self.ranks
+
+
+def work(scenario: Scenario, rank: int, size: int, port: int) -> None:
+    """As the launcher would start it."""
+    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    elsewhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
+                 "JETSON_FT_PATIENCE": 4, "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    os.environ.update({key: str(value) for key, value in (place | elsewhere).items()})
+    left = Path(scenario.home) / f"rank-{rank}.json"
+    try:
+        left.write_text(json.dumps(_train(scenario, rank)))
+    except Exception as error:
+        traceback.print_exc()
+        left.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+
+
+def _train(scenario: Scenario, rank: int) -> dict[str, Any]:
+    import torch
+
+    from jetson_ft.models import adapter, load
+    from jetson_ft.models.resolve import Base
+    from jetson_ft.recipe import LoraRecipe, Recipe
+    from jetson_ft.runs.pipeline import prepare_rows
+    from jetson_ft.training import checkpoint, group
+
+    torch.set_num_threads(1)
+    joined = group.join()
+    base = Base("tiny", Path(scenario.model))
+    data = {"train": scenario.rows, "heldout": 6}
+    rows = prepare_rows(Recipe.model_validate({"model": scenario.model, "data": data}), base)
+    bench = _benches().Bench(base.folder, rows)
+    model = load.load_model(base, load.Weights("fp32"), "cpu")
+    seed = scenario.seed if rank in scenario.ranks else 0
+    model = adapter.attach(model, LoraRecipe(rank=4), seed)
+    home = Path(scenario.home) / "checkpoints"
+    asked = iter(range(1, 10_000))
+
+    def stop() -> bool:
+        return next(asked) == 3 and _act(scenario, rank, model)
+
+    job = replace(bench.job(home, stop, **scenario.train), group=joined)
+    with joined.copy_of_firsts(Path(scenario.resume) if scenario.resume else None) as folder:
+        progress = bench.fit(model, job, folder)
+    weights = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+    checkpoint.save_tensors(Path(scenario.home) / f"rank-{rank}.safetensors", weights)
+    return {"events": bench.events, "progress": vars(progress)}
+
+
+def _act(scenario: Scenario, rank: int, model: Any) -> bool:
+    if scenario.acts("die", rank):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if scenario.acts("hang", rank):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if scenario.acts("spoil", rank):
+        next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
+    return scenario.acts("stop", rank)
+
+
+def _benches() -> Any:
+    """This folder's conftest, which pytest imports under a name that others have too."""
+    path = Path(__file__).with_name("conftest.py")
+    spec = importlib.util.spec_from_file_location("training_conftest", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
