@@ -79,7 +79,9 @@ def _job(lesson: Lesson, folder: str, plan: Plan, seen: Trained) -> Job:
             seen.losses.append(fields["loss"])
 
     return Job(
-        train_rows=Dataset.from_list(lesson.rows),
+        train_rows=Dataset.from_list(
+            [row | {"supervised": sum(map(bool, row["parts"][1:]))} for row in lesson.rows]
+        ),
         train_tokens=np.ones(len(lesson.rows), dtype=np.int64),
         heldout_packs=[],
         heldout_tokens=0,

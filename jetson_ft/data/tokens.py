@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 2  # grows when the columns or the encoding change
+_VERSION = 3  # grows when the columns or the encoding change
 KEPT, TOO_LONG, NO_ANSWER_LEFT = 0, 1, 2
 _REASONS = {TOO_LONG: "longer than max_length", NO_ANSWER_LEFT: "no answer within max_length"}
 
@@ -178,7 +178,7 @@ def _encode_row(
         "input_ids": ids,
         "parts": parts,
         "length": len(ids),
-        "supervised": sum(1 for part in parts if part),
+        "supervised": sum(1 for part in parts[1:] if part),  # nothing predicts a first token
         "full_length": full_length,
         "characters": sum(len(message["content"]) for message in messages),
         "answer_characters": encoded.characters if full_length <= max_length else _characters(
