@@ -34,7 +34,7 @@ def make(tiny_phi: Path, rows_file: Path, tmp_path: Path) -> Any:
     return scenario
 
 
-def together(scenario: Scenario, size: int = 2, limit: float = 60.0) -> list[Any]:
+def together(scenario: Scenario, size: int = 2, limit: float = 150.0) -> list[Any]:
     """What each process left, None for one that was killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -149,14 +149,14 @@ def test_minutes_become_the_same_number_of_steps_for_all(make: Any) -> None:
 
 def test_a_killed_process_is_named_and_ends_the_others(make: Any) -> None:
     scenario = make(train={"checkpoint_minutes": 1e-9}, act="die", ranks=(1,))
-    started = time.monotonic()
     first, second, third = together(scenario, 3)
-    assert time.monotonic() - started < 40
     assert "UserError: Process 1 on machine 0" in first["error"]
     assert "--resume RUN" in first["error"]
     assert second is None and "stopped answering" in third["error"]
     folder, _ = checkpoint.newest_intact(Path(scenario.home) / "checkpoints")
     assert folder and folder.name == "step-2"
+    told = (Path(scenario.home) / "rank-0.json").stat().st_mtime
+    assert told - folder.stat().st_mtime < 20, "patience is four seconds, and the roll call's too"
 
 
 def test_a_silent_process_is_named_once_patience_is_at_its_end(make: Any) -> None:

@@ -228,8 +228,9 @@ def test_a_plan_is_written_with_its_parts() -> None:
 
 def test_what_the_process_holds_counts_as_free_where_memory_is_shared() -> None:
     assert with_own(CPU).memory_available > CPU.memory_available
+    assert with_own(CPU, 4).memory_available < with_own(CPU, 2).memory_available
     discrete = replace(NX, integrated=False)
-    assert with_own(discrete) == discrete
+    assert with_own(discrete) == discrete == with_own(discrete, 2)
 
 
 def test_peak_memory_is_in_bytes_and_never_falls() -> None:

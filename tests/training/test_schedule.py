@@ -15,6 +15,7 @@ from jetson_ft.training.schedule import (
     choose_eval_every,
     plan_steps,
     rate_factor,
+    share,
     steps_within,
 )
 
@@ -158,3 +159,19 @@ def test_measurements_cost_about_a_tenth(
     step_tokens: list[int], heldout: int, total: int, every: int
 ) -> None:
     assert choose_eval_every(step_tokens, heldout, total) == every
+
+
+# --- shares of several processes -----------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 900), max_size=40), st.integers(1, 5))
+def test_every_row_of_a_step_is_one_processs(lengths: list[int], size: int) -> None:
+    shares = [share(lengths, rank, size) for rank in range(size)]
+    assert sorted(place for part in shares for place in part) == list(range(len(lengths)))
+    loads = [sum(lengths[place] for place in part) for part in shares]
+    # Who was given a row had the fewest tokens before it.
+    assert max(loads) - min(loads) <= max(lengths, default=0)
+
+
+def test_a_process_alone_takes_all_in_their_order() -> None:
+    assert share([3, 9, 5], 0, 1) == [0, 1, 2]
