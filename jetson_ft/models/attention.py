@@ -42,10 +42,14 @@ def packed_attention(
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    from jetson_ft.models import cpu_attention
+    from jetson_ft.models import cpu_attention, varlen
 
     if row_lengths is None:
         raise ValueError("packed attention was called without row bounds")
+    if sliding_window is None and not dropout:
+        at_once = varlen.attend(query, key, value, row_lengths, scaling)
+        if at_once is not None:
+            return at_once, None
     grouped = query.shape[1] != key.shape[1]
 
     def one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,83 @@
+"""Attention of all rows of a pack in one call, where this PyTorch has the kernels for it.
+
+`torch.nn.attention.varlen` came after the PyTorch that JetPack 6 has, needs kernels that not
+every wheel is built with, and has changed its arguments since: so it is tried once on the
+device itself, gradients included, and used only if its result is that of row by row.
+Untried on a GPU so far; its place in the model is held by tests with a stand-in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, row_lengths: list[int], scaling: float | None
+) -> Tensor | None:
+    """Causal attention within each row; None where the kernels are missing.
+
+    Args:
+        query: [1, heads, tokens, head_dim]; key and value may have fewer heads.
+
+    Returns:
+        [1, tokens, heads, head_dim], or None.
+    """
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if not works(query.dtype, query.shape[-1], query.shape[1] // key.shape[1]):
+        return None
+    return _call(query, key, value, row_lengths, scaling)
+
+
+@lru_cache
+def works(dtype: torch.dtype, head_dim: int, queries_per_key: int, device: str = "cuda") -> bool:
+    """Whether the kernels give, for two short rows, what each row gives alone."""
+    shapes = [(1, heads, 5, head_dim) for heads in (queries_per_key, 1, 1)]
+    random = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(shape, generator=random).to(device, dtype).requires_grad_() for shape in shapes
+    ]
+    try:
+        together = _call(*tensors, [2, 3], None)
+        found = [together, *torch.autograd.grad(together.sum(), tensors)]
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, ImportError):
+        return False
+    rows = zip(*(tensor.split([2, 3], 2) for tensor in tensors), strict=True)
+    alone = torch.cat(
+        [scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows], 2
+    ).transpose(1, 2)
+    expected = [alone, *torch.autograd.grad(alone.sum(), tensors)]
+    return all(
+        torch.allclose(a.float(), b.float(), atol=0.05)
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def _call(
+    query: Tensor, key: Tensor, value: Tensor, row_lengths: list[int], scaling: float | None
+) -> Tensor:
+    bounds, longest = _bounds(tuple(row_lengths), query.device), max(row_lengths)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [tokens, heads, …]
+    options: dict[str, Any] = {} if len(q[0]) == len(k[0]) else {"enable_gqa": True}
+    out: Tensor = _kernel()(
+        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **options
+    )
+    return out[None]
+
+
+def _kernel() -> Callable[..., Tensor]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=2)
+def _bounds(row_lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[rows + 1] int32, made once for all layers of a pack."""
+    return torch.tensor([0, *row_lengths]).cumsum(0).to(device, torch.int32)
