@@ -44,19 +44,22 @@ def works(dtype: torch.dtype, head_dim: int, queries_per_key: int, device: str =
         torch.randn(shape, generator=random).to(device, dtype).requires_grad_() for shape in shapes
     ]
     try:
-        together = _call(*tensors, [2, 3], None)
+        query, key, value = tensors
+        together = _call(query, key, value, [2, 3], None)
         found = [together, *torch.autograd.grad(together.sum(), tensors)]
     except (RuntimeError, TypeError, ValueError, NotImplementedError, ImportError):
         return False
     rows = zip(*(tensor.split([2, 3], 2) for tensor in tensors), strict=True)
-    alone = torch.cat(
-        [scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows], 2
-    ).transpose(1, 2)
+    alone = torch.cat([_one_row(q, k, v) for q, k, v in rows], 2).transpose(1, 2)
     expected = [alone, *torch.autograd.grad(alone.sum(), tensors)]
     return all(
         torch.allclose(a.float(), b.float(), atol=0.05)
         for a, b in zip(found, expected, strict=True)
     )
+
+
+def _one_row(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
 def _call(
