@@ -113,6 +113,12 @@ class TrainRecipe(_Section):
         ge=1,
         description="Tokens (without padding) that form one optimizer step, whole rows.",
     )
+    max_memory_gb: float = Field(
+        0.0,
+        ge=0,
+        description="Memory the run is planned for, in GB (10^9 bytes); 0: what is free at its "
+        "start. Less leaves room for other programs; changes speed, never the result.",
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of row order and adapter.")
     eval_every: int = Field(
         0,

@@ -29,6 +29,8 @@ from jetson_ft.runs.rundir import LIVE, Run, lock
 
 # What may change on resume, and only upwards: how long a run is.
 _LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
+# What changes how a step is computed, and not what is learnt.
+_PLAN_KEYS = {"train.max_memory_gb"}
 _ONE = Processes()
 
 
@@ -102,7 +104,7 @@ def _running_already(run: Run) -> UserError:
 
 def check_only_longer(run: Run, old: Recipe, new: Recipe) -> None:
     """Refuses a recipe under which a resumed run would learn something else, or less."""
-    changes = old.diff(new)
+    changes = {key: pair for key, pair in old.diff(new).items() if key not in _PLAN_KEYS}
     foreign = {key: pair for key, pair in changes.items() if key not in _LENGTH_KEYS}
     if foreign:
         listed = ", ".join(f"{key}: {a!r} -> {b!r}" for key, (a, b) in foreign.items())

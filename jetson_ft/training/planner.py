@@ -128,13 +128,16 @@ def choose(work: Work, device: Device, flops: float) -> Plan:
 def best(work: Work, device: Device, flops: float) -> Plan | None:
     """The fastest plan that fits, or None."""
     for plan in plans(work, device):
-        if sum(plan.parts.values()) <= _room(device):
+        if sum(plan.parts.values()) <= room(work, device):
             predicted = seconds(work, device.kind, flops, plan.checkpointing)
             return replace(plan, seconds=predicted)
     return None
 
 
-def _room(device: Device) -> float:
+def room(work: Work, device: Device) -> float:
+    """Bytes that the run may take: what the recipe grants, else what is free, less a margin."""
+    if work.train.max_memory_gb:
+        return work.train.max_memory_gb * 10**9
     return device.memory_available * (1 - COSTS[device.kind].margin)
 
 
@@ -160,9 +163,9 @@ def least_memory(work: Work, device: Device) -> int:
 
 def remedies(work: Work, device: Device, at_most: int = 4) -> list[tuple[str, int]]:
     """Settings with which the work would fit, and the least peak bytes predicted for each."""
-    room = _room(device)
+    limit = room(work, device)
     peaks = ((settings, least_memory(changed, device)) for settings, changed in _smaller(work))
-    return [(settings, peak) for settings, peak in peaks if peak <= room][:at_most]
+    return [(settings, peak) for settings, peak in peaks if peak <= limit][:at_most]
 
 
 def _smaller(work: Work) -> Iterator[tuple[str, Work]]:
@@ -214,12 +217,18 @@ def _joined(first: str, second: str) -> str:
     return f"{first}, {second}" if first else second
 
 
+def _granted(work: Work, device: Device) -> str:
+    if work.train.max_memory_gb:
+        return f"train.max_memory_gb: {work.train.max_memory_gb:g}"
+    return f"{device.memory_available / 2**30:.2f} GiB are free"
+
+
 def _refuse(work: Work, device: Device) -> NoReturn:
     found = remedies(work, device)
     would = "; ".join(f"`{text}` ({size / 2**30:.2f} GiB)" for text, size in found)
     raise UserError(
-        f"This job needs about {least_memory(work, device) / 2**30:.2f} GiB, and of the "
-        f"{device.memory_available / 2**30:.2f} GiB free {_room(device) / 2**30:.2f} can be used.",
+        f"This job needs about {least_memory(work, device) / 2**30:.2f} GiB; it may take "
+        f"{room(work, device) / 2**30:.2f} GiB ({_granted(work, device)}).",
         device.board or device.name,
         f"By prediction it would fit with {would}."
         if would

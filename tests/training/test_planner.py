@@ -242,3 +242,20 @@ def test_peak_memory_is_in_bytes_and_never_falls() -> None:
     assert before > 2**20
     assert after >= before + 100 * 2**20 or after > 300 * 2**20
     assert peak_memory_bytes("cpu") >= after
+
+
+# --- memory that the recipe grants ---------------------------------------------------------------
+
+
+def test_granted_memory_stands_above_what_is_free() -> None:
+    roomy = planner.choose(work(KNOWN["embedded"]), CPU, 1e11)
+    tight = planner.choose(work(KNOWN["embedded"], max_memory_gb=1.75), CPU, 1e11)
+    assert not roomy.checkpointing and tight.checkpointing
+    assert (tight.peak_memory_bytes or 0) <= 1.75e9 < (roomy.peak_memory_bytes or 0)
+    full = replace(CPU, memory_available=GIB)
+    assert planner.choose(work(KNOWN["embedded"], max_memory_gb=8), full, 1e11) == roomy
+
+
+def test_too_little_granted_is_refused_by_that_name() -> None:
+    with pytest.raises(UserError, match=r"train.max_memory_gb: 0.5"):
+        planner.choose(work(KNOWN["embedded"], max_memory_gb=0.5), CPU, 1e11)
