@@ -35,7 +35,7 @@ def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_embedded_model_learns_and_chats(quantize: str, heldout_file: Path, tmp_path: Path) -> None:
     sets = [
         f"quantize={quantize}", f"data.heldout={heldout_file}", "train.max_minutes=0",
-        "train.max_steps=2", "train.tokens_per_step=512", "train.warmup_steps=0",
+        "train.max_steps=3", "train.tokens_per_step=1024", "train.warmup_steps=0",
         "eval.max_new_tokens=12", "eval.samples=2",
     ]  # fmt: skip
     flags = [flag for text in sets for flag in ("--set", text)]
