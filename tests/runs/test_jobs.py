@@ -206,6 +206,7 @@ def test_a_resumed_run_may_not_be_shorter(ended: Run, override: str) -> None:
         ({"max_minutes": 11.0}, True),
         ({"max_minutes": 0.0}, True),  # no limit is longer than any
         ({"max_steps": 0, "epochs": 3.0}, True),
+        ({"max_memory_gb": 0.5}, True),  # less memory cuts a step in other pieces, no more
         ({"max_minutes": 11.0, "epochs": 1.0}, False),
         ({"max_steps": 5}, False),
     ],
