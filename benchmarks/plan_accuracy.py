@@ -22,15 +22,15 @@ from typing import Any
 # Name -> settings over the defaults. A micro-batch is never shorter than the longest row, so
 # `data.max_length` with `train.tokens_per_step` sets its size.
 RECIPES: dict[str, dict[str, str]] = {
-    "fit: fp32, 1024": {"precision": "fp32", "train.tokens_per_step": "1024"},
-    "fit: fp32, 512, recomputing": {
+    "fp32, 1024": {"precision": "fp32", "train.tokens_per_step": "1024"},
+    "fp32, 512, recomputing": {
         "precision": "fp32", "train.tokens_per_step": "512", "train.max_memory_gb": "1.9",
     },
-    "fp32, 512, rank 8": {
+    "fit: fp32, 512, rank 8": {
         "precision": "fp32", "train.tokens_per_step": "512", "lora.rank": "8",
     },
-    "fp32, 1024, recomputing": {
-        "precision": "fp32", "train.tokens_per_step": "1024", "train.max_memory_gb": "1.95",
+    "fit: fp32, 1024, recomputing": {
+        "precision": "fp32", "train.tokens_per_step": "1024", "train.max_memory_gb": "2.0",
     },
     "bf16, 256, rank 64": {
         "precision": "bf16", "train.tokens_per_step": "256", "data.max_length": "256",
