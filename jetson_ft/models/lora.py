@@ -69,10 +69,6 @@ def _beside_quantised(peft_layer: type) -> type:
     """The subclass of PEFT's layer for a quantised base; bitsandbytes multiplies the base."""
 
     class FusedQuantised(_Fused, peft_layer):
-        def __init__(self, target: Any, adapter_name: str, **kwargs: Any) -> None:
-            # PEFT's dispatcher hands over what its own classes take and what they don't.
-            super().__init__(target, adapter_name, **kwargs)
-
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             adapter = self._plain_adapter()
             if adapter is None or args or kwargs:
