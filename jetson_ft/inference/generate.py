@@ -183,7 +183,7 @@ def stream(
             faults.append(error)
             streamer.end()
 
-    worker = Thread(target=work, daemon=True)
+    worker = Thread(target=work, name="reply", daemon=True)
     worker.start()
     try:
         yield from _whole_characters(streamer)
