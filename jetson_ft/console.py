@@ -116,8 +116,10 @@ class Follower:
         recompute = "recomputing activations" if event["checkpointing"] else "keeping activations"
         tokens = event["micro_batch_tokens"]
         size = f"{tokens:,} tokens" if tokens else "one row"
+        shards = event.get("shards", 1)
         self._say(
             f"plan: at most {event['steps_at_most']:,} steps; micro-batches of {size}, {recompute}"
+            + (f", layers split among {shards} processes" if shards > 1 else "")
         )
         if event.get("seconds") is not None:  # older runs have no prediction
             self._say(

@@ -22,9 +22,13 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """No test reads or writes a person's caches."""
+    """No test reads or writes a person's caches; all processes share one embedded model."""
+    cache, base = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp()
+    models = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "converted-models"
+    models.mkdir(exist_ok=True)
+    (cache / "models").symlink_to(models)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JETSON_FT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("JETSON_FT_CACHE", str(cache))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
         yield
 
@@ -81,6 +85,14 @@ def tiny_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide enough for bitsandbytes, whose nf4 blocks hold 64 weights of one row."""
     return save_model(tmp_path_factory.mktemp("models") / "wide-phi", phi_config(64), None)
+
+
+@pytest.fixture(scope="session")
+def deep_phi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of enough layers that a part of them is less than all of them."""
+    config = phi_config(32)
+    config.num_hidden_layers = 8
+    return save_model(tmp_path_factory.mktemp("models") / "deep-phi", config, None)
 
 
 @pytest.fixture(scope="session")

@@ -166,7 +166,7 @@ def score(
     model.eval()
     nats, tokens = 0.0, 0.0
     device = model.get_input_embeddings().weight.device
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: split layers go on in training with its tensors
         for pack in packs:
             losses = token_losses(model, pack.to(device))
             answer = pack.is_answer.to(device)

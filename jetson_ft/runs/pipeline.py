@@ -170,11 +170,15 @@ class Pipeline:
             model = adapter.attach(model, self.recipe.lora, self.recipe.train.seed)
             self.log.emit("weights", bytes=load.bytes_per_part(model), fused=fused.fuse(model))
         progress = self._train(model, rows, base, device, plan)
+        if plan.shards == 1:  # else each is needed to the last reply
+            if not self.group.is_first:
+                return
+            self.group = self.group.leave()
+        with self.phase("comparison", "base and adapter on the held-out rows"), self.group.passes():
+            found = self._compare(model, rows, progress)
         if not self.group.is_first:
             return
         self.group = self.group.leave()
-        with self.phase("comparison", "base and adapter on the held-out rows"):
-            found = self._compare(model, rows, progress)
         with self.phase("report"):
             report.write(self.run, self._facts(device, weights, rows, progress, found))
 
@@ -227,16 +231,29 @@ class Pipeline:
     # --- training ----------------------------------------------------------------------
 
     def _plan(self, work: Work, device: Device) -> Plan:
-        """Refuses what can't fit before the model is loaded."""
+        """Refuses what can't fit before the model is loaded.
+
+        Where it fits whole into some process no more, all share the frozen layers.
+        """
         from jetson_ft.training import memory, planner
 
-        flops = probe.measure_flops(device.kind, work.weights.precision)
+        flops = probe.measure_flops(device.kind, work.weights.precision) * self.group.size
         free = memory.with_own(device, self.group.local_size)
-        return planner.choose(work, free, flops * self.group.size)
+        whole = planner.best(work, free, flops)
+        if not self.group.any(whole is None):
+            return whole or planner.choose(work, free, flops)
+        if work.weights.quantize == "none" and self.group.can_split(device.kind):
+            work = replace(work, shards=self.group.size)
+        return planner.frugal(self.group.gather(planner.choose(work, free, flops)))
 
     def _train(self, model: Any, rows: Rows, base: Base, device: Device, plan: Plan) -> Progress:
         """Trains, or takes up what an earlier attempt has finished."""
+        from jetson_ft.training import sharding, trainer
+
         newest = self._newest_checkpoint() if self.group.is_first else None
+        if plan.shards > 1:
+            with self.phase("splitting", f"the layers among {plan.shards} processes"):
+                sharding.split(model, self.group, device.kind)
         job = self._job(model, rows, device, plan)
         with self.group.copy_of_firsts(newest) as resume:
             progress = self._fit(model, job, resume)
@@ -244,6 +261,8 @@ class Pipeline:
             raise _Stopped
         if self.group.is_first:
             self._export(model, rows, base, progress)
+        if plan.shards > 1:  # all of them compare with what was exported
+            self.group.align(trainer.trained(model))
         return progress
 
     def _newest_checkpoint(self) -> Path | None:
@@ -349,7 +368,7 @@ class Pipeline:
         return sides if all(sides.values()) else None
 
     def _on_reply(self, side: str, done: int, of: int) -> None:
-        if self.stop_requested():
+        if self.group.any(self.stop_requested()):
             raise _Stopped
         self.log.emit("compare", side=side, done=done, of=of)
 

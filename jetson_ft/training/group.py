@@ -65,6 +65,10 @@ class Group:
         """Sums over the processes, in fp64."""
         return self._sum(values, None)
 
+    def most(self, count: int) -> int:
+        """The largest of all processes' counts."""
+        return int(max(self.sum([count * (rank == self.rank) for rank in range(self.size)])))
+
     def any(self, yes: bool) -> bool:
         """Whether one says yes; with the patience that loading needs."""
         return bool(self._sum([float(yes)], self._loading)[0])
@@ -114,13 +118,17 @@ class Group:
         device = "cuda" if self.backend == "nccl" else "cpu"
         return torch.cat([tensor.detach().float().reshape(-1) for tensor in tensors]).to(device)
 
+    def can_split(self, device: str) -> bool:
+        """Whether a model could be split among the processes: gloo gathers in RAM alone."""
+        return self.size > 1 and (device == "cpu" or self.backend == "nccl")
+
     def agree(self, facts: dict[str, Any]) -> None:
         """Refuses to train together where a fact differs.
 
         Raises:
             UserError: in every process alike.
         """
-        everybodys = self._gather(facts)
+        everybodys = self.gather(facts)
         for rank, theirs in enumerate(everybodys):
             for key, value in everybodys[0].items():
                 if theirs[key] != value:
@@ -131,7 +139,8 @@ class Group:
                         "Start every machine with the same recipe, model, rows and versions.",
                     )
 
-    def _gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by its number; with the patience that loading needs."""
         if self.size == 1:
             return [value]
         import torch
@@ -166,6 +175,16 @@ class Group:
 
             torch.distributed.destroy_process_group()
         return Group()
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Around passes through a split model, where the others are needed too."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size > 1 and ("gloo" in str(error) or "NCCL" in str(error)):
+                raise self._missing(error) from error
+            raise
 
     @contextmanager
     def _missing_told(self) -> Iterator[None]:
@@ -273,7 +292,7 @@ def _connect(group: Group) -> None:
     with group._missing_told():
         group._loading = distributed.new_group(backend="gloo", timeout=long)
         has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
-        told = group._gather((this_machine(), has_nccl))
+        told = group.gather((this_machine(), has_nccl))
         group.hosts = [host for host, _ in told]
         group.backend = "nccl" if all(has for _, has in told) else "gloo"
         group._gradients = distributed.new_group(backend=group.backend, timeout=waiting)

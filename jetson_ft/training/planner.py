@@ -15,7 +15,7 @@ of that rate which training reaches.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -82,6 +82,7 @@ class Work:
     train: TrainRecipe
     lengths: Lengths  # of the rows to learn, cut at `max_length`
     heldout_tokens: float
+    shards: int = 1  # processes that the frozen layers are split among
 
     @property
     def lora_parameters(self) -> int:
@@ -100,6 +101,7 @@ class Plan:
 
     micro_batch_tokens: int
     checkpointing: bool
+    shards: int = 1  # processes that share the frozen layers; 1: each has all of them
     peak_memory_bytes: int | None = None
     seconds: float | None = None
     parts: dict[str, int] = field(default_factory=dict)  # bytes of the peak, by what takes them
@@ -134,6 +136,11 @@ def best(work: Work, device: Device, flops: float) -> Plan | None:
     return None
 
 
+def frugal(plans: Sequence[Plan]) -> Plan:
+    """Of several processes' plans the one that takes the least memory."""
+    return max(plans, key=lambda plan: (plan.checkpointing, -plan.micro_batch_tokens))
+
+
 def room(work: Work, device: Device) -> float:
     """Bytes that the run may take: what the recipe grants, else what is free, less a margin."""
     if work.train.max_memory_gb:
@@ -146,7 +153,7 @@ def plans(work: Work, device: Device) -> Iterator[Plan]:
     for checkpointing in (False, True):
         for size in micro_batches(work, device.kind):
             parts = memory(work, device, size, checkpointing)
-            yield Plan(size, checkpointing, sum(parts.values()), None, parts)
+            yield Plan(size, checkpointing, work.shards, sum(parts.values()), None, parts)
 
 
 def micro_batches(work: Work, kind: str) -> list[int]:
@@ -249,11 +256,18 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
     scores = costs.score * work.shape.heads * work.lengths.longest**2
     live = scores + (per_layer * tokens if checkpointing else 0)
     kept = work.bytes_per_number * work.shape.hidden if checkpointing else per_layer
+    whole = weight_bytes(work.shape, work.weights)
+    weights = whole if work.shards == 1 else split_bytes(work)
+    adapter = _LORA_BYTES * work.lora_parameters
+    activations = work.shape.layers * kept * tokens
+    momentary = max(live, head_bytes(work, tokens)) + dequantised_bytes(work)
+    # A model that is split is loaded whole first, before anything else needs room.
+    loading = max(0, whole - weights - adapter - activations - momentary)
     parts = {
-        "weights": weight_bytes(work.shape, work.weights),
-        "adapter": _LORA_BYTES * work.lora_parameters,
-        "activations": work.shape.layers * kept * tokens,
-        "momentary": max(live, head_bytes(work, tokens)) + dequantised_bytes(work),
+        "weights": weights,
+        "adapter": adapter,
+        "activations": activations,
+        "momentary": momentary + loading,
         "process": costs.process if device.kind == "cpu" or device.integrated else 0,
         "context": costs.context,
     }
@@ -271,6 +285,13 @@ def weight_bytes(shape: Shape, weights: Weights) -> int:
         scale = 1 + 4 / _NF4_SUPER_BLOCK if weights.double_quantize else 4
         return rest + math.ceil(linear * (0.5 + scale / _NF4_BLOCK))
     return rest + number * linear
+
+
+def split_bytes(work: Work) -> float:
+    """Of one process's part of the frozen weights, and two layers that are put together."""
+    number, linear = work.bytes_per_number, work.shape.linear_parameters
+    layers = linear / work.shards + 2 * linear / work.shape.layers
+    return number * (work.shape.parameters - linear + min(linear, layers))
 
 
 def layer_bytes(work: Work) -> int:

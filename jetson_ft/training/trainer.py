@@ -24,7 +24,7 @@ from jetson_ft.errors import UserError
 from jetson_ft.models.loss import Score, score, token_losses
 from jetson_ft.models.packing import Pack, packs
 from jetson_ft.recipe import TrainRecipe
-from jetson_ft.training import checkpoint, schedule
+from jetson_ft.training import checkpoint, schedule, sharding
 from jetson_ft.training.checkpoint import Progress
 from jetson_ft.training.group import Group
 from jetson_ft.training.memory import peak_memory_bytes
@@ -194,18 +194,28 @@ class LoraTrainer(Trainer):
         model.train()
         scale = _FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0
         total = torch.zeros((), device=self.args.device)
-        for pack in inputs.packs:
-            loss = token_losses(model, pack.to(self.args.device)).sum() / inputs.supervised
-            (loss * scale).backward()
-            total += loss.detach()
+        with self.job.group.passes():
+            idle = self._idle_passes(len(inputs.packs))
+            for pack in inputs.packs:
+                loss = token_losses(model, pack.to(self.args.device)).sum() / inputs.supervised
+                (loss * scale).backward()
+                total += loss.detach()
+            for pack in idle:
+                (token_losses(model, pack.to(self.args.device)).sum() * 0).backward()
         if scale != 1.0:
             _unscale(model, scale)
         (loss_of_all,) = self.job.group.sum([float(total)])
         if not math.isfinite(loss_of_all):
             raise _diverged("loss", self.progress.step + 1, self.job)
-        self.job.group.add_gradients(_trained(model))
+        self.job.group.add_gradients(trained(model))
         self._count(inputs)
         return total.fill_(loss_of_all)
+
+    def _idle_passes(self, busy: int) -> list[Pack]:
+        """What this process passes through split layers while another is still busy."""
+        if self.job.plan.shards == 1:
+            return []
+        return [sharding.idle_pack()] * (self.job.group.most(busy) - busy)
 
     def _count(self, step: Step) -> None:
         self.progress.supervised_tokens += step.supervised
@@ -275,7 +285,9 @@ class LoraTrainer(Trainer):
         started = time.monotonic()
         job = self.job
         mine = job.heldout_packs[job.group.rank :: job.group.size]
-        result = score(self.model, mine, job.heldout_characters, job.group.sum)
+        mine += self._idle_passes(len(mine))
+        with job.group.passes():
+            result = score(self.model, mine, job.heldout_characters, job.group.sum)
         self.job.emit(
             "eval",
             step=self.progress.step,
@@ -378,7 +390,7 @@ def fit(model: Any, job: Job, resume: Path | None = None) -> Progress:
     if job.plan.checkpointing:
         model.enable_input_require_grads()
     model.config.use_cache = False
-    job.group.align(_trained(model))
+    job.group.align(trained(model))
     if resume is None:
         trainer.measure()
     elif progress.complete:
@@ -396,7 +408,8 @@ def load_adapter(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, weights)
 
 
-def _trained(model: Any) -> list[Any]:
+def trained(model: Any) -> list[Any]:
+    """The adapter's parameters."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

@@ -18,7 +18,7 @@ from jetson_ft.bench import run
 from jetson_ft.bench.lesson import Lesson, Settings
 from jetson_ft.console import bench_bar
 
-ARMS = ["trainer", "packed", "ours", "llamafactory"]
+ARMS = ["trainer", "ours", "llamafactory"]
 
 
 @pytest.mark.slow

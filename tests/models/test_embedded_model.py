@@ -5,18 +5,14 @@ from __future__ import annotations
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from jetson_ft.data.template import encode_prompt
 from jetson_ft.errors import UserError
 from jetson_ft.models import embedded
-from jetson_ft.models.load import Weights, load_model, load_tokenizer
-from jetson_ft.models.resolve import resolve
 from jetson_ft.paths import sha256_file
 
 
@@ -145,19 +141,3 @@ def test_a_damaged_file_is_refused_and_nothing_is_made_of_it(package: Path, cach
     assert caught.value.where == str(package)
     assert "--force-reinstall" in caught.value.fix
     assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == []
-
-
-# The real one
-
-
-@pytest.mark.slow
-def test_the_real_one_converts_and_answers() -> None:
-    base = resolve("embedded")
-    tokenizer, model = load_tokenizer(base), load_model(base, Weights("fp32"), "cpu")
-    question: Any = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = encode_prompt(tokenizer, question)
-    with torch.no_grad():
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(ids[0, len(prompt) :])
-    assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    assert (base.folder / "model.safetensors").stat().st_size < 270_000_000

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import signal
 import socket
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import whole_worker
 
+from jetson_ft.device import probe
 from jetson_ft.errors import UserError
+from jetson_ft.models.load import Weights
+from jetson_ft.models.resolve import Base
 from jetson_ft.paths import read_json, write_atomic
-from jetson_ft.runs import ending, jobs, launcher, processes, rundir
+from jetson_ft.runs import ending, jobs, launcher, pipeline, processes, rundir
 from jetson_ft.runs.processes import Processes
 from jetson_ft.runs.rundir import Run
-from jetson_ft.training import checkpoint
+from jetson_ft.training import checkpoint, planner
 
 
 def free_port() -> int:
@@ -217,6 +222,35 @@ def test_a_process_killed_in_training_fails_the_run_and_one_alone_goes_on(
     steps = [e["step"] for e in first.events() if e["kind"] == "step" and e["attempt"] == 2]
     assert steps[0] == 5, "it goes on from the checkpoint at step 4"
     same_adapter(first, alone)
+
+
+def with_room(run: Run, model: Path, shards: int) -> Run:
+    """The run with that model, and just the memory that it takes where the layers are split so."""
+    recipe = without_dropout(run).recipe()
+    recipe.model = str(model)
+    base, weights = Base("deep", model), Weights("fp32")
+    work = pipeline.work_of(recipe, weights, base, pipeline.prepare_rows(recipe, base))
+    least = planner.least_memory(replace(work, shards=shards), probe.probe())
+    assert shards == 1 or least < planner.least_memory(work, probe.probe())
+    recipe.train.max_memory_gb = (least + 1) / 1e9
+    write_atomic(run.path / "recipe.yaml", recipe.to_yaml())
+    return run
+
+
+def test_a_model_that_fits_into_no_process_is_split_among_both(
+    workbench: Any, deep_phi: Path
+) -> None:
+    whole = with_room(workbench.run("whole"), deep_phi, shards=1)
+    assert workbench.work(whole) == 0, (whole.path / "log.txt").read_text()
+    run = with_room(workbench.run("split"), deep_phi, shards=2)
+    assert work_together(workbench, [run, run]) == [0, 0], (run.path / "log.txt").read_text()
+    plans = [read_json(one.path / "plan.json") for one in (whole, run)]
+    assert [plan["shards"] for plan in plans] == [1, 2]
+    for kind, key in (("step", "loss"), ("eval", "heldout_loss")):
+        assert of(run, kind, key) == pytest.approx(of(whole, kind, key), abs=1e-5)
+    same_adapter(run, whole)
+    ours, theirs = (read_json(one.path / "report.json")["eval"]["after"] for one in (run, whole))
+    assert [s["reply"] for s in ours["samples"]] == [s["reply"] for s in theirs["samples"]]
 
 
 def test_machines_with_different_recipes_refuse_to_train_together(workbench: Any) -> None:

@@ -26,6 +26,9 @@ class Scenario:
     ranks: tuple[int, ...] = ()
     act: str = ""  # stop, die, hang, spoil: after the third step
     seed: int = 0  # of the adapter, in `ranks`
+    split: bool = False  # the layers among all
+    recompute: bool = False
+    capacity: int = 2048  # tokens of a micro-batch
 
     def acts(self, act: str, rank: int) -> bool:
         """Whether that is this process's part."""
@@ -53,7 +56,7 @@ def _train(scenario: Scenario, rank: int) -> dict[str, Any]:
     from jetson_ft.models.resolve import Base
     from jetson_ft.recipe import LoraRecipe, Recipe
     from jetson_ft.runs.pipeline import prepare_rows
-    from jetson_ft.training import checkpoint, group
+    from jetson_ft.training import checkpoint, group, sharding
 
     torch.set_num_threads(1)
     joined = group.join()
@@ -70,12 +73,23 @@ def _train(scenario: Scenario, rank: int) -> dict[str, Any]:
     def stop() -> bool:
         return next(asked) == 3 and _act(scenario, rank, model)
 
-    job = replace(bench.job(home, stop, **scenario.train), group=joined)
+    if scenario.split:
+        sharding.split(model, joined, "cpu")
+    job = bench.job(home, stop, scenario.capacity, scenario.recompute, **scenario.train)
+    plan = replace(job.plan, shards=joined.size if scenario.split else 1)
+    job = replace(job, group=joined, plan=plan)
     with joined.copy_of_firsts(Path(scenario.resume) if scenario.resume else None) as folder:
         progress = bench.fit(model, job, folder)
+    kept = sum(_bytes_here(parameter) for parameter in model.parameters())
     weights = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
     checkpoint.save_tensors(Path(scenario.home) / f"rank-{rank}.safetensors", weights)
-    return {"events": bench.events, "progress": vars(progress)}
+    return {"events": bench.events, "progress": vars(progress), "bytes": kept}
+
+
+def _bytes_here(parameter: Any) -> int:
+    """Of the part that this process keeps."""
+    here = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return int(here.untyped_storage().nbytes())
 
 
 def _act(scenario: Scenario, rank: int, model: Any) -> bool:

@@ -164,6 +164,39 @@ def test_a_silent_process_is_named_once_patience_is_at_its_end(make: Any) -> Non
     assert "UserError: Process 1 on machine 0" in first["error"] and second is None
 
 
+# Layers that are split
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_split_layers_learn_what_whole_ones_do(make: Any, alone: Any, recompute: bool) -> None:
+    """Micro-batches of one row each, so that the processes have different numbers of them."""
+    scenario = make(split=True, recompute=recompute, capacity=1)
+    results = together(scenario)
+    for rank, result in enumerate(results):
+        same_lesson(alone[1], result)
+        assert farthest(adapter(scenario, rank), adapter(alone[0])) < 1e-5
+        assert result["bytes"] < 0.8 * alone[1]["bytes"]  # half of it are layers
+
+
+def test_a_process_without_rows_makes_idle_passes(make: Any) -> None:
+    lonely = {"tokens_per_step": 16, "max_steps": 3}
+    one, two = make("one", lonely), make("two", lonely, split=True)
+    same_lesson(together(one, 1)[0], together(two, 2)[1])
+
+
+def test_one_alone_goes_on_from_the_checkpoint_of_a_split_run(make: Any, alone: Any) -> None:
+    stopped = make("stopped", act="stop", ranks=(0,), split=True)
+    together(stopped)
+    resumed = make("resumed", resume=str(Path(stopped.home) / "checkpoints" / "step-3"))
+    together(resumed, 1)
+    assert farthest(adapter(resumed), adapter(alone[0])) < 1e-5
+
+
+def test_a_killed_process_is_named_where_layers_are_split(make: Any) -> None:
+    first, second = together(make(act="die", ranks=(1,), split=True))
+    assert "UserError: Process 1 on machine 0" in first["error"] and second is None
+
+
 def test_an_infinite_loss_of_one_ends_all_alike(make: Any) -> None:
     results = together(make(act="spoil", ranks=(1,)))
     assert all("loss became infinite at step 4" in result["error"] for result in results)

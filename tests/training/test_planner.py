@@ -71,6 +71,23 @@ def peak(one: Work, device: Device, tokens: int = 1024, checkpointing: bool = Fa
 # Memory
 
 
+@given(works, devices, st.integers(2, 8))
+def test_split_layers_take_no_more_than_whole_ones(one: Work, device: Device, shards: int) -> None:
+    one = replace(one, weights=replace(one.weights, quantize="none"))
+    split = replace(one, shards=shards)
+    assert peak(split, device) <= peak(one, device)
+    assert peak(replace(split, shards=shards + 1), device) <= peak(split, device)
+
+
+def test_a_split_model_is_loaded_whole_first() -> None:
+    whole, split = work(longest=16), work(longest=16)
+    split = replace(split, shards=1000)
+    weights = planner.weight_bytes(PHI, BF16)
+    parts = planner.memory(split, NX, 16, checkpointing=True)
+    assert sum(parts.values()) - parts["process"] - parts["context"] >= weights
+    assert peak(split, NX, 16, True) < peak(whole, NX, 16, True)
+
+
 @pytest.mark.parametrize(
     ("weights", "gib"),
     [
