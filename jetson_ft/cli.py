@@ -194,6 +194,9 @@ def bench(
     rows: Annotated[int, typer.Option(min=16, help="Rows an arm trains on, 8 a step.")] = 40,
     max_length: Annotated[int, typer.Option(min=16, help="Longest row in tokens.")] = 512,
     rank: Annotated[int, typer.Option(min=1, max=1024, help="Rank of the adapter.")] = 8,
+    precision: Annotated[
+        str, typer.Option(help="Arithmetic: fp32, bf16, fp16, or what is fast here.")
+    ] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="How often every arm runs.")] = 3,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Processor threads; by default every core.")
@@ -221,8 +224,9 @@ def bench(
 
     chosen = tuple(dict.fromkeys(arms.split(","))) if arms else tuple(ARMS)
     settings = Settings(
-        model, data, rows, max_length, rank, rounds, threads or usable_cores(), chosen, llamafactory
-    )
+        model, data, rows, max_length, rank, rounds, threads or usable_cores(), chosen,
+        llamafactory, precision,
+    )  # fmt: skip
     folder = output or Path("bench") / time.strftime("%Y%m%d-%H%M%S")
     with bench_bar() as listener:
         found = run_bench(settings, folder, listener)

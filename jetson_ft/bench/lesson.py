@@ -39,6 +39,7 @@ class Settings:
     threads: int
     arms: tuple[str, ...]
     llamafactory: str | None = None  # an interpreter that has it
+    precision: str = "auto"
 
     def recipe(self) -> Recipe:
         """A constant rate without warm-up, so that no schedule differs between the arms.
@@ -55,6 +56,7 @@ class Settings:
             {
                 "model": self.model,
                 "data": {"train": self.data, "max_length": self.max_length},
+                "precision": self.precision,
                 "lora": {"rank": self.rank},
                 "train": train,
             }
