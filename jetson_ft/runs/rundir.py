@@ -30,6 +30,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
+
 from jetson_ft import recipe as recipes
 from jetson_ft.errors import UserError
 from jetson_ft.paths import disk_errors, read_json, safe_name, write_atomic, write_json
@@ -160,7 +162,7 @@ def read_events(path: Path, offset: int = 0, limit: int = 1 << 26) -> tuple[list
 def _parse(data: bytes) -> Iterator[dict[str, Any]]:
     for line in data.splitlines():
         try:
-            event = json.loads(line)
+            event = orjson.loads(line)
         except ValueError:
             continue
         if isinstance(event, dict) and "kind" in event:
