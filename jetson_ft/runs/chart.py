@@ -1,9 +1,10 @@
-"""Loss curves as inline SVG."""
+"""Curves as inline SVG."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from html import escape
 
 Points = Sequence[tuple[float, float]]
 
@@ -31,6 +32,29 @@ def losses(train: Points, heldout: Points) -> str:
             _line(place, smoothed(train), "train"),
             _line(place, heldout, "heldout"),
             *(_dot(place, x, y) for x, y in heldout),
+            "</svg>",
+        ]
+    )
+
+
+def panel(name: str, series: Sequence[tuple[str, Points]]) -> str:
+    """Several curves in one frame; each comes with its CSS class.
+
+    Returns an empty string where there is nothing to draw.
+    """
+    points = [point for _, curve in series for point in curve]
+    if not points:
+        return ""
+    x_ticks = ticks(0, max(x for x, _ in points))
+    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
+    place = _Scale(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
+    return "\n".join(
+        [
+            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">',
+            *(_horizontal(place, y) for y in y_ticks),
+            *(_x_label(place, x) for x in x_ticks),
+            *(_line(place, curve, style) for style, curve in series),
+            *(_dot(place, *curve[0]) for _, curve in series if len(curve) == 1),
             "</svg>",
         ]
     )

@@ -17,7 +17,7 @@ from typing import Any
 from jetson_ft.errors import UserError
 from jetson_ft.paths import read_json
 from jetson_ft.runs import jobs
-from jetson_ft.runs.rundir import Run, State, read_events
+from jetson_ft.runs.rundir import LIVE, Run, State, read_events
 
 # What can be drawn: kind of event -> its fields.
 CURVES = {
@@ -126,10 +126,11 @@ class Watcher:
         Raises:
             UserError: its state can't be read.
         """
-        jobs.settle(run)
+        known = self._summaries.get(run.path)
+        if known is None or known[1].state.state in LIVE:
+            jobs.settle(run)
         files = (run.path / "state.json", run.events_file, run.path / ABOUT)
         stamp = [_stamp(path) for path in files]
-        known = self._summaries.get(run.path)
         if known and known[0] == stamp:
             return known[1]
         found = summarise(run)

@@ -290,6 +290,18 @@ def find(name: str, root: Path) -> Run:
     raise UserError(f"There is no run {name!r}.", str(root), f"Newest runs there: {known}.")
 
 
+def named(name: str, root: Path) -> Run:
+    """A run by its folder's name alone, for those who may not name paths.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    path = root.absolute() / safe_name(name)
+    if not _is_run(path):
+        raise UserError(f"There is no run {name!r}.", str(root), "It may have been deleted.")
+    return Run(path)
+
+
 def list_runs(root: Path) -> list[Run]:
     """All runs under the root, newest first."""
     if not root.is_dir():

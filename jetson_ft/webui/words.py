@@ -1,0 +1,92 @@
+"""Everything that the page says, in English and Simplified Chinese, each declared once."""
+
+from __future__ import annotations
+
+LANGUAGES = {"en": "English", "zh": "简体中文"}
+
+_WORDS: dict[str, tuple[str, str]] = {
+    "state.queued": ("waiting its turn", "排队中"),
+    "state.running": ("running", "运行中"),
+    "state.stopping": ("stopping", "正在停止"),
+    "state.stopped": ("stopped", "已停止"),
+    "state.finished": ("finished", "已完成"),
+    "state.failed": ("failed", "失败"),
+    "state.damaged": ("damaged", "已损坏"),
+    "runs.none": (
+        "No runs yet. Start one on the Train page; it appears here.",
+        "还没有训练任务。在“训练”页启动后会显示在这里。",
+    ),
+    "runs.choose": ("Choose a run on the left.", "请在左侧选择一个任务。"),
+    "runs.step": ("step {step} of {total}", "第 {step} 步，共 {total} 步"),
+    "runs.step_open": ("step {step}", "第 {step} 步"),
+    "runs.left": ("{time} left", "剩余 {time}"),
+    "runs.preparing": ("preparing: {phase}", "准备中：{phase}"),
+    "runs.compare": ("draw beside the chosen one", "与所选任务画在同一张图里"),
+    "do.stop": ("Stop", "停止"),
+    "do.stop.help": (
+        "Writes a checkpoint and ends; Resume goes on from there.",
+        "保存检查点后结束，之后可以继续。",
+    ),
+    "do.resume": ("Resume", "继续"),
+    "do.duplicate": ("Use again", "复制到表单"),
+    "do.delete": ("Delete", "删除"),
+    "do.delete.sure": (
+        "Delete this run with its checkpoints and adapter? This can't be undone.",
+        "确定删除此任务及其检查点和适配器吗？此操作无法撤销。",
+    ),
+    "do.describe": ("Save name and notes", "保存名称和备注"),
+    "do.chat": ("Chat with it", "与它对话"),
+    "do.adapter": ("Adapter (zip)", "适配器（zip）"),
+    "do.report": ("Report", "报告"),
+    "about.title": ("Name", "名称"),
+    "about.notes": ("Notes", "备注"),
+    "chart.loss": ("Loss (nats per token)", "损失（每词元 nat）"),
+    "chart.loss.train": ("training", "训练"),
+    "chart.loss.heldout": ("held-out", "留出数据"),
+    "chart.lr": ("Learning rate", "学习率"),
+    "chart.grad_norm": ("Gradient norm", "梯度范数"),
+    "chart.tokens_per_second": ("Tokens per second", "每秒词元数"),
+    "chart.memory": ("Peak memory (GiB)", "峰值内存（GiB）"),
+    "chart.watts": ("Power (W)", "功率（W）"),
+    "chart.temperature": ("Temperature (°C)", "温度（°C）"),
+    "chart.waiting": ("Curves appear after the first step.", "完成第一步后显示曲线。"),
+    "figure.loss": ("loss", "损失"),
+    "figure.heldout": ("held-out loss", "留出损失"),
+    "figure.speed": ("tokens/s", "词元/秒"),
+    "figure.memory": ("peak memory", "峰值内存"),
+    "log": ("Log", "日志"),
+    "error.unknown": ("Something went wrong; the log has the details.", "出错了，详情见日志。"),
+}
+
+
+class Words:
+    """What the page says in one language."""
+
+    def __init__(self, language: str) -> None:
+        self.language = language if language in LANGUAGES else "en"
+        self._column = list(LANGUAGES).index(self.language)
+
+    def __call__(self, key: str, **values: object) -> str:
+        """The text of a key, with values put into its braces."""
+        return _WORDS[key][self._column].format(**values)
+
+    def duration(self, seconds: float) -> str:
+        """`4 min 05 s`, `1 h 02 min`; `4 分 05 秒`, `1 小时 02 分`."""
+        whole = round(seconds)
+        hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+        units = (" s", " min", " h") if self.language == "en" else (" 秒", " 分", " 小时")
+        if hours:
+            return f"{hours}{units[2]} {minutes:02d}{units[1]}"
+        return f"{minutes}{units[1]} {rest:02d}{units[0]}" if minutes else f"{rest}{units[0]}"
+
+
+def preferred(accept_language: str) -> str:
+    """The language a browser asks for (`Accept-Language`, RFC 9110): ours that it wants most."""
+    wanted: list[tuple[float, int, str]] = []
+    for place, part in enumerate(accept_language.split(",")):
+        name, _, quality = part.partition(";q=")
+        try:
+            wanted.append((-float(quality or 1), place, name.strip().lower()[:2]))
+        except ValueError:
+            continue
+    return next((name for _, _, name in sorted(wanted) if name in LANGUAGES), "en")
