@@ -71,6 +71,7 @@ def train(
         bool,
         typer.Option("--dry-run", help="Show recipe, rows, steps, memory and time; train nothing."),
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
     nproc_per_node: Annotated[
         int | None, typer.Option(help="Processes on this machine (1): one a GPU.")
     ] = None,
@@ -101,7 +102,7 @@ def train(
         name = recipe or _chosen()
         loaded = recipes.load(name, sets)
         if dry_run:
-            _dry_run(loaded)
+            _dry_run(loaded, as_json)
             return
         wanted = processes.Processes().changed(**given)
         run, offset = jobs.launch(loaded, Path(name).stem, wanted), 0
@@ -128,11 +129,15 @@ def _chosen() -> str:
     return name
 
 
-def _dry_run(loaded: Any) -> None:
+def _dry_run(loaded: Any, as_json: bool) -> None:
     from jetson_ft.console import print_dry_run
     from jetson_ft.runs.preview import dry_run
 
-    print_dry_run(dry_run(loaded))
+    found = dry_run(loaded)
+    if as_json:
+        print(json.dumps(found.as_json(), ensure_ascii=False))
+    else:
+        print_dry_run(found)
 
 
 def _follow(run: Any, offset: int) -> int:
@@ -234,6 +239,24 @@ def bench(
     print(f"written: {folder / 'bench.md'}, {folder / 'bench.json'}")
     if all("error" in measured for measured in found["rounds"]):
         raise typer.Exit(1)
+
+
+@app.command()
+def webui(
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; beyond this machine a token is needed.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Name by which browsers reach this machine; repeatable."),
+    ] = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Train and watch in a browser."""
+    from jetson_ft.webui.server import serve
+
+    serve(runs, host, port, tuple(host_name or ()))
 
 
 @app.command()

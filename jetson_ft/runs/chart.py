@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 14, 34
+
+@dataclass(frozen=True)
+class Frame:
+    """A chart's size and margins, in SVG's units."""
+
+    width: int = 720
+    height: int = 300
+    left: int = 46
+    right: int = 14
+    top: int = 14
+    bottom: int = 34
+
+
+LARGE = Frame()
+SMALL = Frame(width=360, height=200, left=58, bottom=30)  # its text looks as large at half the size
 
 
 def losses(train: Points, heldout: Points) -> str:
@@ -17,28 +31,12 @@ def losses(train: Points, heldout: Points) -> str:
 
     Returns an empty string where there is nothing to draw.
     """
-    points = [*train, *heldout]
-    if not points:
-        return ""
-    x_ticks = ticks(0, max(x for x, _ in points))
-    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
-    place = _Scale(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
-    return "\n".join(
-        [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss curves">',
-            *(_horizontal(place, y) for y in y_ticks),
-            *(_x_label(place, x) for x in x_ticks),
-            _line(place, train, "raw"),
-            _line(place, smoothed(train), "train"),
-            _line(place, heldout, "heldout"),
-            *(_dot(place, x, y) for x, y in heldout),
-            "</svg>",
-        ]
-    )
+    curves = [("raw", train), ("train", smoothed(train)), ("heldout", heldout)]
+    return panel("loss curves", curves)
 
 
-def panel(name: str, series: Sequence[tuple[str, Points]]) -> str:
-    """Several curves in one frame; each comes with its CSS class.
+def panel(name: str, series: Sequence[tuple[str, Points]], frame: Frame = LARGE) -> str:
+    """Several curves in one frame, each with its CSS class; `heldout` ones with dots.
 
     Returns an empty string where there is nothing to draw.
     """
@@ -47,14 +45,20 @@ def panel(name: str, series: Sequence[tuple[str, Points]]) -> str:
         return ""
     x_ticks = ticks(0, max(x for x, _ in points))
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
-    place = _Scale(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
+    place = _Scale(frame, x_ticks, y_ticks)
+    size = f"0 0 {frame.width} {frame.height}"
     return "\n".join(
         [
-            f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(name)}">',
-            *(_horizontal(place, y) for y in y_ticks),
-            *(_x_label(place, x) for x in x_ticks),
-            *(_line(place, curve, style) for style, curve in series),
-            *(_dot(place, *curve[0]) for _, curve in series if len(curve) == 1),
+            f'<svg viewBox="{size}" role="img" aria-label="{escape(name)}">',
+            *(place.horizontal(y) for y in y_ticks),
+            *(place.x_label(x) for x in x_ticks),
+            *(place.line(curve, style) for style, curve in series),
+            *(
+                place.dot(x, y, style)
+                for style, curve in series
+                if "heldout" in style or (len(curve) == 1 and style != "raw")
+                for x, y in curve
+            ),
             "</svg>",
         ]
     )
@@ -80,36 +84,38 @@ def smoothed(points: Points, window: int = 9) -> list[tuple[float, float]]:
 
 
 class _Scale:
-    def __init__(self, left: float, right: float, low: float, high: float) -> None:
-        self.left, self.right, self.low, self.high = left, right, low, high
+    """From values to places in a frame, and what is drawn there."""
+
+    def __init__(self, frame: Frame, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> None:
+        self.frame = frame
+        self.left, self.right = x_ticks[0], x_ticks[-1]
+        self.low, self.high = y_ticks[0], y_ticks[-1]
 
     def x(self, value: float) -> float:
-        share = (value - self.left) / (self.right - self.left)
-        return round(_LEFT + share * (WIDTH - _LEFT - _RIGHT), 1)
+        frame, share = self.frame, (value - self.left) / (self.right - self.left)
+        return round(frame.left + share * (frame.width - frame.left - frame.right), 1)
 
     def y(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low)
-        return round(HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM), 1)
+        frame, share = self.frame, (self.high - value) / (self.high - self.low)
+        return round(frame.top + share * (frame.height - frame.top - frame.bottom), 1)
 
+    def line(self, points: Points, style: str) -> str:
+        path = " ".join(f"{self.x(x)},{self.y(y)}" for x, y in points)
+        return f'<polyline class="{style}" points="{path}"/>'
 
-def _line(place: _Scale, points: Points, name: str) -> str:
-    path = " ".join(f"{place.x(x)},{place.y(y)}" for x, y in points)
-    return f'<polyline class="{name}" points="{path}"/>'
+    def dot(self, x: float, y: float, style: str) -> str:
+        tip = f"<title>{x:g}: {y:.3f}</title>"
+        return f'<circle class="{style}" cx="{self.x(x)}" cy="{self.y(y)}" r="3.5">{tip}</circle>'
 
+    def horizontal(self, value: float) -> str:
+        left, right, y = self.frame.left, self.frame.width - self.frame.right, self.y(value)
+        return (
+            f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
+            f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{value:g}</text>'
+        )
 
-def _dot(place: _Scale, x: float, y: float) -> str:
-    tip = f"<title>{x:g}: {y:.3f}</title>"
-    return f'<circle class="heldout" cx="{place.x(x)}" cy="{place.y(y)}" r="3.5">{tip}</circle>'
-
-
-def _horizontal(place: _Scale, value: float) -> str:
-    y = place.y(value)
-    return (
-        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>'
-        f'<text x="{_LEFT - 8}" y="{y + 4}" text-anchor="end">{value:g}</text>'
-    )
-
-
-def _x_label(place: _Scale, value: float) -> str:
-    y = HEIGHT - _BOTTOM + 20
-    return f'<text x="{place.x(value)}" y="{y}" text-anchor="middle">{value:g}</text>'
+    def x_label(self, value: float) -> str:
+        """Under its place; the last one ends at the frame's edge, where half of it would be cut."""
+        anchor = "end" if value == self.right else "middle"
+        x, y = self.x(value), self.frame.height - self.frame.bottom + 20
+        return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{value:g}</text>'

@@ -27,6 +27,18 @@ class DryRun:
     rows_per_step: float
     forecast: Forecast  # of this machine
 
+    def as_json(self) -> dict[str, Any]:
+        """For `train --dry-run --json`."""
+        return {
+            "schema": 1,
+            "recipe": self.recipe.model_dump(),
+            "rows": self.rows,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "rows_per_step": self.rows_per_step,
+            "forecast": self.forecast.as_json(),
+        }
+
 
 def dry_run(recipe: Recipe) -> DryRun:
     """Reads and tokenises as a run would, and plans its steps."""

@@ -148,7 +148,7 @@ def _charts(seen: Sequence[live.Seen]) -> dict[str, str]:
             for number, one in enumerate(seen)
             if name in one.curves
         ]
-        drawn[name] = chart.panel(name, series)
+        drawn[name] = chart.panel(name, series, chart.SMALL)
     return {name: svg for name, svg in drawn.items() if svg}
 
 

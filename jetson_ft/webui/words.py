@@ -2,9 +2,47 @@
 
 from __future__ import annotations
 
+from jetson_ft import recipe
+from jetson_ft.webui.help_zh import HELP
+
 LANGUAGES = {"en": "English", "zh": "简体中文"}
 
 _WORDS: dict[str, tuple[str, str]] = {
+    "page.subtitle": ("Fine-tune a language model on this machine", "在这台机器上微调语言模型"),
+    "tab.train": ("Train", "训练"),
+    "tab.runs": ("Runs", "任务"),
+    "train.recipe": ("Start from", "从这里开始"),
+    "train.recipe.help": (
+        "A recipe that comes along; every field below can be changed.",
+        "选择一个自带的配方，下面的每一项都可以修改。",
+    ),
+    "train.upload": ("Your rows", "你的数据"),
+    "train.upload.help": (
+        "JSON, JSONL, CSV or Parquet; Alpaca, ShareGPT or OpenAI messages.",
+        "JSON、JSONL、CSV 或 Parquet；Alpaca、ShareGPT 或 OpenAI 消息格式。",
+    ),
+    "train.more": ("All settings", "全部设置"),
+    "train.check": ("What will happen?", "预览结果"),
+    "train.checking": ("Reading rows and planning …", "正在读取数据并规划……"),
+    "train.start": ("Start", "开始训练"),
+    "train.started": ("Started: {name}", "已启动：{name}"),
+    "train.mistakes": ("Please mend the marked fields.", "请修改标出的字段。"),
+    "train.same": ("The same on the command line", "等价的命令行"),
+    "train.yaml": ("The same as a recipe", "等价的配方"),
+    "plan.rows": (
+        "{rows} rows to learn, {heldout} held out",
+        "{rows} 条用于学习，{heldout} 条留出",
+    ),
+    "plan.tokens": (
+        "{tokens} tokens in {steps} steps at most",
+        "最多 {steps} 步，共 {tokens} 个词元",
+    ),
+    "plan.time": ("about {time} (predicted)", "约需 {time}（预测）"),
+    "plan.memory": ("{peak} of {free} GiB (predicted)", "{peak} / {free} GiB（预测）"),
+    "plan.fits": ("fits", "放得下"),
+    "plan.tight": ("tight", "勉强放得下"),
+    "plan.no": ("won't fit", "放不下"),
+    "plan.would": ("Would fit with: {settings}", "改成以下设置可以放下：{settings}"),
     "state.queued": ("waiting its turn", "排队中"),
     "state.running": ("running", "运行中"),
     "state.stopping": ("stopping", "正在停止"),
@@ -69,6 +107,10 @@ class Words:
     def __call__(self, key: str, **values: object) -> str:
         """The text of a key, with values put into its braces."""
         return _WORDS[key][self._column].format(**values)
+
+    def help(self, key: str) -> str:
+        """A recipe key's one line of help."""
+        return HELP[key] if self.language == "zh" else recipe.keys()[key]
 
     def duration(self, seconds: float) -> str:
         """`4 min 05 s`, `1 h 02 min`; `4 分 05 秒`, `1 小时 02 分`."""

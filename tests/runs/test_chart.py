@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jetson_ft.runs.chart import HEIGHT, WIDTH, losses, smoothed, ticks
+from jetson_ft.runs.chart import LARGE, losses, smoothed, ticks
 
 values = st.floats(0, 1e6)
 
@@ -70,8 +70,8 @@ def test_curves_stay_inside_a_well_formed_picture(
         for pair in line.attrib["points"].split()
     ]
     assert len(places) == 2 * len(train) + len(heldout)
-    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
-    assert len(re.findall("<circle", svg)) == len(heldout)
+    assert all(0 <= x <= LARGE.width and 0 <= y <= LARGE.height for x, y in places)
+    assert len(re.findall("<circle", svg)) == len(heldout) + (len(train) == 1)
 
 
 def test_a_lower_loss_is_drawn_lower() -> None:

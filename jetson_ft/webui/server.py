@@ -1,0 +1,93 @@
+"""The page's server: the doors, then the routes, then one Gradio page in each language."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+from jetson_ft.errors import UserError
+from jetson_ft.webui import page, routes
+from jetson_ft.webui.doors import Doors, Rules
+from jetson_ft.webui.words import LANGUAGES
+
+_SCRIPTS = """<link rel="stylesheet" href="/static/page.css">
+<script src="/static/page.js" defer></script>"""
+
+
+def make_app(runs: Path, rules: Rules) -> Any:
+    """The whole page as an ASGI application."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(routes.router(runs))
+    app.add_exception_handler(UserError, routes.tell)
+    app.mount("/static", StaticFiles(directory=page.STATIC))
+    for language in LANGUAGES:
+        gr.mount_gradio_app(
+            app, page.build(language, runs), f"/{language}", theme=page.theme(), head=_SCRIPTS,
+            footer_links=[], run_history=False, show_error=True, max_file_size=rules.upload_bytes,
+        )  # fmt: skip
+    return Doors(app, rules)
+
+
+def serve(runs: Path, host: str, port: int, host_names: tuple[str, ...]) -> None:
+    """Serves until it is told to end; prints the link to open, with the token if one is needed.
+
+    Raises:
+        UserError: the address can't be served on.
+    """
+    rules = Rules("" if is_loopback(host) else secrets.token_hex(16), host_names)
+    door = _listen(host, port)
+    app = make_app(runs, rules)
+    print(f"open: {link(host, door.getsockname()[1], rules.token)}", flush=True)
+    if rules.token:
+        print("Whoever has this link can train and chat here; nobody else gets in.", flush=True)
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([door])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Before the page is built, so that a taken port is told at once."""
+    try:
+        kind, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        door = socket.socket(kind, socket.SOCK_STREAM)
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind(place)
+        door.listen(128)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"The page can't be served there: {getattr(error, 'strerror', None) or error}.",
+            f"{host}:{port}",
+            "Choose another port (--port 7861), or end the program that has this one.",
+        ) from error
+    return door
+
+
+def link(host: str, port: int, token: str) -> str:
+    """What to open: of all addresses, the one that others in the network reach."""
+    shown = _own_address() if host in ("0.0.0.0", "::") else host  # noqa: S104
+    shown = f"[{shown}]" if ":" in shown else shown
+    return f"http://{shown}:{port}/" + (f"?token={token}" if token else "")
+
+
+def _own_address() -> str:
+    """This machine's address towards others; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"

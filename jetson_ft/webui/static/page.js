@@ -1,0 +1,106 @@
+// The live part of the page: asks for pieces, swaps what changed, sends what is clicked.
+(() => {
+  "use strict";
+  const language = location.pathname.split("/")[1] || "en";
+  const state = {
+    chosen: new URLSearchParams(location.search).get("run") || "",
+    beside: new Set(),
+  };
+  const etags = new Map();
+
+  const query = () => {
+    const found = new URLSearchParams({ chosen: state.chosen });
+    state.beside.forEach((name) => found.append("beside", name));
+    return found.toString();
+  };
+
+  // Puts a piece into its place unless it is the one that is there already.
+  async function swap(id, address) {
+    const place = document.getElementById(id);
+    if (!place) return;
+    const known = etags.get(id);
+    const headers = known && known.address === address ? { "If-None-Match": known.etag } : {};
+    const answer = await fetch(address, { headers, cache: "no-store" });
+    if (answer.status === 304) return;
+    if (!answer.ok) {
+      if (id === "run-detail") place.innerHTML = "";
+      return;
+    }
+    const open = place.querySelector("details[open]") !== null;
+    place.innerHTML = await answer.text();
+    if (open) place.querySelector("details")?.setAttribute("open", "");
+    etags.set(id, { address, etag: answer.headers.get("ETag") });
+  }
+
+  async function refresh() {
+    if (document.hidden) return;
+    try {
+      await swap("run-list", `/live/${language}/runs?${query()}`);
+      const first = document.querySelector("#run-list [data-choose]");
+      if (!state.chosen && first) {
+        choose(first.dataset.choose); // and refresh once more, so that it is marked as chosen
+        return;
+      }
+      if (state.chosen) {
+        await swap("run-detail", `/live/${language}/runs/${encodeURIComponent(state.chosen)}?${query()}`);
+      }
+      document.body.classList.remove("away");
+    } catch {
+      document.body.classList.add("away"); // the server is away; what is shown stays
+    }
+  }
+
+  function say(text) {
+    const box = document.createElement("div");
+    box.className = "toast";
+    box.textContent = text;
+    document.body.append(box);
+    setTimeout(() => box.remove(), 8000);
+  }
+
+  async function act(name, action) {
+    const answer = await fetch(`/runs/${encodeURIComponent(name)}/${action}`, { method: "POST" });
+    if (!answer.ok) {
+      const told = await answer.json().catch(() => ({ what: answer.statusText }));
+      say([told.what, told.where, told.fix].filter(Boolean).join("\n"));
+    } else if (action === "delete") {
+      state.chosen = "";
+    }
+    refresh();
+  }
+
+  function choose(name) {
+    state.chosen = name;
+    state.beside.delete(name);
+    const address = new URL(location.href);
+    address.searchParams.set("run", name);
+    history.replaceState(null, "", address);
+    refresh();
+  }
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-choose], [data-do], [data-language]");
+    if (!button) return;
+    if (button.dataset.language) {
+      document.cookie = `jetson-ft-language=${button.dataset.language}; path=/; max-age=31536000; samesite=strict`;
+      location.href = `/${button.dataset.language}/${location.search}`;
+    } else if (button.dataset.choose) {
+      choose(button.dataset.choose);
+    } else if (!button.dataset.sure || confirm(button.dataset.sure)) {
+      button.disabled = true;
+      act(state.chosen, button.dataset.do);
+    }
+  });
+  document.addEventListener("change", (event) => {
+    const name = event.target.dataset && event.target.dataset.beside;
+    if (!name) return;
+    event.target.checked ? state.beside.add(name) : state.beside.delete(name);
+    refresh();
+  });
+  document.addEventListener("visibilitychange", refresh);
+
+  window.jetsonFt = { choose };
+  document.documentElement.lang = language === "zh" ? "zh-Hans" : "en";
+  refresh();
+  setInterval(refresh, 2500);
+})();
