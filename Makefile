@@ -6,7 +6,7 @@ PYTEST := -m pytest -n 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-dev finetune chat test test-fast test-all test-compat lint lock lock-check clean
+.PHONY: help setup setup-dev finetune chat webui test test-fast test-all test-compat lint lock lock-check clean
 
 # $(call quote,TEXT): one word for the shell, whatever is in it.
 quote = '$(subst ','\'',$(1))'
@@ -34,6 +34,9 @@ finetune: setup ## fine-tune (RECIPE=recipes/NAME.yaml, SET="lora.rank=32 train.
 
 chat: setup ## talk with the newest adapter (RUN=NAME: with that run's)
 	@exec $(BIN)/jetson-ft chat$(if $(RUN), $(call quote,$(RUN)))
+
+webui: setup ## the page on http://127.0.0.1:7860
+	@exec $(BIN)/jetson-ft webui
 
 test: lint lock-check test-all test-compat ## everything CI runs
 

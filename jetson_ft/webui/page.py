@@ -7,13 +7,14 @@ from typing import Any
 
 import gradio as gr
 
-from jetson_ft.webui import train
+from jetson_ft.runs.parlour import Parlour
+from jetson_ft.webui import chat, train
 from jetson_ft.webui.words import LANGUAGES, Words
 
 STATIC = Path(__file__).with_name("static")
 
 
-def build(language: str, runs: Path) -> Any:
+def build(language: str, runs: Path, parlour: Parlour) -> Any:
     """The page in one language, over the runs in that folder."""
     words = Words(language)
     with gr.Blocks(title="jetson-ft", analytics_enabled=False) as page:
@@ -23,6 +24,8 @@ def build(language: str, runs: Path) -> Any:
                 train.build(words, runs, tabs)
             with gr.Tab(words("tab.runs"), id="runs"):
                 gr.HTML(_RUNS)
+            with gr.Tab(words("tab.chat"), id="chat"):
+                chat.build(words, runs, parlour)
     return page
 
 

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
 
 from jetson_ft.errors import UserError
+from jetson_ft.runs.parlour import Parlour
 from jetson_ft.webui import page, routes
 from jetson_ft.webui.doors import Doors, Rules
 from jetson_ft.webui.words import LANGUAGES
@@ -27,11 +28,13 @@ def make_app(runs: Path, rules: Rules) -> Any:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(routes.router(runs))
     app.add_exception_handler(UserError, routes.tell)
+    parlour = Parlour(runs)
     app.mount("/static", StaticFiles(directory=page.STATIC))
     for language in LANGUAGES:
+        made = page.build(language, runs, parlour)
         gr.mount_gradio_app(
-            app, page.build(language, runs), f"/{language}", theme=page.theme(), head=_SCRIPTS,
-            footer_links=[], run_history=False, show_error=True, max_file_size=rules.upload_bytes,
+            app, made, f"/{language}", theme=page.theme(), head=_SCRIPTS, footer_links=[],
+            run_history=False, show_error=True, max_file_size=rules.upload_bytes,
         )  # fmt: skip
     return Doors(app, rules)
 

@@ -1,0 +1,178 @@
+"""The chat: a base or an adapter, or both side by side from one message."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from jetson_ft.errors import UserError
+from jetson_ft.runs import live, rundir
+from jetson_ft.runs.parlour import Parlour, Question, Turns
+from jetson_ft.webui.words import Words
+
+# As `inference.generate.Sampling` declares them: lowest, highest, step, what the chat begins with.
+_SLIDERS = {
+    "max_new_tokens": (1, 1024, 1, 256),
+    "temperature": (0.0, 2.0, 0.05, 0.0),
+    "top_k": (0, 200, 1, 50),
+    "top_p": (0.05, 1.0, 0.05, 1.0),
+    "repetition_penalty": (1.0, 2.0, 0.05, 1.1),
+}
+BASE = "base"
+
+
+def build(words: Words, runs: Path, parlour: Parlour) -> None:
+    """Puts the chat into the page."""
+    tab = _Tab(words, runs, parlour)
+    with gr.Row():
+        with gr.Column(scale=3):
+            name = gr.Dropdown(
+                tab.choices(), value=BASE, label=words("chat.with"), info=words("chat.with.help")
+            )
+            side = gr.Checkbox(label=words("chat.side"))
+            with gr.Row():
+                base = gr.Chatbot(label=words("chat.base.title"), visible=False, **_CHATBOT)
+                adapter = gr.Chatbot(label=words("chat.adapter.title"), **_CHATBOT)
+            speed = gr.HTML()
+            message = gr.Textbox(
+                show_label=False, container=False, placeholder=words("chat.placeholder"),
+                submit_btn=words("chat.send"),
+            )  # fmt: skip
+            with gr.Row():
+                stop, again, undo, clear = (
+                    gr.Button(words(f"chat.{what}"), size="sm", min_width=80)
+                    for what in ("stop", "again", "undo", "clear")
+                )
+                download = gr.DownloadButton(words("chat.download"), size="sm", min_width=80)
+        with gr.Column(scale=1, min_width=240), gr.Accordion(words("chat.settings"), open=True):
+            system = gr.Textbox(label=words("chat.system"), lines=2)
+            sliders = [
+                gr.Slider(low, high, start, step=step, label=words(f"chat.{key}"))
+                for key, (low, high, step, start) in _SLIDERS.items()
+            ]
+            seed = gr.Textbox(label=words("chat.seed"))
+            examples = gr.Textbox(
+                label=words("chat.examples"), info=words("chat.examples.help"), lines=3
+            )
+    inputs = [name, side, message, base, adapter, system, examples, seed, *sliders]
+    outputs = [message, base, adapter, speed]
+    message.submit(tab.send, inputs, outputs, concurrency_limit=None)
+    again.click(tab.again, inputs, outputs, concurrency_limit=None)
+    undo.click(tab.undo, [base, adapter], [message, base, adapter])
+    clear.click(lambda: ([], [], ""), None, [base, adapter, speed])
+    stop.click(parlour.stop)
+    name.focus(lambda: gr.Dropdown(choices=tab.choices()), None, name)
+    name.change(lambda: ([], [], ""), None, [base, adapter, speed])
+    side.change(lambda on: gr.Chatbot(visible=on), side, base)
+    download.click(tab.transcript, [name, base, adapter], download)
+
+
+_CHATBOT: dict[str, Any] = {
+    "height": 460, "render_markdown": False, "feedback_options": None, "buttons": ["copy"],
+}  # fmt: skip
+
+
+class _Tab:
+    """What the chat's buttons do."""
+
+    def __init__(self, words: Words, runs: Path, parlour: Parlour) -> None:
+        self.words, self.runs, self.parlour = words, runs, parlour
+
+    def choices(self) -> list[tuple[str, str]]:
+        """(shown, name) of the embedded model and of every run with an adapter."""
+        found = [run for run in rundir.list_runs(self.runs) if run.adapter.is_dir()]
+        return [(self.words("chat.base"), BASE), *((live.title(run), run.name) for run in found)]
+
+    def send(
+        self, name: str, side: bool, text: str, base: Turns, adapter: Turns, *how: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """Writes the answers one after the other, the base's first."""
+        text = text.strip()
+        if not text:
+            yield text, base, adapter, ""
+            return
+        sides = {"base": _plain(base), "adapter": _plain(adapter)}
+        speed = ""
+        try:
+            for who in ("base", "adapter") if side and name != BASE else ("adapter",):
+                question = self._question(text, sides[who], who == "adapter", *how)
+                sides[who] = [*sides[who], {"role": "user", "content": text}]
+                yield "", sides["base"], sides["adapter"], self.words("chat.loading")
+                before = sides[who]
+                for answer in self.parlour.answer(name, question):
+                    sides[who] = [*before, {"role": "assistant", "content": answer.text}]
+                    if answer.tokens and answer.seconds:
+                        speed = self._speed(answer.tokens, answer.seconds)
+                    yield "", sides["base"], sides["adapter"], speed
+        except UserError as error:
+            gr.Warning(str(error), duration=15)
+            yield text, base, adapter, ""
+
+    def again(
+        self, name: str, side: bool, text: str, base: Turns, adapter: Turns, *how: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """The last message once more."""
+        last, base, adapter = self.undo(base, adapter)
+        yield from self.send(name, side, last or text, base, adapter, *how)
+
+    @staticmethod
+    def undo(base: Turns, adapter: Turns) -> tuple[str, Turns, Turns]:
+        """Takes the last message and its answers back; the message can be changed."""
+        asked = [turn["content"] for turn in _plain(adapter) if turn["role"] == "user"]
+        return (asked[-1] if asked else ""), _without_last(base), _without_last(adapter)
+
+    def transcript(self, name: str, base: Turns, adapter: Turns) -> str:
+        """Both conversations as a JSON file."""
+        told = {"model": name, "base": _plain(base), "adapter": _plain(adapter)}
+        path = Path(tempfile.mkdtemp()) / "conversation.json"
+        path.write_text(json.dumps(told, ensure_ascii=False, indent=2), encoding="utf-8")
+        return str(path)
+
+    def _question(
+        self, text: str, turns: Turns, adapter: bool, system: str, examples: str, seed: str,
+        *values: Any,
+    ) -> Question:  # fmt: skip
+        sampling = dict(zip(_SLIDERS, values, strict=True))
+        if seed.strip():
+            if not seed.strip().isdigit():
+                raise UserError("The seed must be a whole number.", seed)
+            sampling["seed"] = int(seed)
+        return Question(text, turns, sampling, system, _examples(examples), adapter)
+
+    def _speed(self, tokens: int, seconds: float) -> str:
+        speed = f"{tokens / max(1e-9, seconds):.1f}"
+        return f'<p class="small">{self.words("chat.speed", tokens=tokens, speed=speed)}</p>'
+
+
+def _examples(text: str) -> list[dict[str, str]]:
+    from jetson_ft.inference.chat import read_examples
+
+    if not text.strip():
+        return []
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        found = read_examples(Path(file.name))
+    return [{"role": one["role"], "content": one["content"]} for one in found]
+
+
+def _plain(turns: Turns) -> Turns:
+    """Gradio's messages without what it adds to them."""
+    return [{"role": turn["role"], "content": _text(turn["content"])} for turn in turns]
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)
+
+
+def _without_last(turns: Turns) -> Turns:
+    turns = _plain(turns)
+    asked = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+    return turns[: asked[-1]] if asked else []

@@ -1,0 +1,93 @@
+"""A chat in a process of its own: answers, stops, and leaves when it should."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jetson_ft.errors import UserError
+from jetson_ft.paths import cache_dir
+from jetson_ft.runs import chat_worker
+from jetson_ft.runs.parlour import Parlour, Question
+from jetson_ft.runs.rundir import lock
+
+GREEDY = {"max_new_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def parlour(finished: Any) -> Iterator[Parlour]:
+    made = Parlour(finished.path.parent)
+    yield made
+    made.close()
+
+
+def said(parlour: Parlour, name: str, **more: Any) -> Any:
+    question = {"text": "1加2等于几？", "turns": [], "sampling": GREEDY, **more}
+    return list(parlour.answer(name, Question(**question)))
+
+
+@pytest.mark.slow
+def test_base_and_adapter_answer_as_they_stream(parlour: Parlour, finished: Any) -> None:
+    answers = said(parlour, finished.name)
+    texts = [answer.text for answer in answers]
+    assert all(after.startswith(before) for before, after in pairwise(texts))
+    assert answers[-1].tokens and answers[-1].seconds and answers[0].tokens is None
+    assert parlour.loaded == (finished.name, True)
+    process = parlour._process
+    assert said(parlour, finished.name, adapter=False)[-1].text != texts[-1]
+    assert said(parlour, finished.name)[-1].text == texts[-1], "greedy answers repeat"
+    assert parlour._process is process, "the model stays loaded"
+
+
+@pytest.mark.slow
+def test_an_answer_can_be_stopped_and_left(parlour: Parlour, finished: Any) -> None:
+    long = {"max_new_tokens": 1500, "temperature": 5.0, "top_k": 0, "seed": 1}
+    question = Question("1加2等于几？", [], long)
+    stream = parlour.answer(finished.name, question)
+    next(stream)
+    with pytest.raises(UserError, match="answering somebody else"):
+        said(parlour, finished.name)
+    started = time.monotonic()
+    parlour.stop()
+    last = list(stream)[-1]
+    assert time.monotonic() - started < 5 and last.tokens is not None
+    left = parlour.answer(finished.name, question)
+    next(left)
+    left.close()  # type: ignore[attr-defined]
+    assert said(parlour, finished.name)[-1].text, "what was left is not taken for the next answer"
+
+
+@pytest.mark.slow
+def test_a_refusal_leaves_the_model_where_it_was(parlour: Parlour, finished: Any) -> None:
+    with pytest.raises(UserError, match="There is no run"):
+        said(parlour, "nothing")
+    with pytest.raises(UserError, match="temperature can't be"):
+        said(parlour, finished.name, sampling={"temperature": -1})
+    assert said(parlour, finished.name)[-1].text
+
+
+@pytest.mark.slow
+def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jetson_ft.runs.chat_worker", str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin
+    process.stdin.close()
+    assert process.wait(20) == 0
+
+
+def test_a_run_that_trains_is_noticed() -> None:
+    assert not chat_worker.is_training()
+    held = lock(cache_dir("queue") / "slot")
+    assert held
+    with held:
+        assert chat_worker.is_training()
+    assert not chat_worker.is_training()

@@ -1,0 +1,135 @@
+"""The whole page behind its doors, and the command that serves it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from jetson_ft.webui.server import is_loopback, link
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True),
+     ("0.0.0.0", False), ("192.168.1.7", False), ("orin.local", False)],
+)  # fmt: skip
+def test_loopback_is_known(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_links_can_be_opened() -> None:
+    assert link("127.0.0.1", 7860, "") == "http://127.0.0.1:7860/"
+    assert link("::1", 7860, "abc") == "http://[::1]:7860/?token=abc"
+    assert "0.0.0.0" not in link("0.0.0.0", 7860, "abc")
+
+
+class Served:
+    """`jetson-ft webui` in a process of its own."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        command = [sys.executable, "-m", "jetson_ft.cli", "webui", "--port", "0", *options]
+        started = time.monotonic()
+        self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        self.link = self.process.stdout.readline().removeprefix("open: ").strip()
+        self.base = self.link.partition("?")[0]
+        while self.get("/healthz") is None:
+            assert self.process.poll() is None
+            time.sleep(0.05)
+        self.seconds = time.monotonic() - started
+
+    def get(self, path: str, **more: Any) -> httpx.Response | None:
+        """None while nobody listens."""
+        try:
+            return httpx.get(self.base.rstrip("/") + path, timeout=20, **more)
+        except httpx.ConnectError:
+            return None
+
+    def close(self) -> int:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    made = Served(tmp_path_factory.mktemp("served"))
+    yield made
+    made.close()
+
+
+@pytest.mark.slow
+def test_it_serves_both_languages_without_torch(served: Served) -> None:
+    for language, word in (("en", "What will happen?"), ("zh", "开始训练")):
+        page = served.get(f"/{language}/")
+        assert page is not None and page.status_code == 200
+        assert word in page.text or word.encode("unicode_escape").decode() in page.text
+        elsewhere = set(re.findall(r"https?://([^/\"'\\ ]+)", page.text))
+        assert not {name for name in elsewhere if "google" in name or "cdn" in name}
+    maps = Path(f"/proc/{served.process.pid}/maps").read_text()
+    assert "libtorch" not in maps
+
+
+@pytest.mark.slow
+def test_the_doors_are_in_the_running_server(served: Served) -> None:
+    for headers, status in (
+        ({"Host": "evil.example"}, 400),
+        ({}, 307),
+    ):
+        answer = served.get("/", headers=headers)
+        assert answer is not None and answer.status_code == status
+    foreign = {"Origin": "http://evil.example"}
+    for path in ("/runs/x/stop", "/en/gradio_api/queue/join", "/en/gradio_api/upload"):
+        answer = httpx.post(served.base.rstrip("/") + path, headers=foreign)
+        assert answer.status_code == 403, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "/proc/self/environ", "pyproject.toml", "../../../etc/passwd"]
+)
+def test_no_file_of_the_machine_is_served(served: Served, path: str) -> None:
+    secret = Path("/etc/passwd").read_text()[:20]
+    for address in (f"/en/gradio_api/file={path}", f"/static/{path}", f"/en/file={path}"):
+        answer = served.get(address)
+        assert answer is not None and answer.status_code >= 400 and secret not in answer.text
+
+
+@pytest.mark.slow
+def test_beyond_this_machine_a_token_is_needed(tmp_path: Path) -> None:
+    served = Served(tmp_path, "--host", "0.0.0.0")
+    try:
+        token = served.link.partition("token=")[2]
+        assert len(token) == 32
+        for path in ("/", "/en/", "/en/config", "/live/en/runs", "/en/gradio_api/info"):
+            answer = served.get(path)
+            assert answer is not None and answer.status_code == 401, path
+            answer = served.get(path, headers={"Authorization": f"Bearer {token}"})
+            assert answer is not None and answer.status_code < 400, path
+    finally:
+        served.close()
+
+
+@pytest.mark.slow
+def test_a_taken_port_is_told_plainly(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-m", "jetson_ft.cli", "webui", "--port", port],
+            cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2 and "can't be served there" in done.stderr and port in done.stderr
+    assert "Traceback" not in done.stderr
