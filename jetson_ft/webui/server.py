@@ -8,14 +8,8 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-import uvicorn
-from fastapi import FastAPI
-from fastapi.staticfiles import StaticFiles
-
 from jetson_ft.errors import UserError
 from jetson_ft.runs.parlour import Parlour
-from jetson_ft.webui import page, routes
 from jetson_ft.webui.doors import Doors, Rules
 from jetson_ft.webui.words import LANGUAGES
 
@@ -25,6 +19,12 @@ _SCRIPTS = """<link rel="stylesheet" href="/static/page.css">
 
 def make_app(runs: Path, rules: Rules) -> Any:
     """The whole page as an ASGI application."""
+    import gradio as gr
+    from fastapi import FastAPI
+    from fastapi.staticfiles import StaticFiles
+
+    from jetson_ft.webui import page, routes
+
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(routes.router(runs))
     app.add_exception_handler(UserError, routes.tell)
@@ -47,6 +47,8 @@ def serve(runs: Path, host: str, port: int, host_names: tuple[str, ...]) -> None
     """
     rules = Rules("" if is_loopback(host) else secrets.token_hex(16), host_names)
     door = _listen(host, port)
+    import uvicorn
+
     app = make_app(runs, rules)
     print(f"open: {link(host, door.getsockname()[1], rules.token)}", flush=True)
     if rules.token:

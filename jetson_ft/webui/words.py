@@ -139,8 +139,9 @@ class Words:
         self._column = list(LANGUAGES).index(self.language)
 
     def __call__(self, key: str, **values: object) -> str:
-        """The text of a key, with values put into its braces."""
-        return _WORDS[key][self._column].format(**values)
+        """The text of a key; where values are given, with them in its braces."""
+        text = _WORDS[key][self._column]
+        return text.format(**values) if values else text
 
     def help(self, key: str) -> str:
         """A recipe key's one line of help."""
