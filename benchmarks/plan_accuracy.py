@@ -22,29 +22,29 @@ from typing import Any
 # Name -> settings over the defaults. A micro-batch is never shorter than the longest row, so
 # `data.max_length` with `train.tokens_per_step` sets its size.
 RECIPES: dict[str, dict[str, str]] = {
-    "fp32, 1024": {"precision": "fp32", "train.tokens_per_step": "1024"},
-    "fp32, 512, recomputing": {
-        "precision": "fp32", "train.tokens_per_step": "512", "train.max_memory_gb": "1.9",
+    "fit: fp32, 512, rank 8": {"precision": "fp32", "lora.rank": "8"},
+    "fit: fp32, 512, rank 8, recomputing": {
+        "precision": "fp32", "lora.rank": "8", "train.max_memory_gb": "1.9",
     },
-    "fit: fp32, 512, rank 8": {
-        "precision": "fp32", "train.tokens_per_step": "512", "lora.rank": "8",
-    },
-    "fit: fp32, 1024, recomputing": {
-        "precision": "fp32", "train.tokens_per_step": "1024", "train.max_memory_gb": "2.0",
+    "fit: bf16, 512, rank 8": {"precision": "bf16", "lora.rank": "8"},
+    "fp32, 512, rank 32": {"precision": "fp32", "lora.rank": "32"},
+    "fp32, 256, recomputing": {
+        "precision": "fp32", "train.tokens_per_step": "256", "data.max_length": "256",
+        "train.max_memory_gb": "1.8",
     },
     "bf16, 256, rank 64": {
         "precision": "bf16", "train.tokens_per_step": "256", "data.max_length": "256",
         "lora.rank": "64",
     },
-    "nf4, 512": {"quantize": "nf4", "precision": "fp32", "train.tokens_per_step": "512"},
-    "int8, 512": {"quantize": "int8", "precision": "fp32", "train.tokens_per_step": "512"},
-    "fp32, 1024, attention layers alone": {
-        "precision": "fp32", "train.tokens_per_step": "1024",
-        "lora.targets": "[q_proj, v_proj]",
+    "nf4, 512": {"quantize": "nf4", "precision": "fp32"},
+    "int8, 512": {"quantize": "int8", "precision": "fp32"},
+    "fp32, 512, query and value layers alone": {
+        "precision": "fp32", "lora.targets": "[q_proj, v_proj]",
     },
 }  # fmt: skip
 SHORT = {
-    "train.max_steps": "3", "train.early_stopping": "0", "train.eval_every": "1000",
+    "train.tokens_per_step": "512", "train.max_steps": "3",
+    "train.early_stopping": "0", "train.eval_every": "1000",
     "data.heldout": "2", "data.max_length": "512", "eval.max_new_tokens": "1", "eval.samples": "0",
 }  # fmt: skip
 

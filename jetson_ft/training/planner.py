@@ -35,6 +35,7 @@ class Costs:
 
     micro_batches: tuple[int, ...]  # tokens, fastest first
     process: int  # of Python with its libraries, in the memory that the plan is for
+    products: int  # of the matrix library's buffers, where it multiplies fp32
     context: int  # of the GPU's driver and libraries
     activations: float  # kept in fact, of what is counted
     score: float  # bytes of one attention score of the longest row
@@ -43,13 +44,14 @@ class Costs:
     quantised: dict[str, float]  # what is left of the efficiency in each weight format
 
 
-# Not fitted yet: each value is where the fit begins, and where it comes from.
+# Each value and where it comes from. Those for GPUs are not fitted yet.
 COSTS = {
     "cpu": Costs(
-        micro_batches=(1024, 512),  # larger ones are no faster
-        process=1_100 * 10**6,  # fitted on the rows `fit` of benchmarks/plan_accuracy.py
+        micro_batches=(512, 256),  # larger ones are no faster, and take more
+        process=650 * 10**6,  # fitted on the rows `fit` of benchmarks/plan_accuracy.py
+        products=260 * 10**6,  # fitted likewise, by the difference of fp32 and bf16
         context=0,
-        activations=1.1,  # the count, and a tenth for the allocator
+        activations=1.33,  # fitted likewise; the allocator's holes are in it
         score=4.0,  # one fp32 score; none is kept by the fused kernel
         margin=0.05,  # chosen
         efficiency=0.6,  # 188 tokens/s at 163 GFLOP/s on two cores, SmolLM2-135M in fp32
@@ -58,8 +60,9 @@ COSTS = {
     "cuda": Costs(
         micro_batches=(4096, 2048, 1024, 512),
         process=900 * 10**6,  # of Python with its libraries before training, measured
+        products=0,
         context=600 * 2**20,  # usual for a CUDA process with cuBLAS
-        activations=1.1,  # as on a CPU
+        activations=1.1,  # guessed; torch's own allocator leaves fewer holes
         score=4.0,  # as on a CPU
         margin=0.05,  # chosen
         efficiency=0.25,  # guessed, from 0.16 seen with unfused code on an Orin NX 16GB
@@ -261,6 +264,7 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
     adapter = _LORA_BYTES * work.lora_parameters
     activations = work.shape.layers * kept * tokens
     momentary = max(live, head_bytes(work, tokens)) + dequantised_bytes(work)
+    process = costs.process + (costs.products if work.bytes_per_number == 4 else 0)
     # A model that is split is loaded whole first, before anything else needs room.
     loading = max(0, whole - weights - adapter - activations - momentary)
     parts = {
@@ -268,7 +272,7 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
         "adapter": adapter,
         "activations": activations,
         "momentary": momentary + loading,
-        "process": costs.process if device.kind == "cpu" or device.integrated else 0,
+        "process": process if device.kind == "cpu" or device.integrated else 0,
         "context": costs.context,
     }
     return {name: math.ceil(size) for name, size in parts.items()}
