@@ -50,7 +50,7 @@ def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # Quantised products are slow on a CPU, so those runs are short.
 @pytest.mark.parametrize(
-    "quantize, steps, size", [("none", 3, 1024), ("nf4", 2, 512), ("int8", 2, 512)]
+    "quantize, steps, size", [("none", 3, 512), ("nf4", 2, 256), ("int8", 2, 256)]
 )
 def test_embedded_model_learns_and_chats(
     quantize: str, steps: int, size: int, heldout_file: Path, tmp_path: Path
@@ -68,7 +68,7 @@ def test_embedded_model_learns_and_chats(
     before, after = report["eval"]["before"], report["eval"]["after"]
     assert after["bits_per_char"] < before["bits_per_char"]
     # Pinned: the base's score on these rows depends on the weights and the template alone.
-    expected = {"none": 7.913, "nf4": 8.990, "int8": 7.979}[quantize]
+    expected = {"none": 8.108, "nf4": 9.398, "int8": 8.191}[quantize]
     assert before["bits_per_char"] == pytest.approx(expected, rel=0.02)
     chat = run_cli("chat", "--max-new-tokens", "8", cwd=tmp_path, stdin="你好！\n/compare\n再见\n")
     assert chat.returncode == 0, chat.stderr

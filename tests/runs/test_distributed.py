@@ -23,6 +23,8 @@ from jetson_ft.runs.processes import Processes
 from jetson_ft.runs.rundir import Run
 from jetson_ft.training import checkpoint, planner
 
+pytestmark = pytest.mark.slow
+
 
 def free_port() -> int:
     with socket.socket() as probe:

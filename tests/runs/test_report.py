@@ -190,7 +190,8 @@ def test_a_null_in_a_curve_is_left_out(made: dict[str, Any]) -> None:
         {"kind": "step", "step": 1, "loss": None}, {"kind": "step", "step": 2, "loss": 2.0},
         {"kind": "eval", "step": 2, "heldout_loss": None},
     ]  # fmt: skip
-    assert "<circle" not in report.html("run", made, events)
+    html = report.html("run", made, events)
+    assert html.count("<circle") == 1 and "<title>2: 2.000</title>" in html
 
 
 # --- the text --------------------------------------------------------------------------------

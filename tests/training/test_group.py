@@ -15,6 +15,8 @@ from rank_worker import Scenario
 
 from jetson_ft.training import checkpoint
 
+pytestmark = pytest.mark.slow
+
 FAST = {"warmup_steps": 0, "learning_rate": 1e-2, "eval_every": 4}
 
 

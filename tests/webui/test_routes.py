@@ -70,7 +70,8 @@ def test_every_text_is_there_in_both_languages_with_the_same_places() -> None:
         assert len(texts) == len(LANGUAGES) and all(texts), key
         braces = [sorted(part.split("}")[0] for part in text.split("{")[1:]) for text in texts]
         assert braces[0] == braces[1], key
-        assert any("\u4e00" <= letter <= "\u9fff" for letter in texts[1]) or "{" in texts[1], key
+        chinese = any("\u4e00" <= letter <= "\u9fff" for letter in texts[1])
+        assert chinese or "{" in texts[1] or texts[0] == texts[1], key
     assert Words("zh").duration(3725) == "1 小时 02 分"
     assert Words("xx").duration(245) == "4 min 05 s"
 
