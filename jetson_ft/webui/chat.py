@@ -31,9 +31,11 @@ def build(words: Words, runs: Path, parlour: Parlour) -> None:
     tab = _Tab(words, runs, parlour)
     with gr.Row():
         with gr.Column(scale=3):
+            found = tab.choices()
             name = gr.Dropdown(
-                tab.choices(), value=BASE, label=words("chat.with"), info=words("chat.with.help")
-            )
+                found, value=found[min(1, len(found) - 1)][1],  # the newest adapter
+                label=words("chat.with"), info=words("chat.with.help"),
+            )  # fmt: skip
             side = gr.Checkbox(label=words("chat.side"))
             with gr.Row():
                 base = gr.Chatbot(label=words("chat.base.title"), visible=False, **_CHATBOT)
