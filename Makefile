@@ -35,8 +35,8 @@ finetune: setup ## fine-tune (RECIPE=recipes/NAME.yaml, SET="lora.rank=32 train.
 chat: setup ## talk with the newest adapter (RUN=NAME: with that run's)
 	@exec $(BIN)/jetson-ft chat$(if $(RUN), $(call quote,$(RUN)))
 
-webui: setup ## the page on http://127.0.0.1:7860
-	@exec $(BIN)/jetson-ft webui
+webui: setup ## the page on http://127.0.0.1:7860 (HOST=0.0.0.0: for the network, with a token)
+	@exec $(BIN)/jetson-ft webui$(if $(HOST), --host $(call quote,$(HOST)))
 
 test: lint lock-check test-all test-compat ## everything CI runs
 

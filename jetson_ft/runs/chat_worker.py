@@ -20,8 +20,7 @@ from typing import Any
 import psutil
 
 from jetson_ft.errors import UserError
-from jetson_ft.paths import cache_dir
-from jetson_ft.runs.rundir import try_lock
+from jetson_ft.runs import slot
 from jetson_ft.runs.worker import explain, quieten
 
 IDLE_SECONDS = 600.0
@@ -71,7 +70,7 @@ class Worker:
             idle = time.monotonic() - self._talked_at
             if not self._busy and idle > IDLE_SECONDS:
                 leave("idle")
-            if is_training() and is_scarce():
+            if slot.is_taken() and is_scarce():
                 leave("training")
 
     def _obey(self, request: dict[str, Any]) -> None:
@@ -83,7 +82,7 @@ class Worker:
     def _open(self, name: str) -> None:
         from jetson_ft.runs import talk
 
-        if is_training() and is_scarce():
+        if slot.is_taken() and is_scarce():
             raise UserError(
                 "Busy: a run is training, and less than half of the memory is free.",
                 fix="Wait for its end, or stop it; it can be resumed.",
@@ -119,15 +118,6 @@ def leave(why: str) -> None:
     """Ends the process, whatever it is doing."""
     tell("left", None, why=why)
     os._exit(0)
-
-
-def is_training() -> bool:
-    """Whether a run has the machine's slot."""
-    path = cache_dir("queue") / "slot"
-    if not path.exists():
-        return False
-    with open(path, "rb") as file:
-        return not try_lock(file)
 
 
 def is_scarce() -> bool:

@@ -59,7 +59,7 @@ def _launch(run: Run, wanted: Processes) -> None:
         nproc_per_node=wanted.nproc_per_node,
         run_id="jetson-ft" if wanted.nnodes > 1 else run.name,
         rdzv_configs={"rank": wanted.node_rank, "timeout": _MEETING_SECONDS},
-        local_addr=_own_address(wanted.host),
+        local_addr=processes.own_address(wanted.host),
         max_restarts=0,
         **(meeting if wanted.nnodes > 1 else alone),
     )
@@ -72,27 +72,12 @@ def _prepare_environment(wanted: Processes) -> None:
     Left alone, gloo takes the address that the machine's own name stands for, which on Debian
     and Ubuntu is one that no other machine can reach.
     """
-    name = _interface(_own_address(wanted.host))
+    name = _interface(processes.own_address(wanted.host))
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
     cores = max(1, usable_cores() // wanted.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
-
-
-def _own_address(host: str) -> str:
-    """This machine's address as `host` sees it; nothing is sent."""
-    try:
-        kind, _, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise UserError(
-            f"The rendezvous can't be reached: {error.strerror or error}.",
-            host,
-            "Give the address of machine 0 in a network that all machines are in.",
-        ) from error
 
 
 def _interface(address: str) -> str | None:

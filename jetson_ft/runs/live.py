@@ -80,7 +80,7 @@ class Seen:
 
     curves: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
     last: dict[str, dict[str, Any]] = field(default_factory=dict)  # newest event of each kind
-    phases: list[str] = field(default_factory=list)  # begun and not ended
+    phase: str = ""  # begun and not ended
     offset: int = 0
 
     def take(self, event: dict[str, Any]) -> None:
@@ -88,9 +88,9 @@ class Seen:
         kind = event["kind"]
         self.last[kind] = event
         if kind == "phase":
-            self.phases = [event["name"]]
+            self.phase = event["name"]
         elif kind == "phase_end":
-            self.phases = []
+            self.phase = ""
         step = event.get("step")
         if kind not in CURVES or not isinstance(step, int):
             return
@@ -173,7 +173,7 @@ def summarise(run: Run) -> Summary:
         seconds_left=step.get("seconds_left"),
         loss=step.get("loss"),
         heldout_loss=measured.get("heldout_loss"),
-        phase=seen.phases[-1] if seen.phases else "",
+        phase=seen.phase,
     )
 
 

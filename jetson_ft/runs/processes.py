@@ -6,6 +6,7 @@ No part of the recipe: which rows form a step, and so the result, doesn't depend
 from __future__ import annotations
 
 import re
+import socket
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -71,3 +72,18 @@ def of(run: Run) -> Processes:
 def store(run: Run, processes: Processes) -> None:
     """For this attempt and those after it."""
     write_json(run.path / _FILE, {"schema": SCHEMA, **asdict(processes)})
+
+
+def own_address(host: str) -> str:
+    """This machine's address as `host` sees it; nothing is sent."""
+    try:
+        kind, _, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(place)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UserError(
+            f"The rendezvous can't be reached: {error.strerror or error}.",
+            host,
+            "Give the address of machine 0 in a network that all machines are in.",
+        ) from error

@@ -53,3 +53,11 @@ class Slot:
                 continue
             path.unlink(missing_ok=True)  # its owner died waiting
         return False
+
+
+def is_taken() -> bool:
+    """Whether a run has the machine's slot."""
+    held = lock(cache_dir("queue") / "slot")
+    if held:
+        held.close()
+    return held is None

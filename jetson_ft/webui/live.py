@@ -93,7 +93,7 @@ class Pieces:
             t=words, duration=words.duration, progress=progress, LIVE=LIVE, **values
         )
 
-    def _summaries(self) -> list[Summary | None]:
+    def _summaries(self) -> list[Summary]:
         return [self._summary(run) for run in rundir.list_runs(self.root)]
 
     def _summary(self, run: Run) -> Summary:

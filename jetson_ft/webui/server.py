@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import UserError
+from jetson_ft.runs import processes
 from jetson_ft.runs.parlour import Parlour
 from jetson_ft.webui.doors import Doors, Rules
 from jetson_ft.webui.words import LANGUAGES
@@ -53,6 +54,8 @@ def serve(runs: Path, host: str, port: int, host_names: tuple[str, ...]) -> None
     print(f"open: {link(host, door.getsockname()[1], rules.token)}", flush=True)
     if rules.token:
         print("Whoever has this link can train and chat here; nobody else gets in.", flush=True)
+    else:
+        print("From another machine: --host 0.0.0.0 (make webui HOST=0.0.0.0).", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([door])
 
 
@@ -89,10 +92,8 @@ def link(host: str, port: int, token: str) -> str:
 
 
 def _own_address() -> str:
-    """This machine's address towards others; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
+    """This machine's address towards others: as one that stands for all of them sees it."""
+    try:
+        return processes.own_address("192.0.2.1")  # RFC 5737; nothing is sent
+    except UserError:  # no network
+        return "127.0.0.1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jetson_ft import recipe
+from jetson_ft.runs import report
 from jetson_ft.webui.help_zh import HELP
 
 LANGUAGES = {"en": "English", "zh": "简体中文"}
@@ -18,11 +19,9 @@ _WORDS: dict[str, tuple[str, str]] = {
         "某个任务的适配器，或未经微调的自带模型。",
     ),
     "chat.base": ("embedded model, no adapter", "自带模型（无适配器）"),
-    "chat.refresh": ("Look again for runs", "刷新任务列表"),
     "chat.side": ("Base and adapter side by side", "并排对比基座与适配器"),
     "chat.base.title": ("Base", "基座模型"),
     "chat.adapter.title": ("Adapter", "适配器"),
-    "chat.message": ("Message", "消息"),
     "chat.placeholder": ("Ask something …", "问点什么……"),
     "chat.send": ("Send", "发送"),
     "chat.stop": ("Stop", "停止"),
@@ -51,17 +50,11 @@ _WORDS: dict[str, tuple[str, str]] = {
         "选择一个自带的配方，下面的每一项都可以修改。",
     ),
     "train.upload": ("Your rows", "你的数据"),
-    "train.upload.help": (
-        "JSON, JSONL, CSV or Parquet; Alpaca, ShareGPT or OpenAI messages.",
-        "JSON、JSONL、CSV 或 Parquet；Alpaca、ShareGPT 或 OpenAI 消息格式。",
-    ),
     "train.more": ("All settings", "全部设置"),
     "train.check": ("What will happen?", "预览结果"),
-    "train.checking": ("Reading rows and planning …", "正在读取数据并规划……"),
     "train.start": ("Start", "开始训练"),
     "train.started": ("Started: {name}", "已启动：{name}"),
     "train.mistakes": ("Please mend the marked fields.", "请修改标出的字段。"),
-    "train.same": ("The same on the command line", "等价的命令行"),
     "train.yaml": ("The same as a recipe", "等价的配方"),
     "plan.rows": (
         "{rows} rows to learn, {heldout} held out",
@@ -88,7 +81,6 @@ _WORDS: dict[str, tuple[str, str]] = {
         "No runs yet. Start one on the Train page; it appears here.",
         "还没有训练任务。在“训练”页启动后会显示在这里。",
     ),
-    "runs.choose": ("Choose a run on the left.", "请在左侧选择一个任务。"),
     "runs.step": ("step {step} of {total}", "第 {step} 步，共 {total} 步"),
     "runs.step_open": ("step {step}", "第 {step} 步"),
     "runs.left": ("{time} left", "剩余 {time}"),
@@ -100,18 +92,13 @@ _WORDS: dict[str, tuple[str, str]] = {
         "保存检查点后结束，之后可以继续。",
     ),
     "do.resume": ("Resume", "继续"),
-    "do.duplicate": ("Use again", "复制到表单"),
     "do.delete": ("Delete", "删除"),
     "do.delete.sure": (
         "Delete this run with its checkpoints and adapter? This can't be undone.",
         "确定删除此任务及其检查点和适配器吗？此操作无法撤销。",
     ),
-    "do.describe": ("Save name and notes", "保存名称和备注"),
-    "do.chat": ("Chat with it", "与它对话"),
     "do.adapter": ("Adapter (zip)", "适配器（zip）"),
     "do.report": ("Report", "报告"),
-    "about.title": ("Name", "名称"),
-    "about.notes": ("Notes", "备注"),
     "chart.loss": ("Loss (nats per token)", "损失（每词元 nat）"),
     "chart.loss.train": ("training", "训练"),
     "chart.loss.heldout": ("held-out", "留出数据"),
@@ -127,7 +114,6 @@ _WORDS: dict[str, tuple[str, str]] = {
     "figure.speed": ("tokens/s", "词元/秒"),
     "figure.memory": ("peak memory", "峰值内存"),
     "log": ("Log", "日志"),
-    "error.unknown": ("Something went wrong; the log has the details.", "出错了，详情见日志。"),
 }
 
 
@@ -149,12 +135,10 @@ class Words:
 
     def duration(self, seconds: float) -> str:
         """`4 min 05 s`, `1 h 02 min`; `4 分 05 秒`, `1 小时 02 分`."""
-        whole = round(seconds)
-        hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
-        units = (" s", " min", " h") if self.language == "en" else (" 秒", " 分", " 小时")
-        if hours:
-            return f"{hours}{units[2]} {minutes:02d}{units[1]}"
-        return f"{minutes}{units[1]} {rest:02d}{units[0]}" if minutes else f"{rest}{units[0]}"
+        text = report.duration(seconds)
+        if self.language == "en":
+            return text
+        return text.replace("min", "分").replace("h", "小时").replace("s", "秒")
 
 
 def preferred(accept_language: str) -> str:

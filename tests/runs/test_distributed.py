@@ -69,7 +69,7 @@ def test_a_resumed_run_keeps_its_processes_or_takes_new_ones(shop: Any) -> None:
 
 
 def test_the_interface_is_the_one_that_leads_to_the_others() -> None:
-    assert launcher._interface(launcher._own_address("127.0.0.1")) in ("lo", "lo0")
+    assert launcher._interface(processes.own_address("127.0.0.1")) in ("lo", "lo0")
 
 
 # --- the launcher, with light workers ---------------------------------------------------------

@@ -63,7 +63,7 @@ def test_events_are_followed_as_they_come(run: Run) -> None:
     log.emit("phase", name="training", detail="")
     log.emit("step", **step(1, 3.0))
     seen = watcher.seen(run)
-    assert seen.phases == ["training"] and seen.curves["loss"].points() == [(1, 3.0)]
+    assert seen.phase == "training" and seen.curves["loss"].points() == [(1, 3.0)]
     log.emit("step", **step(2, float("nan")))
     log.emit("step", **step(3, 2.0))
     log.emit("eval", step=3, heldout_loss=2.5)

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 
 from jetson_ft.errors import UserError
-from jetson_ft.paths import cache_dir
 from jetson_ft.runs import chat_worker
 from jetson_ft.runs.parlour import Parlour, Question
-from jetson_ft.runs.rundir import lock
 
 GREEDY = {"max_new_tokens": 12}
 
@@ -84,10 +82,22 @@ def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
     assert process.wait(20) == 0
 
 
-def test_a_run_that_trains_is_noticed() -> None:
-    assert not chat_worker.is_training()
-    held = lock(cache_dir("queue") / "slot")
-    assert held
-    with held:
-        assert chat_worker.is_training()
-    assert not chat_worker.is_training()
+@pytest.mark.parametrize(("trains", "scarce", "idle", "why"), [
+    (True, True, False, "training"), (False, True, True, "idle"), (True, False, True, "idle"),
+])  # fmt: skip
+def test_it_leaves_for_a_run_that_needs_memory_and_when_nobody_talks(
+    trains: bool, scarce: bool, idle: bool, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Left(Exception):
+        pass
+
+    def leave(reason: str) -> None:
+        raise Left(reason)
+
+    monkeypatch.setattr(chat_worker, "leave", leave)
+    monkeypatch.setattr(chat_worker, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(chat_worker, "IDLE_SECONDS", -1.0 if idle else 600.0)
+    monkeypatch.setattr(chat_worker, "is_scarce", lambda: scarce)
+    monkeypatch.setattr(chat_worker.slot, "is_taken", lambda: trains)
+    with pytest.raises(Left, match=why):
+        chat_worker.Worker(Path())._look_around()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jetson_ft.runs.slot import Slot
+from jetson_ft.runs.slot import Slot, is_taken
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +77,11 @@ def test_a_ticket_is_locked_before_it_can_be_seen(
     monkeypatch.setattr(Path, "replace", spy)
     assert Slot(1.0).try_take()
     assert seen == [None]
+
+
+def test_others_see_whether_it_is_taken() -> None:
+    assert not is_taken()
+    held = Slot(1.0).try_take()
+    assert held and is_taken()
+    held.close()
+    assert not is_taken()

@@ -64,7 +64,9 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    made = Served(tmp_path_factory.mktemp("served"))
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "mine.txt").write_text(Path("/etc/passwd").read_text())
+    made = Served(folder)
     yield made
     made.close()
 
@@ -97,7 +99,7 @@ def test_the_doors_are_in_the_running_server(served: Served) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "path", ["/etc/passwd", "/proc/self/environ", "pyproject.toml", "../../../etc/passwd"]
+    "path", ["/etc/passwd", "/proc/self/environ", "mine.txt", "../../../etc/passwd"]
 )
 def test_no_file_of_the_machine_is_served(served: Served, path: str) -> None:
     secret = Path("/etc/passwd").read_text()[:20]
