@@ -18,12 +18,12 @@ def build(language: str, runs: Path, parlour: Parlour) -> Any:
     """The page in one language, over the runs in that folder."""
     words = Words(language)
     with gr.Blocks(title="jetson-ft", analytics_enabled=False) as page:
-        gr.HTML(_head(words))
+        gr.HTML(_head(words), apply_default_css=False)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(words("tab.train"), id="train"):
                 train.build(words, runs, tabs)
             with gr.Tab(words("tab.runs"), id="runs"):
-                gr.HTML(_RUNS)
+                gr.HTML(_RUNS, apply_default_css=False)
             with gr.Tab(words("tab.chat"), id="chat"):
                 chat.build(words, runs, parlour)
     return page

@@ -44,7 +44,7 @@ def build(words: Words, runs: Path, tabs: Any) -> None:
         info=words("train.recipe.help"),
     )  # fmt: skip
     upload = gr.File(
-        label=words("train.upload"), type="filepath",
+        label=words("train.upload"), type="filepath", height=110,
         file_types=[".json", ".jsonl", ".csv", ".parquet"],
     )  # fmt: skip
     fields = {}
