@@ -111,6 +111,7 @@ class Pieces:
             run=self._summary(run), seen=seen[0], names=[self._summary(o).title for o in others],
             losses=_losses(seen), charts=_charts(seen), figures=_figures(run),
             has_adapter=run.adapter.is_dir(), log=log_tail(run),
+            notes=live.about(run).get("notes", ""),
         )  # fmt: skip
 
     def _is_there(self, name: str) -> bool:

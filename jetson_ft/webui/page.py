@@ -21,7 +21,7 @@ def build(language: str, runs: Path, parlour: Parlour) -> Any:
         gr.HTML(_head(words), apply_default_css=False)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(words("tab.train"), id="train"):
-                train.build(words, runs, tabs)
+                train.build(words, runs, page, tabs)
             with gr.Tab(words("tab.runs"), id="runs"):
                 gr.HTML(_RUNS, apply_default_css=False)
             with gr.Tab(words("tab.chat"), id="chat"):

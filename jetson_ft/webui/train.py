@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -21,7 +22,7 @@ from jetson_ft import strict_yaml
 from jetson_ft.errors import RecipeError, UserError
 from jetson_ft.paths import disk_errors
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import jobs
+from jetson_ft.runs import jobs, live, rundir, slot
 from jetson_ft.webui.words import Words
 
 ESSENTIAL = (
@@ -34,19 +35,24 @@ _FIELDS = {key: field for key, field in recipes.fields() if key not in _LEFT_OUT
 _ORDER = [*ESSENTIAL, *(key for key in _FIELDS if key not in ESSENTIAL)]
 
 
-def build(words: Words, runs: Path, tabs: Any) -> None:
+def build(words: Words, runs: Path, page: Any, tabs: Any) -> None:
     """Puts the form into the page."""
     form = _Form(words, runs)
     start_with = "quickstart-zh"
     shown = _values(recipes.load(start_with))
-    name = gr.Dropdown(
-        list(recipes.shipped()), value=start_with, label=words("train.recipe"),
-        info=words("train.recipe.help"),
-    )  # fmt: skip
-    upload = gr.File(
-        label=words("train.upload"), type="filepath", height=110,
-        file_types=[".json", ".jsonl", ".csv", ".parquet"],
-    )  # fmt: skip
+    with gr.Row(elem_classes="sources"):
+        with gr.Column(min_width=280):
+            name = gr.Dropdown(
+                list(recipes.shipped()), value=start_with, label=words("train.recipe"),
+                info=words("train.recipe.help"),
+            )  # fmt: skip
+            own_recipe = gr.UploadButton(
+                words("train.recipe.upload"), file_types=[".yaml", ".yml"], size="sm"
+            )
+        upload = gr.File(
+            label=words("train.upload"), type="filepath", height=130, min_width=280, elem_id="upload",
+            file_types=[".json", ".jsonl", ".csv", ".parquet"],
+        )  # fmt: skip
     fields = {}
     with gr.Row(elem_classes="fields"):
         for key in ESSENTIAL:
@@ -55,17 +61,23 @@ def build(words: Words, runs: Path, tabs: Any) -> None:
         for key in _ORDER[len(ESSENTIAL) :]:
             fields[key] = _component(key, shown[key], words)
     with gr.Row():
+        look = gr.Button(words("train.look"))
         check = gr.Button(words("train.check"))
         start = gr.Button(words("train.start"), variant="primary")
     outcome = gr.HTML()
-    with gr.Accordion(words("train.yaml"), open=False):
-        yaml = gr.Code(language="yaml", interactive=False)
+    with gr.Accordion(words("train.same"), open=False) as same:
+        command = gr.Code(language="shell", interactive=False, label=words("train.command"))
+        yaml = gr.Code(language="yaml", interactive=False, label=words("train.yaml"))
     ticket = gr.State(lambda: uuid.uuid4().hex)
     started = gr.Textbox(visible="hidden")
     inputs = [name, *fields.values()]
     name.input(form.fill, name, [*fields.values()])
+    own_recipe.upload(form.take_recipe, own_recipe, [outcome, *fields.values()])
     upload.upload(form.take_rows, upload, fields["data.train"])
-    check.click(form.check, inputs, [outcome, yaml, *fields.values()], concurrency_limit=2)
+    look.click(form.look, inputs, [outcome, *fields.values()], concurrency_limit=2)
+    check.click(form.check, inputs, [outcome, *fields.values()], concurrency_limit=2)
+    same.expand(form.same, inputs, [command, yaml])
+    page.load(form.arrive, None, [outcome, tabs, *fields.values()])
     start.click(form.start, [ticket, *inputs], [outcome, started, ticket, *fields.values()]).then(
         lambda name: gr.Tabs(selected="runs") if name else gr.Tabs(), started, tabs
     ).then(None, started, js="name => { if (name) window.jetsonFt.choose(name) }")
@@ -81,8 +93,36 @@ class _Form:
 
     def fill(self, name: str) -> list[Any]:
         """A shipped recipe's values."""
-        shown = _values(recipes.load(name))
+        return self._filled(recipes.load(name))
+
+    def _filled(self, recipe: Recipe) -> list[Any]:
+        shown = _values(recipe)
         return [gr.update(value=shown[key], **_help(key, self.words)) for key in _ORDER]
+
+    def take_recipe(self, path: str) -> list[Any]:
+        """Fills the form from a recipe file, or says what is wrong with it."""
+        try:
+            return ["", *self._filled(recipes.load(Path(path)))]
+        except UserError as error:
+            return [self._complaint(str(error)), *([gr.skip()] * len(_ORDER))]
+
+    def arrive(self, request: gr.Request) -> list[Any]:
+        """Where the address leads: `?copy=RUN` into the form, `?run=RUN` to the runs."""
+        name = request.query_params.get("copy")
+        stay: list[Any] = [gr.skip()] * len(_ORDER)
+        if not name:
+            asked = "runs" if request.query_params.get("run") else None
+            return [gr.skip(), gr.Tabs(selected=asked) if asked else gr.skip(), *stay]
+        try:
+            run = rundir.named(name, self.runs)
+            told = self.words("train.copied", name=live.title(run))
+            return [
+                f"<p>{escape(told)}</p>",
+                gr.Tabs(selected="train"),
+                *self._filled(run.recipe()),
+            ]
+        except UserError as error:
+            return [self._complaint(str(error)), gr.Tabs(selected="train"), *stay]
 
     def take_rows(self, path: str) -> str:
         """Keeps an uploaded file beside the runs, where a resumed run finds it again."""
@@ -95,10 +135,24 @@ class _Form:
 
     def check(self, name: str, *values: Any) -> list[Any]:
         """What would happen, found out by the command that says so in a terminal."""
+        return self._shown(values, self._plan)
+
+    def look(self, name: str, *values: Any) -> list[Any]:
+        """What is in the rows, and how the model would read them."""
+        return self._shown(values, self._inspection)
+
+    def _shown(self, values: Sequence[Any], make: Callable[[Recipe], str]) -> list[Any]:
         recipe, marks = self._recipe(values)
         if recipe is None:
-            return [self._complaint(self.words("train.mistakes")), None, *marks]
-        return [self._plan(recipe), recipe.to_yaml(), *marks]
+            return [self._complaint(self.words("train.mistakes")), *marks]
+        return [make(recipe), *marks]
+
+    def same(self, name: str, *values: Any) -> tuple[str, str]:
+        """The form as a command and as a recipe."""
+        recipe, _ = self._recipe(values)
+        if recipe is None:
+            return (self.words("train.mistakes"),) * 2
+        return command_of(recipe, name), recipe.to_yaml()
 
     def start(self, ticket: str, name: str, *values: Any) -> list[Any]:
         """One run for each ticket, however often the form is sent."""
@@ -112,7 +166,8 @@ class _Form:
             except UserError as error:
                 return [self._complaint(str(error)), "", ticket, *marks]
             run = self._sent[ticket]
-        told = escape(self.words("train.started", name=run))
+        queued = rundir.named(run, self.runs).state().state == "queued" and slot.is_taken()
+        told = escape(self.words("train.queued" if queued else "train.started", name=run))
         return [f"<p>{told}</p>", run, uuid.uuid4().hex, *marks]
 
     def _recipe(self, values: Sequence[Any]) -> tuple[Recipe | None, list[Any]]:
@@ -133,15 +188,26 @@ class _Form:
         return recipe, marks
 
     def _plan(self, recipe: Recipe) -> str:
-        """The dry run's figures, from a process of its own: this one loads no torch."""
-        command = [sys.executable, "-m", "jetson_ft.cli", "train", "--dry-run", "--json"]
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
             file.write(recipe.to_yaml())
             file.flush()
-            done = subprocess.run([*command, file.name], capture_output=True, text=True)
+            return self._child(plan_html, "train", "--dry-run", "--json", file.name)
+
+    def _inspection(self, recipe: Recipe) -> str:
+        data = recipe.data
+        return self._child(
+            inspection_html, "data", "inspect", data.train, "--json", "--model", recipe.model,
+            "--max-length", str(data.max_length), "--format", data.format,
+            "--encoding", data.encoding,
+        )  # fmt: skip
+
+    def _child(self, show: Callable[[dict[str, Any], Words], str], *arguments: str) -> str:
+        """What a command found, from a process of its own: this one loads no torch."""
+        command = [sys.executable, "-m", "jetson_ft.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             return self._complaint(done.stderr.strip())
-        return plan_html(json.loads(done.stdout), self.words)
+        return show(json.loads(done.stdout), self.words)
 
     @staticmethod
     def _complaint(text: str) -> str:
@@ -175,6 +241,52 @@ def plan_html(found: dict[str, Any], words: Words) -> str:
     )
 
 
+def inspection_html(found: dict[str, Any], words: Words) -> str:
+    """What became of the rows, and some as the model reads them: what it learns is marked."""
+    read, tokens = found["read"], found["tokens"]
+    lengths = tokens["lengths"]
+    lines = [
+        words("rows.read", read=f"{read['rows_read']:,}", kept=f"{read['rows_kept']:,}",
+              layout=read["layout"], encoding=read["encoding"]),
+        *(
+            words("rows.dropped", count=f"{one['count']:,}", reason=words.error(reason),
+                  where=", ".join(one["where"][:5]))
+            for reason, one in read["dropped"].items()
+        ),
+        words("rows.duplicates", count=f"{read['duplicates']:,}"),
+        words("rows.tokens", tokens=f"{tokens['tokens']:,}",
+              supervised=f"{tokens['supervised_tokens']:,}",
+              each=tokens["tokens_per_character"]),
+        words("rows.lengths", **lengths),
+        words("rows.truncated", count=f"{tokens['truncated']:,}", at=f"{found['max_length']:,}"),
+    ]  # fmt: skip
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<ul class="plan">{items}</ul>{_previews(found["previews"], words)}'
+
+
+def _previews(rows: list[list[tuple[str, bool]]], words: Words) -> str:
+    if not rows:
+        return ""
+    shown = "".join(
+        "<pre class='tokens'>"
+        + "".join(
+            f"<mark>{escape(text)}</mark>" if learnt else escape(text) for text, learnt in row
+        )
+        + "</pre>"
+        for row in rows
+    )
+    return f'<p class="small">{words("rows.preview")}</p>{shown}'
+
+
+def command_of(recipe: Recipe, name: str) -> str:
+    """The command that trains the same, beginning with a shipped recipe."""
+    changes = recipe.diff(recipes.load(name))
+    if Path(recipe.output) == Path("runs").absolute():
+        changes.pop("output", None)  # where the command would write anyway
+    sets = [f"--set {shlex.quote(f'{key}={_text(mine)}')}" for key, (mine, _) in changes.items()]
+    return " \\\n  ".join([f"jetson-ft train {name}", *sets])
+
+
 def _values(recipe: Recipe) -> dict[str, Any]:
     """What the form shows of a recipe."""
     found = {}
@@ -200,7 +312,10 @@ def _text(value: Any) -> str:
 def _component(key: str, value: Any, words: Words) -> Any:
     """The input that suits a field's type; text where anything may be written."""
     annotation = _FIELDS[key].annotation
-    common = {"value": value, "label": key, "min_width": 220, **_help(key, words)}
+    common = {
+        "value": value, "label": key, "min_width": 220, "elem_id": f"field-{key.replace('.', '-')}",
+        **_help(key, words),
+    }  # fmt: skip
     if annotation is bool:
         return gr.Checkbox(**common)
     if get_origin(annotation) is Literal:

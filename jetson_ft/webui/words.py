@@ -49,13 +49,44 @@ _WORDS: dict[str, tuple[str, str]] = {
         "A recipe that comes along; every field below can be changed.",
         "选择一个自带的配方，下面的每一项都可以修改。",
     ),
+    "train.recipe.upload": ("A recipe file of your own …", "上传自己的配方文件……"),
     "train.upload": ("Your rows", "你的数据"),
     "train.more": ("All settings", "全部设置"),
+    "train.look": ("Look at the rows", "查看数据"),
     "train.check": ("What will happen?", "预览结果"),
     "train.start": ("Start", "开始训练"),
     "train.started": ("Started: {name}", "已启动：{name}"),
     "train.mistakes": ("Please mend the marked fields.", "请修改标出的字段。"),
-    "train.yaml": ("The same as a recipe", "等价的配方"),
+    "train.queued": (
+        "{name} waits its turn: another run is training.",
+        "{name} 正在排队：另一个任务正在训练。",
+    ),
+    "train.copied": ("The form has the settings of {name}.", "表单已填入 {name} 的设置。"),
+    "train.same": ("The same as a command and as a recipe", "等价的命令与配方"),
+    "train.command": ("Command", "命令"),
+    "train.yaml": ("Recipe", "配方"),
+    "rows.read": (
+        "{kept} of {read} rows can be used ({layout}, {encoding})",
+        "共 {read} 条，可用 {kept} 条（{layout}，{encoding}）",
+    ),
+    "rows.dropped": (
+        "left out: {count}, {reason} ({where})",
+        "略过 {count} 条：{reason}（{where}）",
+    ),
+    "rows.duplicates": ("{count} duplicates", "重复 {count} 条"),
+    "rows.tokens": (
+        "{tokens} tokens, {supervised} of them learnt; {each} tokens a character",
+        "共 {tokens} 个词元，其中学习 {supervised} 个；每个字符 {each} 个词元",
+    ),
+    "rows.lengths": (
+        "a row in tokens: half up to {p50}, 90 % up to {p90}, 99 % up to {p99}, longest {max}",
+        "每条的词元数：一半不超过 {p50}，90 % 不超过 {p90}，99 % 不超过 {p99}，最长 {max}",
+    ),
+    "rows.truncated": ("{count} rows are cut at {at} tokens", "{count} 条在 {at} 个词元处被截断"),
+    "rows.preview": (
+        "Rows as the model reads them; what it learns is marked.",
+        "模型看到的数据；标出的部分是要学习的内容。",
+    ),
     "plan.rows": (
         "{rows} rows to learn, {heldout} held out",
         "{rows} 条用于学习，{heldout} 条留出",
@@ -97,6 +128,15 @@ _WORDS: dict[str, tuple[str, str]] = {
         "Delete this run with its checkpoints and adapter? This can't be undone.",
         "确定删除此任务及其检查点和适配器吗？此操作无法撤销。",
     ),
+    "do.copy": ("Use again", "再用一次"),
+    "do.copy.help": (
+        "Puts this run's settings into the form.",
+        "把此任务的设置填入训练表单。",
+    ),
+    "about": ("Name and notes", "名称与备注"),
+    "about.title": ("Name", "名称"),
+    "about.notes": ("Notes", "备注"),
+    "about.save": ("Save", "保存"),
     "do.adapter": ("Adapter (zip)", "适配器（zip）"),
     "do.report": ("Report", "报告"),
     "chart.loss": ("Loss (nats per token)", "损失（每词元 nat）"),
@@ -128,6 +168,10 @@ class Words:
         """The text of a key; where values are given, with them in its braces."""
         text = _WORDS[key][self._column]
         return text.format(**values) if values else text
+
+    def error(self, text: str) -> str:
+        """A message of the program in the page's language."""
+        return text
 
     def help(self, key: str) -> str:
         """A recipe key's one line of help."""

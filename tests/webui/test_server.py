@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
+from served import Served
 
 from jetson_ft.webui.server import is_loopback, link
 
@@ -32,34 +30,6 @@ def test_links_can_be_opened() -> None:
     assert link("127.0.0.1", 7860, "") == "http://127.0.0.1:7860/"
     assert link("::1", 7860, "abc") == "http://[::1]:7860/?token=abc"
     assert "0.0.0.0" not in link("0.0.0.0", 7860, "abc")
-
-
-class Served:
-    """`jetson-ft webui` in a process of its own."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        command = [sys.executable, "-m", "jetson_ft.cli", "webui", "--port", "0", *options]
-        started = time.monotonic()
-        self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout
-        self.link = self.process.stdout.readline().removeprefix("open: ").strip()
-        self.base = self.link.partition("?")[0]
-        while self.get("/healthz") is None:
-            assert self.process.poll() is None
-            time.sleep(0.05)
-        self.seconds = time.monotonic() - started
-
-    def get(self, path: str, **more: Any) -> httpx.Response | None:
-        """None while nobody listens."""
-        try:
-            return httpx.get(self.base.rstrip("/") + path, timeout=20, **more)
-        except httpx.ConnectError:
-            return None
-
-    def close(self) -> int:
-        """Ctrl-C."""
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(20)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +63,7 @@ def test_the_doors_are_in_the_running_server(served: Served) -> None:
         assert answer is not None and answer.status_code == status
     foreign = {"Origin": "http://evil.example"}
     for path in ("/runs/x/stop", "/en/gradio_api/queue/join", "/en/gradio_api/upload"):
-        answer = httpx.post(served.base.rstrip("/") + path, headers=foreign)
+        answer = httpx.post(served.base + path, headers=foreign)
         assert answer.status_code == 403, path
 
 

@@ -26,9 +26,15 @@
       if (id === "run-detail") place.innerHTML = "";
       return;
     }
-    const open = place.querySelector("details[open]") !== null;
-    place.innerHTML = await answer.text();
-    if (open) place.querySelector("details")?.setAttribute("open", "");
+    const html = await answer.text();
+    const form = place.querySelector("form.about");
+    const same = form?.dataset.about === state.chosen;
+    if (same && form.contains(document.activeElement)) return; // never under somebody's fingers
+    const open = [...place.querySelectorAll("details[open]")].map((one) => one.className);
+    place.innerHTML = html;
+    open.forEach((name) => place.querySelector(`details.${name}`)?.setAttribute("open", ""));
+    // What is typed and not saved.
+    if (same && "changed" in form.dataset) place.querySelector("form.about")?.replaceWith(form);
     etags.set(id, { address, etag: answer.headers.get("ETag") });
   }
 
@@ -58,14 +64,26 @@
     setTimeout(() => box.remove(), 8000);
   }
 
+  // Sends something to a run; says what was wrong with it.
+  async function post(name, action, body) {
+    const headers = body ? { "Content-Type": "application/json" } : {};
+    const answer = await fetch(`/runs/${encodeURIComponent(name)}/${action}`, {
+      method: "POST", headers, body: body && JSON.stringify(body),
+    });
+    if (answer.ok) return true;
+    const told = await answer.json().catch(() => ({ what: answer.statusText }));
+    say([told.what, told.where, told.fix].filter(Boolean).join("\n"));
+    return false;
+  }
+
   async function act(name, action) {
-    const answer = await fetch(`/runs/${encodeURIComponent(name)}/${action}`, { method: "POST" });
-    if (!answer.ok) {
-      const told = await answer.json().catch(() => ({ what: answer.statusText }));
-      say([told.what, told.where, told.fix].filter(Boolean).join("\n"));
-    } else if (action === "delete") {
-      state.chosen = "";
-    }
+    if ((await post(name, action)) && action === "delete") state.chosen = "";
+    refresh();
+  }
+
+  async function describe(form) {
+    const told = Object.fromEntries(new FormData(form));
+    if (await post(form.dataset.about, "about", told)) delete form.dataset.changed;
     refresh();
   }
 
@@ -90,6 +108,16 @@
       button.disabled = true;
       act(state.chosen, button.dataset.do);
     }
+  });
+  document.addEventListener("input", (event) => {
+    const form = event.target.closest("form.about");
+    if (form) form.dataset.changed = "";
+  });
+  document.addEventListener("submit", (event) => {
+    if (!event.target.matches("form.about")) return;
+    event.preventDefault();
+    document.activeElement?.blur();
+    describe(event.target);
   });
   document.addEventListener("change", (event) => {
     const name = event.target.dataset && event.target.dataset.beside;

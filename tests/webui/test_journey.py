@@ -1,0 +1,130 @@
+"""A person's whole way through the page, in a real browser, on the real embedded model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import Served
+
+from jetson_ft.runs.rundir import Run, list_runs
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt install chromium)"),
+]
+SETTINGS = {
+    "data-heldout": "3", "train-max_minutes": "0", "train-max_steps": "12",
+    "train-tokens_per_step": "192", "train-learning_rate": "1e-3", "train-eval_every": "6",
+    "eval-max_new_tokens": "4", "eval-samples": "1",
+}  # fmt: skip
+PATIENCE = 150_000  # milliseconds; other tests share the machine
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Few rows, seen again and again, so that the loss falls within seconds."""
+    path = tmp_path / "mine.json"
+    row = {"instruction": "天空为什么是蓝色的？", "output": "阳光被空气散射，蓝光散射得最多。"}
+    path.write_text(
+        json.dumps([row | {"instruction": f"{n}、{row['instruction']}"} for n in range(40)]),
+        encoding="utf-8",
+    )
+    return path
+
+
+def choose(page: Any, tab: str) -> None:
+    page.get_by_role("tab", name=tab).click()
+
+
+def begin(page: Any, rows: Path) -> None:
+    """Chooses the data, looks at it and at what will happen, and starts."""
+    page.locator("#upload input[type=file]").set_input_files(rows)
+    sync_api.expect(
+        page.locator("#field-data-train input, #field-data-train textarea")
+    ).to_have_value(re.compile(r"uploads/.*mine\.json$"))
+    page.get_by_text("All settings").click()
+    for field, value in SETTINGS.items():
+        page.locator(f"#field-{field}").locator("input, textarea").fill(value)
+    page.get_by_role("button", name="Look at the rows").click()
+    sync_api.expect(page.locator("pre.tokens mark").first).to_contain_text("蓝光", timeout=PATIENCE)
+    page.get_by_role("button", name="What will happen?").click()
+    sync_api.expect(page.locator(".bar.memory")).to_be_visible(timeout=PATIENCE)
+    page.get_by_role("button", name="Start", exact=True).click()
+
+
+def the_run(folder: Path) -> Run:
+    (run,) = list_runs(folder / "runs")
+    return run
+
+
+def wait_for_state(page: Any, state: str) -> None:
+    pill = page.locator(f"#run-detail .pill.{state}")
+    sync_api.expect(pill).to_be_visible(timeout=PATIENCE)
+
+
+def loss_shown(page: Any) -> float:
+    shown = page.locator("#run-detail .figures b").first
+    sync_api.expect(shown).to_have_text(re.compile(r"\d"), timeout=PATIENCE)
+    return float(shown.inner_text())
+
+
+def test_from_an_empty_folder_to_a_downloaded_adapter(
+    browser: Any, rows: Path, tmp_path: Path
+) -> None:
+    served = Served(tmp_path)
+    page = browser.new_page(viewport={"width": 1440, "height": 1000}, locale="en-GB")
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(served.link)
+    begin(page, rows)
+    wait_for_state(page, "running")
+    first = loss_shown(page)
+
+    page.reload()  # in mid-run: the runs are shown again, and go on
+    wait_for_state(page, "running")
+    served.kill()
+    served = Served(tmp_path, port=served.port)
+    page.reload()
+    wait_for_state(page, "running")
+    page.get_by_role("button", name="Stop", exact=True).and_(page.locator(".do")).click()
+    wait_for_state(page, "stopped")
+    stopped_at = len(the_run(tmp_path).events())
+    page.get_by_role("button", name="Resume").click()
+    wait_for_state(page, "finished")
+    assert loss_shown(page) < first
+    assert len(the_run(tmp_path).events()) > stopped_at and the_run(tmp_path).state().attempt == 2
+    sync_api.expect(page.locator("#run-detail .chart svg").first).to_be_visible()
+
+    choose(page, "Chat")
+    page.get_by_label("Base and adapter side by side").check()
+    box = page.get_by_placeholder("Ask something")
+    box.fill("天空为什么是蓝色的？")
+    box.press("Enter")
+    sync_api.expect(page.locator(".message.bot")).to_have_count(2, timeout=PATIENCE)
+
+    page.get_by_role("button", name="简体中文").click()
+    choose(page, "任务")
+    with page.expect_download() as download:
+        page.get_by_text("适配器（zip）").click()
+    names = zipfile.ZipFile(download.value.path()).namelist()
+    assert any(name.endswith("/adapter_model.safetensors") for name in names)
+    assert faults == []
+    assert served.close() == 0
