@@ -133,7 +133,12 @@ def _dry_run(loaded: Any, as_json: bool) -> None:
     from jetson_ft.console import print_dry_run
     from jetson_ft.runs.preview import dry_run
 
-    found = dry_run(loaded)
+    try:
+        found = dry_run(loaded)
+    except Exception as error:
+        if as_json:
+            print(json.dumps({"schema": 1, "error": _plain(error).as_json()}, ensure_ascii=False))
+        raise
     if as_json:
         print(json.dumps(found.as_json(), ensure_ascii=False))
     else:
@@ -457,18 +462,22 @@ def main() -> None:
         sys.exit(_tell(error))
 
 
+def _plain(error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    return UserError(
+        f"A fault in this program: {type(error).__name__}: {error}",
+        fix="Report it with what `jetson-ft --debug …` says.",
+    )
+
+
 def _tell(error: Exception) -> int:
     """Prints what went wrong; returns the exit code."""
     from traceback import print_exception
 
     from jetson_ft.paths import printable
 
-    plain = error
-    if not isinstance(error, UserError):
-        plain = UserError(
-            f"A fault in this program: {type(error).__name__}: {error}",
-            fix="Report it with what `jetson-ft --debug …` says.",
-        )
+    plain = _plain(error)
     if os.environ.get("JETSON_FT_DEBUG"):
         print_exception(error)
     print(f"error: {printable(str(plain))}", file=sys.stderr)
