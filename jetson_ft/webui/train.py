@@ -88,9 +88,12 @@ class _Form:
         """Keeps an uploaded file beside the runs, where a resumed run finds it again."""
         source = Path(path)
         folder = self.runs.absolute() / "uploads" / uuid.uuid4().hex[:8]
-        with disk_errors(folder):
-            folder.mkdir(parents=True)
-            shutil.move(source, folder / source.name)
+        try:
+            with disk_errors(folder):
+                folder.mkdir(parents=True)
+                shutil.move(source, folder / source.name)
+        except UserError as error:
+            raise gr.Error(self.words.error_text(error)) from error
         return str(folder / source.name)
 
     def check(self, name: str, *values: Any) -> list[Any]:
@@ -110,7 +113,7 @@ class _Form:
                 if ticket not in self._sent:
                     self._sent[ticket] = jobs.launch(recipe, name).name
             except UserError as error:
-                return [self._complaint(str(error)), "", ticket, *marks]
+                return [self._complaint(self.words.error_text(error)), "", ticket, *marks]
             run = self._sent[ticket]
         told = escape(self.words("train.started", name=run))
         return [f"<p>{told}</p>", run, uuid.uuid4().hex, *marks]
@@ -123,7 +126,7 @@ class _Form:
         try:
             recipe = recipes.parse("version: 1\n", "", [*sets, f"output={self.runs.absolute()}"])
         except RecipeError as error:
-            wrong = {problem.key: problem.message for problem in error.problems}
+            wrong = {problem.key: self.words.said(problem.message) for problem in error.problems}
         marks = [
             gr.update(info=f"⚠ {wrong[key]}", elem_classes=["mistake"])
             if key in wrong
@@ -140,12 +143,20 @@ class _Form:
             file.flush()
             done = subprocess.run([*command, file.name], capture_output=True, text=True)
         if done.returncode:
-            return self._complaint(done.stderr.strip())
+            return self._complaint(self.words.error_text(_failure(done)))
         return plan_html(json.loads(done.stdout), self.words)
 
     @staticmethod
     def _complaint(text: str) -> str:
         return f'<div class="complaint" role="alert">{escape(text)}</div>'
+
+
+def _failure(done: subprocess.CompletedProcess[str]) -> UserError:
+    """What a dry run couldn't do; its last words where it came to no more."""
+    try:
+        return UserError(**json.loads(done.stdout)["error"])
+    except (ValueError, LookupError, TypeError):
+        return UserError(done.stderr.strip())
 
 
 def plan_html(found: dict[str, Any], words: Words) -> str:
