@@ -10,6 +10,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -133,7 +135,8 @@ def _dry_run(loaded: Any, as_json: bool) -> None:
     from jetson_ft.console import print_dry_run
     from jetson_ft.runs.preview import dry_run
 
-    found = dry_run(loaded)
+    with _errors_as_json(as_json):
+        found = dry_run(loaded)
     if as_json:
         print(json.dumps(found.as_json(), ensure_ascii=False))
     else:
@@ -339,7 +342,8 @@ def data_inspect(
     from jetson_ft.console import print_inspection
     from jetson_ft.runs.preview import inspect
 
-    found = inspect(path, model, max_length, samples, layout, encoding)
+    with _errors_as_json(as_json):
+        found = inspect(path, model, max_length, samples, layout, encoding)
     if as_json:
         print(json.dumps(asdict(found), ensure_ascii=False, indent=2))
     else:
@@ -457,18 +461,33 @@ def main() -> None:
         sys.exit(_tell(error))
 
 
+@contextmanager
+def _errors_as_json(wanted: bool) -> Iterator[None]:
+    """For programs: whoever reads JSON finds there why there is none."""
+    try:
+        yield
+    except Exception as error:
+        if wanted:
+            print(json.dumps({"schema": 1, "error": _plain(error).as_json()}, ensure_ascii=False))
+        raise
+
+
+def _plain(error: Exception) -> UserError:
+    if isinstance(error, UserError):
+        return error
+    return UserError(
+        f"A fault in this program: {type(error).__name__}: {error}",
+        fix="Report it with what `jetson-ft --debug …` says.",
+    )
+
+
 def _tell(error: Exception) -> int:
     """Prints what went wrong; returns the exit code."""
     from traceback import print_exception
 
     from jetson_ft.paths import printable
 
-    plain = error
-    if not isinstance(error, UserError):
-        plain = UserError(
-            f"A fault in this program: {type(error).__name__}: {error}",
-            fix="Report it with what `jetson-ft --debug …` says.",
-        )
+    plain = _plain(error)
     if os.environ.get("JETSON_FT_DEBUG"):
         print_exception(error)
     print(f"error: {printable(str(plain))}", file=sys.stderr)

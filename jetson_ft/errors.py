@@ -31,6 +31,10 @@ class UserError(Exception):
             lines.append(f"  fix:   {self.fix}")
         return "\n".join(lines)
 
+    def as_json(self) -> dict[str, str]:
+        """For other programs, and for faces that put it into another language."""
+        return {"what": self.what, "where": self.where, "fix": self.fix}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -41,8 +45,7 @@ class Problem:
     message: str
 
     def __str__(self) -> str:
-        place = f"line {self.line}: " if self.line else ""
-        return f"{place}{self.message}"
+        return f"line {self.line}: {self.message}" if self.line else self.message
 
 
 class RecipeError(UserError):

@@ -157,13 +157,13 @@ def hub_errors(repo: str, kind: Kind) -> Iterator[None]:
         yield
     except errors.GatedRepoError as error:
         raise UserError(
-            f"The {noun} {repo!r} is gated.",
+            f"The {noun} '{repo}' is gated.",
             where,
             "Accept its terms on that page, then set HF_TOKEN to an access token of yours.",
         ) from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise UserError(
-            f"The hub knows no {noun} {repo!r}, or it is private.",
+            f"The hub knows no {noun} '{repo}', or it is private.",
             where,
             "Check the spelling; for a private or gated one set HF_TOKEN. "
             "A local folder or file is named by its path.",
@@ -189,7 +189,7 @@ def _disk_place(error: OSError) -> Path:
 
 def _refused(status: int, noun: str, repo: str, where: str) -> UserError:
     return UserError(
-        f"The hub answered with error {status}, so the {noun} {repo!r} can't be fetched.",
+        f"The hub answered with error {status}, so the {noun} '{repo}' can't be fetched.",
         where,
         "Check HF_TOKEN, or unset it: the hub doesn't take it."
         if status in (401, 403)
@@ -200,7 +200,7 @@ def _refused(status: int, noun: str, repo: str, where: str) -> UserError:
 def _out_of_reach(noun: str, repo: str, where: str) -> UserError:
     reason = "HF_HUB_OFFLINE is set" if _told_offline() else "The hub is out of reach"
     return UserError(
-        f"{reason}, so the {noun} {repo!r} can't be fetched.",
+        f"{reason}, so the {noun} '{repo}' can't be fetched.",
         where,
         "Check the network; a mirror is set with HF_ENDPOINT=https://… and a token for gated "
         "repositories with HF_TOKEN. A cut-off download goes on where it stopped. "

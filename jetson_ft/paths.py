@@ -85,7 +85,8 @@ def disk_error(path: Path, error: OSError) -> UserError:
         return UserError(
             "There is no such file or folder.", str(path), "Check the path; it is relative to here."
         )
-    return UserError(f"{error.strerror or error}.", str(path), "Check the path and the disk.")
+    what = f"The system refuses it: {error.strerror or error}."
+    return UserError(what, str(path), "Check the path and the disk.")
 
 
 def _existing_parent(path: Path) -> Path:

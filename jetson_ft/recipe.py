@@ -302,16 +302,17 @@ _TYPE_ERRORS = {
     "int_type", "string_type", "list_type", "float_type", "bool_type", "literal_error",
     "int_from_float", "dict_type", "model_type",
 }  # fmt: skip
-_PLAIN_REASONS = {
-    "string_too_short": "must not be empty",
-    "too_short": "must not be empty",
-    "string_pattern_mismatch": "must be one line, without control characters",
-    "string_unicode": "must be text that can be written as UTF-8",
-}
-_PLAIN_WORDS = {
-    "Input should be greater than or equal to": "must be at least",
-    "Input should be less than or equal to": "must be at most",
-    "Input should": "must",
+# By pydantic's type of error, with the names it gives to the bounds.
+_REASONS = {
+    "greater_than_equal": "must be at least {ge:.16g}, not {given}",
+    "less_than_equal": "must be at most {le:.16g}, not {given}",
+    "greater_than": "must be greater than {gt:.16g}, not {given}",
+    "less_than": "must be less than {lt:.16g}, not {given}",
+    "finite_number": "must be a finite number, not {given}",
+    "string_too_short": "must not be empty, not {given}",
+    "too_short": "must not be empty, not {given}",
+    "string_pattern_mismatch": "must be one line, without control characters, not {given}",
+    "string_unicode": "must be text that can be written as UTF-8, not {given}",
 }
 
 
@@ -359,12 +360,12 @@ def _reason(dotted: str, found: Any) -> str:
     given = given if len(given) <= 60 else given[:57] + "…"
     if found["type"] in _TYPE_ERRORS:
         wanted = type_name(field.annotation) if field else "a group of keys"
-        hint = _nearest_choice(found["input"], field)
-        return f"must be {wanted}, not {given}{hint}"
-    plain = _PLAIN_REASONS.get(found["type"]) or found["msg"]
-    for pydantic_says, we_say in _PLAIN_WORDS.items():
-        plain = plain.replace(pydantic_says, we_say)
-    return f"{plain}, not {given}"
+        if near := _nearest_choice(found["input"], field):
+            return f"must be {wanted}, not {given}; did you mean `{near}`?"
+        return f"must be {wanted}, not {given}"
+    if found["type"] in _REASONS:
+        return _REASONS[found["type"]].format(given=given, **found.get("ctx", {}))
+    return f"can't be {given}: {found['msg']}"
 
 
 def type_name(annotation: Any) -> str:
@@ -383,12 +384,12 @@ def type_name(annotation: Any) -> str:
 
 
 def _nearest_choice(value: Any, field: Any) -> str:
-    """For one of several words: the one that was meant."""
+    """For one of several words: the one that was meant; else nothing."""
     is_word = field and get_origin(field.annotation) is Literal and isinstance(value, str)
     near = (
         difflib.get_close_matches(value, map(str, get_args(field.annotation)), 1) if is_word else []
     )
-    return f"; did you mean `{near[0]}`?" if near else ""
+    return near[0] if near else ""
 
 
 def _nearest(key: str) -> str:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
+from unittest.mock import Mock
 
 import pytest
 from typer.testing import CliRunner
@@ -19,8 +20,9 @@ from typer.testing import CliRunner
 from jetson_ft import __version__, cli
 from jetson_ft import recipe as recipes
 from jetson_ft.device.boards import BOARDS
+from jetson_ft.errors import UserError
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import rundir
+from jetson_ft.runs import preview, rundir
 
 HEAVY = (
     "torch", "gradio", "transformers", "peft", "datasets", "pydantic", "numpy", "pandas", "pyarrow",
@@ -292,6 +294,20 @@ def test_debug_shows_the_traceback_and_the_same_exit_code(jetson: Jetson) -> Non
     assert done.returncode == 2
     assert "Traceback (most recent call last)" in done.stderr
     assert "error: There is no such recipe." in done.stderr
+
+
+def test_a_dry_run_for_programs_tells_its_error_to_them_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for error, what in (
+        (UserError("No.", "x", "Do."), "No."),
+        (KeyError("y"), "A fault in this program: KeyError: 'y'"),
+    ):
+        monkeypatch.setattr(preview, "dry_run", Mock(side_effect=error))
+        done = CliRunner().invoke(cli.app, ["train", "quickstart-zh", "--dry-run", "--json"])
+        told = json.loads(done.stdout)
+        assert done.exception is error
+        assert told["schema"] == 1 and told["error"]["what"] == what
 
 
 def test_a_fault_of_ours_is_told_as_one_without_a_traceback(

@@ -328,14 +328,16 @@ def _judge(report: ReadReport, bad_rows: str, name: str) -> None:
     if report.rows_kept and (bad_rows == "skip" or not report.dropped):
         return
     unusable = report.rows_read - report.rows_kept
-    listed = "".join(
-        f"\n  - {reason}: {entry['count']} ({', '.join(entry['where'])}"
-        f"{', …' if entry['count'] > len(entry['where']) else ''})"
-        for reason, entry in report.dropped.items()
-    )
-    fix = "Mend the rows"
-    if report.rows_kept:
-        fix += ", or leave them out with `--set data.bad_rows=skip`"
+    listed = "".join(f"\n  - {_told(*dropped)}" for dropped in report.dropped.items())
     raise UserError(
-        f"{unusable} of {report.rows_read} rows can't be used:{listed}", name, f"{fix}."
+        f"{unusable} of {report.rows_read} rows can't be used:{listed}",
+        name,
+        "Mend the rows, or leave them out with `--set data.bad_rows=skip`."
+        if report.rows_kept
+        else "Mend the rows.",
     )
+
+
+def _told(reason: str, entry: dict[str, Any]) -> str:
+    places = [*entry["where"], *["…"] * (entry["count"] > len(entry["where"]))]
+    return f"{reason}: {entry['count']} ({', '.join(places)})"

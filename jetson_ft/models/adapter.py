@@ -143,15 +143,18 @@ def _check_base(base: Base, folder: Path, config: dict[str, Any]) -> None:
         name, its = told.get("name"), str(told.get("fingerprint"))
         if its == base.fingerprint():
             return
-        found = f"{name} ({its[:12]}), not {base.name} ({base.fingerprint()[:12]})"
+        what = (
+            f"This adapter was made for another base: {name} ({its[:12]}), not {base.name} "
+            f"({base.fingerprint()[:12]})."
+        )
         fix = f"Load it with `--model {name}`."
     else:
         name = config.get("base_model_name_or_path")
         if not name or name in (base.name, str(base.folder)):
             return
-        found = f"{name}, not {base.name}"
+        what = f"This adapter was made for another base: {name}, not {base.name}."
         fix = (
             f"Load it with `--model {name}`; if both are the same model, write {base.name} as "
             "base_model_name_or_path into its adapter_config.json."
         )
-    raise UserError(f"This adapter was made for another base: {found}.", str(folder), fix)
+    raise UserError(what, str(folder), fix)

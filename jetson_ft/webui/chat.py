@@ -112,7 +112,7 @@ class _Tab:
                         speed = self._speed(answer.tokens, answer.seconds)
                     yield "", sides["base"], sides["adapter"], speed
         except UserError as error:
-            gr.Warning(str(error), duration=15)
+            gr.Warning(self.words.error_text(error), duration=15)
             yield text, base, adapter, ""
 
     def again(

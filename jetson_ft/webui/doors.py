@@ -18,6 +18,8 @@ from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
+from jetson_ft.webui.words import Words, asked
+
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _YEAR = 365 * 24 * 3600
 
@@ -56,17 +58,18 @@ class Doors:
     def _refusal(self, scope: Any) -> Response | None:
         """The answer to a request that doesn't get through."""
         headers = Headers(scope=scope)
+        refusal = _refuses(scope["path"], headers)
         if not is_known_host(headers.get("host", ""), self.rules.host_names):
-            return PlainTextResponse(
+            return refusal(
                 "This page doesn't answer to that name. Use the machine's IP address, or start it "
                 "with `--host-name NAME`.",
                 400,
             )
         changes = scope["type"] == "websocket" or scope["method"] not in _SAFE_METHODS
         if changes and is_cross_origin(headers):
-            return PlainTextResponse("Requests from other sites are refused.", 403)
+            return refusal("Requests from other sites are refused.", 403)
         if int(headers.get("content-length") or 0) > self.rules.upload_bytes:
-            return PlainTextResponse(_too_large(self.rules.upload_bytes), 413)
+            return refusal(_too_large(self.rules.upload_bytes), 413)
         if scope["path"] == "/healthz":
             return PlainTextResponse("ok")
         return self._without_token(scope, headers) if self.rules.token else None
@@ -134,6 +137,11 @@ def is_cross_origin(headers: Headers) -> bool:
         return True
     origin = headers.get("origin")
     return origin is not None and urlsplit(origin).netloc.lower() != headers["host"].lower()
+
+
+def _refuses(path: str, headers: Headers) -> Callable[[str, int], Response]:
+    """Makes plain answers in the visitor's language."""
+    return lambda text, status: PlainTextResponse(Words(asked(path, headers)).said(text), status)
 
 
 def _cookie_name(headers: Headers) -> str:

@@ -106,9 +106,11 @@ class Pieces:
     def _detail(self, language: str, run: Run, beside: Sequence[str]) -> str:
         others = [rundir.named(name, self.root) for name in beside if self._is_there(name)]
         seen = [self._watcher.seen(one) for one in (run, *others)]
+        summary = self._summary(run)
         return self._render(
             "run.jinja", language,
-            run=self._summary(run), seen=seen[0], names=[self._summary(o).title for o in others],
+            run=summary, seen=seen[0], names=[self._summary(o).title for o in others],
+            warning=_warning(summary, seen[0]),
             losses=_losses(seen), charts=_charts(seen), figures=_figures(run),
             has_adapter=run.adapter.is_dir(), log=log_tail(run),
             notes=live.about(run).get("notes", ""),
@@ -125,6 +127,12 @@ class Pieces:
 def progress(run: Summary) -> float:
     """Share of the steps that are made."""
     return min(1.0, run.step / run.total_steps) if run.total_steps else 0.0
+
+
+def _warning(run: Summary, seen: live.Seen) -> str:
+    """The last one of this attempt."""
+    told = seen.last.get("warning", {})
+    return str(told["message"]) if told.get("attempt") == run.state.attempt else ""
 
 
 def _losses(seen: Sequence[live.Seen]) -> str:

@@ -19,7 +19,7 @@ from jetson_ft.errors import UserError
 from jetson_ft.runs import jobs, rundir, shelf
 from jetson_ft.runs.rundir import Run
 from jetson_ft.webui.live import Piece, Pieces
-from jetson_ft.webui.words import LANGUAGES, preferred
+from jetson_ft.webui.words import Words, asked
 
 _REPORTS = ("report.html", "report.md", "report.json")
 _ACTIONS: dict[str, Callable[[Run], Any]] = {
@@ -42,10 +42,8 @@ def router(root: Path) -> APIRouter:
 
     @routes.get("/")
     def home(request: Request) -> Response:
-        chosen = request.cookies.get("jetson-ft-language", "")
-        wanted = chosen if chosen in LANGUAGES else preferred(_accepts(request))
         query = f"?{request.url.query}" if request.url.query else ""
-        return RedirectResponse(f"/{wanted}/{query}", 307)
+        return RedirectResponse(f"/{_words(request).language}/{query}", 307)
 
     @routes.get("/live/{language}/runs")
     def runs(request: Request, language: str, chosen: str = "", beside: Beside = []) -> Response:  # noqa: B006
@@ -86,14 +84,14 @@ def router(root: Path) -> APIRouter:
 
 
 def tell(request: Request, error: Exception) -> Response:
-    """A `UserError` as the page's scripts read it."""
+    """A `UserError` as the page's scripts read it, in the page's language."""
     if not isinstance(error, UserError):
         raise error
-    return JSONResponse({"what": error.what, "where": error.where, "fix": error.fix}, 422)
+    return JSONResponse(_words(request).error(error), 422)
 
 
-def _accepts(request: Request) -> str:
-    return request.headers.get("accept-language", "")
+def _words(request: Request) -> Words:
+    return Words(asked(request.url.path, request.headers))
 
 
 def _piece(request: Request, piece: Piece) -> Response:

@@ -23,6 +23,7 @@ from jetson_ft.errors import RecipeError, UserError
 from jetson_ft.paths import disk_errors
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import jobs, live, rundir, slot
+from jetson_ft.webui.outlook import inspection_html, plan_html
 from jetson_ft.webui.words import Words
 
 ESSENTIAL = (
@@ -50,8 +51,8 @@ def build(words: Words, runs: Path, page: Any, tabs: Any) -> None:
                 words("train.recipe.upload"), file_types=[".yaml", ".yml"], size="sm"
             )
         upload = gr.File(
-            label=words("train.upload"), type="filepath", height=130, min_width=280, elem_id="upload",
-            file_types=[".json", ".jsonl", ".csv", ".parquet"],
+            label=words("train.upload"), type="filepath", elem_id="upload", height=130,
+            min_width=280, file_types=[".json", ".jsonl", ".csv", ".parquet"],
         )  # fmt: skip
     fields = {}
     with gr.Row(elem_classes="fields"):
@@ -104,7 +105,7 @@ class _Form:
         try:
             return ["", *self._filled(recipes.load(Path(path)))]
         except UserError as error:
-            return [self._complaint(str(error)), *([gr.skip()] * len(_ORDER))]
+            return [self._complaint(self.words.error_text(error)), *([gr.skip()] * len(_ORDER))]
 
     def arrive(self, request: gr.Request) -> list[Any]:
         """Where the address leads: `?copy=RUN` into the form, `?run=RUN` to the runs."""
@@ -122,15 +123,18 @@ class _Form:
                 *self._filled(run.recipe()),
             ]
         except UserError as error:
-            return [self._complaint(str(error)), gr.Tabs(selected="train"), *stay]
+            return [self._complaint(self.words.error_text(error)), gr.Tabs(selected="train"), *stay]
 
     def take_rows(self, path: str) -> str:
         """Keeps an uploaded file beside the runs, where a resumed run finds it again."""
         source = Path(path)
         folder = self.runs.absolute() / "uploads" / uuid.uuid4().hex[:8]
-        with disk_errors(folder):
-            folder.mkdir(parents=True)
-            shutil.move(source, folder / source.name)
+        try:
+            with disk_errors(folder):
+                folder.mkdir(parents=True)
+                shutil.move(source, folder / source.name)
+        except UserError as error:
+            raise gr.Error(self.words.error_text(error)) from error
         return str(folder / source.name)
 
     def check(self, name: str, *values: Any) -> list[Any]:
@@ -164,7 +168,7 @@ class _Form:
                 if ticket not in self._sent:
                     self._sent[ticket] = jobs.launch(recipe, name).name
             except UserError as error:
-                return [self._complaint(str(error)), "", ticket, *marks]
+                return [self._complaint(self.words.error_text(error)), "", ticket, *marks]
             run = self._sent[ticket]
         queued = rundir.named(run, self.runs).state().state == "queued" and slot.is_taken()
         told = escape(self.words("train.queued" if queued else "train.started", name=run))
@@ -178,7 +182,7 @@ class _Form:
         try:
             recipe = recipes.parse("version: 1\n", "", [*sets, f"output={self.runs.absolute()}"])
         except RecipeError as error:
-            wrong = {problem.key: problem.message for problem in error.problems}
+            wrong = {problem.key: self.words.said(problem.message) for problem in error.problems}
         marks = [
             gr.update(info=f"⚠ {wrong[key]}", elem_classes=["mistake"])
             if key in wrong
@@ -206,7 +210,7 @@ class _Form:
         command = [sys.executable, "-m", "jetson_ft.cli", *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            return self._complaint(done.stderr.strip())
+            return self._complaint(self.words.error_text(_failure(done)))
         return show(json.loads(done.stdout), self.words)
 
     @staticmethod
@@ -214,68 +218,12 @@ class _Form:
         return f'<div class="complaint" role="alert">{escape(text)}</div>'
 
 
-def plan_html(found: dict[str, Any], words: Words) -> str:
-    """A dry run in words, and its memory as a bar against what is free."""
-    device, rows = found["forecast"], found["rows"]
-    plan = device["plan"]
-    lines = [
-        words("plan.rows", rows=f"{rows['train']['rows']:,}", heldout=rows["heldout"]["rows"]),
-        words("plan.tokens", tokens=f"{found['tokens']:,}", steps=f"{found['steps']:,}"),
-    ]
-    if plan:
-        lines.append(words("plan.time", time=words.duration(plan["seconds"])))
-    elif device["would_fit"]:
-        settings = "; ".join(f"{one['settings']}" for one in device["would_fit"])
-        lines.append(words("plan.would", settings=settings))
-    peak = plan["peak_memory_bytes"] if plan else device["least_memory_bytes"]
-    share = peak / device["memory_bytes"]
-    verdict = "fits" if plan and share < 0.85 else "tight" if plan else "no"
-    memory = words(
-        "plan.memory", peak=f"{peak / 2**30:.2f}", free=f"{device['memory_bytes'] / 2**30:.1f}"
-    )
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return (
-        f'<ul class="plan">{items}</ul><div class="bar large memory {verdict}">'
-        f'<i style="width: {min(100, 100 * share):.1f}%"></i></div>'
-        f'<p class="small">{escape(memory)} · <b>{words("plan." + verdict)}</b></p>'
-    )
-
-
-def inspection_html(found: dict[str, Any], words: Words) -> str:
-    """What became of the rows, and some as the model reads them: what it learns is marked."""
-    read, tokens = found["read"], found["tokens"]
-    lengths = tokens["lengths"]
-    lines = [
-        words("rows.read", read=f"{read['rows_read']:,}", kept=f"{read['rows_kept']:,}",
-              layout=read["layout"], encoding=read["encoding"]),
-        *(
-            words("rows.dropped", count=f"{one['count']:,}", reason=words.error(reason),
-                  where=", ".join(one["where"][:5]))
-            for reason, one in read["dropped"].items()
-        ),
-        words("rows.duplicates", count=f"{read['duplicates']:,}"),
-        words("rows.tokens", tokens=f"{tokens['tokens']:,}",
-              supervised=f"{tokens['supervised_tokens']:,}",
-              each=tokens["tokens_per_character"]),
-        words("rows.lengths", **lengths),
-        words("rows.truncated", count=f"{tokens['truncated']:,}", at=f"{found['max_length']:,}"),
-    ]  # fmt: skip
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<ul class="plan">{items}</ul>{_previews(found["previews"], words)}'
-
-
-def _previews(rows: list[list[tuple[str, bool]]], words: Words) -> str:
-    if not rows:
-        return ""
-    shown = "".join(
-        "<pre class='tokens'>"
-        + "".join(
-            f"<mark>{escape(text)}</mark>" if learnt else escape(text) for text, learnt in row
-        )
-        + "</pre>"
-        for row in rows
-    )
-    return f'<p class="small">{words("rows.preview")}</p>{shown}'
+def _failure(done: subprocess.CompletedProcess[str]) -> UserError:
+    """What a command couldn't do; its last words where it came to no more."""
+    try:
+        return UserError(**json.loads(done.stdout)["error"])
+    except (ValueError, LookupError, TypeError):
+        return UserError(done.stderr.strip())
 
 
 def command_of(recipe: Recipe, name: str) -> str:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
+from starlette.requests import cookie_parser
+
 from jetson_ft import recipe
+from jetson_ft.errors import UserError
 from jetson_ft.runs import report
+from jetson_ft.webui import translate
 from jetson_ft.webui.help_zh import HELP
 
 LANGUAGES = {"en": "English", "zh": "简体中文"}
+_PAGE = re.compile(rf"/(?:live/)?({'|'.join(LANGUAGES)})/")
 
 _WORDS: dict[str, tuple[str, str]] = {
     "page.subtitle": ("Fine-tune a language model on this machine", "在这台机器上微调语言模型"),
@@ -154,7 +162,12 @@ _WORDS: dict[str, tuple[str, str]] = {
     "figure.speed": ("tokens/s", "词元/秒"),
     "figure.memory": ("peak memory", "峰值内存"),
     "log": ("Log", "日志"),
+    "error.where": ("where: {where}", "位置：{where}"),
+    "error.fix": ("fix: {fix}", "办法：{fix}"),
 }
+
+
+_ASIDE = ("where", "fix")
 
 
 class Words:
@@ -169,13 +182,27 @@ class Words:
         text = _WORDS[key][self._column]
         return text.format(**values) if values else text
 
-    def error(self, text: str) -> str:
-        """A message of the program in the page's language."""
-        return text
-
     def help(self, key: str) -> str:
         """A recipe key's one line of help."""
         return HELP[key] if self.language == "zh" else recipe.keys()[key]
+
+    def said(self, text: str) -> str:
+        """What the program says (a sentence of an error, why a run ended), in this language."""
+        return translate.chinese(text) if self.language == "zh" else text
+
+    def phase(self, name: str) -> str:
+        """What a run is doing, by the name that its events give it."""
+        return translate.chinese_phase(name) if self.language == "zh" else name
+
+    def error(self, error: UserError) -> dict[str, str]:
+        """An error's parts."""
+        return {name: self.said(text) for name, text in error.as_json().items()}
+
+    def error_text(self, error: UserError) -> str:
+        """An error as lines of text."""
+        told = self.error(error)
+        parts = [told["what"], *(self(f"error.{p}", **{p: told[p]}) for p in _ASIDE if told[p])]
+        return "\n".join(parts)
 
     def duration(self, seconds: float) -> str:
         """`4 min 05 s`, `1 h 02 min`; `4 分 05 秒`, `1 小时 02 分`."""
@@ -195,3 +222,13 @@ def preferred(accept_language: str) -> str:
         except ValueError:
             continue
     return next((name for _, _, name in sorted(wanted) if name in LANGUAGES), "en")
+
+
+def asked(path: str, headers: Mapping[str, str]) -> str:
+    """The language to answer a request in: that of the page it comes from, or the chosen one."""
+    before = headers.get("referer", "").partition("://")[2].partition("/")[2]
+    for address in (path, f"/{before}"):
+        if page := _PAGE.match(address):
+            return page[1]
+    chosen = cookie_parser(headers.get("cookie", "")).get("jetson-ft-language", "")
+    return chosen if chosen in LANGUAGES else preferred(headers.get("accept-language", ""))

@@ -66,6 +66,11 @@ def test_no_host_is_an_exception(host: str) -> None:
     assert is_known_host(host, ()) in (True, False)
 
 
+def test_a_refusal_speaks_the_browsers_language() -> None:
+    answer = client().get("/", headers={"Host": "evil.example", "Accept-Language": "zh-CN"})
+    assert answer.status_code == 400 and answer.text.startswith("本页面不响应这个主机名")
+
+
 # Other sites
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -11,7 +12,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from jetson_ft.errors import UserError
-from jetson_ft.runs import live
+from jetson_ft.runs import live, rundir
 from jetson_ft.runs.rundir import EventLog, Run
 from jetson_ft.webui import routes
 from jetson_ft.webui.words import _WORDS, LANGUAGES, Words, preferred
@@ -124,6 +125,28 @@ def test_a_damaged_run_hides_no_other(page: TestClient, root: Path) -> None:
     assert page.get(f"/live/en/runs/{bad.name}").status_code == 200
 
 
+def test_a_run_tells_its_phase_its_end_and_a_warning_in_the_pages_language(
+    page: TestClient, root: Path
+) -> None:
+    run = make_run(root, "20260101-000000-a", "failed", steps=0)
+    log = EventLog(run, 1)
+    log.emit("warning", message="/x/step-3/a is missing; the checkpoint before it is used")
+    run.write_state("failed", "ended with code 7; see log.txt")
+    chinese = page.get(f"/live/zh/runs/{run.name}").text
+    assert "以代码 7 退出，详见 log.txt" in chinese and "缺少 /x/step-3/a；改用" in chinese
+    english = page.get(f"/live/en/runs/{run.name}").text
+    assert "ended with code 7" in english and "is missing; the checkpoint before" in english
+    log.emit("phase", name="model files", detail="")
+    held = rundir.lock(run.path / "worker.lock")
+    run.write_state("running", attempt=2)
+    time.sleep(1.1)  # a piece is made once a second
+    resumed = page.get(f"/live/zh/runs/{run.name}").text
+    assert "准备中：获取模型文件" in resumed
+    assert "缺少" not in resumed  # an earlier attempt's warning
+    assert held
+    held.close()
+
+
 # Actions and files
 
 
@@ -165,3 +188,14 @@ def test_an_action_does_what_the_command_does(page: TestClient, root: Path) -> N
     assert page.post(f"/runs/{run.name}/delete").json() == {"done": True}
     assert not run.path.exists()
     assert live.title(run) == run.name
+
+
+def test_a_refusal_is_told_in_the_language_of_the_page_that_asked(
+    page: TestClient, root: Path
+) -> None:
+    run = make_run(root, "20260101-000000-a")
+    asks = {"Referer": "http://testserver/zh/?run=a"}
+    told = page.post(f"/runs/{run.name}/resume", headers=asks).json()
+    assert told["what"] == f"{run.name} 已完成。" and told["fix"].startswith("请延长它")
+    assert told["where"] == str(run.path)
+    assert page.get("/live/zh/runs/none").json()["what"] == "没有任务 'none'。"
