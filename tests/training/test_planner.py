@@ -75,8 +75,9 @@ def peak(one: Work, device: Device, tokens: int = 1024, checkpointing: bool = Fa
 def test_split_layers_take_no_more_than_whole_ones(one: Work, device: Device, shards: int) -> None:
     one = replace(one, weights=replace(one.weights, quantize="none"))
     split = replace(one, shards=shards)
-    assert peak(split, device) <= peak(one, device)
-    assert peak(replace(split, shards=shards + 1), device) <= peak(split, device)
+    rounding = 6  # bytes: each part is rounded up
+    assert peak(split, device) <= peak(one, device) + rounding
+    assert peak(replace(split, shards=shards + 1), device) <= peak(split, device) + rounding
 
 
 def test_a_split_model_is_loaded_whole_first() -> None:
@@ -183,7 +184,7 @@ def test_memory_decides_between_large_batches_small_ones_and_recomputing() -> No
 
 def test_a_cpu_takes_small_micro_batches_and_whole_steps_where_those_are_smaller() -> None:
     embedded = work(KNOWN["embedded"], longest=256)
-    assert planner.choose(embedded, CPU, 1e11).micro_batch_tokens == 512
+    assert planner.choose(embedded, CPU, 1e11).micro_batch_tokens == 384
     one = replace(embedded, train=TrainRecipe(tokens_per_step=300))
     assert planner.choose(one, CPU, 1e11).micro_batch_tokens == 300
 
