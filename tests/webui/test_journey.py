@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from served import Served
 
+from jetson_ft.runs import jobs
 from jetson_ft.runs.rundir import Run, list_runs
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -27,6 +28,14 @@ SETTINGS = {
     "eval-max_new_tokens": "4", "eval-samples": "1",
 }  # fmt: skip
 PATIENCE = 150_000  # milliseconds; other tests share the machine
+
+
+@pytest.fixture(autouse=True)
+def _no_run_stays_behind(tmp_path: Path) -> Iterator[None]:
+    """A run outlives its page, and would outlive a failed test."""
+    yield
+    for run in list_runs(tmp_path / "runs"):
+        jobs.stop(run)
 
 
 @pytest.fixture
