@@ -148,6 +148,18 @@ class EvalRecipe(_Section):
     samples: int = Field(8, ge=0, description="Pairs of replies shown side by side.")
 
 
+class DeviceRecipe(_Section):
+    """What the machine is spared."""
+
+    max_temperature_c: float = Field(
+        0.0,
+        ge=0,
+        le=150,
+        description="Training pauses between steps where the board is hotter than this (degrees "
+        "Celsius), until it has cooled by 5; 0: it never does.",
+    )
+
+
 class Recipe(_Section):
     """One fine-tuning job."""
 
@@ -170,6 +182,7 @@ class Recipe(_Section):
     lora: LoraRecipe = Field(LoraRecipe(), description=LoraRecipe.__doc__ or "")
     train: TrainRecipe = Field(TrainRecipe(), description=TrainRecipe.__doc__ or "")
     eval: EvalRecipe = Field(EvalRecipe(), description=EvalRecipe.__doc__ or "")
+    device: DeviceRecipe = Field(DeviceRecipe(), description=DeviceRecipe.__doc__ or "")
     output: Text = Field("runs", description="Folder under which the run's own folder is made.")
 
     def to_yaml(self) -> str:

@@ -139,6 +139,21 @@ def test_data_weights_plan_length_and_best_have_their_lines(run: Run, screen: io
     ]
 
 
+def test_power_heat_and_pauses_are_told_where_they_are_known(run: Run, screen: io.StringIO) -> None:
+    log = EventLog(run, 1)
+    log.emit("sample", step=1, watts=19.96, temperature=81.6, memory_used=1)
+    log.emit("step", step=3, **STEP)
+    log.emit("pause", step=3, temperature=86.2, limit=85.0, until=80.0)
+    log.emit("pause_end", step=3, temperature=79.5, seconds=75.0)
+    follow(run)
+    assert lines(screen) == [
+        "step 3/3  loss 2.500  held-out –  1,234 tokens/s  3.00 GiB  20.0 W  82 °C  "
+        "1 min 05 s left",
+        "  pausing after step 3: 86 °C, the limit is 85; it goes on below 80",
+        "  paused for 1 min 15 s",
+    ]
+
+
 # --- endings -----------------------------------------------------------------------------------
 
 

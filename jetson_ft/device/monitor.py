@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from itertools import chain, repeat
 from typing import Any
 
 from jetson_ft.device.meter import STALE_SECONDS, Meter
@@ -12,6 +13,7 @@ from jetson_ft.device.reading import Reading
 from jetson_ft.device.telemetry import Telemetry
 
 _EVERY = 2.0  # seconds between looks
+_AT_FIRST = [0.25] * 10  # likewise, as a source takes a moment to say its first word
 _TOLD_EVERY = 10.0  # seconds between events
 
 
@@ -48,6 +50,10 @@ class Monitor:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Tells what is left to tell, and ends; more than once is once."""
         self._over.set()
         if self._telemetry is not None:
             self._thread.join(5.0)
@@ -66,8 +72,9 @@ class Monitor:
     def _watch(self) -> None:
         assert self._telemetry is not None
         told_at = time.monotonic()
+        waits = chain(_AT_FIRST, repeat(self._every))
         try:
-            while not self._over.wait(self._every):
+            while not self._over.wait(min(next(waits), self._every)):
                 self._look(self._telemetry.read())
                 if time.monotonic() - told_at > self._told_every - self._every / 2:
                     told_at = time.monotonic()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import subprocess
+import time
 from collections.abc import Callable
 
 from jetson_ft.device import tegrastats as jetson
 from jetson_ft.device.reading import Reading, temperatures
 
 _SECONDS = 2  # between lines
-_MOST_SILENT = 5  # readings without a new line
+_SILENT_SECONDS = 12.0  # until a program that says nothing counts as broken
 _MIB = 2**20
 
 
@@ -20,7 +21,7 @@ class Lines:
 
     def __init__(self, command: list[str], parse: Callable[[list[str]], Reading]) -> None:
         self._parse = parse
-        self._text, self._silent = "", 0
+        self._text, self._said_at = "", time.monotonic()
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, "LC_ALL": "C"},
@@ -35,8 +36,9 @@ class Lines:
         Raises:
             OSError: the program has ended, or says nothing any more.
         """
-        self._silent = 0 if self._take() else self._silent + 1
-        if self._process.poll() is not None or self._silent > _MOST_SILENT:
+        now = time.monotonic()
+        self._said_at = now if self._take() else self._said_at
+        if self._process.poll() is not None or now - self._said_at > _SILENT_SECONDS:
             raise OSError("no more lines")
         *lines, _ = self._text.split("\n")
         return self._parse(lines[-16:])

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from jetson_ft.data import lengths, read, store, tokens
 from jetson_ft.device import probe
+from jetson_ft.device.monitor import Monitor
 from jetson_ft.device.probe import Device
+from jetson_ft.device.telemetry import Telemetry
 from jetson_ft.errors import UserError
 from jetson_ft.models import adapter, load, resolve, shapes
 from jetson_ft.models.load import Weights
@@ -126,6 +128,13 @@ class Pipeline:
         self.recipe = run.recipe()
         self.stop_requested = stop_requested
         self.group = group or Group()
+        self.monitor = self._monitor()
+
+    def _monitor(self) -> Monitor:
+        """Of this machine, by its first process."""
+        if not self.group.leads:
+            return Monitor()
+        return Monitor(Telemetry(gpus=self.group.local_size), self.log.emit)
 
     @contextmanager
     def phase(self, name: str, detail: str = "") -> Iterator[None]:
@@ -144,7 +153,8 @@ class Pipeline:
             Whether it came to its end; False when it was asked to stop.
         """
         try:
-            self._finetune()
+            with self.monitor:
+                self._finetune()
         except _Stopped:
             return False
         return True
@@ -180,6 +190,7 @@ class Pipeline:
             return
         self.group = self.group.leave()
         with self.phase("report"):
+            self.monitor.stop()  # its last word belongs into the report
             report.write(self.run, self._facts(device, weights, rows, progress, found))
 
     def _rows(self, base: Base) -> Rows:
@@ -306,6 +317,8 @@ class Pipeline:
             emit=self.log.emit,
             stop_requested=self.stop_requested,
             group=self.group,
+            monitor=self.monitor,
+            max_temperature=self.recipe.device.max_temperature_c,
         )
 
     def _announce(self, plan: Plan, counts: Any, packing: bool) -> None:

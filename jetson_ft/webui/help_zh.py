@@ -39,4 +39,6 @@ HELP = {
     "train.keep_checkpoints": "保留最近多少个检查点；最好的一个始终保留。",
     "eval.max_new_tokens": "对比时每个回答最多写多少个词元。",
     "eval.samples": "并排展示多少对回答。",
+    "device.max_temperature_c": "开发板温度高于此值（摄氏度）时，在两步之间暂停训练，降温 5 度后"
+    "继续；0 表示从不暂停。",
 }

@@ -163,11 +163,13 @@ class Workbench:
         made.write_state("queued")
         return made
 
-    def work(self, run: Run, kill_at: str = "") -> int:
+    def work(self, run: Run, kill_at: str = "", **environment: str) -> int:
         """One attempt in a process of its own, killed at an event if wanted; its exit code."""
         if run.events():
             run.write_state("queued", attempt=run.state().attempt + 1)
-        process = self.context.Process(target=whole_worker.work, args=(str(run.path), kill_at))
+        process = self.context.Process(
+            target=whole_worker.work, args=(str(run.path), kill_at, environment)
+        )
         process.start()
         process.join(60)
         code: int = process.exitcode
