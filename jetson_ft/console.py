@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -385,6 +386,43 @@ def print_figures(report: dict[str, Any]) -> None:
     for row in rows_of_figures(report):
         table.add_row(row["en"], row["before"], row["after"], style=colours[row["verdict"]])
     out.print(table)
+
+
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "bold red")}
+
+
+def print_doctor(coming: Iterable[Any]) -> list[Any]:
+    """Prints each of the doctor's findings as it comes; returns all of them."""
+    found = []
+    for finding in coming:
+        found.append(finding)
+        show = _show_finding if out.is_terminal else _print_finding
+        show(finding)
+        if finding.fix():  # no cell of a table: a command that is wrapped can't be copied
+            out.print(f"         fix: {finding.fix()}", markup=False)
+    counts = Counter(finding.status for finding in found)
+    verdict = "Training would not work here" if counts["failure"] else "Training works here"
+    out.print(f"{verdict}. Failures: {counts['failure']}, warnings: {counts['warning']}.")
+    return found
+
+
+def _print_finding(finding: Any) -> None:
+    text = printable(finding.found())
+    out.print(f"{finding.status:8} {finding.title()}: {text}", markup=False)
+
+
+def _show_finding(finding: Any) -> None:
+    """A table's row; each is a table, as the slow ones come long after the others."""
+    from rich.table import Table
+    from rich.text import Text
+
+    row = Table.grid(padding=(0, 2))
+    row.add_column(width=1)
+    row.add_column(width=12)
+    row.add_column()
+    mark, style = _MARKS[finding.status]
+    row.add_row(Text(mark, style=style), finding.title(), Text(printable(finding.found())))
+    out.print(row)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from jetson_ft import console
+from jetson_ft.device.doctor import finding
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import rundir
 from jetson_ft.runs.rundir import EventLog, Run
@@ -152,6 +153,18 @@ def test_power_heat_and_pauses_are_told_where_they_are_known(run: Run, screen: i
         "  pausing after step 3: 86 °C, the limit is 85; it goes on below 80",
         "  paused for 1 min 15 s",
     ]
+
+
+def test_in_a_terminal_a_fix_can_be_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=40, soft_wrap=True)
+    monkeypatch.setattr(console, "out", screen)
+    found = finding.warning("swap.none")
+    assert console.print_doctor([found, finding.ok("torch.cpu", version="2.9")]) != []
+    text = re.sub(r"\x1b\[[0-9;]*m", "", screen.file.getvalue())
+    assert f"fix: {found.fix()}\n" in text
+    first, *_ = text.splitlines()
+    assert first.startswith("!  Swap ") and len(first) <= 40
+    assert "✓  PyTorch       2.9, for the" in text
 
 
 # --- endings -----------------------------------------------------------------------------------
