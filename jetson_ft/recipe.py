@@ -137,6 +137,11 @@ class TrainRecipe(_Section):
     keep_checkpoints: int = Field(
         2, ge=1, description="Newest checkpoints kept; the best one is always kept."
     )
+    on_oom: Literal["stop", "shrink"] = Field(
+        "stop",
+        description="When training runs out of memory: `stop`, or `shrink`: start again from the "
+        "last checkpoint, once, by the next smaller plan. Changes speed, never the result.",
+    )
 
 
 class EvalRecipe(_Section):

@@ -24,7 +24,7 @@ from jetson_ft.models.load import Weights
 from jetson_ft.models.resolve import Base
 from jetson_ft.paths import disk_errors, read_json, write_json
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import report
+from jetson_ft.runs import report, shortage
 from jetson_ft.runs.jobs import check_only_longer
 from jetson_ft.runs.rundir import Log, Run
 from jetson_ft.training.group import Group
@@ -174,12 +174,14 @@ class Pipeline:
             self._check_same_on_all(weights, base, rows)
             self.log.emit("data", **rows.report)
         with self.phase("plan"):
-            plan = self._plan(work_of(self.recipe, weights, base, rows), device)
+            work = shortage.within_grant(self.run, work_of(self.recipe, weights, base, rows))
+            plan = self._plan(work, device)
         with self.phase("model", f"{base.name} as {weights}"):
             model = load.load_model(base, weights, device.kind)
             model = adapter.attach(model, self.recipe.lora, self.recipe.train.seed)
             self.log.emit("weights", bytes=load.bytes_per_part(model), fused=fused.fuse(model))
-        progress = self._train(model, rows, base, device, plan)
+        with shortage.told(self.run, work, device, self.group):
+            progress = self._train(model, rows, base, device, plan)
         if plan.shards == 1:  # else each is needed to the last reply
             if not self.group.is_first:
                 return
@@ -326,7 +328,7 @@ class Pipeline:
 
         steps = len(plan_steps(counts, self.recipe.train))
         if self.group.leads:
-            write_json(self.run.path / "plan.json", {"schema": 1, **plan.as_json(), "steps": steps})
+            shortage.write_plan(self.run, plan, steps)
         self.log.emit("plan", **plan.as_json(), steps_at_most=steps, packing=packing)
 
     def _export(self, model: Any, rows: Rows, base: Base, progress: Progress) -> None:

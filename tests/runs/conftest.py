@@ -40,6 +40,9 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
                 raise UserError("No such file.", "rows.json", "Check the path.")
             if "faulty" in name:
                 raise RuntimeError("boom")
+            if "hungry" in name and (self.attempt == 1 or "always" in name):
+                from jetson_ft.training.memory import OutOfMemory
+                raise OutOfMemory("Out of memory.", "here", "Less.", again=True)
             while "endless" in name and not self.stop_requested():
                 time.sleep(0.02)
             return not self.stop_requested()
