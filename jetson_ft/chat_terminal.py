@@ -16,7 +16,7 @@ from jetson_ft.errors import UserError
 from jetson_ft.inference.chat import Chat, read_examples
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.paths import printable
-from jetson_ft.runs.worker import is_out_of_memory
+from jetson_ft.training.memory import is_out_of_memory
 
 HELP = """\
 /compare [on|off]    base and adapter side by side from one prompt

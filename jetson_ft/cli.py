@@ -194,6 +194,27 @@ def plan(
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Look at everything that training needs of this machine, and say how to mend what is missing.
+
+    Exits with 1 where training would not work.
+    """
+    from jetson_ft.console import print_doctor
+    from jetson_ft.device import doctor as look
+
+    coming = look.examine(look.Machine(runs=runs))
+    if as_json:
+        found = list(coming)
+        print(json.dumps(look.as_json(found), ensure_ascii=False, indent=2))
+    else:
+        found = print_doctor(coming)
+    raise typer.Exit(0 if look.works(found) else 1)
+
+
+@app.command()
 def bench(
     model: Annotated[str, typer.Option(help="`embedded`, a hub id or a folder.")] = "embedded",
     data: Annotated[

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from jetson_ft.paths import printable
-from jetson_ft.runs import jobs, processes
-from jetson_ft.runs.report import duration, rows_of_figures
+from jetson_ft.runs import jobs, processes, sensed
+from jetson_ft.runs.report import duration, energy_in_words, rows_of_figures
 from jetson_ft.runs.rundir import LIVE, Run, State, read_events
 
 _POLL_SECONDS = 0.2
@@ -29,6 +30,7 @@ class Follower:
     def __init__(self, run: Run, offset: int = 0) -> None:
         self.run, self.offset = run, offset
         self._heldout: float | None = None
+        self._board = ""  # power and heat, where they are known
         self._last_plain = 0.0
         self._bar: TaskID | None = None
         self._what = ""
@@ -138,8 +140,8 @@ class Follower:
         left = event["seconds_left"]
         note = (
             f"loss {_number(event['loss'])}  held-out {_number(self._heldout)}  "
-            f"{event['tokens_per_second']:,.0f} tokens/s  {event['memory'] / 2**30:.2f} GiB  "
-            f"{duration(left) + ' left' if left is not None else 'measuring'}"
+            f"{event['tokens_per_second']:,.0f} tokens/s  {event['memory'] / 2**30:.2f} GiB"
+            f"{self._board}  {duration(left) + ' left' if left is not None else 'measuring'}"
         )
         self._bar_to("training", event["step"], total, note)
         now = time.monotonic()
@@ -148,6 +150,19 @@ class Follower:
         ):
             self._last_plain = now
             self._say(f"step {event['step']}/{total or '?'}  {note}")
+
+    def _on_pause(self, event: dict[str, Any]) -> None:
+        self._say(
+            f"  pausing after step {event['step']}: {event['temperature'] or 0:.0f} °C, the limit "
+            f"is {event['limit']:.0f}; it goes on below {event['until']:.0f}"
+        )
+
+    def _on_pause_end(self, event: dict[str, Any]) -> None:
+        self._say(f"  paused for {duration(event['seconds'])}")
+
+    def _on_sample(self, event: dict[str, Any]) -> None:
+        if "watts" in event and "temperature" in event:
+            self._board = f"  {event['watts']:.1f} W  {event['temperature']:.0f} °C"
 
     def _on_eval(self, event: dict[str, Any]) -> None:
         self._heldout = event["heldout_loss"]
@@ -210,8 +225,10 @@ def _print_result(run: Run) -> None:
     out.print(
         f"{train['steps']} steps, {train['tokens']:,} tokens in {duration(train['seconds'])} "
         f"({train['tokens_per_second']:,.0f} tokens/s), "
-        f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB{energy_in_words(report)}"
     )
+    for english, _ in sensed.complaints(report.get("sensors")):
+        out.print(f"warning: {english}")
     out.print(f"adapter: {escape(str(run.adapter))}")
     out.print(f"report:  {escape(str(run.path / 'report.html'))}")
     out.print(f"chat:    jetson-ft chat {escape(run.name)}   (or: make chat)")
@@ -369,6 +386,43 @@ def print_figures(report: dict[str, Any]) -> None:
     for row in rows_of_figures(report):
         table.add_row(row["en"], row["before"], row["after"], style=colours[row["verdict"]])
     out.print(table)
+
+
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "bold red")}
+
+
+def print_doctor(coming: Iterable[Any]) -> list[Any]:
+    """Prints each of the doctor's findings as it comes; returns all of them."""
+    found = []
+    for finding in coming:
+        found.append(finding)
+        show = _show_finding if out.is_terminal else _print_finding
+        show(finding)
+        if finding.fix():  # no cell of a table: a command that is wrapped can't be copied
+            out.print(f"         fix: {finding.fix()}", markup=False)
+    counts = Counter(finding.status for finding in found)
+    verdict = "Training would not work here" if counts["failure"] else "Training works here"
+    out.print(f"{verdict}. Failures: {counts['failure']}, warnings: {counts['warning']}.")
+    return found
+
+
+def _print_finding(finding: Any) -> None:
+    text = printable(finding.found())
+    out.print(f"{finding.status:8} {finding.title()}: {text}", markup=False)
+
+
+def _show_finding(finding: Any) -> None:
+    """A table's row; each is a table, as the slow ones come long after the others."""
+    from rich.table import Table
+    from rich.text import Text
+
+    row = Table.grid(padding=(0, 2))
+    row.add_column(width=1)
+    row.add_column(width=12)
+    row.add_column()
+    mark, style = _MARKS[finding.status]
+    row.add_row(Text(mark, style=style), finding.title(), Text(printable(finding.found())))
+    out.print(row)
 
 
 @contextmanager

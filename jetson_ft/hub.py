@@ -117,7 +117,7 @@ def _resume(url: str, blob: Path, size: int) -> None:
 
 def reachable(timeout: float = 3.0) -> bool:
     """Whether the hub answers at all within `timeout` seconds; asks nothing else of it."""
-    if _told_offline():
+    if told_offline():
         return False
     answers: SimpleQueue[bool] = SimpleQueue()
     # In a thread, because looking up a name and trying its addresses one by one can take minutes.
@@ -128,7 +128,8 @@ def reachable(timeout: float = 3.0) -> bool:
         return False
 
 
-def _told_offline() -> bool:
+def told_offline() -> bool:
+    """Whether the environment forbids asking."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON
 
 
@@ -198,7 +199,7 @@ def _refused(status: int, noun: str, repo: str, where: str) -> UserError:
 
 
 def _out_of_reach(noun: str, repo: str, where: str) -> UserError:
-    reason = "HF_HUB_OFFLINE is set" if _told_offline() else "The hub is out of reach"
+    reason = "HF_HUB_OFFLINE is set" if told_offline() else "The hub is out of reach"
     return UserError(
         f"{reason}, so the {noun} '{repo}' can't be fetched.",
         where,

@@ -23,15 +23,19 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\u
 
 
 def cache_dir(*parts: str) -> Path:
-    """A folder for what can be made again: `$JETSON_FT_CACHE`, else XDG's cache. Created."""
-    base = os.environ.get("JETSON_FT_CACHE")
-    if not base:
-        xdg = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        base = str(Path(xdg) / "jetson-ft")
-    folder = Path(base, *parts)
+    """A folder for what can be made again, below `cache_root`. Created."""
+    folder = cache_root().joinpath(*parts)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def cache_root() -> Path:
+    """`$JETSON_FT_CACHE`, else XDG's cache."""
+    base = os.environ.get("JETSON_FT_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jetson-ft")
 
 
 def safe_name(name: str) -> str:
@@ -66,7 +70,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 def disk_error(path: Path, error: OSError) -> UserError:
     """The plain message for an `OSError` met while reading or writing `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(_existing_parent(path)).free
+        free = shutil.disk_usage(existing_parent(path)).free
         return UserError(
             f"The disk is full ({free / 2**20:,.0f} MiB free).",
             str(path),
@@ -89,7 +93,8 @@ def disk_error(path: Path, error: OSError) -> UserError:
     return UserError(what, str(path), "Check the path and the disk.")
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

@@ -137,6 +137,11 @@ class TrainRecipe(_Section):
     keep_checkpoints: int = Field(
         2, ge=1, description="Newest checkpoints kept; the best one is always kept."
     )
+    on_oom: Literal["stop", "shrink"] = Field(
+        "stop",
+        description="When training runs out of memory: `stop`, or `shrink`: start again from the "
+        "last checkpoint, once, by the next smaller plan. Changes speed, never the result.",
+    )
 
 
 class EvalRecipe(_Section):
@@ -146,6 +151,18 @@ class EvalRecipe(_Section):
         160, ge=1, le=8192, description="Longest reply written for the comparison, in tokens."
     )
     samples: int = Field(8, ge=0, description="Pairs of replies shown side by side.")
+
+
+class DeviceRecipe(_Section):
+    """What the machine is spared."""
+
+    max_temperature_c: float = Field(
+        0.0,
+        ge=0,
+        le=150,
+        description="Training pauses between steps where the board is hotter than this (degrees "
+        "Celsius), until it has cooled by 5; 0: it never does.",
+    )
 
 
 class Recipe(_Section):
@@ -170,6 +187,7 @@ class Recipe(_Section):
     lora: LoraRecipe = Field(LoraRecipe(), description=LoraRecipe.__doc__ or "")
     train: TrainRecipe = Field(TrainRecipe(), description=TrainRecipe.__doc__ or "")
     eval: EvalRecipe = Field(EvalRecipe(), description=EvalRecipe.__doc__ or "")
+    device: DeviceRecipe = Field(DeviceRecipe(), description=DeviceRecipe.__doc__ or "")
     output: Text = Field("runs", description="Folder under which the run's own folder is made.")
 
     def to_yaml(self) -> str:

@@ -19,7 +19,9 @@ from typer.testing import CliRunner
 
 from jetson_ft import __version__, cli
 from jetson_ft import recipe as recipes
+from jetson_ft.device import doctor
 from jetson_ft.device.boards import BOARDS
+from jetson_ft.device.doctor import finding
 from jetson_ft.errors import UserError
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import preview, rundir
@@ -105,7 +107,7 @@ def test_help_loads_nothing_heavy(arguments: list[str], own: set[str]) -> None:
 
 def test_every_promised_command_is_there() -> None:
     help_text = CliRunner().invoke(cli.app, ["--help"]).output
-    for command in ("train", "plan", "chat", "eval", "data", "recipe", "runs"):
+    for command in ("train", "plan", "chat", "eval", "data", "recipe", "runs", "doctor"):
         assert command in help_text
     for group, commands in {
         "data": ["inspect"],
@@ -162,6 +164,40 @@ def test_a_board_that_is_too_small_is_told_with_what_would_fit(jetson: Jetson) -
 def test_an_unknown_board_is_refused_with_the_nearest(jetson: Jetson) -> None:
     done = jetson("plan", "phi-1_5-zh", "--device", "orin-nano")
     assert_plain_refusal(done, "no such device", "Did you mean orin-nano-")
+
+
+# The doctor
+
+
+@pytest.mark.parametrize(("weight", "code", "verdict"), [
+    (finding.warning, 0, "Training works here. Failures: 0, warnings: 1."),
+    (finding.failure, 1, "Training would not work here. Failures: 1, warnings: 0."),
+])  # fmt: skip
+def test_the_doctors_word_is_its_exit_code(
+    weight: Any, code: int, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [finding.ok("hub.there", address="here\x1b[2J"), weight("swap.zram", size="3.6")]
+    monkeypatch.setattr(doctor, "examine", lambda machine: iter(found))
+    done = CliRunner().invoke(cli.app, ["doctor"])
+    assert done.exit_code == code
+    assert done.output.splitlines() == [
+        "ok       Hub: here\\x1b[2J answers",
+        f"{found[1].status:8} Swap: 3.6 GiB of zram, which takes of the memory that the GPU needs",
+        "         fix: sudo systemctl disable --now nvzramconfig", verdict,
+    ]  # fmt: skip
+    done = CliRunner().invoke(cli.app, ["doctor", "--json"])
+    assert done.exit_code == code
+    assert [check["name"] for check in json.loads(done.output)["checks"]] == ["hub", "swap"]
+
+
+@pytest.mark.slow
+def test_this_machine_is_told_fit(jetson: Jetson) -> None:
+    done = jetson("doctor", "--json", HF_HUB_OFFLINE="1")
+    found = json.loads(done.stdout)
+    assert found["schema"] == 1 and found["works"] and done.returncode == 0
+    assert {"board", "memory", "disk", "sensors", "hub", "torch", "gpu", "bitsandbytes"} <= {
+        check["name"] for check in found["checks"]
+    }  # fmt: skip
 
 
 # Bad input

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from jetson_ft import console
+from jetson_ft.device.doctor import finding
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import rundir
 from jetson_ft.runs.rundir import EventLog, Run
@@ -137,6 +138,33 @@ def test_data_weights_plan_length_and_best_have_their_lines(run: Run, screen: io
         "  timed: 40 steps fit, 2 min 00 s to go",
         "  the adapter is taken from step 30, the best on held-out rows",
     ]
+
+
+def test_power_heat_and_pauses_are_told_where_they_are_known(run: Run, screen: io.StringIO) -> None:
+    log = EventLog(run, 1)
+    log.emit("sample", step=1, watts=19.96, temperature=81.6, memory_used=1)
+    log.emit("step", step=3, **STEP)
+    log.emit("pause", step=3, temperature=86.2, limit=85.0, until=80.0)
+    log.emit("pause_end", step=3, temperature=79.5, seconds=75.0)
+    follow(run)
+    assert lines(screen) == [
+        "step 3/3  loss 2.500  held-out –  1,234 tokens/s  3.00 GiB  20.0 W  82 °C  "
+        "1 min 05 s left",
+        "  pausing after step 3: 86 °C, the limit is 85; it goes on below 80",
+        "  paused for 1 min 15 s",
+    ]
+
+
+def test_in_a_terminal_a_fix_can_be_copied_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Console(file=io.StringIO(), force_terminal=True, width=40, soft_wrap=True)
+    monkeypatch.setattr(console, "out", screen)
+    found = finding.warning("swap.none")
+    assert console.print_doctor([found, finding.ok("torch.cpu", version="2.9")]) != []
+    text = re.sub(r"\x1b\[[0-9;]*m", "", screen.file.getvalue())
+    assert f"fix: {found.fix()}\n" in text
+    first, *_ = text.splitlines()
+    assert first.startswith("!  Swap ") and len(first) <= 40
+    assert "✓  PyTorch       2.9, for the" in text
 
 
 # --- endings -----------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from jetson_ft.bench.lesson import Lesson
 from jetson_ft.device.probe import measure_flops
 from jetson_ft.errors import UserError
 from jetson_ft.paths import write_json
-from jetson_ft.runs.worker import is_out_of_memory, quieten
+from jetson_ft.runs.worker import quieten
+from jetson_ft.training.memory import is_out_of_memory
 
 
 def main(name: str, lesson: Path, result: Path) -> None:

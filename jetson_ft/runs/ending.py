@@ -6,7 +6,7 @@ from typing import Any
 
 from jetson_ft.runs.rundir import Run
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED = 1, 2, 3
+EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_AGAIN = 1, 2, 3, 4
 
 
 def of_code(run: Run, code: int) -> tuple[str, str]:

@@ -29,8 +29,8 @@ from jetson_ft.runs.rundir import LIVE, Run, lock
 
 # What may change on resume, and only upwards: how long a run is.
 _LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
-# What changes how a step is computed, and not what is learnt.
-_PLAN_KEYS = {"train.max_memory_gb"}
+# What changes how and when a step is computed, and not what is learnt.
+_PLAN_KEYS = {"train.max_memory_gb", "train.on_oom", "device.max_temperature_c"}
 _ONE = Processes()
 
 

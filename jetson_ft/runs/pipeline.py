@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from jetson_ft.data import lengths, read, store, tokens
 from jetson_ft.device import probe
+from jetson_ft.device.monitor import Monitor
 from jetson_ft.device.probe import Device
+from jetson_ft.device.telemetry import Telemetry
 from jetson_ft.errors import UserError
 from jetson_ft.models import adapter, load, resolve, shapes
 from jetson_ft.models.load import Weights
 from jetson_ft.models.resolve import Base
 from jetson_ft.paths import disk_errors, read_json, write_json
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import report
+from jetson_ft.runs import report, shortage
 from jetson_ft.runs.jobs import check_only_longer
 from jetson_ft.runs.rundir import Log, Run
 from jetson_ft.training.group import Group
@@ -126,6 +128,13 @@ class Pipeline:
         self.recipe = run.recipe()
         self.stop_requested = stop_requested
         self.group = group or Group()
+        self.monitor = self._monitor()
+
+    def _monitor(self) -> Monitor:
+        """Of this machine, by its first process."""
+        if not self.group.leads:
+            return Monitor()
+        return Monitor(Telemetry(gpus=self.group.local_size), self.log.emit)
 
     @contextmanager
     def phase(self, name: str, detail: str = "") -> Iterator[None]:
@@ -144,7 +153,8 @@ class Pipeline:
             Whether it came to its end; False when it was asked to stop.
         """
         try:
-            self._finetune()
+            with self.monitor:
+                self._finetune()
         except _Stopped:
             return False
         return True
@@ -164,12 +174,14 @@ class Pipeline:
             self._check_same_on_all(weights, base, rows)
             self.log.emit("data", **rows.report)
         with self.phase("plan"):
-            plan = self._plan(work_of(self.recipe, weights, base, rows), device)
+            work = shortage.within_grant(self.run, work_of(self.recipe, weights, base, rows))
+            plan = self._plan(work, device)
         with self.phase("model", f"{base.name} as {weights}"):
             model = load.load_model(base, weights, device.kind)
             model = adapter.attach(model, self.recipe.lora, self.recipe.train.seed)
             self.log.emit("weights", bytes=load.bytes_per_part(model), fused=fused.fuse(model))
-        progress = self._train(model, rows, base, device, plan)
+        with shortage.told(self.run, work, device, self.group):
+            progress = self._train(model, rows, base, device, plan)
         if plan.shards == 1:  # else each is needed to the last reply
             if not self.group.is_first:
                 return
@@ -180,6 +192,7 @@ class Pipeline:
             return
         self.group = self.group.leave()
         with self.phase("report"):
+            self.monitor.stop()  # its last word belongs into the report
             report.write(self.run, self._facts(device, weights, rows, progress, found))
 
     def _rows(self, base: Base) -> Rows:
@@ -306,6 +319,8 @@ class Pipeline:
             emit=self.log.emit,
             stop_requested=self.stop_requested,
             group=self.group,
+            monitor=self.monitor,
+            max_temperature=self.recipe.device.max_temperature_c,
         )
 
     def _announce(self, plan: Plan, counts: Any, packing: bool) -> None:
@@ -313,7 +328,7 @@ class Pipeline:
 
         steps = len(plan_steps(counts, self.recipe.train))
         if self.group.leads:
-            write_json(self.run.path / "plan.json", {"schema": 1, **plan.as_json(), "steps": steps})
+            shortage.write_plan(self.run, plan, steps)
         self.log.emit("plan", **plan.as_json(), steps_at_most=steps, packing=packing)
 
     def _export(self, model: Any, rows: Rows, base: Base, progress: Progress) -> None:

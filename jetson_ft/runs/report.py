@@ -9,7 +9,7 @@ from typing import Any
 
 from jetson_ft import __version__
 from jetson_ft.paths import write_atomic, write_json
-from jetson_ft.runs import chart
+from jetson_ft.runs import chart, sensed
 from jetson_ft.runs.rundir import Run
 
 SCHEMA = 1
@@ -40,7 +40,8 @@ def write(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
 def compose(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
     """`report.json` (docs/run-directory.md describes it). Bytes, seconds, tokens."""
     recipe, progress = run.recipe(), facts["progress"]
-    steps = [event for event in run.events() if event["kind"] == "step"]
+    events = run.events()
+    steps = [event for event in events if event["kind"] == "step"]
     losses = [event["loss"] for event in steps if event["loss"] is not None]
     last = losses[-max(1, round(len(losses) / 10)) :]
     return {
@@ -66,12 +67,20 @@ def compose(run: Run, facts: dict[str, Any]) -> dict[str, Any]:
                 progress["tokens"] / max(1e-9, progress["train_seconds"]), 1
             ),
             "peak_memory_bytes": facts["peak_memory_bytes"],
-            "energy_joules": None,
+            **_energy(progress),
             "final_loss": sum(last) / len(last) if last else None,
         },
+        "sensors": sensed.summary(events),
         "plan": facts["plan"],
         "eval": facts["eval"],
     }
+
+
+def _energy(progress: dict[str, Any]) -> dict[str, float | None]:
+    joules, tokens = progress["energy_joules"], progress["tokens"]
+    if joules is None or not tokens:
+        return {"energy_joules": None, "joules_per_token": None}
+    return {"energy_joules": round(joules, 1), "joules_per_token": round(joules / tokens, 6)}
 
 
 def versions() -> dict[str, str]:
@@ -132,7 +141,8 @@ def markdown(name: str, report: dict[str, Any]) -> str:
         f"{train['tokens']:,} tokens in {duration(train['seconds'])} "
         f"({train['tokens_per_second']:,.0f} tokens/s), "
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB, "
-        f"{report['device']['board'] or report['device']['name']}.",
+        f"{report['device']['board'] or report['device']['name']}{energy_in_words(report)}.",
+        *(f"\n{english}" for english, _ in sensed.complaints(report["sensors"])),
         "",
         f"| {report['eval']['rows']} held-out rows | base | adapter |",
         "|---|---:|---:|",
@@ -145,6 +155,14 @@ def markdown(name: str, report: dict[str, Any]) -> str:
         lines += [_quoted("base", pair["before"]), _quoted("adapter", pair["after"])]
         lines += [_quoted("given answer", pair["reference"])]
     return "\n".join(lines) + "\n"
+
+
+def energy_in_words(report: dict[str, Any]) -> str:
+    """For the end of a sentence; empty where it wasn't measured."""
+    train = report["train"]
+    if train.get("energy_joules") is None:  # reports of older runs don't have it
+        return ""
+    return f", {train['energy_joules']:,.0f} J ({train['joules_per_token']:.3g} J/token)"
 
 
 def _quoted(who: str, text: str) -> str:
@@ -169,6 +187,7 @@ def html(name: str, report: dict[str, Any], events: list[dict[str, Any]]) -> str
         figures=rows_of_figures(report),
         pairs=pairs(report),
         chart=chart.losses(_curve(events, "step", "loss"), _curve(events, "eval", "heldout_loss")),
+        complaints=sensed.complaints(report["sensors"]),
         duration=duration,
         made=time.strftime("%Y-%m-%d %H:%M"),
     )

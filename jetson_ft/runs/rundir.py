@@ -24,6 +24,7 @@ import fcntl
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -170,10 +171,14 @@ def _parse(data: bytes) -> Iterator[dict[str, Any]]:
 
 
 class EventLog:
-    """Appends events; each line goes out in one write, so readers never see two mixed."""
+    """Appends events; each line goes out in one write, so readers never see two mixed.
+
+    Any thread may tell one.
+    """
 
     def __init__(self, run: Run, attempt: int) -> None:
         self._attempt = attempt
+        self._lock = threading.Lock()
         with disk_errors(run.events_file):
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             self._file = os.open(run.events_file, flags, 0o644)
@@ -190,7 +195,7 @@ class EventLog:
             **{key: _finite(value) for key, value in fields.items()},
         }
         line = (json.dumps(event, ensure_ascii=False) + "\n").encode()
-        with disk_errors(self._path):
+        with self._lock, disk_errors(self._path):
             while line:  # a disk that fills up takes a part and refuses the rest
                 line = line[os.write(self._file, line) :]
 

@@ -34,7 +34,7 @@ def supervise(run: Run, held: IO[bytes]) -> None:
             _end(run, "stopped", "stopped while waiting in the queue; resumable")
         else:
             with slot:
-                _end(run, *ending.of_code(run, _watch(run, slot)))
+                _end(run, *ending.of_code(run, _work(run, slot)))
 
 
 def _end(run: Run, state: str, reason: str) -> None:
@@ -55,6 +55,17 @@ def _wait_for_turn(run: Run) -> IO[bytes] | None:
         time.sleep(_POLL_SECONDS)
     slot.leave()
     return None
+
+
+def _work(run: Run, slot: IO[bytes]) -> int:
+    """The worker's exit code; who ran out of memory may ask for a second attempt, once."""
+    code = _watch(run, slot)
+    if code != ending.EXIT_AGAIN:
+        return code
+    if run.stop_requested():
+        return ending.EXIT_STOPPED
+    run.write_state("running", attempt=run.state().attempt + 1)
+    return _watch(run, slot)
 
 
 def _watch(run: Run, slot: IO[bytes]) -> int:

@@ -1,7 +1,7 @@
 """The process that trains: `python -m jetson_ft.runs.worker RUN`, started by the supervisor.
 
 Exit codes: 0 finished, 1 a fault of this program, 2 refused with a plain message,
-3 stopped on request.
+3 stopped on request, 4 out of memory and to be started once more.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import UserError
-from jetson_ft.runs.ending import EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
+from jetson_ft.runs.ending import EXIT_AGAIN, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
 from jetson_ft.runs.rundir import EventLog, Log, Run, Silence, lock
 from jetson_ft.training import group
+from jetson_ft.training.memory import OutOfMemory, is_out_of_memory
 
 
 def main(run: Run) -> int:
@@ -47,9 +48,19 @@ def _work(run: Run, log: Log) -> int:
     except Exception as error:
         traceback.print_exc()
         plain = explain(error)
-        _tell(log, "error", what=plain.what, where=plain.where, fix=plain.fix)
-        return EXIT_REFUSED if isinstance(error, UserError) else EXIT_FAILED
+        code = _code(error)
+        if code == EXIT_AGAIN:
+            _tell(log, "warning", message=f"{plain.what} {plain.fix}")
+        else:
+            _tell(log, "error", what=plain.what, where=plain.where, fix=plain.fix)
+        return code
     return 0 if finished else EXIT_STOPPED
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, OutOfMemory):
+        return EXIT_AGAIN if error.again else EXIT_FAILED
+    return EXIT_REFUSED if isinstance(error, UserError) else EXIT_FAILED
 
 
 def _tell(log: Log, kind: str, **fields: Any) -> None:
@@ -72,21 +83,6 @@ def explain(error: Exception) -> UserError:
         f"A fault in this program: {type(error).__name__}: {error}",
         "log.txt in the run's folder has the details",
         "Resume the run; if it fails again, report it with that file.",
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """The three forms it takes on a Jetson, and the CPU's."""
-    text = f"{type(error).__name__}: {error}"
-    return isinstance(error, MemoryError) or any(
-        sign in text
-        for sign in (
-            "OutOfMemoryError",
-            "CUDA out of memory",
-            "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
-            "NvMapMemAlloc",
-            "can't allocate memory",
-        )
     )
 
 

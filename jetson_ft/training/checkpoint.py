@@ -35,10 +35,17 @@ class Progress:
     supervised_tokens: int = 0
     rows: int = 0
     train_seconds: float = 0.0  # in optimizer steps alone
+    energy_joules: float | None = 0.0  # likewise; None: not known of every step
     best_step: int | None = None
     best_loss: float | None = None
     evals_without_gain: int = 0
     stopped_early: bool = False
+
+    def take(self, seconds: float, joules: float | None) -> None:
+        """The time and the energy of one more step."""
+        self.train_seconds += seconds
+        if self.energy_joules is not None:
+            self.energy_joules = None if joules is None else self.energy_joules + joules
 
     @property
     def complete(self) -> bool:

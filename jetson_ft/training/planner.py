@@ -139,6 +139,21 @@ def best(work: Work, device: Device, flops: float) -> Plan | None:
     return None
 
 
+def next_smaller(work: Work, device: Device, plan: Plan) -> Plan | None:
+    """The fastest plan that takes less memory than this one; None: there is none."""
+    for one in plans(work, device):
+        # Where each row is alone, other micro-batches change nothing.
+        other = plan.micro_batch_tokens > 0 or one.checkpointing > plan.checkpointing
+        if other and (one.peak_memory_bytes or 0) < (plan.peak_memory_bytes or 0):
+            return one
+    return None
+
+
+def grant(plan: Plan) -> float:
+    """The `max_memory_gb` under which this plan is the fastest that fits."""
+    return math.ceil((plan.peak_memory_bytes or 0) / 10**6) / 1000
+
+
 def frugal(plans: Sequence[Plan]) -> Plan:
     """Of several processes' plans the one that takes the least memory."""
     return max(plans, key=lambda plan: (plan.checkpointing, -plan.micro_batch_tokens))

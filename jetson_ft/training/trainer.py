@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from jetson_ft.data.tokens import supervised_counts
+from jetson_ft.device.monitor import Monitor
 from jetson_ft.errors import UserError
 from jetson_ft.models.loss import Score, score, token_losses
 from jetson_ft.models.packing import Pack, packs
@@ -27,6 +28,7 @@ from jetson_ft.recipe import TrainRecipe
 from jetson_ft.training import checkpoint, schedule, sharding
 from jetson_ft.training.checkpoint import Progress
 from jetson_ft.training.group import Group
+from jetson_ft.training.heat import Heat
 from jetson_ft.training.memory import peak_memory_bytes
 from jetson_ft.training.planner import Plan
 
@@ -59,6 +61,18 @@ class Job:
     emit: Emit
     stop_requested: Callable[[], bool]
     group: Group = field(default_factory=Group)
+    monitor: Monitor = field(default_factory=Monitor)
+    max_temperature: float = 0.0  # degrees Celsius; 0: no limit
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What all processes know alike after a step."""
+
+    seconds: float  # of the step, as the first process took them
+    since_saved: float
+    stop: bool  # whether any of them was asked to
+    joules: float | None  # of all machines; None: one of them doesn't know
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,7 @@ class LoraTrainer(Trainer):
         self.steps = schedule.plan_steps(job.train_tokens, job.recipe)
         self.step_tokens = [sum(int(job.train_tokens[i]) for i in step) for step in self.steps]
         self.settle_length()
+        self.heat = Heat(job.max_temperature, job.monitor, job.group, job.emit, job.stop_requested)
         self._step_started = 0.0
         self._saved_at = time.monotonic()
         super().__init__(
@@ -162,13 +177,26 @@ class LoraTrainer(Trainer):
         progress.stopped_early, progress.evals_without_gain = False, 0
         return True
 
-    def first_ones_clock(self) -> tuple[float, float, bool]:
-        """Seconds of the step and since the last checkpoint, as the first process took them,
-        and whether any was asked to stop: so all of them decide alike."""
-        now, ours = time.monotonic(), float(self.job.group.is_first)
-        mine = [ours * (now - self._step_started), ours * (now - self._saved_at)]
-        taken, since_saved, stops = self.job.group.sum([*mine, float(self.job.stop_requested())])
-        return taken, since_saved, stops > 0
+    def start_step(self) -> None:
+        """Starts what counts optimizer steps alone."""
+        self._step_started = time.monotonic()
+        self.job.monitor.meter.start(self._step_started)
+
+    def take_stock(self) -> Stock:
+        """Ends a step, so that all processes decide alike what comes next."""
+        group, now = self.job.group, time.monotonic()
+        joules = self.job.monitor.meter.stop(now)
+        first, leads = float(group.is_first), float(group.leads)
+        seconds, since_saved, stops, energy, unknown = group.sum(
+            [
+                first * (now - self._step_started),
+                first * (now - self._saved_at),
+                float(self.job.stop_requested()),
+                leads * (joules or 0.0),
+                leads * (joules is None),
+            ]
+        )
+        return Stock(seconds, since_saved, stops > 0, None if unknown else energy)
 
     def _speed(self) -> float:
         """Tokens per second so far."""
@@ -305,6 +333,13 @@ class LoraTrainer(Trainer):
         )
         return result
 
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """Trainer's own; then everything of the step is told and saved, and the board may cool."""
+        super()._maybe_log_save_evaluate(*args, **options)
+        if not self.control.should_training_stop and self.heat.wait(self.progress.step):
+            self._save_checkpoint(self.model)
+            self.control.should_training_stop = True
+
     # --- checkpoints -------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
@@ -355,27 +390,29 @@ class _Steering(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Starts the clock that counts optimizer steps alone."""
-        self.trainer._step_started = time.monotonic()
+        """Starts the clock."""
+        self.trainer.start_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Counts the step and settles what happens next."""
         trainer, progress = self.trainer, self.trainer.progress
         train = trainer.job.recipe
         progress.step = state.global_step
-        taken, since_saved, stop = trainer.first_ones_clock()
-        progress.train_seconds += taken
+        stock = trainer.take_stock()
+        progress.take(stock.seconds, stock.joules)
+        trainer.job.monitor.step = progress.step
         settled = trainer.settle_length()
         if settled:
             self._announce_length(state)
         control.should_training_stop = progress.step == progress.total_steps
         every = progress.eval_every or 0
-        control.should_evaluate = not stop and (
+        control.should_evaluate = not stock.stop and (
             control.should_training_stop or (every > 0 and progress.step % every == 0)
         )
         # A length once settled is stored at once: a resumed run must not settle another.
-        control.should_save = stop or settled or since_saved > 60 * train.checkpoint_minutes
-        control.should_training_stop |= stop
+        due = stock.since_saved > 60 * train.checkpoint_minutes
+        control.should_save = stock.stop or settled or due
+        control.should_training_stop |= stock.stop
 
     def _announce_length(self, state: Any) -> None:
         trainer, progress = self.trainer, self.trainer.progress
@@ -394,6 +431,7 @@ def fit(model: Any, job: Job, resume: Path | None = None) -> Progress:
         UserError: the loss became infinite, or a checkpoint couldn't be written.
     """
     progress = checkpoint.read_progress(resume) if resume else Progress()
+    job.monitor.step = progress.step
     trainer = LoraTrainer(model, job, progress)
     if job.plan.checkpointing:
         model.enable_input_require_grads()

@@ -37,6 +37,10 @@ HELP = {
     "train.early_stopping": "连续多少次测量没有进步就结束；0 表示从不。",
     "train.checkpoint_minutes": "除测量时之外，每隔多少分钟保存一次检查点。",
     "train.keep_checkpoints": "保留最近多少个检查点；最好的一个始终保留。",
+    "train.on_oom": "训练中内存不足时：stop 停止；shrink 从最近的检查点按更省内存的计划重新开始"
+    "一次，只影响速度，不影响结果。",
     "eval.max_new_tokens": "对比时每个回答最多写多少个词元。",
     "eval.samples": "并排展示多少对回答。",
+    "device.max_temperature_c": "开发板温度高于此值（摄氏度）时，在两步之间暂停训练，降温 5 度后"
+    "继续；0 表示从不暂停。",
 }

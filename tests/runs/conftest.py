@@ -40,6 +40,9 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
                 raise UserError("No such file.", "rows.json", "Check the path.")
             if "faulty" in name:
                 raise RuntimeError("boom")
+            if "hungry" in name and (self.attempt == 1 or "always" in name):
+                from jetson_ft.training.memory import OutOfMemory
+                raise OutOfMemory("Out of memory.", "here", "Less.", again=True)
             while "endless" in name and not self.stop_requested():
                 time.sleep(0.02)
             return not self.stop_requested()
@@ -163,11 +166,13 @@ class Workbench:
         made.write_state("queued")
         return made
 
-    def work(self, run: Run, kill_at: str = "") -> int:
+    def work(self, run: Run, kill_at: str = "", **environment: str) -> int:
         """One attempt in a process of its own, killed at an event if wanted; its exit code."""
         if run.events():
             run.write_state("queued", attempt=run.state().attempt + 1)
-        process = self.context.Process(target=whole_worker.work, args=(str(run.path), kill_at))
+        process = self.context.Process(
+            target=whole_worker.work, args=(str(run.path), kill_at, environment)
+        )
         process.start()
         process.join(60)
         code: int = process.exitcode

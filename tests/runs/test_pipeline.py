@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from boards_in_folders import NANO, Folder
 
 from jetson_ft.device.boards import find
 from jetson_ft.errors import UserError
@@ -136,6 +137,25 @@ def test_stopped_before_training_and_in_the_comparison(workbench: Any, finished:
     run.clear_stop()
     assert workbench.work(run) == 0
     assert adapter_bytes(run) == adapter_bytes(finished)
+
+
+# --- the board beside it -------------------------------------------------------------------------
+
+
+def test_a_boards_power_becomes_energy_in_the_report(workbench: Any, tmp_path: Path) -> None:
+    """tegrastats is found on the PATH as on a board; it says 12.02 W all the time."""
+    path = Folder(tmp_path / "board", NANO).tegrastats()
+    run = workbench.run("metered")
+    assert workbench.work(run, PATH=f"{path}{os.pathsep}{os.environ['PATH']}") == 0
+    report = json.loads((run.path / "report.json").read_text())
+    train, sensors = report["train"], report["sensors"]
+    assert train["energy_joules"] == pytest.approx(12.02 * train["seconds"], rel=0.1, abs=0.7)
+    assert train["joules_per_token"] == pytest.approx(
+        train["energy_joules"] / train["tokens"], rel=0.01
+    )
+    assert (sensors["source"], sensors["max_temperature"]) == ("tegrastats", 62.5)
+    (*_, last) = [event for event in run.events() if event["kind"] == "sample"]
+    assert (last["watts"], last["gpu_load"], last["step"]) == (12.02, 97.0, train["steps"])
 
 
 # --- planned before it starts ---------------------------------------------------------------------

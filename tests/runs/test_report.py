@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import report, rundir
+from jetson_ft.runs import report, rundir, sensed
 from jetson_ft.runs.rundir import EventLog, Run
 
 # The contract of report.json; beyond it stand `data` and, in `train`, `best_step` and
 # `stopped_early`.
 TOP = {
     "schema", "recipe_sha256", "model", "versions", "precision", "data_sha256", "seed",
-    "generation", "device", "train", "plan", "eval", "data",
+    "generation", "device", "train", "plan", "eval", "data", "sensors",
 }  # fmt: skip
 TRAIN = {
     "steps", "seconds", "rows", "tokens", "supervised_tokens", "tokens_per_second",
-    "peak_memory_bytes", "energy_joules", "final_loss", "best_step", "stopped_early",
+    "peak_memory_bytes", "energy_joules", "joules_per_token", "final_loss", "best_step",
+    "stopped_early",
 }  # fmt: skip
 SIDE = {
     "loss", "bits_per_char", "chinese_share", "stop_rate", "repetition", "chrf", "bleu", "samples",
@@ -75,6 +76,64 @@ def test_final_loss_is_the_mean_of_the_last_tenth(
     progress = {"step": steps, "train_seconds": 2.0, **made["train"]}
     facts = {**made, "progress": progress, "peak_memory_bytes": 1}
     assert report.compose(run, facts)["train"]["final_loss"] == expected
+
+
+# --- what the sensors said ------------------------------------------------------------------
+
+
+def sampled(root: Path) -> list[dict[str, Any]]:
+    """Events of a board that was hot and short of current, in two attempts."""
+    run = rundir.create(Recipe(output=str(root)), "hot")
+    first, second = EventLog(run, 1), EventLog(run, 2)
+    for step, throttled, count in ((1, 0.0, 0), (2, 4.0, 3), (3, 9.0, 20)):
+        first.emit("sample", step=step, source="sysfs", watts=20.0, temperature=98.0 + step,
+                   throttled_seconds=throttled, over_current={"oc1": 0, "oc3": count})  # fmt: skip
+    first.emit("pause_end", step=1, seconds=12.5, temperature=80.0)
+    second.emit("sample", step=3, source="tegrastats", throttled_seconds=1.0,
+                over_current={"oc1": 1, "oc3": 5})  # fmt: skip
+    return run.events()
+
+
+def test_sensors_are_summed_over_the_attempts_without_the_lost_steps(tmp_path: Path) -> None:
+    assert sensed.summary(sampled(tmp_path)) == {
+        "source": "tegrastats", "max_temperature": 100.0, "throttled_seconds": 5.0,
+        "over_current": {"oc1": 1, "oc3": 8}, "paused_seconds": 12.5,
+    }  # fmt: skip
+    assert sensed.summary([{"kind": "step", "step": 1}]) is None
+
+
+def test_heat_and_want_of_current_are_named_where_people_look(
+    made: dict[str, Any], tmp_path: Path
+) -> None:
+    hot = copy.deepcopy(made)
+    hot["sensors"] = sensed.summary(sampled(tmp_path))
+    hot["train"] |= {"energy_joules": 4321.0, "joules_per_token": 0.1234}
+    text, page = report.markdown("demo", hot), Page(report.html("demo", hot, []))
+    assert "4,321 J (0.123 J/token)" in text and "4,321 J" in page.text and "100 °C" in page.text
+    for said in (
+        "lowered its clocks because of heat, for about 5 s", "paused for 12 s to let it cool",
+        "the input voltage fell too low (oc1: 1)", "the current peaked too high (oc3: 8)",
+    ):  # fmt: skip
+        assert said in text and said in page.text
+    assert "因过热而降频约 5 秒" in page.text
+
+
+def test_what_wasnt_measured_isnt_mentioned(made: dict[str, Any]) -> None:
+    bare = copy.deepcopy(made)
+    bare["sensors"] = None
+    bare["train"] |= {"energy_joules": None, "joules_per_token": None}
+    text, page = report.markdown("demo", bare), Page(report.html("demo", bare, []))
+    assert "J/token" not in text + page.text and "°C" not in page.text
+    assert sensed.complaints(None) == []
+
+
+@pytest.mark.parametrize(
+    ("joules", "tokens", "expected"),
+    [(100.0, 400, (100.0, 0.25)), (None, 400, (None, None)), (0.0, 0, (None, None))],
+)
+def test_energy_by_token(joules: Any, tokens: int, expected: Any) -> None:
+    found = report._energy({"energy_joules": joules, "tokens": tokens})
+    assert tuple(found.values()) == expected
 
 
 # --- verdicts and durations ------------------------------------------------------------------

@@ -12,7 +12,10 @@ from jetson_ft.runs import rundir, worker
 
 
 def work(path: str, kill_at: str, environment: dict[str, str] | None = None) -> None:
-    """`python -m jetson_ft.runs.worker PATH`, killed at an event: `KIND`, or `KIND-STEP`."""
+    """`python -m jetson_ft.runs.worker PATH`, killed at an event: `KIND`, or `KIND-STEP`.
+
+    With FAULT_AT in the environment it raises FAULT there instead.
+    """
     import torch
 
     os.environ.update(environment or {})
@@ -21,10 +24,14 @@ def work(path: str, kill_at: str, environment: dict[str, str] | None = None) -> 
     os.dup2(log, 1)
     os.dup2(log, 2)
     emit = rundir.EventLog.emit
+    fault_at = os.environ.get("FAULT_AT")
 
     def emit_or_die(self: rundir.EventLog, kind: str, **fields: Any) -> None:
-        if kill_at in (kind, f"{kind}-{fields.get('step', fields.get('name'))}"):
+        names = (kind, f"{kind}-{fields.get('step', fields.get('name'))}")
+        if kill_at in names:
             os.kill(os.getpid(), signal.SIGKILL)
+        if fault_at in names:
+            raise RuntimeError(os.environ["FAULT"])
         emit(self, kind, **fields)
 
     rundir.EventLog.emit = emit_or_die  # type: ignore[method-assign]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from jetson_ft.device.monitor import Monitor
 from jetson_ft.models.resolve import Base
 from jetson_ft.recipe import LoraRecipe, Recipe
 
@@ -33,6 +34,8 @@ class Bench:
         stop: Callable[[], bool] = lambda: False,
         capacity: int = 2048,
         recompute: bool = False,
+        monitor: Monitor | None = None,
+        max_temperature: float = 0.0,
         **train: Any,
     ) -> Any:
         """A job whose steps have about 220 tokens: nine steps an epoch."""
@@ -55,6 +58,8 @@ class Bench:
             device="cpu",
             emit=lambda kind, **fields: self.events.append({"kind": kind, **fields}),
             stop_requested=stop,
+            monitor=monitor or Monitor(),
+            max_temperature=max_temperature,
         )
 
     def fit(self, model: Any, job: Any, resume: Path | None = None) -> Any:
