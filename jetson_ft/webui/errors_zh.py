@@ -359,7 +359,22 @@ WHOLE = {
     "Resume the run; if it fails again, report it with that file.": (
         "请继续任务；如果再次失败，请附上该文件反馈问题。"
     ),
+    "The command said nothing.": "命令没有返回任何内容。",
     "Out of memory.": "内存不足。",
+    "Out of memory in training, with {}.": "训练时内存不足，当时使用{:t}。",
+    "`jetson-ft train --resume {} --set train.max_memory_gb={}` goes on from the last checkpoint "
+    "with {}; with `train.on_oom: shrink` a run does so by itself, once. Or close other programs, "
+    "or {}.": (
+        "运行 `jetson-ft train --resume {} --set train.max_memory_gb={}` "
+        "可从最近的检查点继续，改用{:t}；"
+        "设置 `train.on_oom: shrink` 后任务会自行这样做一次。也可以关闭其他程序，或{:t}。"
+    ),
+    "No plan takes less. Close other programs, or {}.": (
+        "没有更省内存的方案。请关闭其他程序，或{:t}。"
+    ),
+    "It starts again from the last checkpoint, once, with {}.": (
+        "任务会从最近的检查点重新开始一次，改用{:t}。"
+    ),
     "training": "训练",
     "Lower data.max_length or lora.rank, or use quantize: nf4; close other programs.": (
         "请调小 data.max_length 或 lora.rank，或使用 quantize: nf4，并关闭其他程序。"
@@ -435,6 +450,14 @@ WHOLE = {
 
 # Said within the above.
 PARTS = {
+    "micro-batches of {} and {} ({} GiB predicted)": "每个微批 {:t}、{:t}的方案（预测 {} GiB）",
+    "{} tokens": "{} 个词元",
+    "one row": "一行",
+    "activations recomputed": "重新计算激活值",
+    "activations kept": "保留激活值",
+    "start a new run with a lower data.max_length or lora.rank, or with quantize: nf4": (
+        "用更小的 data.max_length 或 lora.rank，或用 quantize: nf4 另起一个任务"
+    ),
     # Why a row can't be used
     "`history` is not a list of pairs": "`history` 不是由成对问答组成的列表",
     "`history` holds what is not text": "`history` 中有非文本内容",

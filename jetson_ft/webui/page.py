@@ -8,13 +8,13 @@ from typing import Any
 import gradio as gr
 
 from jetson_ft.runs.parlour import Parlour
-from jetson_ft.webui import chat, train
+from jetson_ft.webui import chat, device, train
 from jetson_ft.webui.words import LANGUAGES, Words
 
 STATIC = Path(__file__).with_name("static")
 
 
-def build(language: str, runs: Path, parlour: Parlour) -> Any:
+def build(language: str, runs: Path, parlour: Parlour, doctor: device.Doctor) -> Any:
     """The page in one language, over the runs in that folder."""
     words = Words(language)
     with gr.Blocks(title="jetson-ft", analytics_enabled=False) as page:
@@ -26,6 +26,8 @@ def build(language: str, runs: Path, parlour: Parlour) -> Any:
                 gr.HTML(_RUNS, apply_default_css=False)
             with gr.Tab(words("tab.chat"), id="chat"):
                 chat.build(words, runs, parlour)
+            with gr.Tab(words("tab.device"), id="device") as tab:
+                device.build(words, doctor, tab)
     return page
 
 

@@ -25,14 +25,15 @@ def make_app(runs: Path, rules: Rules) -> Any:
     from fastapi.staticfiles import StaticFiles
 
     from jetson_ft.webui import page, routes
+    from jetson_ft.webui.device import Doctor
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(routes.router(runs))
     app.add_exception_handler(UserError, routes.tell)
-    parlour = Parlour(runs)
+    parlour, doctor = Parlour(runs), Doctor(runs)
     app.mount("/static", StaticFiles(directory=page.STATIC))
     for language in LANGUAGES:
-        made = page.build(language, runs, parlour)
+        made = page.build(language, runs, parlour, doctor)
         gr.mount_gradio_app(
             app, made, f"/{language}", theme=page.theme(), head=_SCRIPTS, footer_links=[],
             run_history=False, show_error=True, max_file_size=rules.upload_bytes,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import uuid
@@ -23,6 +20,7 @@ from jetson_ft.errors import RecipeError, UserError
 from jetson_ft.paths import disk_errors
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import jobs, live, rundir, slot
+from jetson_ft.webui.commands import ask
 from jetson_ft.webui.outlook import inspection_html, plan_html
 from jetson_ft.webui.words import Words
 
@@ -195,44 +193,39 @@ class _Form:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
             file.write(recipe.to_yaml())
             file.flush()
-            return self._child(plan_html, "train", "--dry-run", "--json", file.name)
+            return self._asked(plan_html, "train", "--dry-run", "--json", file.name)
 
     def _inspection(self, recipe: Recipe) -> str:
         data = recipe.data
-        return self._child(
+        return self._asked(
             inspection_html, "data", "inspect", data.train, "--json", "--model", recipe.model,
             "--max-length", str(data.max_length), "--format", data.format,
             "--encoding", data.encoding,
         )  # fmt: skip
 
-    def _child(self, show: Callable[[dict[str, Any], Words], str], *arguments: str) -> str:
-        """What a command found, from a process of its own: this one loads no torch."""
-        command = [sys.executable, "-m", "jetson_ft.cli", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return self._complaint(self.words.error_text(_failure(done)))
-        return show(json.loads(done.stdout), self.words)
+    def _asked(self, show: Callable[[dict[str, Any], Words], str], *arguments: str) -> str:
+        try:
+            return show(ask(*arguments), self.words)
+        except UserError as error:
+            return self._complaint(self.words.error_text(error))
 
     @staticmethod
     def _complaint(text: str) -> str:
         return f'<div class="complaint" role="alert">{escape(text)}</div>'
 
 
-def _failure(done: subprocess.CompletedProcess[str]) -> UserError:
-    """What a command couldn't do; its last words where it came to no more."""
-    try:
-        return UserError(**json.loads(done.stdout)["error"])
-    except (ValueError, LookupError, TypeError):
-        return UserError(done.stderr.strip())
-
-
 def command_of(recipe: Recipe, name: str) -> str:
     """The command that trains the same, beginning with a shipped recipe."""
-    changes = recipe.diff(recipes.load(name))
+    sets: list[str] = []
+    # Once more, as some defaults follow from what the first round sets (alpha from the rank).
+    for _ in range(2):
+        changes = recipe.diff(recipes.load(name, sets))
+        sets += [f"{key}={_text(mine)}" for key, (mine, _) in changes.items()]
     if Path(recipe.output) == Path("runs").absolute():
-        changes.pop("output", None)  # where the command would write anyway
-    sets = [f"--set {shlex.quote(f'{key}={_text(mine)}')}" for key, (mine, _) in changes.items()]
-    return " \\\n  ".join([f"jetson-ft train {name}", *sets])
+        sets.remove(f"output={recipe.output}")  # where the command would write anyway
+    return " \\\n  ".join(
+        [f"jetson-ft train {name}", *(f"--set {shlex.quote(text)}" for text in sets)]
+    )
 
 
 def _values(recipe: Recipe) -> dict[str, Any]:

@@ -21,6 +21,11 @@ _WORDS: dict[str, tuple[str, str]] = {
     "tab.train": ("Train", "训练"),
     "tab.runs": ("Runs", "任务"),
     "tab.chat": ("Chat", "对话"),
+    "tab.device": ("Device", "设备"),
+    "device.wait": ("Examining this machine …", "正在检查这台机器……"),
+    "device.again": ("Examine again", "重新检查"),
+    "device.works": ("Training works here", "可以在这里训练"),
+    "device.fails": ("Training would not work here", "目前无法在这里训练"),
     "chat.with": ("Talk with", "对话对象"),
     "chat.with.help": (
         "A run's adapter, or the embedded model as it is.",

@@ -16,7 +16,8 @@ from pathlib import Path
 
 # Call -> its arguments that are shown by themselves, as (position, keyword); None: all of them.
 _WHOLE: dict[str, tuple[int | None, str]] = {
-    "UserError": (None, ""), "_BadByte": (None, ""), "Problem": (2, "message"),
+    "UserError": (None, ""), "OutOfMemory": (None, ""), "_BadByte": (None, ""),
+    "Problem": (2, "message"),
     "_Refused": (1, "message"), "write_state": (1, "reason"), "refusal": (0, ""),
     "lost": (1, "said"), "_unclear": (1, "what"), "_end": (2, "reason"), "__init__": (None, ""),
 }  # fmt: skip
