@@ -7,10 +7,12 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from served import Served
 
@@ -51,6 +53,15 @@ def test_it_serves_both_languages_without_torch(served: Served) -> None:
         assert not {name for name in elsewhere if "google" in name or "cdn" in name}
     maps = Path(f"/proc/{served.process.pid}/maps").read_text()
     assert "libtorch" not in maps
+
+
+@pytest.mark.slow
+def test_an_idle_server_leaves_the_processor_alone(served: Served) -> None:
+    process = psutil.Process(served.process.pid)
+    before = process.cpu_times()
+    time.sleep(4)
+    after = process.cpu_times()
+    assert (after.user + after.system) - (before.user + before.system) < 0.02 * 4
 
 
 @pytest.mark.slow
