@@ -53,9 +53,10 @@ class Parlour:
         self.loaded: tuple[str, bool] | None = None  # name, whether it has an adapter
         self._process: subprocess.Popen[str] | None = None
         self._talking = threading.Lock()
+        self._visitor = ""  # whose question is being answered
         self._numbers = itertools.count(1)
 
-    def answer(self, name: str, question: Question) -> Iterator[Answer]:
+    def answer(self, name: str, question: Question, visitor: str = "") -> Iterator[Answer]:
         """Writes the answer of a run's adapter, an adapter folder, or `base`.
 
         Raises:
@@ -63,15 +64,16 @@ class Parlour:
         """
         if not self._talking.acquire(blocking=False):
             raise UserError("Busy: the model is answering somebody else.", fix="Try again soon.")
+        self._visitor = visitor
         try:
             self._open(name)
             yield from self._converse(question)
         finally:
             self._talking.release()
 
-    def stop(self) -> None:
-        """Ends the answer that is being written."""
-        if self._process and self._process.poll() is None:
+    def stop(self, visitor: str = "") -> None:
+        """Ends the answer that is being written, if it is this visitor's."""
+        if visitor == self._visitor and self._process and self._process.poll() is None:
             self._send({"do": "stop"})
 
     def close(self) -> None:
@@ -106,7 +108,7 @@ class Parlour:
                 written += told.get("text", "")
                 yield Answer(written, told.get("tokens"), told.get("seconds"))
         except GeneratorExit:  # the visitor left: the rest is no part of the next answer
-            self.stop()
+            self.stop(self._visitor)
             self._skip_to_end(number)
             raise
 

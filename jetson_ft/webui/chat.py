@@ -67,7 +67,7 @@ def build(words: Words, runs: Path, parlour: Parlour) -> None:
     again.click(tab.again, inputs, outputs, concurrency_limit=None)
     undo.click(tab.undo, [base, adapter], [message, base, adapter])
     clear.click(lambda: ([], [], ""), None, [base, adapter, speed])
-    stop.click(parlour.stop)
+    stop.click(tab.stop)
     name.focus(lambda: gr.Dropdown(choices=tab.choices()), None, name)
     name.change(lambda: ([], [], ""), None, [base, adapter, speed])
     side.change(lambda on: gr.Chatbot(visible=on), side, base)
@@ -90,8 +90,19 @@ class _Tab:
         found = [run for run in rundir.list_runs(self.runs) if run.adapter.is_dir()]
         return [(self.words("chat.base"), BASE), *((live.title(run), run.name) for run in found)]
 
+    def stop(self, request: gr.Request) -> None:
+        """Ends this visitor's answer, and nobody else's."""
+        self.parlour.stop(str(request.session_hash))
+
     def send(
-        self, name: str, side: bool, text: str, base: Turns, adapter: Turns, *how: Any
+        self,
+        request: gr.Request,
+        name: str,
+        side: bool,
+        text: str,
+        base: Turns,
+        adapter: Turns,
+        *how: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """Writes the answers one after the other, the base's first."""
         text = text.strip()
@@ -106,7 +117,7 @@ class _Tab:
                 sides[who] = [*sides[who], {"role": "user", "content": text}]
                 yield "", sides["base"], sides["adapter"], self.words("chat.loading")
                 before = sides[who]
-                for answer in self.parlour.answer(name, question):
+                for answer in self.parlour.answer(name, question, str(request.session_hash)):
                     sides[who] = [*before, {"role": "assistant", "content": answer.text}]
                     if answer.tokens and answer.seconds:
                         speed = self._speed(answer.tokens, answer.seconds)
@@ -116,11 +127,18 @@ class _Tab:
             yield text, base, adapter, ""
 
     def again(
-        self, name: str, side: bool, text: str, base: Turns, adapter: Turns, *how: Any
+        self,
+        request: gr.Request,
+        name: str,
+        side: bool,
+        text: str,
+        base: Turns,
+        adapter: Turns,
+        *how: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """The last message once more."""
         last, base, adapter = self.undo(base, adapter)
-        yield from self.send(name, side, last or text, base, adapter, *how)
+        yield from self.send(request, name, side, last or text, base, adapter, *how)
 
     @staticmethod
     def undo(base: Turns, adapter: Turns) -> tuple[str, Turns, Turns]:

@@ -48,12 +48,14 @@ def test_base_and_adapter_answer_as_they_stream(parlour: Parlour, finished: Any)
 def test_an_answer_can_be_stopped_and_left(parlour: Parlour, finished: Any) -> None:
     long = {"max_new_tokens": 1500, "temperature": 5.0, "top_k": 0, "seed": 1}
     question = Question("1加2等于几？", [], long)
-    stream = parlour.answer(finished.name, question)
+    stream = parlour.answer(finished.name, question, visitor="me")
     next(stream)
+    parlour.stop(visitor="another")
+    assert all(next(stream).tokens is None for _ in range(5)), "only whose it is may end it"
     with pytest.raises(UserError, match="answering somebody else"):
         said(parlour, finished.name)
     started = time.monotonic()
-    parlour.stop()
+    parlour.stop(visitor="me")
     last = list(stream)[-1]
     assert time.monotonic() - started < 5 and last.tokens is not None
     left = parlour.answer(finished.name, question)
