@@ -228,7 +228,7 @@ def _print_result(run: Run) -> None:
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB{energy_in_words(report)}"
     )
     for english, _ in sensed.complaints(report.get("sensors")):
-        out.print(f"warning: {english}")
+        out.print(f"note: {english}")
     out.print(f"adapter: {escape(str(run.adapter))}")
     out.print(f"report:  {escape(str(run.path / 'report.html'))}")
     out.print(f"chat:    jetson-ft chat {escape(run.name)}   (or: make chat)")

@@ -340,3 +340,20 @@ def test_a_source_that_fails_while_it_is_read_gives_way(
     assert found.read().source == "psutil"
     monkeypatch.setattr(telemetry.Anything, "read", lambda self: 1 / 0)
     assert found.read() == Reading("none")
+
+
+@settings(max_examples=15, deadline=None)
+@given(said=st.lists(st.binary(max_size=60), max_size=6).map(b"\n".join), name=st.sampled_from(
+    ["tegrastats", "nvidia-smi"]))  # fmt: skip
+def test_whatever_a_program_says_a_reading_comes(
+    tmp_path_factory: Any, said: bytes, name: str
+) -> None:
+    board = Folder(tmp_path_factory.mktemp("board"), LAPTOP)
+    (board.root / "said").write_bytes(said + b"\n")
+    found = Telemetry(board.root, board.program(name, f"cat {board.root}/said; exec sleep 60"))
+    try:
+        for _ in range(3):
+            assert found.read().source in (name, "psutil")
+            time.sleep(0.005)
+    finally:
+        found.close()
