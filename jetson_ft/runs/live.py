@@ -129,12 +129,11 @@ class Watcher:
         known = self._summaries.get(run.path)
         if known is None or known[1].state.state in LIVE:
             jobs.settle(run)
-        files = (run.path / "state.json", run.events_file, run.path / ABOUT)
-        stamp = [_stamp(path) for path in files]
-        if known and known[0] == stamp:
+        now = stamp(run)
+        if known and known[0] == now:
             return known[1]
         found = summarise(run)
-        self._summaries[run.path] = (stamp, found)
+        self._summaries[run.path] = (now, found)
         return found
 
 
@@ -197,6 +196,12 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def stamp(run: Run) -> list[tuple[int, int]]:
+    """Another one as soon as anything that is shown of the run has changed."""
+    files = ("state.json", "events.jsonl", ABOUT, "log.txt", "report.json", "adapter")
+    return [_stamp(run.path / name) for name in files]
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -26,16 +26,15 @@ _SLIDERS = {
 BASE = "base"
 
 
-def build(words: Words, runs: Path, parlour: Parlour) -> None:
-    """Puts the chat into the page."""
+def build(words: Words, runs: Path, parlour: Parlour, place: Any) -> None:
+    """Puts the chat into its place, a tab of the page."""
     tab = _Tab(words, runs, parlour)
+    by_hand = gr.State(False)  # whether the visitor chose with whom to talk
     with gr.Row():
         with gr.Column(scale=3):
-            found = tab.choices()
             name = gr.Dropdown(
-                found, value=found[min(1, len(found) - 1)][1],  # the newest adapter
-                label=words("chat.with"), info=words("chat.with.help"),
-            )  # fmt: skip
+                tab.choices(), value=BASE, label=words("chat.with"), info=words("chat.with.help")
+            )
             side = gr.Checkbox(label=words("chat.side"))
             with gr.Row():
                 base = gr.Chatbot(label=words("chat.base.title"), visible=False, **_CHATBOT)
@@ -68,7 +67,9 @@ def build(words: Words, runs: Path, parlour: Parlour) -> None:
     undo.click(tab.undo, [base, adapter], [message, base, adapter])
     clear.click(lambda: ([], [], ""), None, [base, adapter, speed])
     stop.click(tab.stop)
+    place.select(tab.arrive, [name, by_hand], name)
     name.focus(lambda: gr.Dropdown(choices=tab.choices()), None, name)
+    name.input(lambda: True, None, by_hand)
     name.change(lambda: ([], [], ""), None, [base, adapter, speed])
     side.change(lambda on: gr.Chatbot(visible=on), side, base)
     download.click(tab.transcript, [name, base, adapter], download)
@@ -89,6 +90,12 @@ class _Tab:
         """(shown, name) of the embedded model and of every run with an adapter."""
         found = [run for run in rundir.list_runs(self.runs) if run.adapter.is_dir()]
         return [(self.words("chat.base"), BASE), *((live.title(run), run.name) for run in found)]
+
+    def arrive(self, name: str, by_hand: bool) -> Any:
+        """Offers what there is by now; the newest adapter until somebody chooses."""
+        found = self.choices()
+        known = by_hand and name in [one for _, one in found]
+        return gr.Dropdown(found, value=name if known else found[min(1, len(found) - 1)][1])
 
     def stop(self, request: gr.Request) -> None:
         """Ends this visitor's answer, and nobody else's."""

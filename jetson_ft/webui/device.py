@@ -36,8 +36,8 @@ class Doctor:
             return self._found
 
 
-def build(words: Words, doctor: Doctor, tab: Any) -> None:
-    """Puts the device into the page; it is examined when somebody looks."""
+def build(words: Words, doctor: Doctor, place: Any) -> None:
+    """Puts the device into its place, a tab of the page; it is examined when somebody looks."""
     shown = gr.HTML(f'<p class="empty">{words("device.wait")}</p>', apply_default_css=False)
     again = gr.Button(words("device.again"), size="sm")
 
@@ -47,7 +47,7 @@ def build(words: Words, doctor: Doctor, tab: Any) -> None:
         except UserError as error:
             return f'<div class="complaint" role="alert">{escape(words.error_text(error))}</div>'
 
-    tab.select(look, None, shown, concurrency_limit=None)
+    place.select(look, None, shown, concurrency_limit=None)
     again.click(look, None, shown, concurrency_limit=None)
 
 

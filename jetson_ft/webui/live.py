@@ -10,6 +10,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Pieces:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._watcher = Watcher()
-        self._made: dict[Any, tuple[float, Piece]] = {}
+        self._made: dict[Any, tuple[float, Any, Piece]] = {}  # when and what was looked at
         self._lock = threading.Lock()
         self._templates = Environment(
             loader=PackageLoader("jetson_ft.webui"), trim_blocks=True, lstrip_blocks=True,
@@ -59,8 +60,9 @@ class Pieces:
         beside = tuple(beside)[:_MOST_BESIDE]
         return self._fresh(
             ("list", language, chosen, beside),
-            lambda: self._render(
-                "runs.jinja", language, runs=self._summaries(), chosen=chosen, beside=beside
+            self._summaries,
+            lambda runs: self._render(
+                "runs.jinja", language, runs=runs, chosen=chosen, beside=beside
             ),
         )
 
@@ -73,18 +75,23 @@ class Pieces:
         run = rundir.named(name, self.root)
         beside = tuple(beside)[:_MOST_BESIDE]
         return self._fresh(
-            ("detail", language, name, beside), lambda: self._detail(language, run, beside)
+            ("detail", language, name, beside),
+            lambda: [self._summary(run), *map(live.stamp, (run, *self._those(beside)))],
+            lambda _: self._detail(language, run, beside),
         )
 
-    def _fresh(self, key: Any, make: Callable[[], str]) -> Piece:
+    def _fresh(self, key: Any, look: Callable[[], Any], render: Callable[[Any], str]) -> Piece:
+        """Looks at most once a second, and draws only what looks different."""
         with self._lock:
             now = time.monotonic()
-            made_at, piece = self._made.get(key, (0.0, None))
-            if piece is None or now - made_at > _FRESH_SECONDS:
-                html = make()
-                piece = Piece(html, f'"{hashlib.sha256(html.encode()).hexdigest()[:24]}"')
+            looked_at, seen, piece = self._made.get(key, (0.0, None, None))
+            if piece is None or now - looked_at > _FRESH_SECONDS:
+                found = look()
+                if piece is None or found != seen:
+                    html = render(found)
+                    piece = Piece(html, f'"{hashlib.sha256(html.encode()).hexdigest()[:24]}"')
                 self._made = {k: v for k, v in self._made.items() if now - v[0] < 60}
-                self._made[key] = (now, piece)
+                self._made[key] = (now, found, piece)
             return piece
 
     def _render(self, template: str, language: str, **values: Any) -> str:
@@ -104,7 +111,7 @@ class Pieces:
             return Summary(run.name, run.name, state)
 
     def _detail(self, language: str, run: Run, beside: Sequence[str]) -> str:
-        others = [rundir.named(name, self.root) for name in beside if self._is_there(name)]
+        others = self._those(beside)
         seen = [self._watcher.seen(one) for one in (run, *others)]
         summary = self._summary(run)
         return self._render(
@@ -116,12 +123,13 @@ class Pieces:
             notes=live.about(run).get("notes", ""),
         )  # fmt: skip
 
-    def _is_there(self, name: str) -> bool:
-        try:
-            rundir.named(name, self.root)
-        except UserError:
-            return False
-        return True
+    def _those(self, names: Sequence[str]) -> list[Run]:
+        """The runs of these names that are still there."""
+        found = []
+        for name in names:
+            with suppress(UserError):
+                found.append(rundir.named(name, self.root))
+        return found
 
 
 def progress(run: Summary) -> float:

@@ -24,10 +24,10 @@ def build(language: str, runs: Path, parlour: Parlour, doctor: device.Doctor) ->
                 train.build(words, runs, page, tabs)
             with gr.Tab(words("tab.runs"), id="runs"):
                 gr.HTML(_RUNS, apply_default_css=False)
-            with gr.Tab(words("tab.chat"), id="chat"):
-                chat.build(words, runs, parlour)
-            with gr.Tab(words("tab.device"), id="device") as tab:
-                device.build(words, doctor, tab)
+            with gr.Tab(words("tab.chat"), id="chat") as place:
+                chat.build(words, runs, parlour, place)
+            with gr.Tab(words("tab.device"), id="device") as place:
+                device.build(words, doctor, place)
     return page
 
 
