@@ -72,10 +72,11 @@ test-compat: ## the fast tests once more with JetPack 6's packages (transformers
 	@$(PYTHON) scripts/setup.py --extras dev --compat
 	$(call part,fast tests with JetPack 6's packages,.venv-compat/bin/python $(PYTEST) -m "not slow")
 
-lint: setup-dev ## style, types, import directions
+lint: setup-dev ## style, types, import directions, Dockerfile
 	$(call part,ruff,$(BIN)/ruff check && $(BIN)/ruff format --check)
 	$(call part,mypy,$(BIN)/mypy)
 	$(call part,import directions,$(BIN)/lint-imports --no-logo)
+	$(call part,Dockerfile and shell scripts,$(BIN)/hadolint docker/Dockerfile && $(if $(filter x86_64,$(shell uname -m)),$(BIN)/shellcheck docker/*.sh .ci/run,true))
 
 # Needs uv alone: where the pins are broken, set-up can't be finished before they are mended.
 lock: ## pin every package anew in constraints/ (UPGRADE=1: the newest that fit)

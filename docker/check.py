@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib import import_module
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,8 +100,10 @@ def main() -> None:
         found = libraries(torch, cuda)
         check_libraries(found)
         for name in ("torch", "bitsandbytes", "jetson_ft.runs.pipeline", "jetson_ft.webui.page"):
-            __import__(name)
+            import_module(name)
         print(f"check: {len(found)} libraries and all they need, imports")
+        model = import_module("jetson_ft.models.embedded").folder()
+        print(f"check: embedded model in {model}")
 
 
 if __name__ == "__main__":

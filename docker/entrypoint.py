@@ -49,22 +49,25 @@ class Stop(Exception):
 def main(command: list[str]) -> int:
     """Runs it; returns its exit code, 128 and more for a signal, as a shell does."""
 
+    program = subprocess.Popen(command)
+
+    def interrupt(*_: object) -> None:
+        if not sys.stdin.isatty():  # a terminal sends Ctrl-C to both
+            program.send_signal(signal.SIGINT)
+
     def stop(*_: object) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Stop
 
-    # Ctrl-C reaches the program by itself: the terminal sends it to both.
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, stop)
-    program = subprocess.Popen(command)
     try:
         code = program.wait()
         time.sleep(0.5)  # a run that has just finished needs no stop: its supervisor is leaving
         stop_runs()
     except Stop:
         print("stopping; runs are writing their checkpoints", flush=True)
-        with suppress(ProcessLookupError):
-            program.terminate()
+        program.terminate()
         stop_runs()
         try:
             code = program.wait(5)

@@ -32,10 +32,11 @@ CACHE = ROOT / ".cache" / "image-test"
 SUITE, PYTHON, TORCH = "bookworm", "3.11", "2.13.0"
 STOP_SECONDS = 120  # docker/run.sh and docker/compose.yaml give a container as long
 TRIPLET = {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
-RECIPE = [
-    "quickstart-zh", "--set", "data.train=data/rows.jsonl", "--set", "data.heldout=4",
-    "--set", "eval.max_new_tokens=8", "--set", "eval.samples=1",
+SETTINGS = [  # steps of about a second
+    "data.train=data/rows.jsonl", "data.heldout=2", "data.max_length=64",
+    "train.tokens_per_step=128", "eval.max_new_tokens=8", "eval.samples=1",
 ]  # fmt: skip
+RECIPE = ["quickstart-zh", *(word for one in SETTINGS for word in ("--set", one))]
 
 
 class Failure(Exception):
@@ -91,6 +92,24 @@ class Builder:
     def __call__(self, *command: object) -> str:
         return run(*self._buildah, *command, env=self._environment).strip()
 
+    def _logged(self, *command: object) -> str:
+        """With the seconds at which each line came, in build.log."""
+        words, lines = [str(word) for word in [*self._buildah, *command]], []
+        start = time.monotonic()
+        with (
+            subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                errors="replace", env=self._environment,
+            ) as made,
+            open(self.work / "build.log", "w") as log,
+        ):  # fmt: skip
+            for line in made.stdout or ():
+                lines.append(line)
+                log.write(f"{time.monotonic() - start:5.0f} {line}")
+        if made.returncode:
+            raise Failure("".join(lines[-25:]))
+        return "".join(lines)
+
     def image_of(self, folder: Path, name: str) -> None:
         container = self("from", "scratch").splitlines()[-1]
         self("copy", "--quiet", container, folder, "/")
@@ -106,7 +125,7 @@ class Builder:
         words = [word for pair in given.items() for word in ("--build-arg", "=".join(pair))]
         words += ["--format", "docker", "--network", "host", "--layers=false", *more]
         words += ["--tag", name, "--file", "docker/Dockerfile", *pip_settings(self.work)]
-        return self("build", *words, ROOT)
+        return self._logged("build", *words, ROOT)
 
     def unpacked(self, name: str) -> tuple[Path, dict[str, Any]]:
         """(root file system, configuration) of an image."""
@@ -189,7 +208,7 @@ class Container:
             "env": dict(line.split("=", 1) for line in config["Env"]),
             "user": config["User"], "folder": config["WorkingDir"],
         }  # fmt: skip
-        spaces = ["--mount", "--pid", "--net", "--ipc", "--uts", "--fork", "--kill-child"]
+        spaces = ["--mount", "--pid", "--net", "--ipc", "--uts", "--fork"]
         with open(log, "wb") as output:
             self._unshare = subprocess.Popen(
                 ["unshare", *spaces, sys.executable, __file__, "--inside", json.dumps(told)],
@@ -252,8 +271,10 @@ class Container:
             raise Failure(f"not ended {STOP_SECONDS} s after SIGTERM:\n{self.said()}") from None
 
     def kill(self) -> None:
-        self._unshare.kill()  # and with it, by --kill-child, all that is in the container
-        self._unshare.wait()
+        """With its first process, the kernel ends all that is in the container."""
+        if self._unshare.poll() is None:
+            os.kill(self._first, signal.SIGKILL)
+            self._unshare.wait()
 
 
 def inside(told: dict[str, Any]) -> None:

@@ -97,8 +97,10 @@ def test_every_install_is_followed_by_the_look_at_torch() -> None:
         assert number == 0 or "--constraint torch.txt" in text
     scripts = [rest for kind, rest in DOCKERFILE if kind == "RUN" and "bitsandbytes.sh" in rest]
     assert all(text.endswith("&& python check.py") for text in scripts) and scripts
-    runs = [rest for kind, rest in DOCKERFILE if kind == "RUN"]
-    assert "check.py --load" in runs[-1]
+    last = max(number for number, (kind, _) in enumerate(DOCKERFILE) if kind == "RUN")
+    assert "check.py --load" in DOCKERFILE[last][1]
+    users = [rest for kind, rest in DOCKERFILE[:last] if kind == "USER"]
+    assert users == [dict(DOCKERFILE)["USER"]]  # it is looked at by whom it will run as
 
 
 def test_the_defaults_are_those_of_the_set_up_and_the_pins() -> None:
@@ -380,7 +382,7 @@ def contained(folder: Path, program: str) -> subprocess.Popen[str]:
         pytest.skip("this system allows no namespaces")
     return subprocess.Popen(
         [*spaces, "sh", "-c", script], cwd=folder, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"},
+        stdin=subprocess.DEVNULL, env={**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"},
     )  # fmt: skip
 
 
@@ -405,6 +407,17 @@ def test_docker_stop_waits_for_the_checkpoint(tmp_path: Path) -> None:
 def test_when_the_page_ends_by_itself_its_runs_are_stopped_too(tmp_path: Path) -> None:
     made = contained(tmp_path, "import sys\nsys.exit(7)")
     assert made.wait(20) == 7
+    assert (tmp_path / "checkpoint").exists()
+
+
+def test_without_a_terminal_ctrl_c_reaches_the_program(tmp_path: Path) -> None:
+    patient = "import time\ntry:\n    open('page', 'w')\n    time.sleep(60)\n"
+    made = contained(tmp_path, patient + "except KeyboardInterrupt:\n    raise SystemExit(3)\n")
+    while not (tmp_path / "page").exists():
+        assert made.poll() is None
+        time.sleep(0.02)
+    made.send_signal(signal.SIGINT)
+    assert made.wait(20) == 3
     assert (tmp_path / "checkpoint").exists()
 
 
