@@ -215,10 +215,8 @@ def board(tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Callab
     (system / "etc").mkdir()
     (system / "etc/nv_tegra_release").touch()
     fake("docker", 'for word; do echo "$word"; done')
-    fake(
-        "getent",
-        "case $2 in video) echo video:x:44:me;; render) echo render:x:110:;; *) exit 2;; esac",
-    )
+    known = "video) echo video:x:44:me;; render) echo render:x:110:;; *) exit 2;;"
+    fake("getent", f"shift; for name; do case $name in {known} esac; done")
     fake("hostname", "echo 192.168.1.7 172.17.0.1")
     for name in ("HOST", "PORT", "IMAGE", "DOCKER", "SUDO_UID", "SUDO_GID", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
@@ -274,6 +272,27 @@ def test_without_a_jetson_no_runtime_is_asked_for(
 ) -> None:
     (tmp_path / "system/etc/nv_tegra_release").unlink()
     assert "--runtime" not in board()
+
+
+@pytest.mark.parametrize(("number", "host"), [(0, "127.0.0.1"), (1, "0.0.0.0")])
+def test_the_lines_to_paste_start_what_the_script_starts(
+    board: Callable[..., list[str]], tmp_path: Path, number: int, host: str
+) -> None:
+    lines = re.findall(r"^mkdir .*docker run .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    script = board(HOST=host)
+    done = subprocess.run(
+        ["bash", "-c", lines[number]], cwd=tmp_path / "clone",
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    long = {"-v": "--volume", "-p": "--publish", "-u": "--user", "-e": "--env"}
+    pasted = pairs([long.get(word, word) for word in done.stdout.splitlines()])
+    wanted = {(key, value) for key, value in pairs(script) if key.startswith("--")}
+    wanted = {pair for pair in wanted if not pair[1].startswith("--") and pair[1] != "HF_TOKEN"}
+    # What takes more than a line: the files that are there on some boards alone.
+    wanted = {pair for pair in wanted if not pair[1].endswith(":ro")}
+    if host == "127.0.0.1":
+        wanted.remove(("--env", "JETSON_FT_REACHED_AS=127.0.0.1:7860"))  # the image's own
+    assert len(wanted) >= 9 and wanted <= pasted, wanted - pasted
 
 
 def test_compose_gets_what_was_found(board: Callable[..., list[str]]) -> None:
