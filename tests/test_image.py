@@ -379,9 +379,12 @@ from pathlib import Path
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
 Path(sys.argv[1], "up").touch()
-while not stopped:
+end = time.monotonic() + 30  # where nobody tells it
+while not stopped and time.monotonic() < end:
     time.sleep(0.02)
 time.sleep(0.5)  # the rest of the step
+if not stopped:
+    sys.exit("nobody told it to stop")
 Path(sys.argv[1], "checkpoint").touch()
 """
 
