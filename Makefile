@@ -1,12 +1,14 @@
 # `make` alone lists the targets. Everything lives in .venv/ (tests: .venv-compat/ too).
 
 PYTHON ?= python3
+DOCKER ?= docker
 BIN := .venv/bin
 PYTEST := -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup setup-dev finetune chat webui test test-fast test-all test-compat lint lock lock-check clean
+.PHONY: help setup setup-dev finetune chat webui test test-fast test-all test-compat lint lock lock-check clean \
+	docker-build docker-run docker-finetune image-test
 
 # $(call quote,TEXT): one word for the shell, whatever is in it.
 quote = '$(subst ','\'',$(1))'
@@ -20,7 +22,7 @@ endef
 test-all test-fast test-compat: export OMP_WAIT_POLICY = passive
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' Makefile | awk '{ printf "  %s %-13s", $$1, $$2; $$1 = $$2 = ""; print }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1  \2/p' Makefile | awk '{ printf "  %s %-15s", $$1, $$2; $$1 = $$2 = ""; print }'
 
 setup: ## everything into .venv/ (TORCH_INDEX=URL: torch from there, remembered)
 	@$(PYTHON) scripts/setup.py
@@ -38,6 +40,26 @@ chat: setup ## talk with the newest adapter (RUN=NAME: with that run's)
 webui: setup ## the page on http://127.0.0.1:7860 (HOST=0.0.0.0: for the network, with a token)
 	@exec $(BIN)/jetson-ft webui$(if $(HOST), --host $(call quote,$(HOST)))
 
+# PROFILE names a file of arguments; ARGS gives more, as ARGS="PIP_INDEX_URL=https://…".
+docker-build: export IMAGE ?= jetson-ft:$(or $(PROFILE),jp6)
+docker-build: ## the container image (PROFILE=jp7: JetPack 7, ARGS="NAME=VALUE …": docs/docker.md)
+	@exec $(DOCKER) build --file docker/Dockerfile --tag "$$IMAGE" \
+		$(foreach arg,$(if $(PROFILE),$(shell grep -v '^#' docker/$(PROFILE).env)) $(ARGS),--build-arg $(call quote,$(arg))) \
+		--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' jetson_ft/__init__.py)" \
+		--build-arg REVISION="$$(git rev-parse --verify --quiet HEAD)" .
+
+docker-run docker-finetune: export HOST := $(HOST)
+docker-run docker-finetune: export IMAGE ?= jetson-ft:$(or $(PROFILE),jp6)
+docker-run docker-finetune: export DOCKER := $(DOCKER)
+docker-run: ## the page from the image (HOST=0.0.0.0: for the network, with a token)
+	@exec docker/run.sh webui
+
+docker-finetune: ## fine-tune in the image (RECIPE=NAME, SET="lora.rank=32 train.epochs=1")
+	@exec docker/run.sh train$(if $(RECIPE), $(call quote,$(RECIPE)))$(foreach set,$(SET), --set $(call quote,$(set)))
+
+image-test: ## build the image on a stand-in for NVIDIA's bases and use it (root, buildah; ARCH=arm64)
+	@exec $(PYTHON) scripts/image_test.py $(if $(ARCH),--arch $(call quote,$(ARCH)))
+
 test: lint lock-check test-all test-compat ## everything CI runs
 
 test-fast: setup-dev ## the tests that take seconds
@@ -50,10 +72,11 @@ test-compat: ## the fast tests once more with JetPack 6's packages (transformers
 	@$(PYTHON) scripts/setup.py --extras dev --compat
 	$(call part,fast tests with JetPack 6's packages,.venv-compat/bin/python $(PYTEST) -m "not slow")
 
-lint: setup-dev ## style, types, import directions
+lint: setup-dev ## style, types, import directions, Dockerfile
 	$(call part,ruff,$(BIN)/ruff check && $(BIN)/ruff format --check)
 	$(call part,mypy,$(BIN)/mypy)
 	$(call part,import directions,$(BIN)/lint-imports --no-logo)
+	$(call part,Dockerfile and shell scripts,$(BIN)/hadolint docker/Dockerfile && $(if $(filter x86_64,$(shell uname -m)),$(BIN)/shellcheck docker/*.sh .ci/run,true))
 
 # Needs uv alone: where the pins are broken, set-up can't be finished before they are mended.
 lock: ## pin every package anew in constraints/ (UPGRADE=1: the newest that fit)

@@ -268,19 +268,31 @@ def bench(
 @app.command()
 def webui(
     host: Annotated[
-        str, typer.Option(help="Address to serve on; beyond this machine a token is needed.")
+        str,
+        typer.Option(
+            envvar="JETSON_FT_HOST",
+            help="Address to serve on; beyond this machine a token is needed.",
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
     host_name: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Name by which browsers reach this machine; repeatable."),
     ] = None,
+    reached_as: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST[:PORT]",
+            envvar="JETSON_FT_REACHED_AS",
+            help="What the printed link names, where that isn't --host (in a container).",
+        ),
+    ] = "",
     runs: RunsOption = RUNS,
 ) -> None:
     """Train and watch in a browser."""
     from jetson_ft.webui.server import serve
 
-    serve(runs, host, port, tuple(host_name or ()))
+    serve(runs, host, port, tuple(host_name or ()), reached_as)
 
 
 @app.command()

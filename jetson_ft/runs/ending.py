@@ -7,6 +7,7 @@ from typing import Any
 from jetson_ft.runs.rundir import Run
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_AGAIN = 1, 2, 3, 4
+RESUMABLE = "resumable"  # how the reason of a run ends that was cut short
 
 
 def of_code(run: Run, code: int) -> tuple[str, str]:
@@ -14,7 +15,7 @@ def of_code(run: Run, code: int) -> tuple[str, str]:
     if code == 0:
         return "finished", ""
     if code == EXIT_STOPPED:
-        return "stopped", "stopped on request; resumable"
+        return "stopped", f"stopped on request; {RESUMABLE}"
     if code < 0:
         return "failed", of_signal(-code)
     errors = _this_attempts(run, "error")
@@ -38,7 +39,7 @@ def unwatched(run: Run) -> tuple[str, str]:
     said = last_word(run)
     if said is not None:
         return of_code(run, said)
-    return "failed", "ended without a word (power cut, or killed); resumable"
+    return "failed", f"ended without a word (power cut, or killed); {RESUMABLE}"
 
 
 def _this_attempts(run: Run, kind: str) -> list[dict[str, Any]]:

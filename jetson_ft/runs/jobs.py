@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -166,3 +167,13 @@ def settle(run: Run) -> str:
         if run.state().state in LIVE and not run.is_locked("worker"):
             run.write_state(*ending.unwatched(run))
         return run.state().state
+
+
+def resumable(root: Path) -> list[Run]:
+    """Runs under the root that were cut short, by whom or what ever; newest first."""
+    found = []
+    for run in rundir.list_runs(root):
+        with suppress(UserError):  # a damaged one
+            if settle(run) not in LIVE and run.state().reason.endswith(ending.RESUMABLE):
+                found.append(run)
+    return found

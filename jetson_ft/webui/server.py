@@ -7,9 +7,10 @@ import secrets
 import socket
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from jetson_ft.errors import UserError
-from jetson_ft.runs import processes
+from jetson_ft.runs import jobs, processes
 from jetson_ft.runs.parlour import Parlour
 from jetson_ft.webui.doors import Doors, Rules
 from jetson_ft.webui.words import LANGUAGES
@@ -48,22 +49,33 @@ def _calm(queue: Any) -> None:
     queue.sleep_when_free, queue.progress_update_sleep_when_free = 0.05, 0.1
 
 
-def serve(runs: Path, host: str, port: int, host_names: tuple[str, ...]) -> None:
+def serve(
+    runs: Path, host: str, port: int, host_names: tuple[str, ...], reached_as: str = ""
+) -> None:
     """Serves until it is told to end; prints the link to open, with the token if one is needed.
+
+    Args:
+        reached_as: HOST or HOST:PORT for the link, where browsers don't reach it as `host`: in a
+            container, whose own address nobody outside knows.
 
     Raises:
         UserError: the address can't be served on.
     """
+    if reached_as:
+        host_names = (*host_names, urlsplit(f"//{reached_as}").hostname or "")
     rules = Rules("" if is_loopback(host) else secrets.token_hex(16), host_names)
     door = _listen(host, port)
     import uvicorn
 
     app = make_app(runs, rules)
-    print(f"open: {link(host, door.getsockname()[1], rules.token)}", flush=True)
+    print(f"open: {link(host, door.getsockname()[1], rules.token, reached_as)}", flush=True)
     if rules.token:
         print("Whoever has this link can train and chat here; nobody else gets in.", flush=True)
     else:
         print("From another machine: --host 0.0.0.0 (make webui HOST=0.0.0.0).", flush=True)
+    for run in jobs.resumable(runs)[:3]:
+        how = f"Resume on the page, or jetson-ft train --resume {run.name}"
+        print(f"{run.name} can go on where it stopped: {how}", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([door])
 
 
@@ -92,11 +104,14 @@ def _listen(host: str, port: int) -> socket.socket:
     return door
 
 
-def link(host: str, port: int, token: str) -> str:
+def link(host: str, port: int, token: str, reached_as: str = "") -> str:
     """What to open: of all addresses, the one that others in the network reach."""
-    shown = _own_address() if host in ("0.0.0.0", "::") else host  # noqa: S104
-    shown = f"[{shown}]" if ":" in shown else shown
-    return f"http://{shown}:{port}/" + (f"?token={token}" if token else "")
+    if not reached_as:
+        reached_as = _own_address() if host in ("0.0.0.0", "::") else host  # noqa: S104
+        reached_as = f"[{reached_as}]" if ":" in reached_as else reached_as
+    if urlsplit(f"//{reached_as}").port is None:
+        reached_as = f"{reached_as}:{port}"
+    return f"http://{reached_as}/" + (f"?token={token}" if token else "")
 
 
 def _own_address() -> str:

@@ -69,6 +69,19 @@ def test_it_is_converted_once(package: Path, conversions: list[Path]) -> None:
     assert conversions == [package]
 
 
+def test_a_ready_made_one_is_taken_while_it_is_intact(
+    package: Path, conversions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = embedded.folder().rename(tmp_path / "ready")
+    package.rename(package.with_suffix(".away"))
+    monkeypatch.setenv("JETSON_FT_EMBEDDED", str(ready))
+    assert embedded.folder() == ready
+    package.with_suffix(".away").rename(package)
+    flip(ready / "model.safetensors")
+    assert embedded.folder() != ready
+    assert conversions == [package, package]
+
+
 def test_two_processes_at_once_convert_it_once(package: Path, conversions: list[Path]) -> None:
     with ThreadPoolExecutor(2) as pool:
         folders = list(pool.map(lambda _: embedded.folder(), range(2)))

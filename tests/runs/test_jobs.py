@@ -14,7 +14,7 @@ import pytest
 
 from jetson_ft.errors import UserError
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import jobs, rundir
+from jetson_ft.runs import ending, jobs, rundir
 from jetson_ft.runs.rundir import Run, lock
 
 
@@ -331,6 +331,19 @@ def test_settle_never_overwrites_an_end(ended: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Run, "is_live", is_live)
     assert jobs.settle(ended) == "finished"
     assert ended.state().state == "finished"
+
+
+def test_what_was_cut_short_is_offered_and_nothing_else(ended: Run) -> None:
+    root = ended.path.parent
+    for state, reason in (("finished", ""), ("failed", "No such file.")):
+        ended.write_state(state, reason)
+        assert jobs.resumable(root) == []
+    ended.write_state(*ending.of_code(ended, ending.EXIT_STOPPED))
+    assert [run.path for run in jobs.resumable(root)] == [ended.path]
+    ended.write_state("running")  # its processes are gone: a power cut
+    assert [run.path for run in jobs.resumable(root)] == [ended.path]
+    (ended.path / "state.json").write_text("{")
+    assert jobs.resumable(root) == []
 
 
 @pytest.mark.parametrize("name", ["worker", "supervisor"])

@@ -16,6 +16,8 @@ import psutil
 import pytest
 from served import Served
 
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import rundir
 from jetson_ft.webui.server import is_loopback, link
 
 
@@ -32,6 +34,8 @@ def test_links_can_be_opened() -> None:
     assert link("127.0.0.1", 7860, "") == "http://127.0.0.1:7860/"
     assert link("::1", 7860, "abc") == "http://[::1]:7860/?token=abc"
     assert "0.0.0.0" not in link("0.0.0.0", 7860, "abc")
+    assert link("0.0.0.0", 7860, "abc", "orin.local") == "http://orin.local:7860/?token=abc"
+    assert link("0.0.0.0", 7860, "abc", "[fd00::1]:80") == "http://[fd00::1]:80/?token=abc"
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,36 @@ def test_beyond_this_machine_a_token_is_needed(tmp_path: Path) -> None:
             assert answer is not None and answer.status_code == 401, path
             answer = served.get(path, headers={"Authorization": f"Bearer {token}"})
             assert answer is not None and answer.status_code < 400, path
+    finally:
+        served.close()
+
+
+@pytest.mark.slow
+def test_in_a_container_the_link_and_the_doors_go_by_the_name_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JETSON_FT_HOST", "0.0.0.0")
+    monkeypatch.setenv("JETSON_FT_REACHED_AS", "localhost")
+    served = Served(tmp_path, "--reached-as", "localhost")
+    try:
+        assert re.fullmatch(r"http://localhost:\d+/\?token=[0-9a-f]{32}", served.link)
+        token = {"Authorization": f"Bearer {served.link.partition('token=')[2]}"}
+        for name, status in (("orin.local", 400), ("localhost", 307)):
+            answer = served.get("/", headers={**token, "Host": name})
+            assert answer is not None and answer.status_code == status, name
+    finally:
+        served.close()
+
+
+@pytest.mark.slow
+def test_what_was_cut_short_is_offered_at_the_start(tmp_path: Path) -> None:
+    run = rundir.create(Recipe(output=str(tmp_path / "runs")), "cut")
+    run.write_state("running")
+    served = Served(tmp_path)
+    try:
+        assert served.process.stdout
+        said = [served.process.stdout.readline() for _ in range(2)][1]
+        assert run.name in said and f"jetson-ft train --resume {run.name}" in said
     finally:
         served.close()
 
