@@ -149,8 +149,8 @@ def test_rate_is_never_negative_beyond_the_end() -> None:
     [
         ([1000] * 100, 3000, 100, 10),  # 10 forward passes of 1000 steps' worth: a tenth
         ([1000] * 100, 300, 100, 5),  # cheap: twenty times, not more
-        ([1000] * 100, 10**9, 100, 50),  # dear: still twice
-        ([1000] * 3, 10**9, 3, 2),
+        ([1000] * 100, 10**9, 100, 100),  # dear: at the end alone
+        ([1000] * 3, 10**9, 3, 3),
         ([1000], 10, 1, 1),
         ([1000] * 100, 0, 40, 2),  # only the steps that will be made count
     ],
