@@ -108,8 +108,9 @@ class Parlour:
                 written += told.get("text", "")
                 yield Answer(written, told.get("tokens"), told.get("seconds"))
         except GeneratorExit:  # the visitor left: the rest is no part of the next answer
-            self.stop(self._visitor)
-            self._skip_to_end(number)
+            if not done:
+                self.stop(self._visitor)
+                self._skip_to_end(number)
             raise
 
     def _skip_to_end(self, number: int) -> None:

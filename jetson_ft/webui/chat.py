@@ -53,7 +53,9 @@ def build(words: Words, runs: Path, parlour: Parlour, place: Any) -> None:
         with gr.Column(scale=1, min_width=240), gr.Accordion(words("chat.settings"), open=True):
             system = gr.Textbox(label=words("chat.system"), lines=2)
             sliders = [
-                gr.Slider(low, high, start, step=step, label=words(f"chat.{key}"))
+                gr.Slider(
+                    low, high, start, step=step, label=words(f"chat.{key}"), elem_id=f"chat-{key}"
+                )
                 for key, (low, high, step, start) in _SLIDERS.items()
             ]
             seed = gr.Textbox(label=words("chat.seed"))

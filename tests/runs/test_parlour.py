@@ -45,13 +45,18 @@ def test_base_and_adapter_answer_as_they_stream(parlour: Parlour, finished: Any)
 
 
 @pytest.mark.slow
-def test_an_answer_can_be_stopped_and_left(parlour: Parlour, finished: Any) -> None:
+def test_an_answer_can_be_stopped_and_left(
+    parlour: Parlour, finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = {"max_new_tokens": 1500, "temperature": 5.0, "top_k": 0, "seed": 1}
     question = Question("1加2等于几？", [], long)
     stream = parlour.answer(finished.name, question, visitor="me")
     next(stream)
-    parlour.stop(visitor="another")
-    assert all(next(stream).tokens is None for _ in range(5)), "only whose it is may end it"
+    sent: list[Any] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(parlour, "_send", sent.append)
+        parlour.stop(visitor="another")
+    assert not sent, "only whose it is may end it"
     with pytest.raises(UserError, match="answering somebody else"):
         said(parlour, finished.name)
     started = time.monotonic()
@@ -62,6 +67,11 @@ def test_an_answer_can_be_stopped_and_left(parlour: Parlour, finished: Any) -> N
     next(left)
     left.close()  # type: ignore[attr-defined]
     assert said(parlour, finished.name)[-1].text, "what was left is not taken for the next answer"
+    whole = parlour.answer(finished.name, Question("1加2等于几？", [], {"max_new_tokens": 2}))
+    while next(whole).tokens is None:
+        pass
+    whole.close()  # type: ignore[attr-defined]
+    assert said(parlour, finished.name)[-1].text, "nobody waits for the end of what has ended"
 
 
 @pytest.mark.slow
