@@ -15,7 +15,7 @@ def of_code(run: Run, code: int) -> tuple[str, str]:
     if code == 0:
         return "finished", ""
     if code == EXIT_STOPPED:
-        return "stopped", f"stopped on request; {RESUMABLE}"
+        return "stopped", "stopped on request; resumable"
     if code < 0:
         return "failed", of_signal(-code)
     errors = _this_attempts(run, "error")
@@ -39,7 +39,7 @@ def unwatched(run: Run) -> tuple[str, str]:
     said = last_word(run)
     if said is not None:
         return of_code(run, said)
-    return "failed", f"ended without a word (power cut, or killed); {RESUMABLE}"
+    return "failed", "ended without a word (power cut, or killed); resumable"
 
 
 def _this_attempts(run: Run, kind: str) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ def supervise(run: Run, held: IO[bytes]) -> None:
     with held:
         slot = _wait_for_turn(run)
         if slot is None:
-            _end(run, "stopped", f"stopped while waiting in the queue; {ending.RESUMABLE}")
+            _end(run, "stopped", "stopped while waiting in the queue; resumable")
         else:
             with slot:
                 _end(run, *ending.of_code(run, _work(run, slot)))
