@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import secrets
 import socket
 from pathlib import Path
@@ -76,7 +77,11 @@ def serve(
     for run in jobs.resumable(runs)[:3]:
         how = f"Resume on the page, or jetson-ft train --resume {run.name}"
         print(f"{run.name} can go on where it stopped: {how}", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run([door])
+    # Ctrl-C waits no longer than this for pages that stay open; of being cut off they say much.
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
+    server.run([door])
 
 
 def is_loopback(host: str) -> bool:
