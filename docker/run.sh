@@ -56,7 +56,7 @@ fi
 
 options=(--rm --stop-timeout 120 --shm-size 1g --user "$user")
 options+=(--volume jetson-ft-cache:/cache)
-options+=(--volume "$PWD/data:/work/data" --volume "$PWD/runs:/work/runs")
+options+=(--volume "$PWD/data:/srv/data" --volume "$PWD/runs:/srv/runs")
 options+=(--env HF_TOKEN)
 [ -z "${HF_ENDPOINT:-}" ] || options+=(--env HF_ENDPOINT)
 [ ! -t 0 ] || options+=(--interactive --tty)

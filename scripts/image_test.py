@@ -297,7 +297,7 @@ def inside(told: dict[str, Any]) -> None:
         run("mount", "--bind", f"/dev/{device}", root / "dev" / device)
     (root / "dev/shm").mkdir(exist_ok=True)
     run("mount", "-t", "tmpfs", "tmpfs", root / "dev/shm")
-    for volume in ("cache", "work/data", "work/runs"):
+    for volume in ("cache", "srv/data", "srv/runs"):
         run("mount", "--bind", Path(told["volumes"]) / volume, root / volume)
     with socket.socket() as any_socket:  # the new network has a loopback, but it is down
         up = struct.pack("16sh22x", b"lo", 0x1)
@@ -317,11 +317,11 @@ def inside(told: dict[str, Any]) -> None:
 def volumes_in(work: Path) -> Path:
     """Empty volumes, with as many rows as it takes."""
     folder = work / "volumes"
-    for name in ("cache", "work/data", "work/runs"):
+    for name in ("cache", "srv/data", "srv/runs"):
         (folder / name).mkdir(parents=True)
         (folder / name).chmod(0o1777)
     rows = (ROOT / "jetson_ft/data/bundled/zh_train.jsonl").read_text().splitlines(keepends=True)
-    (folder / "work/data/rows.jsonl").write_text("".join(rows[:40]))
+    (folder / "srv/data/rows.jsonl").write_text("".join(rows[:40]))
     return folder
 
 
@@ -331,7 +331,7 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 def try_image(root: Path, config: dict[str, Any], work: Path) -> None:
     volumes = volumes_in(work)
-    runs = volumes / "work/runs"
+    runs = volumes / "srv/runs"
 
     with step("start: the page answers, its link works, nobody gets in without"):
         page = Container(root, config, volumes, log=work / "page.log")

@@ -245,7 +245,7 @@ def test_the_page_is_for_this_board_alone(board: Callable[..., list[str]], tmp_p
     assert {("--group-add", "44"), ("--group-add", "110"), ("--runtime", "nvidia")} <= found
     assert ("--stop-timeout", "120") in found
     runs = tmp_path / "clone/runs"
-    assert ("--volume", f"{runs}:/work/runs") in found
+    assert ("--volume", f"{runs}:/srv/runs") in found
     assert ("--volume", f"{runs}/.nv_jetson_model:/tmp/nv_jetson_model:ro") in found
     assert (runs / ".nv_jetson_model").read_bytes().startswith(b"NVIDIA Jetson Orin Nano")
     assert not any("jtop" in word for word in words)
