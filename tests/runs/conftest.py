@@ -179,6 +179,18 @@ class Workbench:
         return code
 
 
+@pytest.fixture
+def queued(shop: Any) -> Any:
+    """Makes a run that waits for a worker, without starting one."""
+
+    def make(label: str) -> Run:
+        run = rundir.create(shop.recipe(), label)
+        run.write_state("queued")
+        return run
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def workbench(
     tiny_phi: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory

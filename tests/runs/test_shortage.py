@@ -136,18 +136,6 @@ def test_a_run_asked_to_stop_meanwhile_is_not_started_again(queued: Any) -> None
     assert not (run.path / "worked-2").exists()
 
 
-@pytest.fixture
-def queued(shop: Any) -> Any:
-    """Makes a run that nobody works on yet."""
-
-    def make(label: str) -> Run:
-        run = rundir.create(shop.recipe(), label)
-        run.write_state("queued")
-        return run
-
-    return make
-
-
 # --- the limits ----------------------------------------------------------------------------------
 
 

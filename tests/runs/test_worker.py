@@ -21,18 +21,6 @@ def work(run: Run) -> int:
     return subprocess.run(command, capture_output=True, timeout=30).returncode
 
 
-@pytest.fixture
-def queued(shop: Any) -> Any:
-    """Makes a run that waits for a worker, without starting one."""
-
-    def make(label: str) -> Run:
-        run = rundir.create(shop.recipe(), label)
-        run.write_state("queued")
-        return run
-
-    return make
-
-
 def last_words(run: Run) -> list[tuple[Any, ...]]:
     return [(e["kind"], e.get("what", e.get("code"))) for e in run.events()]
 
