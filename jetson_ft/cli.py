@@ -298,7 +298,8 @@ def webui(
 @app.command()
 def chat(
     run: Annotated[
-        str, typer.Argument(help="A run (name, path, `latest`), an adapter folder, or `base`.")
+        str,
+        typer.Argument(help="A run (name, path, `latest`), adapter folder, `base`, or a model."),
     ] = "latest",
     model: Annotated[
         str | None, typer.Option(help="Base model; by default the one the run was made with.")

@@ -62,6 +62,23 @@ def cached_files(repo: str, kind: Kind) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def downloaded_models() -> list[str]:
+    """Models whose weights lie in the hub's cache, by their ids."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        found = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    models = (repo for repo in found if repo.repo_type == "model")
+    return sorted(repo.repo_id for repo in models if _has_weights(repo))
+
+
+def _has_weights(repo: Any) -> bool:
+    files = (file for revision in repo.revisions for file in revision.files)
+    return any(file.file_name.endswith(".safetensors") for file in files)
+
+
 def fetch(repo: str, kind: Kind, patterns: list[str]) -> Path:
     """Downloads the files that match (shell patterns) and returns the folder they lie in.
 

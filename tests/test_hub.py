@@ -202,6 +202,12 @@ def test_files_are_listed_and_those_that_match_are_fetched(server: FakeHub, tmp_
     assert not server.asked_for("README.md")
 
 
+def test_models_whose_weights_lie_here_are_listed(server: FakeHub, tmp_path: Path) -> None:
+    listed, config = ("downloaded_models",), ("fetch", "o/n", "model", ["config.json"])
+    answers = ask(server.address, tmp_path, listed, config, listed, FETCH, listed)
+    assert [answer["value"] for answer in answers[::2]] == [[], [], ["o/n"]]
+
+
 def test_the_token_is_sent(server: FakeHub, tmp_path: Path) -> None:
     ask(server.address, tmp_path, FETCH, HF_TOKEN="hf_secret")
     sent = [headers.get("authorization") for _, path, headers in server.requests if "o/n" in path]

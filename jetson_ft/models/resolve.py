@@ -85,6 +85,16 @@ def resolve(name: str, weights: bool = True) -> Base:
     return base
 
 
+def is_base(name: str) -> bool:
+    """Whether a name means a model by itself: `base`, `embedded`, a hub id, a model's folder."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return name in ("base", "embedded") or HUB_ID.fullmatch(name) is not None
+    if (path / "adapter_config.json").is_file():
+        return False
+    return path.suffix == ".gguf" or (path / "config.json").is_file() or any(path.glob("*.gguf"))
+
+
 def _download(repo: str, weights: bool) -> Path:
     files = hub.list_files(repo, "model")
     found = [file for file in files if file.endswith(".safetensors") and "/" not in file]

@@ -17,16 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from jetson_ft.errors import UserError
-from jetson_ft.runs import slot
+from jetson_ft.runs import beside
 from jetson_ft.runs.worker import explain, quieten
 
 IDLE_SECONDS = 600.0
 _LOOK_SECONDS = 1.0
 _OUT = sys.stdout
-_ENOUGH_FREE = 0.5  # of the memory: a run beside the chat has room then
 
 
 class Worker:
@@ -70,7 +66,7 @@ class Worker:
             idle = time.monotonic() - self._talked_at
             if not self._busy and idle > IDLE_SECONDS:
                 leave("idle")
-            if slot.is_taken() and is_scarce():
+            if self.chat and is_scarce():
                 leave("training")
 
     def _obey(self, request: dict[str, Any]) -> None:
@@ -82,11 +78,6 @@ class Worker:
     def _open(self, name: str) -> None:
         from jetson_ft.runs import talk
 
-        if slot.is_taken() and is_scarce():
-            raise UserError(
-                "Busy: a run is training, and less than half of the memory is free.",
-                fix="Wait for its end, or stop it; it can be resumed.",
-            )
         self.chat = None
         self.chat, title = talk.open_run(name, self.root)
         tell("ready", None, title=title, has_adapter=self.chat.has_adapter)
@@ -121,9 +112,10 @@ def leave(why: str) -> None:
 
 
 def is_scarce() -> bool:
-    """Whether less of the memory is free than a run beside the chat should find."""
-    memory = psutil.virtual_memory()
-    return memory.available < _ENOUGH_FREE * memory.total
+    """Whether a run needs more memory than there is beside the chat."""
+    from jetson_ft.device import probe
+
+    return beside.is_scarce(probe.probe())
 
 
 if __name__ == "__main__":

@@ -156,12 +156,8 @@ class Summary:
 
 
 def summarise(run: Run) -> Summary:
-    """From the end of its events alone, so that it costs the same for a long run."""
-    seen = Seen()
-    size = _size(run.events_file)
-    events, _ = read_events(run.events_file, max(0, size - _TAIL))
-    for event in events:
-        seen.take(event)
+    """Its newest figures, its state and its title."""
+    seen = newest(run)
     step, measured = seen.last.get("step", {}), seen.last.get("eval", {})
     return Summary(
         name=run.name,
@@ -174,6 +170,16 @@ def summarise(run: Run) -> Summary:
         heldout_loss=measured.get("heldout_loss"),
         phase=seen.phase,
     )
+
+
+def newest(run: Run) -> Seen:
+    """From the end of its events alone, so that it costs the same for a long run."""
+    seen = Seen()
+    size = _size(run.events_file)
+    events, _ = read_events(run.events_file, max(0, size - _TAIL))
+    for event in events:
+        seen.take(event)
+    return seen
 
 
 def title(run: Run) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import uuid
+from pathlib import Path
 from typing import IO
 
 from jetson_ft.paths import cache_dir
@@ -25,12 +27,18 @@ class Slot:
         self._ticket = lock(hidden)
         hidden.replace(self._folder / self._name)
 
-    def try_take(self) -> IO[bytes] | None:
-        """The slot's lock file when it is this ticket's turn and the slot is free."""
+    def try_take(self, run: Path) -> IO[bytes] | None:
+        """The slot's lock file when it is this ticket's turn and the slot is free.
+
+        It tells others for which run's folder it was taken.
+        """
         if self._is_anybody_before():
             return None
         held = lock(self._folder / "slot")
         if held:
+            held.truncate(0)
+            held.write(os.fsencode(run.absolute()))
+            held.flush()
             self.leave()
         return held
 
@@ -55,9 +63,11 @@ class Slot:
         return False
 
 
-def is_taken() -> bool:
-    """Whether a run has the machine's slot."""
-    held = lock(cache_dir("queue") / "slot")
+def holder() -> Path | None:
+    """Folder of the run that has the machine's slot; None: it is free."""
+    path = cache_dir("queue") / "slot"
+    held = lock(path)
     if held:
         held.close()
-    return held is None
+        return None
+    return Path(os.fsdecode(path.read_bytes()))

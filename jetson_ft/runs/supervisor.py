@@ -46,7 +46,7 @@ def _wait_for_turn(run: Run) -> IO[bytes] | None:
     slot = Slot(since=run.state().updated)
     told = False
     while not run.stop_requested():
-        held = slot.try_take()
+        held = slot.try_take(run.path)
         if held:
             return held
         if not told:

@@ -15,7 +15,7 @@ from jetson_ft.models.load import Weights
 from jetson_ft.models.packing import packs
 from jetson_ft.paths import read_json
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import rundir
+from jetson_ft.runs import beside, rundir
 from jetson_ft.runs.pipeline import prepare_rows
 from jetson_ft.runs.rundir import Run
 
@@ -25,22 +25,31 @@ _CAPACITY = 1024  # tokens in a pack when measuring
 def open_run(
     name: str, root: Path, model: str | None = None, quantize: str | None = None
 ) -> tuple[chat.Chat, str]:
-    """A chat with a run's adapter, an adapter folder, or a base alone (`base`).
+    """A chat with a run's adapter, an adapter folder, or a base alone.
+
+    Args:
+        name: of a run or an adapter's folder, or what a recipe may name as `model`; `latest`
+            is the newest run with an adapter, `base` the embedded model.
 
     Returns:
         The chat, and a line on what it talks with.
     """
     if quantize not in (None, "none", "int8", "nf4"):
         raise UserError(f"quantize can't be {quantize!r}.", fix="One of none, int8, nf4.")
-    folder, recipe = (None, Recipe()) if name == "base" else _adapter_of(name, root)
+    folder, recipe = (None, _alone(name)) if resolve.is_base(name) else _adapter_of(name, root)
     base = model or recipe.model
     device = probe.probe()
     weights = Weights(
         device.precision(recipe.precision), quantize or recipe.quantize, recipe.double_quantize
     )
+    beside.require_room(resolve.resolve(base, weights=False), weights, device)
     opened = chat.open_chat(base, weights, device.kind, folder)
     with_adapter = f" with {folder}" if folder else ""
     return opened, f"{base}{with_adapter} ({weights}, {device.kind})"
+
+
+def _alone(name: str) -> Recipe:
+    return Recipe() if name == "base" else Recipe(model=name)
 
 
 def _adapter_of(name: str, root: Path) -> tuple[Path, Recipe]:

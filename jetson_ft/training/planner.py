@@ -293,6 +293,14 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
     return {name: math.ceil(size) for name, size in parts.items()}
 
 
+def chat_bytes(shape: Shape, weights: Weights, device: Device) -> int:
+    """Of a process that answers with this model; what its answers need is left to the margin."""
+    costs = COSTS[device.kind]
+    process = costs.process + (costs.products if weights.precision == "fp32" else 0)
+    own = process if device.kind == "cpu" or device.integrated else 0
+    return math.ceil((weight_bytes(shape, weights) + own + costs.context) * (1 + costs.margin))
+
+
 def weight_bytes(shape: Shape, weights: Weights) -> int:
     """Of the frozen weights: quantised in the linear layers below the head, nowhere else."""
     number = 4 if weights.precision == "fp32" else 2

@@ -10,9 +10,12 @@ from typing import Any
 
 import gradio as gr
 
+from jetson_ft import hub
 from jetson_ft.errors import UserError
+from jetson_ft.models import resolve
 from jetson_ft.runs import live, rundir
 from jetson_ft.runs.parlour import Parlour, Question, Turns
+from jetson_ft.runs.rundir import Run
 from jetson_ft.webui.words import Words
 
 # As `inference.generate.Sampling` declares them: lowest, highest, step, what the chat begins with.
@@ -33,8 +36,9 @@ def build(words: Words, runs: Path, parlour: Parlour, place: Any) -> None:
     with gr.Row():
         with gr.Column(scale=3):
             name = gr.Dropdown(
-                tab.choices(), value=BASE, label=words("chat.with"), info=words("chat.with.help")
-            )
+                tab.choices(), value=BASE, label=words("chat.with"), info=words("chat.with.help"),
+                allow_custom_value=True,
+            )  # fmt: skip
             side = gr.Checkbox(label=words("chat.side"))
             with gr.Row():
                 base = gr.Chatbot(label=words("chat.base.title"), visible=False, **_CHATBOT)
@@ -89,15 +93,20 @@ class _Tab:
         self.words, self.runs, self.parlour = words, runs, parlour
 
     def choices(self) -> list[tuple[str, str]]:
-        """(shown, name) of the embedded model and of every run with an adapter."""
-        found = [run for run in rundir.list_runs(self.runs) if run.adapter.is_dir()]
-        return [(self.words("chat.base"), BASE), *((live.title(run), run.name) for run in found)]
+        """(shown, name) of every run with an adapter, and of the bases that lie here."""
+        adapters = [(live.title(run), run.name) for run in self._with_adapter()]
+        bases = [(self.words("chat.alone", name=name), name) for name in hub.downloaded_models()]
+        return [(self.words("chat.base"), BASE), *adapters, *bases]
+
+    def _with_adapter(self) -> list[Run]:
+        return [run for run in rundir.list_runs(self.runs) if run.adapter.is_dir()]
 
     def arrive(self, name: str, by_hand: bool) -> Any:
         """Offers what there is by now; the newest adapter until somebody chooses."""
-        found = self.choices()
-        known = by_hand and name in [one for _, one in found]
-        return gr.Dropdown(found, value=name if known else found[min(1, len(found) - 1)][1])
+        adapters = [run.name for run in self._with_adapter()]
+        known = by_hand and (name in adapters or resolve.is_base(name))
+        value = name if known else [*adapters, BASE][0]
+        return gr.Dropdown(self.choices(), value=value, allow_custom_value=True)
 
     def stop(self, request: gr.Request) -> None:
         """Ends this visitor's answer, and nobody else's."""
@@ -121,7 +130,7 @@ class _Tab:
         sides = {"base": _plain(base), "adapter": _plain(adapter)}
         speed = ""
         try:
-            for who in ("base", "adapter") if side and name != BASE else ("adapter",):
+            for who in ("base", "adapter") if side and not resolve.is_base(name) else ("adapter",):
                 question = self._question(text, sides[who], who == "adapter", *how)
                 sides[who] = [*sides[who], {"role": "user", "content": text}]
                 yield "", sides["base"], sides["adapter"], self.words("chat.loading")

@@ -164,8 +164,8 @@ WHOLE = {
     "`make finetune` makes one; `jetson-ft chat base` talks with the model as it is.": (
         "`make finetune` 会训练一个；`jetson-ft chat base` 可与未经微调的模型对话。"
     ),
-    "Busy: a run is training, and less than half of the memory is free.": (
-        "正忙：有任务在训练，空闲内存不足一半。"
+    "Busy: a run is training. Beside it {} GiB are left; this model needs {} GiB.": (
+        "正忙：有任务在训练，除它之外还剩 {} GiB 内存，而此模型需要 {} GiB。"
     ),
     "Wait for its end, or stop it; it can be resumed.": "请等它结束，或先停止它，之后可以继续。",
     "Busy: the model is answering somebody else.": "正忙：模型正在回答其他人。",

@@ -168,7 +168,8 @@ class _Form:
             except UserError as error:
                 return [self._complaint(self.words.error_text(error)), "", ticket, *marks]
             run = self._sent[ticket]
-        queued = rundir.named(run, self.runs).state().state == "queued" and slot.is_taken()
+        state = rundir.named(run, self.runs).state().state
+        queued = state == "queued" and slot.holder() is not None
         told = escape(self.words("train.queued" if queued else "train.started", name=run))
         return [f"<p>{told}</p>", run, uuid.uuid4().hex, *marks]
 

@@ -28,10 +28,11 @@ _WORDS: dict[str, tuple[str, str]] = {
     "device.fails": ("Training would not work here", "目前无法在这里训练"),
     "chat.with": ("Talk with", "对话对象"),
     "chat.with.help": (
-        "A run's adapter, or the embedded model as it is.",
-        "某个任务的适配器，或未经微调的自带模型。",
+        "A run's adapter, or a base as it is. Or type a hub id, or a model's or adapter's folder.",
+        "某个任务的适配器，或未经微调的基座。也可输入 Hub 模型名、模型或适配器的文件夹。",
     ),
     "chat.base": ("embedded model, no adapter", "自带模型（无适配器）"),
+    "chat.alone": ("{name}, no adapter", "{name}（无适配器）"),
     "chat.side": ("Base and adapter side by side", "并排对比基座与适配器"),
     "chat.base.title": ("Base", "基座模型"),
     "chat.adapter.title": ("Adapter", "适配器"),

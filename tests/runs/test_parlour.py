@@ -94,11 +94,11 @@ def test_it_ends_with_whoever_started_it(tmp_path: Path) -> None:
     assert process.wait(20) == 0
 
 
-@pytest.mark.parametrize(("trains", "scarce", "idle", "why"), [
+@pytest.mark.parametrize(("loaded", "scarce", "idle", "why"), [
     (True, True, False, "training"), (False, True, True, "idle"), (True, False, True, "idle"),
 ])  # fmt: skip
 def test_it_leaves_for_a_run_that_needs_memory_and_when_nobody_talks(
-    trains: bool, scarce: bool, idle: bool, why: str, monkeypatch: pytest.MonkeyPatch
+    loaded: bool, scarce: bool, idle: bool, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Left(Exception):
         pass
@@ -110,6 +110,7 @@ def test_it_leaves_for_a_run_that_needs_memory_and_when_nobody_talks(
     monkeypatch.setattr(chat_worker, "_LOOK_SECONDS", 0.0)
     monkeypatch.setattr(chat_worker, "IDLE_SECONDS", -1.0 if idle else 600.0)
     monkeypatch.setattr(chat_worker, "is_scarce", lambda: scarce)
-    monkeypatch.setattr(chat_worker.slot, "is_taken", lambda: trains)
     with pytest.raises(Left, match=why):
-        chat_worker.Worker(Path())._look_around()
+        worker = chat_worker.Worker(Path())
+        worker.chat = object() if loaded else None
+        worker._look_around()

@@ -11,6 +11,7 @@ import pytest
 
 from jetson_ft.errors import UserError
 from jetson_ft.inference.generate import Sampling
+from jetson_ft.models import resolve
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import rundir
 from jetson_ft.runs.rundir import Run
@@ -55,6 +56,21 @@ def test_without_any_adapter_the_way_to_one_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no adapter to talk with yet") as caught:
         open_run("latest", tmp_path)
     assert "chat base" in caught.value.fix
+
+
+def test_any_base_is_talked_with_alone(tmp_path: Path, tiny_llama: Path) -> None:
+    opened, title = open_run(str(tiny_llama), tmp_path)
+    assert not opened.has_adapter and title.startswith(f"{tiny_llama} (fp32")
+
+
+def test_names_of_bases_are_told_from_those_of_runs(
+    finished: Run, tiny_phi: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model.gguf").touch()
+    bases = ["base", "embedded", "microsoft/phi-1_5", tiny_phi, tmp_path, tmp_path / "model.gguf"]
+    others = [finished.name, finished.path, finished.adapter, "latest", "a-deleted-one"]
+    assert all(resolve.is_base(str(name)) for name in bases)
+    assert not any(resolve.is_base(str(name)) for name in others)
 
 
 def test_an_adapter_folder_finds_its_base(finished: Run, tmp_path: Path, tiny_phi: Path) -> None:

@@ -29,6 +29,7 @@ def test_the_newest_adapter_is_offered_until_somebody_chooses(tmp_path: Path) ->
     assert value(chat.arrive(BASE, False)) == "20260102-000000-new"
     assert value(chat.arrive(BASE, True)) == BASE
     assert value(chat.arrive("a-deleted-one", True)) == "20260102-000000-new"
+    assert value(chat.arrive("microsoft/phi-1_5", True)) == "microsoft/phi-1_5"
 
 
 def test_undo_takes_back_the_last_message_with_its_answers() -> None:
