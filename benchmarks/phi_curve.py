@@ -4,7 +4,7 @@
     python benchmarks/phi_curve.py --precision fp32
     python benchmarks/phi_curve.py --precision bf16
 
-A Phi of four layers with random weights and a vocabulary made of the bundled rows learns those
+A Phi of two layers with random weights and a vocabulary made of the bundled rows learns those
 rows, three times over, with rank 8 on every linear layer. `trainer` is transformers' Trainer with
 PEFT's own layers (at bf16 under autocast: fp32 adapters), padded and with checkpointing;
 `ours-without-fused` is this program with PEFT's layers, which multiply adapters in fp32; `ours`
@@ -56,8 +56,8 @@ def make_model(folder: Path, rows: Path) -> Path:
     )
     torch.manual_seed(0)
     config = PhiConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=4,
-        num_attention_heads=8, bos_token_id=0, eos_token_id=0,
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
@@ -87,7 +87,7 @@ def main() -> None:
         rows = make_rows(folder / "rows.jsonl")
         model = make_model(folder / "model", rows)
         settings = Settings(
-            str(model), str(rows), STEPS * ROWS_PER_STEP, 512, 8, 1, usable_cores(), ARMS,
+            str(model), str(rows), STEPS * ROWS_PER_STEP, 256, 8, 1, usable_cores(), ARMS,
             precision=precision,
         )  # fmt: skip
         found = bench(settings, folder / "out", lambda turn: None)
