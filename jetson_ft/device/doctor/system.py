@@ -156,7 +156,8 @@ def _disks(machine: Machine) -> Iterator[Finding]:
 
 def _disk(together: list[Path]) -> Finding:
     """Of the folder for runs, for caches and for models, those that share it."""
-    places = ", ".join(map(str, together))
+    home = str(Path.home())
+    places = ", ".join(f"{place}/".replace(f"{home}/", "~/", 1)[:-1] for place in together)
     parents = [existing_parent(place) for place in together]
     closed = [parent for parent in parents if not os.access(parent, os.W_OK)]
     if closed:
