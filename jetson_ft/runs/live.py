@@ -25,8 +25,9 @@ CURVES = {
     "eval": ("heldout_loss",),
     "sample": ("watts", "temperature"),
 }
+COOLING = "cooling"
 _PIECE = 1 << 22  # bytes read at a time
-_TAIL = 1 << 16  # enough for some dozens of events
+_TAIL = 1 << 18  # enough for some hundreds of events
 
 
 class Curve:
@@ -80,7 +81,7 @@ class Seen:
 
     curves: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
     last: dict[str, dict[str, Any]] = field(default_factory=dict)  # newest event of each kind
-    phase: str = ""  # begun and not ended
+    phase: str = ""  # begun and not ended; `COOLING` while training pauses for heat
     offset: int = 0
 
     def take(self, event: dict[str, Any]) -> None:
@@ -91,6 +92,8 @@ class Seen:
             self.phase = event["name"]
         elif kind == "phase_end":
             self.phase = ""
+        elif kind in ("pause", "pause_end"):
+            self.phase = COOLING if kind == "pause" else "training"
         step = event.get("step")
         if kind not in CURVES or not isinstance(step, int):
             return

@@ -129,6 +129,7 @@ _WORDS: dict[str, tuple[str, str]] = {
     "runs.step": ("step {step} of {total}", "第 {step} 步，共 {total} 步"),
     "runs.step_open": ("step {step}", "第 {step} 步"),
     "runs.left": ("{time} left", "剩余 {time}"),
+    "runs.cooling": ("paused until it has cooled", "已暂停，等待降温"),
     "runs.preparing": ("preparing: {phase}", "准备中：{phase}"),
     "runs.compare": ("draw beside the chosen one", "与所选任务画在同一张图里"),
     "do.stop": ("Stop", "停止"),

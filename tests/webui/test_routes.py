@@ -143,6 +143,11 @@ def test_a_run_tells_its_phase_its_end_and_a_warning_in_the_pages_language(
     resumed = page.get(f"/live/zh/runs/{run.name}").text
     assert "准备中：获取模型文件" in resumed
     assert "缺少" not in resumed  # an earlier attempt's warning
+    for kind, shown in (("pause", True), ("pause_end", False)):
+        log.emit(kind, step=1)
+        time.sleep(1.1)
+        found = page.get(f"/live/zh/runs/{run.name}").text
+        assert ("已暂停，等待降温" in found) == shown
     assert held
     held.close()
 
