@@ -18,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -367,7 +368,8 @@ def _text(path: Path, encoding: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 at = error.start - (len(error.object) - len(block))
                 decoder.setstate(state)
-                line += decoder.decode(block[: max(0, at)]).count("\n")
+                with suppress(UnicodeError):  # UTF-16 without its mark at the start has no lines
+                    line += decoder.decode(block[: max(0, at)]).count("\n")
                 byte = error.object[error.start]
                 raise _bad_byte(path, encoding, byte, line, offset + at) from None
             except UnicodeError as error:  # a missing byte order mark, for instance

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jetson_ft import hub
@@ -412,6 +412,7 @@ def test_unknown_encoding(tmp_path: Path, name: str) -> None:
 
 
 @settings(quick, max_examples=150)
+@example(content=b"\0\0\0\0\0\xd8\0\0", suffix="json", block=1 << 20, encoding="utf-16")
 @given(
     content=st.binary(max_size=80)
     | st.tuples(
