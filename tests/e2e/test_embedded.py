@@ -1,4 +1,7 @@
-"""The real embedded model, from the recipe to a chat, in its three weight formats."""
+"""The real embedded model, quantised, from the recipe to a chat.
+
+In fp32 it goes the same way through the page: tests/webui/test_journey.py.
+"""
 
 from __future__ import annotations
 
@@ -48,16 +51,14 @@ def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# Quantised products are slow on a CPU, so those runs are short.
-@pytest.mark.parametrize(
-    "quantize, steps, size", [("none", 2, 512), ("nf4", 1, 256), ("int8", 1, 256)]
-)
+# Quantised products are slow on a CPU, so these runs are short.
+@pytest.mark.parametrize("quantize, expected", [("nf4", 9.398), ("int8", 8.191)])
 def test_embedded_model_learns_and_chats(
-    quantize: str, steps: int, size: int, heldout_file: Path, tmp_path: Path
+    quantize: str, expected: float, heldout_file: Path, tmp_path: Path
 ) -> None:
     sets = [
         f"quantize={quantize}", f"data.heldout={heldout_file}", "train.max_minutes=0",
-        f"train.max_steps={steps}", f"train.tokens_per_step={size}", "train.warmup_steps=0",
+        "train.max_steps=1", "train.tokens_per_step=256", "train.warmup_steps=0",
         "eval.max_new_tokens=3", "eval.samples=1",
     ]  # fmt: skip
     flags = [flag for text in sets for flag in ("--set", text)]
@@ -68,7 +69,6 @@ def test_embedded_model_learns_and_chats(
     before, after = report["eval"]["before"], report["eval"]["after"]
     assert after["bits_per_char"] < before["bits_per_char"]
     # Pinned: the base's score on these rows depends on the weights and the template alone.
-    expected = {"none": 8.108, "nf4": 9.398, "int8": 8.191}[quantize]
     assert before["bits_per_char"] == pytest.approx(expected, rel=0.02)
     chat = run_cli("chat", "--max-new-tokens", "3", cwd=tmp_path, stdin="你好！\n/compare\n再见\n")
     assert chat.returncode == 0, chat.stderr
