@@ -323,9 +323,9 @@ def chat(
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     from jetson_ft.chat_terminal import Terminal
     from jetson_ft.inference.chat import read_examples
-    from jetson_ft.runs.talk import open_run
+    from jetson_ft.runs import talk
 
-    found, title = open_run(run, runs, model, quantize)
+    found, title = talk.begin(talk.find(run, runs, model, quantize))
     found.system = system
     found.examples = read_examples(examples) if examples else []
     Terminal(found, sampling, title).loop()

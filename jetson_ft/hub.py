@@ -68,7 +68,7 @@ def downloaded_models() -> list[str]:
 
     try:
         found = scan_cache_dir().repos
-    except CacheNotFound:
+    except (CacheNotFound, OSError, ValueError):  # a damaged cache hides no more than this list
         return []
     models = (repo for repo in found if repo.repo_type == "model")
     return sorted(repo.repo_id for repo in models if _has_weights(repo))

@@ -87,12 +87,17 @@ def resolve(name: str, weights: bool = True) -> Base:
 
 def is_base(name: str) -> bool:
     """Whether a name means a model by itself: `base`, `embedded`, a hub id, a model's folder."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        return name in ("base", "embedded") or HUB_ID.fullmatch(name) is not None
-    if (path / "adapter_config.json").is_file():
+    if name in ("base", "embedded"):
+        return True
+    try:
+        path = Path(name).expanduser()
+        if not path.exists():  # `runs/NAME` is a path, even where there is no such run
+            return HUB_ID.fullmatch(name) is not None and not path.parent.exists()
+        files = [one.name for one in path.iterdir()] if path.is_dir() else [path.name]
+    except (OSError, RuntimeError):  # not to be read; nobody's home
         return False
-    return path.suffix == ".gguf" or (path / "config.json").is_file() or any(path.glob("*.gguf"))
+    is_model = "config.json" in files or any(file.endswith(".gguf") for file in files)
+    return is_model and "adapter_config.json" not in files
 
 
 def _download(repo: str, weights: bool) -> Path:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.errors import UserError
 from jetson_ft.paths import read_json
-from jetson_ft.runs import live, slot
+from jetson_ft.runs import live, processes, slot
 from jetson_ft.runs.rundir import Run
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def require_room(base: Base, weights: Weights, device: Device) -> None:
     from jetson_ft.training import planner
 
     needed = planner.chat_bytes(shapes.of(base), weights, device)
-    left = device.memory_available - still_to_come(folder, device.memory_total)
+    left = device.memory_available - still_to_come(Run(folder), device)
     if needed > left:
         raise UserError(
             f"Busy: a run is training. Beside it {max(0, left) / 2**30:.1f} GiB are left; this "
@@ -45,27 +44,35 @@ def is_scarce(device: Device) -> bool:
     folder = slot.holder()
     if folder is None:
         return False
-    return device.memory_available < still_to_come(folder, device.memory_total)
+    return device.memory_available < still_to_come(Run(folder), device)
 
 
-def still_to_come(folder: Path, total: int) -> float:
-    """Bytes that the run of this folder will take by its plan, and hasn't taken yet.
+def still_to_come(run: Run, device: Device) -> float:
+    """Bytes that the run will take by its plan, and hasn't taken yet.
 
-    Until its first step counts as if nothing were taken; without a plan, as half of `total`.
+    Of one that has no plan yet it is half of the memory. All its processes on this machine
+    count, but on a GPU with a memory of its own, where each has its own.
     """
-    run = Run(folder)
     try:
         plan, attempt = read_json(run.path / "plan.json"), run.state().attempt
     except UserError:
-        return _UNKNOWN * total
-    steps = live.newest(run).last.get("step", {})
+        return _UNKNOWN * device.memory_total
     if not plan.get("peak_memory_bytes"):
-        return _UNKNOWN * total
-    taken = _taken(plan, steps) if steps.get("attempt") == attempt else 0
-    return max(0.0, float(plan["peak_memory_bytes"]) - taken)
+        return _UNKNOWN * device.memory_total
+    told = live.newest(run).last
+    now = {kind: event for kind, event in told.items() if event["attempt"] == attempt}
+    shared = device.kind == "cpu" or device.integrated
+    count = processes.of(run).nproc_per_node if shared else 1
+    return count * max(0.0, float(plan["peak_memory_bytes"]) - _taken(plan["parts"], now))
 
 
-def _taken(plan: dict[str, Any], step: dict[str, Any]) -> int:
-    """On a GPU a step tells what torch allocated; the process and its context come to that."""
-    context = plan["parts"]["context"]
-    return int(step["memory"]) + (context + plan["parts"]["process"] if context else 0)
+def _taken(parts: dict[str, int], told: dict[str, dict[str, Any]]) -> int:
+    """Bytes that a process has, by the newest events of its attempt.
+
+    On a CPU a step tells the whole process's; on a GPU what torch allocated, to which the
+    process itself and the driver's context come.
+    """
+    loaded = parts["process"] + parts["context"]
+    if "step" in told:
+        return int(told["step"]["memory"]) + (loaded if parts["context"] else 0)
+    return loaded + (sum(told["weights"]["bytes"].values()) if "weights" in told else 0)

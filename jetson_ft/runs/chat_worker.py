@@ -8,6 +8,7 @@ starts that may need its memory.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import queue
@@ -31,6 +32,7 @@ class Worker:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.chat: Any = None
+        self._partner: Any = None
         self._asked: queue.Queue[dict[str, Any]] = queue.Queue()
         self._stop = threading.Event()
         self._talked_at = time.monotonic()
@@ -78,9 +80,20 @@ class Worker:
     def _open(self, name: str) -> None:
         from jetson_ft.runs import talk
 
-        self.chat = None
-        self.chat, title = talk.open_run(name, self.root)
-        tell("ready", None, title=title, has_adapter=self.chat.has_adapter)
+        partner = talk.find(name, self.root)
+        if partner != self._partner:
+            self._let_go()
+            self.chat, _ = talk.begin(partner)
+            self._partner = partner
+        tell("ready", None, has_adapter=self.chat.has_adapter)
+
+    def _let_go(self) -> None:
+        """Frees the model's memory, so that it counts for the next one."""
+        import torch
+
+        self.chat = self._partner = None
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _say(self, request: dict[str, Any]) -> None:
         from jetson_ft.inference.generate import Sampling

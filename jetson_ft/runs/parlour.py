@@ -43,6 +43,7 @@ class Answer:
     text: str
     tokens: int | None = None
     seconds: float | None = None
+    stopped: bool = False
 
 
 class Parlour:
@@ -54,6 +55,7 @@ class Parlour:
         self._process: subprocess.Popen[str] | None = None
         self._talking = threading.Lock()
         self._visitor = ""  # whose question is being answered
+        self._opening = self._stopped = False
         self._numbers = itertools.count(1)
 
     def answer(self, name: str, question: Question, visitor: str = "") -> Iterator[Answer]:
@@ -72,8 +74,16 @@ class Parlour:
             self._talking.release()
 
     def stop(self, visitor: str = "") -> None:
-        """Ends the answer that is being written, if it is this visitor's."""
-        if visitor == self._visitor and self._process and self._process.poll() is None:
+        """Ends the answer that is being written, if it is this visitor's, or the loading for it.
+
+        What was fetched until then is kept.
+        """
+        if visitor != self._visitor or not self._process or self._process.poll() is not None:
+            return
+        if self._opening:
+            self._stopped = True
+            self._process.kill()
+        else:
             self._send({"do": "stop"})
 
     def close(self) -> None:
@@ -91,11 +101,12 @@ class Parlour:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
                 env={**WORKER_ENVIRONMENT, **os.environ},
             )  # fmt: skip
-        if self.loaded is None or self.loaded[0] != name:
-            self.loaded = None
+        self._opening, self._stopped = True, False
+        try:
             self._send({"do": "open", "name": name})
-            told = self._next("ready")
-            self.loaded = (name, told["has_adapter"])
+            self.loaded = (name, self._next("ready")["has_adapter"])
+        finally:
+            self._opening = False
 
     def _converse(self, question: Question) -> Iterator[Answer]:
         number = next(self._numbers)
@@ -106,7 +117,9 @@ class Parlour:
                 told = self._next("piece", "end")
                 done = told["kind"] == "end"
                 written += told.get("text", "")
-                yield Answer(written, told.get("tokens"), told.get("seconds"))
+                yield Answer(
+                    written, told.get("tokens"), told.get("seconds"), told.get("stopped", False)
+                )
         except GeneratorExit:  # the visitor left: the rest is no part of the next answer
             if not done:
                 self.stop(self._visitor)
@@ -142,4 +155,6 @@ class Parlour:
                 self.close()
                 raise UserError(_LEFT[told["why"]], fix="Send the message again when it is over.")
         self.close()
+        if self._stopped:
+            raise UserError("Stopped before the model was loaded.")
         raise UserError("The chat's process ended; it may have run out of memory.")

@@ -3,48 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jetson_ft.data import read, store, tokens
 from jetson_ft.device import probe
 from jetson_ft.errors import UserError
-from jetson_ft.inference import chat, evaluate
+from jetson_ft.inference import chat
 from jetson_ft.models import adapter, attention, load, resolve
-from jetson_ft.models.load import Weights
 from jetson_ft.models.packing import packs
 from jetson_ft.paths import read_json
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import beside, rundir
-from jetson_ft.runs.pipeline import prepare_rows
+from jetson_ft.runs.pipeline import prepare_rows, weights_of
 from jetson_ft.runs.rundir import Run
 
 _CAPACITY = 1024  # tokens in a pack when measuring
 
 
-def open_run(
-    name: str, root: Path, model: str | None = None, quantize: str | None = None
-) -> tuple[chat.Chat, str]:
-    """A chat with a run's adapter, an adapter folder, or a base alone.
+@dataclass(frozen=True)
+class Partner:
+    """Whom a chat is with: a base, as a recipe names and keeps it, and perhaps an adapter."""
+
+    recipe: Recipe
+    folder: Path | None = None
+    written: int = 0  # when the adapter was, ns since 1970: another one may take its place
+
+
+def find(name: str, root: Path, model: str | None = None, quantize: str | None = None) -> Partner:
+    """Whom a name means; nothing is loaded or fetched.
 
     Args:
         name: of a run or an adapter's folder, or what a recipe may name as `model`; `latest`
             is the newest run with an adapter, `base` the embedded model.
+        model: another base.
+        quantize: another format of its weights.
 
-    Returns:
-        The chat, and a line on what it talks with.
+    Raises:
+        UserError: there is nothing of that name, or it has no adapter yet.
     """
     if quantize not in (None, "none", "int8", "nf4"):
         raise UserError(f"quantize can't be {quantize!r}.", fix="One of none, int8, nf4.")
     folder, recipe = (None, _alone(name)) if resolve.is_base(name) else _adapter_of(name, root)
-    base = model or recipe.model
-    device = probe.probe()
-    weights = Weights(
-        device.precision(recipe.precision), quantize or recipe.quantize, recipe.double_quantize
-    )
+    changes = {"model": model or recipe.model, "quantize": quantize or recipe.quantize}
+    weights = folder / "adapter_model.safetensors" if folder else None
+    written = weights.stat().st_mtime_ns if weights and weights.exists() else 0
+    return Partner(recipe.model_copy(update=changes), folder, written)
+
+
+def begin(partner: Partner) -> tuple[chat.Chat, str]:
+    """Loads the model.
+
+    Returns:
+        The chat, and a line on what it talks with.
+
+    Raises:
+        UserError: it can't be loaded, or there is no room for it beside a run.
+    """
+    base, device = partner.recipe.model, probe.probe()
+    weights = weights_of(partner.recipe, device)
     beside.require_room(resolve.resolve(base, weights=False), weights, device)
-    opened = chat.open_chat(base, weights, device.kind, folder)
-    with_adapter = f" with {folder}" if folder else ""
+    opened = chat.open_chat(base, weights, device.kind, partner.folder)
+    with_adapter = f" with {partner.folder}" if partner.folder else ""
     return opened, f"{base}{with_adapter} ({weights}, {device.kind})"
 
 
@@ -93,12 +114,14 @@ def evaluate_run(
     Returns:
         `eval` and `generation` as in report.json.
     """
+    from jetson_ft.inference import evaluate
+
     recipe = run.recipe()
     if not run.adapter.is_dir():
         raise UserError(f"{run.name} has no adapter yet.", str(run.path), "Let it finish.")
     base = resolve.resolve(recipe.model)
     device = probe.probe()
-    weights = Weights(device.precision(recipe.precision), recipe.quantize, recipe.double_quantize)
+    weights = weights_of(recipe, device)
     conversations, encoded, tokenizer = _rows(recipe, base, data)
     model = adapter.load(load.load_model(base, weights, device.kind), base, run.adapter)
     capacity = _CAPACITY if attention.supports_packing(model) else 0

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import gradio as gr
 from jetson_ft import hub
 from jetson_ft.errors import UserError
 from jetson_ft.models import resolve
-from jetson_ft.runs import live, rundir
+from jetson_ft.runs import live, rundir, talk
 from jetson_ft.runs.parlour import Parlour, Question, Turns
 from jetson_ft.runs.rundir import Run
 from jetson_ft.webui.words import Words
@@ -29,7 +28,7 @@ _SLIDERS = {
 BASE = "base"
 
 
-def build(words: Words, runs: Path, parlour: Parlour, place: Any) -> None:
+def build(words: Words, runs: Path, parlour: Parlour, page: Any, place: Any) -> None:
     """Puts the chat into its place, a tab of the page."""
     tab = _Tab(words, runs, parlour)
     by_hand = gr.State(False)  # whether the visitor chose with whom to talk
@@ -53,7 +52,7 @@ def build(words: Words, runs: Path, parlour: Parlour, place: Any) -> None:
                     gr.Button(words(f"chat.{what}"), size="sm", min_width=80)
                     for what in ("stop", "again", "undo", "clear")
                 )
-                download = gr.DownloadButton(words("chat.download"), size="sm", min_width=80)
+                download = gr.Button(words("chat.download"), size="sm", min_width=80)
         with gr.Column(scale=1, min_width=240), gr.Accordion(words("chat.settings"), open=True):
             system = gr.Textbox(label=words("chat.system"), lines=2)
             sliders = [
@@ -68,17 +67,20 @@ def build(words: Words, runs: Path, parlour: Parlour, place: Any) -> None:
             )
     inputs = [name, side, message, base, adapter, system, examples, seed, *sliders]
     outputs = [message, base, adapter, speed]
-    message.submit(tab.send, inputs, outputs, concurrency_limit=None)
-    again.click(tab.again, inputs, outputs, concurrency_limit=None)
+    writing: Any = [
+        message.submit(tab.send, inputs, outputs, concurrency_limit=None),
+        again.click(tab.again, inputs, outputs, concurrency_limit=None),
+    ]
     undo.click(tab.undo, [base, adapter], [message, base, adapter])
-    clear.click(lambda: ([], [], ""), None, [base, adapter, speed])
+    clear.click(tab.clear, None, [base, adapter, speed], cancels=writing)
     stop.click(tab.stop)
-    place.select(tab.arrive, [name, by_hand], name)
+    page.unload(tab.stop)
+    place.select(tab.arrive, [name, by_hand, adapter], name)
     name.focus(lambda: gr.Dropdown(choices=tab.choices()), None, name)
     name.input(lambda: True, None, by_hand)
-    name.change(lambda: ([], [], ""), None, [base, adapter, speed])
+    name.change(tab.clear, None, [base, adapter, speed], cancels=writing)
     side.change(lambda on: gr.Chatbot(visible=on), side, base)
-    download.click(tab.transcript, [name, base, adapter], download)
+    download.click(None, [name, base, adapter], js="jetsonFt.transcript")
 
 
 _CHATBOT: dict[str, Any] = {
@@ -101,16 +103,27 @@ class _Tab:
     def _with_adapter(self) -> list[Run]:
         return [run for run in rundir.list_runs(self.runs) if run.adapter.is_dir()]
 
-    def arrive(self, name: str, by_hand: bool) -> Any:
-        """Offers what there is by now; the newest adapter until somebody chooses."""
-        adapters = [run.name for run in self._with_adapter()]
-        known = by_hand and (name in adapters or resolve.is_base(name))
-        value = name if known else [*adapters, BASE][0]
+    def arrive(self, name: str, by_hand: bool, turns: Turns) -> Any:
+        """Offers what there is by now; the newest adapter until somebody chooses or talks."""
+        chosen = (by_hand or turns) and self._is_there(name)
+        value = name if chosen else [*(run.name for run in self._with_adapter()), BASE][0]
         return gr.Dropdown(self.choices(), value=value, allow_custom_value=True)
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            talk.find(name, self.runs)
+        except UserError:
+            return False
+        return True
 
     def stop(self, request: gr.Request) -> None:
         """Ends this visitor's answer, and nobody else's."""
         self.parlour.stop(str(request.session_hash))
+
+    def clear(self, request: gr.Request) -> tuple[Turns, Turns, str]:
+        """Forgets both conversations, and the answer that is being written."""
+        self.stop(request)
+        return [], [], ""
 
     def send(
         self,
@@ -123,26 +136,7 @@ class _Tab:
         *how: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """Writes the answers one after the other, the base's first."""
-        text = text.strip()
-        if not text:
-            yield text, base, adapter, ""
-            return
-        sides = {"base": _plain(base), "adapter": _plain(adapter)}
-        speed = ""
-        try:
-            for who in ("base", "adapter") if side and not resolve.is_base(name) else ("adapter",):
-                question = self._question(text, sides[who], who == "adapter", *how)
-                sides[who] = [*sides[who], {"role": "user", "content": text}]
-                yield "", sides["base"], sides["adapter"], self.words("chat.loading")
-                before = sides[who]
-                for answer in self.parlour.answer(name, question, str(request.session_hash)):
-                    sides[who] = [*before, {"role": "assistant", "content": answer.text}]
-                    if answer.tokens and answer.seconds:
-                        speed = self._speed(answer.tokens, answer.seconds)
-                    yield "", sides["base"], sides["adapter"], speed
-        except UserError as error:
-            gr.Warning(self.words.error_text(error), duration=15)
-            yield text, base, adapter, ""
+        yield from self._write(request, name, side, text, (base, adapter), (base, adapter), how)
 
     def again(
         self,
@@ -155,21 +149,63 @@ class _Tab:
         *how: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """The last message once more."""
-        last, base, adapter = self.undo(base, adapter)
-        yield from self.send(request, name, side, last or text, base, adapter, *how)
+        last, *before = self.undo(base, adapter)
+        yield from self._write(request, name, side, last or text, before, (base, adapter), how)
+
+    def _write(
+        self,
+        request: gr.Request,
+        name: str,
+        side: bool,
+        text: str,
+        before: Sequence[Turns],
+        shown: Sequence[Turns],
+        how: Sequence[Any],
+    ) -> Iterator[tuple[Any, ...]]:
+        """Answers after the turns `before`; what is `shown` comes back where that fails."""
+        if not text.strip():
+            yield text, *shown, ""
+            return
+        try:
+            yield from self._answers(request, name, side, text.strip(), before, how)
+        except UserError as error:
+            gr.Warning(self.words.error_text(error), duration=15)
+            yield text, *shown, ""
+
+    def _answers(
+        self,
+        request: gr.Request,
+        name: str,
+        side: bool,
+        text: str,
+        before: Sequence[Turns],
+        how: Sequence[Any],
+    ) -> Iterator[tuple[Any, ...]]:
+        sides = {"base": _plain(before[0]), "adapter": _plain(before[1])}
+        speed = ""
+        for who in ("base", "adapter") if side and not resolve.is_base(name) else ("adapter",):
+            question = self._question(text, sides[who], who == "adapter", *how)
+            sides[who] = [*sides[who], {"role": "user", "content": text}]
+            yield "", *sides.values(), self.words("chat.loading")
+            asked, stopped = sides[who], False
+            for answer in self.parlour.answer(name, question, str(request.session_hash)):
+                sides[who] = [*asked, {"role": "assistant", "content": answer.text}]
+                stopped = answer.stopped
+                if answer.tokens and answer.seconds:
+                    speed = self._speed(answer.tokens, answer.seconds)
+                yield "", *sides.values(), speed
+            if stopped:
+                return
 
     @staticmethod
     def undo(base: Turns, adapter: Turns) -> tuple[str, Turns, Turns]:
-        """Takes the last message and its answers back; the message can be changed."""
-        asked = [turn["content"] for turn in _plain(adapter) if turn["role"] == "user"]
-        return (asked[-1] if asked else ""), _without_last(base), _without_last(adapter)
+        """Takes the last message and its answers back; the message can be changed.
 
-    def transcript(self, name: str, base: Turns, adapter: Turns) -> str:
-        """Both conversations as a JSON file."""
-        told = {"model": name, "base": _plain(base), "adapter": _plain(adapter)}
-        path = Path(tempfile.mkdtemp()) / "conversation.json"
-        path.write_text(json.dumps(told, ensure_ascii=False, indent=2), encoding="utf-8")
-        return str(path)
+        The base's conversation stays where it wasn't asked.
+        """
+        base, adapter = _plain(base), _plain(adapter)
+        (asked, ours), (theirs_asked, theirs) = _without_last(adapter), _without_last(base)
+        return asked, theirs if theirs_asked == asked else base, ours
 
     def _question(
         self, text: str, turns: Turns, adapter: bool, system: str, examples: str, seed: str,
@@ -210,7 +246,7 @@ def _text(content: Any) -> str:
     return "".join(part.get("text", "") for part in content)
 
 
-def _without_last(turns: Turns) -> Turns:
-    turns = _plain(turns)
+def _without_last(turns: Turns) -> tuple[str, Turns]:
+    """(last message, the turns before it)."""
     asked = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
-    return turns[: asked[-1]] if asked else []
+    return (turns[asked[-1]]["content"], turns[: asked[-1]]) if asked else ("", [])

@@ -88,12 +88,16 @@ class Doors:
         return hmac.compare_digest(said.encode(), self.rules.token.encode())
 
     def _let_in(self, scope: Any, query: dict[str, str]) -> Response:
-        """Remembers the token in a cookie, and takes it out of the address."""
+        """Remembers the token in a cookie, and takes it out of the address.
+
+        `lax`: with `strict`, whoever clicks the link in a mail or a web terminal would not be let
+        in. Posts from elsewhere are refused whatever cookie they bring.
+        """
         there = scope["path"] + (f"?{urlencode(query)}" if query else "")
         answer = RedirectResponse(there, 303)
         answer.set_cookie(
             _cookie_name(Headers(scope=scope)), self.rules.token, max_age=_YEAR,
-            httponly=True, samesite="strict", secure=scope.get("scheme") in ("https", "wss"),
+            httponly=True, samesite="lax", secure=scope.get("scheme") in ("https", "wss"),
         )  # fmt: skip
         return answer
 

@@ -175,6 +175,7 @@ WHOLE = {
         "模型已卸载：新启动的任务可能需要它占用的内存。"
     ),
     "Send the message again when it is over.": "等任务结束后请重新发送消息。",
+    "Stopped before the model was loaded.": "模型加载完成前已停止。",
     "The chat's process ended; it may have run out of memory.": (
         "对话进程已结束，可能是内存不足。"
     ),

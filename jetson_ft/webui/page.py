@@ -25,7 +25,7 @@ def build(language: str, runs: Path, parlour: Parlour, doctor: device.Doctor) ->
             with gr.Tab(words("tab.runs"), id="runs"):
                 gr.HTML(_RUNS, apply_default_css=False)
             with gr.Tab(words("tab.chat"), id="chat") as place:
-                chat.build(words, runs, parlour, place)
+                chat.build(words, runs, parlour, page, place)
             with gr.Tab(words("tab.device"), id="device") as place:
                 device.build(words, doctor, place)
     return page

@@ -140,8 +140,8 @@ _WORDS: dict[str, tuple[str, str]] = {
     "do.resume": ("Resume", "继续"),
     "do.delete": ("Delete", "删除"),
     "do.delete.sure": (
-        "Delete this run with its checkpoints and adapter? This can't be undone.",
-        "确定删除此任务及其检查点和适配器吗？此操作无法撤销。",
+        "Delete {name} with its checkpoints and adapter? This can't be undone.",
+        "确定删除 {name} 及其检查点和适配器吗？此操作无法撤销。",
     ),
     "do.copy": ("Use again", "再用一次"),
     "do.copy.help": (

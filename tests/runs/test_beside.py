@@ -14,7 +14,7 @@ from jetson_ft.models.load import Weights
 from jetson_ft.models.resolve import Base
 from jetson_ft.paths import write_json
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import beside, rundir
+from jetson_ft.runs import beside, processes, rundir
 from jetson_ft.runs.rundir import EventLog, Run
 from jetson_ft.runs.slot import Slot
 
@@ -45,17 +45,22 @@ def step(run: Run, memory: int, attempt: int = 1) -> None:
 
 
 def to_come(run: Run) -> float:
-    return beside.still_to_come(run.path, 8 * GB)
+    return beside.still_to_come(run, CPU)
 
 
 def test_what_a_run_will_still_take_shrinks_as_it_takes_it(training: Run) -> None:
     assert to_come(training) == 4 * GB, "half of the memory, as long as nothing is planned"
     plan(training, 3 * GB)
-    assert to_come(training) == 3 * GB
+    assert to_come(training) == 2.5 * GB, "the process itself is there"
+    EventLog(training, 1).emit("weights", bytes={"head": GB // 4, "layers": GB // 4})
+    assert to_come(training) == 2 * GB
     step(training, 2 * GB)
     assert to_come(training) == GB
+    processes.store(training, processes.Processes(nproc_per_node=2))
+    assert to_come(training) == 2 * GB, "each of them takes as much"
+    processes.store(training, processes.Processes())
     training.write_state("running", attempt=2)
-    assert to_come(training) == 3 * GB, "a new attempt begins with nothing"
+    assert to_come(training) == 2.5 * GB, "a new attempt begins with nothing"
     step(training, 5 * GB, attempt=2)
     assert to_come(training) == 0
 
@@ -69,10 +74,10 @@ def test_a_gpus_step_is_without_its_process(training: Run) -> None:
 def test_a_chat_fits_by_plan_or_is_told_busy(training: Run, tiny_phi: Path) -> None:
     base, weights = Base("tiny", tiny_phi), Weights("fp32")
     plan(training, 3 * GB)
-    with pytest.raises(UserError, match=r"Beside it 0\.9 GiB are left; this model needs 0\.9 GiB"):
-        beside.require_room(base, weights, replace(CPU, memory_available=int(3.95 * GB)))
+    with pytest.raises(UserError, match=r"Beside it 0\.8 GiB are left; this model needs 0\.9 GiB"):
+        beside.require_room(base, weights, replace(CPU, memory_available=int(3.4 * GB)))
     beside.require_room(base, weights, CPU)
-    assert beside.is_scarce(replace(CPU, memory_available=int(2.9 * GB)))
+    assert beside.is_scarce(replace(CPU, memory_available=int(2.4 * GB)))
     assert not beside.is_scarce(CPU)
 
 

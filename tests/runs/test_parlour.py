@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from jetson_ft.errors import UserError
 from jetson_ft.runs import chat_worker
@@ -76,11 +79,48 @@ def test_an_answer_can_be_stopped_and_left(
 
 @pytest.mark.slow
 def test_a_refusal_leaves_the_model_where_it_was(parlour: Parlour, finished: Any) -> None:
+    process, model = parlour._process, said(parlour, finished.name)[-1].text
     with pytest.raises(UserError, match="There is no run"):
         said(parlour, "nothing")
+    loaded = time.monotonic()
+    assert said(parlour, finished.name)[-1].text == model and parlour._process is process
+    assert time.monotonic() - loaded < 0.5, "nothing was loaded again"
     with pytest.raises(UserError, match="temperature can't be"):
         said(parlour, finished.name, sampling={"temperature": -1})
     assert said(parlour, finished.name)[-1].text
+
+
+@pytest.mark.slow
+def test_a_newer_adapter_of_the_same_name_is_taken(
+    parlour: Parlour, finished: Any, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished.adapter, tmp_path / "adapter")
+    before = said(parlour, str(folder))[-1].text
+    file = folder / "adapter_model.safetensors"
+    save_file({name: 0 * one for name, one in load_file(file).items()}, file)
+    base = said(parlour, finished.name, adapter=False)[-1].text
+    assert said(parlour, str(folder))[-1].text == base != before
+
+
+@pytest.mark.slow
+def test_stopped_while_it_loads_the_next_one_is_served(tmp_path: Path, finished: Any) -> None:
+    parlour = Parlour(finished.path.parent)
+    told: list[UserError] = []
+
+    def ask() -> None:
+        with pytest.raises(UserError) as caught:
+            said(parlour, finished.name)
+        told.append(caught.value)
+
+    visitor = threading.Thread(target=ask)
+    visitor.start()
+    while not parlour._opening:
+        time.sleep(0.01)
+    parlour.stop()
+    visitor.join(5)
+    assert [error.what for error in told] == ["Stopped before the model was loaded."]
+    assert said(parlour, finished.name)[-1].text
+    parlour.close()
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from jetson_ft.models import resolve
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import rundir
 from jetson_ft.runs.rundir import Run
-from jetson_ft.runs.talk import _base_of, evaluate_run, open_run
+from jetson_ft.runs.talk import _base_of, begin, evaluate_run, find
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,10 @@ def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     from jetson_ft.device.probe import Device
 
     monkeypatch.setattr(Device, "precision", lambda self, wanted: "fp32")
+
+
+def open_run(name: str, root: Path, **more: str) -> Any:
+    return begin(find(name, root, **more))
 
 
 def newest(finished: Run, tmp_path: Path) -> Path:
@@ -64,13 +68,19 @@ def test_any_base_is_talked_with_alone(tmp_path: Path, tiny_llama: Path) -> None
 
 
 def test_names_of_bases_are_told_from_those_of_runs(
-    finished: Run, tiny_phi: Path, tmp_path: Path
+    finished: Run, tiny_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.gguf").touch()
+    (tmp_path / "runs").mkdir()
     bases = ["base", "embedded", "microsoft/phi-1_5", tiny_phi, tmp_path, tmp_path / "model.gguf"]
-    others = [finished.name, finished.path, finished.adapter, "latest", "a-deleted-one"]
+    others = [finished.name, finished.path, finished.adapter, "latest", "a-deleted-one",
+              tmp_path / "runs" / "gone", "~nobody-here/x"]  # fmt: skip
     assert all(resolve.is_base(str(name)) for name in bases)
     assert not any(resolve.is_base(str(name)) for name in others)
+    monkeypatch.chdir(tmp_path)
+    assert not resolve.is_base("runs/gone"), "a path, even where there is no such run"
+    (tmp_path / "base").mkdir()
+    assert resolve.is_base("base"), "a folder of that name changes nothing"
 
 
 def test_an_adapter_folder_finds_its_base(finished: Run, tmp_path: Path, tiny_phi: Path) -> None:

@@ -129,6 +129,12 @@ def test_from_an_empty_folder_to_a_downloaded_adapter(
     box.fill("天空为什么是蓝色的？")
     box.press("Enter")
     sync_api.expect(page.locator(".message.bot")).to_have_count(2, timeout=PATIENCE)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Transcript").click()
+    told = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert told["model"] == the_run(tmp_path).name
+    assert [turn["role"] for turn in told["base"]] == ["user", "assistant"]
+    assert told["adapter"][0]["content"] == "天空为什么是蓝色的？"
 
     page.get_by_role("button", name="简体中文").click()
     choose(page, "任务")

@@ -7,6 +7,7 @@
     beside: new Set(),
   };
   const etags = new Map();
+  const wanted = new Map();
 
   const query = () => {
     const found = new URLSearchParams({ chosen: state.chosen });
@@ -20,13 +21,15 @@
     if (!place) return;
     const known = etags.get(id);
     const headers = known && known.address === address ? { "If-None-Match": known.etag } : {};
+    wanted.set(id, address);
     const answer = await fetch(address, { headers, cache: "no-store" });
-    if (answer.status === 304) return;
+    if (answer.status === 304 || wanted.get(id) !== address) return;
     if (!answer.ok) {
       if (id === "run-detail") place.innerHTML = "";
       return;
     }
     const html = await answer.text();
+    if (wanted.get(id) !== address) return; // another run was chosen meanwhile
     const form = place.querySelector("form.about");
     const same = form?.dataset.about === state.chosen;
     if (same && form.contains(document.activeElement)) return; // never under somebody's fingers
@@ -76,8 +79,12 @@
     return false;
   }
 
-  async function act(name, action) {
-    if ((await post(name, action)) && action === "delete") state.chosen = "";
+  // What is sent goes to the run that the button stands with, whichever was chosen since.
+  async function act(button) {
+    const { run, do: action } = button.dataset;
+    button.disabled = true;
+    if (!(await post(run, action))) button.disabled = false;
+    else if (action === "delete" && state.chosen === run) state.chosen = "";
     refresh();
   }
 
@@ -105,8 +112,7 @@
     } else if (button.dataset.choose) {
       choose(button.dataset.choose);
     } else if (!button.dataset.sure || confirm(button.dataset.sure)) {
-      button.disabled = true;
-      act(state.chosen, button.dataset.do);
+      act(button);
     }
   });
   document.addEventListener("input", (event) => {
@@ -127,7 +133,21 @@
   });
   document.addEventListener("visibilitychange", refresh);
 
-  window.jetsonFt = { choose };
+  // Both conversations of the chat as a file.
+  function transcript(model, base, adapter) {
+    const text = (content) =>
+      typeof content === "string" ? content : content.map((part) => part.text ?? "").join("");
+    const plain = (turns) =>
+      (turns ?? []).map(({ role, content }) => ({ role, content: text(content) }));
+    const told = JSON.stringify({ model, base: plain(base), adapter: plain(adapter) }, null, 2);
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([told], { type: "application/json" }));
+    link.download = "conversation.json";
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  }
+
+  window.jetsonFt = { choose, transcript };
   document.documentElement.lang = language === "zh" ? "zh-Hans" : "en";
   refresh();
   setInterval(refresh, 2500);
