@@ -25,7 +25,12 @@ CHAT_TEMPLATE = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long ones first, so that no process is left with one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+    def minutes(item: pytest.Item) -> float:
+        slow = item.get_closest_marker("slow")
+        return float(slow.kwargs.get("minutes", 0.1)) if slow else 0.0
+
+    items.sort(key=minutes, reverse=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

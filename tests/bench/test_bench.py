@@ -21,7 +21,7 @@ from jetson_ft.console import bench_bar
 ARMS = ["trainer", "ours", "llamafactory"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=1)
 def test_bench_from_command_to_files(tiny_llama: Path, rows_file: Path, tmp_path: Path) -> None:
     failing = tmp_path / "python"
     failing.write_text('#!/bin/sh\ncase "$2" in *find_spec*) exit 0;; esac\nexit 7\n')

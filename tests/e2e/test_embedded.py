@@ -19,7 +19,7 @@ from jetson_ft.models import embedded
 from jetson_ft.models.load import Weights, load_model, load_tokenizer
 from jetson_ft.models.resolve import resolve
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(minutes=1)
 
 
 def test_it_converts_and_answers() -> None:
