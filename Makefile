@@ -3,7 +3,7 @@
 PYTHON ?= python3
 DOCKER ?= docker
 BIN := .venv/bin
-PYTEST := -m pytest -n 3 --dist worksteal
+PYTEST := -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -19,7 +19,7 @@ define part
 endef
 
 # A thread for each test process: threads that wait for each other's turn make torch several times
-# slower. Three processes for two cores, since many tests wait for others.
+# slower.
 test-all test-fast test-compat: export OMP_NUM_THREADS = 1
 
 help: ## this list
