@@ -346,7 +346,7 @@ def lesson(page: Container) -> tuple[list[str], int]:
     if PATIENCE == 1:
         return RECIPE, 8
     page.exec("python", "-c", TINY)
-    return [*RECIPE, "--set", "model=data/tiny"], 100
+    return [*RECIPE, "--set", "model=data/tiny", "--set", "train.epochs=20"], 100
 
 
 def try_image(root: Path, config: dict[str, Any], work: Path) -> None:
