@@ -485,6 +485,51 @@ def runs_stop(
     print(f"{found.name}: {jobs.settle(found)}, stop requested")
 
 
+@runs_app.command("describe")
+def runs_describe(
+    run: Annotated[str, typer.Argument(help="Name, path, or `latest`.")] = "latest",
+    title: Annotated[str | None, typer.Option(help="Its name in lists; empty: none.")] = None,
+    notes: Annotated[str | None, typer.Option(help="What to remember; empty: nothing.")] = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Give a run a title or notes."""
+    from jetson_ft.runs import live, rundir, shelf
+
+    found = rundir.find(run, runs)
+    shelf.describe(found, title, notes)
+    told = live.about(found)
+    print(f"{found.name}: {live.title(found)}\n{told.get('notes', '')}".rstrip())
+
+
+@runs_app.command("zip")
+def runs_zip(
+    run: Annotated[str, typer.Argument(help="Name, path, or `latest`.")] = "latest",
+    file: Annotated[Path | None, typer.Argument(help="By default RUN.zip here.")] = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Put a run's adapter into one file to take away."""
+    from jetson_ft.runs import rundir, shelf
+
+    found = rundir.find(run, runs)
+    print(shelf.zip_adapter(found, file or Path(f"{found.name}.zip")))
+
+
+@runs_app.command("delete")
+def runs_delete(
+    run: Annotated[str, typer.Argument(help="Name or path.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Remove an ended run with its checkpoints and adapter."""
+    from jetson_ft.runs import rundir, shelf
+
+    found = rundir.find(run, runs)
+    if not yes:
+        typer.confirm(f"Delete {found.path} with its checkpoints and adapter?", abort=True)
+    shelf.delete(found)
+    print(f"{found.name}: deleted")
+
+
 def main() -> None:
     """Entry point: plain messages, exit code 2 for what a person can mend and 1 for our faults."""
     try:

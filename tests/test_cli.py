@@ -112,7 +112,7 @@ def test_every_promised_command_is_there() -> None:
     for group, commands in {
         "data": ["inspect"],
         "recipe": ["show", "validate", "schema"],
-        "runs": ["list", "show"],
+        "runs": ["list", "show", "describe", "zip", "delete"],
     }.items():
         text = CliRunner().invoke(cli.app, [group, "--help"]).output
         assert all(command in text for command in commands)
@@ -443,3 +443,17 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path: Path) -> None:
     done = run("runs", "show", stopped.name, "--runs", str(tmp_path), cwd=tmp_path)
     assert f"train --resume {stopped.path}" in done.stdout
     assert "stopped" in invoke("runs", "stop", stopped.path)
+
+
+def test_a_run_is_named_taken_away_and_deleted(tmp_path: Path) -> None:
+    made = make_run(tmp_path, "a")
+    said = invoke("runs", "describe", made.path, "--title", "first", "--notes", "rate too high")
+    assert said == f"{made.name}: first\nrate too high\n"
+    assert "first" in invoke("runs", "describe", made.path)
+    made.adapter.mkdir()
+    (made.adapter / "adapter_config.json").write_text("{}")
+    assert invoke("runs", "zip", made.path, tmp_path / "a.zip") == f"{tmp_path / 'a.zip'}\n"
+    kept = CliRunner().invoke(cli.app, ["runs", "delete", str(made.path)], input="n\n")
+    assert kept.exit_code == 1 and made.path.exists()
+    assert invoke("runs", "delete", made.path, "--yes") == f"{made.name}: deleted\n"
+    assert not made.path.exists()
