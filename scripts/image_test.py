@@ -346,7 +346,8 @@ def lesson(page: Container) -> tuple[list[str], int]:
     if PATIENCE == 1:
         return RECIPE, 8
     page.exec("python", "-c", TINY)
-    return [*RECIPE, "--set", "model=data/tiny", "--set", "train.epochs=20"], 100
+    sets = ["model=data/tiny", "train.epochs=20", "train.early_stopping=0"]
+    return [*RECIPE, *(word for one in sets for word in ("--set", one))], 40
 
 
 def try_image(root: Path, config: dict[str, Any], work: Path) -> None:
