@@ -79,15 +79,24 @@ def test_an_answer_can_be_stopped_and_left(
 
 @pytest.mark.slow
 def test_a_refusal_leaves_the_model_where_it_was(parlour: Parlour, finished: Any) -> None:
-    process, model = parlour._process, said(parlour, finished.name)[-1].text
     with pytest.raises(UserError, match="There is no run"):
         said(parlour, "nothing")
-    loaded = time.monotonic()
-    assert said(parlour, finished.name)[-1].text == model and parlour._process is process
-    assert time.monotonic() - loaded < 0.5, "nothing was loaded again"
     with pytest.raises(UserError, match="temperature can't be"):
         said(parlour, finished.name, sampling={"temperature": -1})
     assert said(parlour, finished.name)[-1].text
+
+
+def test_a_mistyped_name_leaves_the_model_loaded(
+    finished: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_worker, "tell", lambda *_, **__: None)
+    worker = chat_worker.Worker(finished.path.parent)
+    worker._open(finished.name)
+    loaded = worker.chat
+    with pytest.raises(UserError, match="There is no run"):
+        worker._open("nothing")
+    worker._open(finished.name)
+    assert worker.chat is loaded
 
 
 @pytest.mark.slow
