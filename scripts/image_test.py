@@ -41,7 +41,7 @@ SETTINGS = [  # steps of about a second
     "train.tokens_per_step=128", "train.max_minutes=0", "eval.max_new_tokens=8", "eval.samples=1",
 ]  # fmt: skip
 RECIPE = ["quickstart-zh", *(word for one in SETTINGS for word in ("--set", one))]
-# One step of the embedded model takes ten minutes and more on an emulated processor.
+# One step of the embedded model takes more than six minutes on an emulated processor.
 TINY = """
 import os
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
