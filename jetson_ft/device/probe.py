@@ -29,6 +29,11 @@ class Device:
     integrated: bool  # the GPU shares the machine's memory (every Jetson)
     fast_bf16: bool
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether its memory is the machine's: a processor's, or that of a board's GPU."""
+        return self.kind == "cpu" or self.integrated
+
     def precision(self, wanted: str) -> str:
         """The arithmetic to use: what is wanted, or for `auto` the fastest that is safe."""
         if wanted != "auto":

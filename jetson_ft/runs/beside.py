@@ -12,13 +12,12 @@ from jetson_ft.runs.rundir import Run
 if TYPE_CHECKING:
     from jetson_ft.device.probe import Device
     from jetson_ft.models.load import Weights
-    from jetson_ft.models.resolve import Base
 
 _UNKNOWN = 0.5  # of the memory, for a run that has no plan yet
 
 
-def require_room(base: Base, weights: Weights, device: Device) -> None:
-    """For a chat with that model, before it is loaded.
+def require_room(model: str, weights: Weights, device: Device) -> None:
+    """For a chat with that model, before it is loaded; its config is read if a run has the slot.
 
     Raises:
         UserError: a run is training, and by its plan the two don't fit together.
@@ -26,10 +25,11 @@ def require_room(base: Base, weights: Weights, device: Device) -> None:
     folder = slot.holder()
     if folder is None:
         return
-    from jetson_ft.models import shapes
+    from jetson_ft.models import resolve, shapes
     from jetson_ft.training import planner
 
-    needed = planner.chat_bytes(shapes.of(base), weights, device)
+    shape = shapes.of(resolve.resolve(model, weights=False))
+    needed = planner.chat_bytes(shape, weights, device)
     left = device.memory_available - still_to_come(Run(folder), device)
     if needed > left:
         raise UserError(
@@ -61,8 +61,7 @@ def still_to_come(run: Run, device: Device) -> float:
         return _UNKNOWN * device.memory_total
     told = live.newest(run).last
     now = {kind: event for kind, event in told.items() if event["attempt"] == attempt}
-    shared = device.kind == "cpu" or device.integrated
-    count = processes.of(run).nproc_per_node if shared else 1
+    count = processes.of(run).nproc_per_node if device.shares_memory else 1
     return count * max(0.0, float(plan["peak_memory_bytes"]) - _taken(plan["parts"], now))
 
 

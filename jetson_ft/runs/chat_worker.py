@@ -85,7 +85,7 @@ class Worker:
             self._let_go()
             self.chat, _ = talk.begin(partner)
             self._partner = partner
-        tell("ready", None, has_adapter=self.chat.has_adapter)
+        tell("ready", None)
 
     def _let_go(self) -> None:
         """Frees the model's memory, so that it counts for the next one."""

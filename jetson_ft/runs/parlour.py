@@ -51,7 +51,6 @@ class Parlour:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.loaded: tuple[str, bool] | None = None  # name, whether it has an adapter
         self._process: subprocess.Popen[str] | None = None
         self._talking = threading.Lock()
         self._visitor = ""  # whose question is being answered
@@ -91,7 +90,7 @@ class Parlour:
         if self._process:
             self._process.kill()
             self._process.wait()
-        self._process = self.loaded = None
+        self._process = None
 
     def _open(self, name: str) -> None:
         if self._process is None or self._process.poll() is not None:
@@ -104,7 +103,7 @@ class Parlour:
         self._opening, self._stopped = True, False
         try:
             self._send({"do": "open", "name": name})
-            self.loaded = (name, self._next("ready")["has_adapter"])
+            self._next("ready")
         finally:
             self._opening = False
 

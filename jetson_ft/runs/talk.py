@@ -63,7 +63,7 @@ def begin(partner: Partner) -> tuple[chat.Chat, str]:
     """
     base, device = partner.recipe.model, probe.probe()
     weights = weights_of(partner.recipe, device)
-    beside.require_room(resolve.resolve(base, weights=False), weights, device)
+    beside.require_room(base, weights, device)
     opened = chat.open_chat(base, weights, device.kind, partner.folder)
     with_adapter = f" with {partner.folder}" if partner.folder else ""
     return opened, f"{base}{with_adapter} ({weights}, {device.kind})"

@@ -40,7 +40,7 @@ def with_own(device: Device, processes: int = 1) -> Device:
 
     Of a memory that several processes share, each gets its part; a GPU's own is not shared.
     """
-    if device.kind == "cuda" and not device.integrated:
+    if not device.shares_memory:
         return device
     own = psutil.Process().memory_info().rss
     return replace(device, memory_available=device.memory_available // processes + own)

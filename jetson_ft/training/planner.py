@@ -279,7 +279,6 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
     adapter = _LORA_BYTES * work.lora_parameters
     activations = work.shape.layers * kept * tokens
     momentary = max(live, head_bytes(work, tokens)) + dequantised_bytes(work)
-    process = costs.process + (costs.products if work.bytes_per_number == 4 else 0)
     # A model that is split is loaded whole first, before anything else needs room.
     loading = max(0, whole - weights - adapter - activations - momentary)
     parts = {
@@ -287,7 +286,7 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
         "adapter": adapter,
         "activations": activations,
         "momentary": momentary + loading,
-        "process": process if device.kind == "cpu" or device.integrated else 0,
+        "process": process_bytes(work.weights, device),
         "context": costs.context,
     }
     return {name: math.ceil(size) for name, size in parts.items()}
@@ -296,9 +295,15 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
 def chat_bytes(shape: Shape, weights: Weights, device: Device) -> int:
     """Of a process that answers with this model; what its answers need is left to the margin."""
     costs = COSTS[device.kind]
-    process = costs.process + (costs.products if weights.precision == "fp32" else 0)
-    own = process if device.kind == "cpu" or device.integrated else 0
-    return math.ceil((weight_bytes(shape, weights) + own + costs.context) * (1 + costs.margin))
+    taken = weight_bytes(shape, weights) + process_bytes(weights, device) + costs.context
+    return math.ceil(taken * (1 + costs.margin))
+
+
+def process_bytes(weights: Weights, device: Device) -> int:
+    """Of Python with its libraries, in the memory that the plan is for."""
+    costs = COSTS[device.kind]
+    taken = costs.process + (costs.products if weights.precision == "fp32" else 0)
+    return taken if device.shares_memory else 0
 
 
 def weight_bytes(shape: Shape, weights: Weights) -> int:
