@@ -205,6 +205,9 @@ def test_places_of_one_disk_are_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tmp_path))
     found = one(system.examine(machine(Folder(tmp_path / "board", LAPTOP))), "disk")
     assert "for ~/board/runs, ~/cache, ~/hf" in found.found()
+    monkeypatch.setenv("HOME", tmp_path.name)  # only at the start of a path
+    found = one(system.examine(machine(Folder(tmp_path / "board", LAPTOP))), "disk")
+    assert "~" not in found.found()
 
 
 def test_memory_is_what_is_available_and_not_what_is_free(tmp_path: Path) -> None:

@@ -154,10 +154,15 @@ def _disks(machine: Machine) -> Iterator[Finding]:
         yield _disk(together)
 
 
+def _short(path: Path) -> str:
+    """With `~` for the home folder."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+
+
 def _disk(together: list[Path]) -> Finding:
     """Of the folder for runs, for caches and for models, those that share it."""
-    home = str(Path.home())
-    places = ", ".join(f"{place}/".replace(f"{home}/", "~/", 1)[:-1] for place in together)
+    places = ", ".join(map(_short, together))
     parents = [existing_parent(place) for place in together]
     closed = [parent for parent in parents if not os.access(parent, os.W_OK)]
     if closed:
