@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def build(words: Words, runs: Path, parlour: Parlour, page: Any, place: Any) -> 
             side = gr.Checkbox(label=words("chat.side"))
             with gr.Row():
                 base = gr.Chatbot(label=words("chat.base.title"), visible=False, **_CHATBOT)
-                adapter = gr.Chatbot(label=words("chat.adapter.title"), **_CHATBOT)
+                adapter = gr.Chatbot(label=tab.title(BASE), **_CHATBOT)
             speed = gr.HTML()
             message = gr.Textbox(
                 show_label=False, container=False, placeholder=words("chat.placeholder"),
@@ -78,7 +79,7 @@ def build(words: Words, runs: Path, parlour: Parlour, page: Any, place: Any) -> 
     place.select(tab.arrive, [name, by_hand, adapter], name)
     name.focus(lambda: gr.Dropdown(choices=tab.choices()), None, name)
     name.input(lambda: True, None, by_hand)
-    name.change(tab.clear, None, [base, adapter, speed], cancels=writing)
+    name.change(tab.choose, name, [base, adapter, speed], cancels=writing)
     side.change(lambda on: gr.Chatbot(visible=on), side, base)
     download.click(None, [name, base, adapter], js="jetsonFt.transcript")
 
@@ -86,6 +87,22 @@ def build(words: Words, runs: Path, parlour: Parlour, page: Any, place: Any) -> 
 _CHATBOT: dict[str, Any] = {
     "height": 460, "render_markdown": False, "feedback_options": None, "buttons": ["copy"],
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A message, and whom it goes to."""
+
+    visitor: str
+    name: str
+    side: bool
+    text: str
+    how: Sequence[Any]  # the settings, in the order of the form
+
+    @property
+    def whom(self) -> tuple[str, ...]:
+        """The conversations that get an answer, in order."""
+        return ("base", "adapter") if self.side and not resolve.is_base(self.name) else ("adapter",)
 
 
 class _Tab:
@@ -125,6 +142,16 @@ class _Tab:
         self.stop(request)
         return [], [], ""
 
+    def choose(self, request: gr.Request, name: str) -> tuple[Turns, Any, str]:
+        """Somebody else to talk with: a new conversation under its title."""
+        base, _, speed = self.clear(request)
+        return base, gr.Chatbot([], label=self.title(name)), speed
+
+    def title(self, name: str) -> str:
+        """What stands over its conversation."""
+        kind = "base" if resolve.is_base(name) else "adapter"
+        return self.words(f"chat.{kind}.title")
+
     def send(
         self,
         request: gr.Request,
@@ -136,7 +163,8 @@ class _Tab:
         *how: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """Writes the answers one after the other, the base's first."""
-        yield from self._write(request, name, side, text, (base, adapter), (base, adapter), how)
+        asked = _Asked(str(request.session_hash), name, side, text.strip(), how)
+        yield from self._write(asked, (base, adapter), (base, adapter))
 
     def again(
         self,
@@ -150,46 +178,32 @@ class _Tab:
     ) -> Iterator[tuple[Any, ...]]:
         """The last message once more."""
         last, *before = self.undo(base, adapter)
-        yield from self._write(request, name, side, last or text, before, (base, adapter), how)
+        asked = _Asked(str(request.session_hash), name, side, last or text.strip(), how)
+        yield from self._write(asked, before, (base, adapter))
 
     def _write(
-        self,
-        request: gr.Request,
-        name: str,
-        side: bool,
-        text: str,
-        before: Sequence[Turns],
-        shown: Sequence[Turns],
-        how: Sequence[Any],
+        self, asked: _Asked, before: Sequence[Turns], shown: Sequence[Turns]
     ) -> Iterator[tuple[Any, ...]]:
         """Answers after the turns `before`; what is `shown` comes back where that fails."""
-        if not text.strip():
-            yield text, *shown, ""
+        if not asked.text:
+            yield "", *shown, ""
             return
         try:
-            yield from self._answers(request, name, side, text.strip(), before, how)
+            yield from self._answers(asked, before)
         except UserError as error:
             gr.Warning(self.words.error_text(error), duration=15)
-            yield text, *shown, ""
+            yield asked.text, *shown, ""
 
-    def _answers(
-        self,
-        request: gr.Request,
-        name: str,
-        side: bool,
-        text: str,
-        before: Sequence[Turns],
-        how: Sequence[Any],
-    ) -> Iterator[tuple[Any, ...]]:
+    def _answers(self, asked: _Asked, before: Sequence[Turns]) -> Iterator[tuple[Any, ...]]:
         sides = {"base": _plain(before[0]), "adapter": _plain(before[1])}
         speed = ""
-        for who in ("base", "adapter") if side and not resolve.is_base(name) else ("adapter",):
-            question = self._question(text, sides[who], who == "adapter", *how)
-            sides[who] = [*sides[who], {"role": "user", "content": text}]
+        for who in asked.whom:
+            question = self._question(asked.text, sides[who], who == "adapter", *asked.how)
+            sides[who] = [*sides[who], {"role": "user", "content": asked.text}]
             yield "", *sides.values(), self.words("chat.loading")
-            asked, stopped = sides[who], False
-            for answer in self.parlour.answer(name, question, str(request.session_hash)):
-                sides[who] = [*asked, {"role": "assistant", "content": answer.text}]
+            so_far, stopped = sides[who], False
+            for answer in self.parlour.answer(asked.name, question, asked.visitor):
+                sides[who] = [*so_far, {"role": "assistant", "content": answer.text}]
                 stopped = answer.stopped
                 if answer.tokens and answer.seconds:
                     speed = self._speed(answer.tokens, answer.seconds)

@@ -40,6 +40,14 @@ def test_the_newest_adapter_is_offered_until_somebody_chooses(tmp_path: Path) ->
         assert value(chat.arrive(typed, True, [])) == typed
 
 
+def test_a_conversation_stands_under_its_partners_kind(tmp_path: Path) -> None:
+    chat = tab(tmp_path)
+    assert [chat.title(name) for name in (BASE, "o/n", "a-run")] == ["Base", "Base", "Adapter"]
+    request: Any = SimpleNamespace(session_hash="me")
+    base, adapter, _ = chat.choose(request, "o/n")
+    assert base == [] and adapter.label == "Base" and not adapter.value
+
+
 def test_undo_takes_back_the_last_message_with_its_answers() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
              {"role": "user", "content": [{"type": "text", "text": "c"}]}]  # fmt: skip

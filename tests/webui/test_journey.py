@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from served import Served
+from test_routes import make_run
 
 from jetson_ft.runs import jobs
 from jetson_ft.runs.rundir import Run, list_runs
@@ -144,3 +145,20 @@ def test_from_an_empty_folder_to_a_downloaded_adapter(
     assert any(name.endswith("/adapter_model.safetensors") for name in names)
     assert faults == []
     assert served.close() == 130, "with the page still open"
+
+
+def test_a_button_acts_on_the_run_that_is_shown(browser: Any, tmp_path: Path) -> None:
+    """Another one is chosen, and the server is slow to show it."""
+    shown, chosen = (make_run(tmp_path / "runs", f"2026010{n}-000000-{n}") for n in (2, 1))
+    served = Served(tmp_path)
+    page = browser.new_page(locale="en-GB")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.goto(served.link)
+    choose(page, "Runs")
+    sync_api.expect(page.locator("#run-detail h2")).to_have_text(shown.name)
+    page.route(re.compile("/live/en/runs/."), lambda asked: asked.abort())
+    page.locator(f"[data-choose='{chosen.name}']").click()
+    page.get_by_role("button", name="Delete").click()
+    sync_api.expect(page.locator(f"[data-choose='{shown.name}']")).to_have_count(0)
+    assert list_runs(tmp_path / "runs")[0].path == chosen.path
+    served.kill()
