@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,8 +104,7 @@ def load_model(base: Base, weights: Weights, device: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     _import_bitsandbytes()
-    # transformers' advice about int8 on CPU and the like is not for the person at the screen.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _quieten()
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             base.folder, **_options(base, weights, device)
@@ -122,6 +122,19 @@ def load_model(base: Base, weights: Weights, device: str) -> PreTrainedModel:
     _require_all(base, found)
     model.requires_grad_(False)
     return model.eval()
+
+
+def _quieten() -> None:
+    """What the libraries say to programmers is not for the person at the screen.
+
+    Advice about int8 on a CPU, a bar for the seconds that weights take, and what PEFT calls that
+    transformers will rename.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 
 
 def _import_bitsandbytes() -> None:

@@ -72,5 +72,6 @@ def test_embedded_model_learns_and_chats(
     assert before["bits_per_char"] == pytest.approx(expected, rel=0.02)
     chat = run_cli("chat", "--max-new-tokens", "3", cwd=tmp_path, stdin="你好！\n/compare\n再见\n")
     assert chat.returncode == 0, chat.stderr
+    assert chat.stderr == "", "nothing but the conversation"
     assert chat.stdout.count("adapter>") == 2
     assert chat.stdout.count("base>") == 1
