@@ -13,7 +13,7 @@ from jetson_ft.data.formats import Message, RowError, detect, normalise
 from jetson_ft.data.template import encode_prompt, end_ids
 from jetson_ft.errors import UserError
 from jetson_ft.inference.generate import Sampling, stream
-from jetson_ft.models import adapter, load, resolve
+from jetson_ft.models import adapter, libraries, load, resolve
 from jetson_ft.models.load import Weights
 from jetson_ft.paths import disk_errors
 
@@ -78,6 +78,7 @@ def open_chat(model_name: str, weights: Weights, device: str, folder: Path | Non
     base = resolve.resolve(model_name)
     if folder is not None:
         adapter.check_folder(folder)
+    libraries.load()
     tokenizer = load.load_tokenizer(base)
     model = load.load_model(base, weights, device)
     if folder is not None:

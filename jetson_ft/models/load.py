@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from jetson_ft.errors import UserError
+from jetson_ft.models import libraries
 from jetson_ft.models.resolve import Base
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def load_model(base: Base, weights: Weights, device: str) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    _import_bitsandbytes()
+    libraries.load()
     _quieten()
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -135,22 +134,6 @@ def _quieten() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-
-
-def _import_bitsandbytes() -> None:
-    """Loads it without torch's compiler, a fifth of the time until the first step.
-
-    bitsandbytes hands four slow stand-ins for missing kernels to `torch.compile` as it is
-    imported (PEFT imports it, whatever the weights); CUDA and CPU have kernels of their own.
-    """
-    import torch
-
-    def as_it_is(function: Any = None, **_: Any) -> Any:
-        return function or as_it_is
-
-    # Where it isn't installed, PEFT does without.
-    with mock.patch.object(torch, "compile", as_it_is), suppress(ImportError):
-        import bitsandbytes  # noqa: F401
 
 
 def _require_all(base: Base, found: dict[str, Any]) -> None:

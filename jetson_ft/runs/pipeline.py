@@ -19,7 +19,7 @@ from jetson_ft.device.monitor import Monitor
 from jetson_ft.device.probe import Device
 from jetson_ft.device.telemetry import Telemetry
 from jetson_ft.errors import UserError
-from jetson_ft.models import adapter, load, resolve, shapes
+from jetson_ft.models import adapter, libraries, load, resolve, shapes
 from jetson_ft.models.load import Weights
 from jetson_ft.models.resolve import Base
 from jetson_ft.paths import disk_errors, read_json, write_json
@@ -160,8 +160,9 @@ class Pipeline:
         return True
 
     def _finetune(self) -> None:
-        from jetson_ft.models import fused
-
+        with self.phase("libraries"):
+            libraries.load("datasets", "jetson_ft.training.trainer")
+            from jetson_ft.models import fused
         with self.phase("device"):
             device = probe.probe()
             weights = weights_of(self.recipe, device)

@@ -569,6 +569,7 @@ ITEMS = {
 # What a run does before its first step and after its last; see `Pipeline.phase`.
 PHASES = {
     "meeting": "等待其他机器",
+    "libraries": "加载程序库",
     "device": "检测设备",
     "model files": "获取模型文件",
     "data": "读取数据",

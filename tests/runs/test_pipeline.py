@@ -276,7 +276,8 @@ def test_phases_tell_their_times(finished: Run) -> None:
     begun = [event["name"] for event in finished.events() if event["kind"] == "phase"]
     ended = [event["name"] for event in finished.events() if event["kind"] == "phase_end"]
     assert begun == ended == [
-        "device", "model files", "data", "plan", "model", "training", "comparison", "report",
+        "libraries", "device", "model files", "data", "plan", "model", "training", "comparison",
+        "report",
     ]  # fmt: skip
 
 
