@@ -114,6 +114,41 @@ def test_a_failure_is_put_in_plain_words(
     assert said in str(setup.failure(1))
 
 
+@pytest.mark.parametrize("listed, settings", [
+    ("", {}),
+    ("global.index-url='https://mirror.example/simple'\n:env:.default-timeout='180'\n",
+     {"UV_DEFAULT_INDEX": "https://mirror.example/simple"}),
+    (":env:.index-url='https://b.example'\nglobal.index-url='https://a.example'\n"
+     "install.trusted-host='a.example\\nb.example'\nglobal.find-links='/wheels\\n/more'\n"
+     "list.format='columns'\n",
+     {"UV_DEFAULT_INDEX": "https://b.example", "UV_INSECURE_HOST": "a.example b.example",
+      "UV_FIND_LINKS": "/wheels,/more"}),
+    ("global.no-index='true'\n", None),
+    ("install.keyring-provider='subprocess'\n", None),
+])  # fmt: skip
+def test_uv_is_told_what_pip_is(listed: str, settings: dict[str, str] | None) -> None:
+    assert setup.uv_settings(listed) == settings
+
+
+def test_what_uv_cannot_do_pip_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the programs: one notes its arguments, uv's fails."""
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "uv"):
+        script = tmp_path / "bin" / name
+        script.write_text(
+            f'#!/bin/sh\necho "$*" >> {tmp_path}/called\ncase "$*" in *" uv pip "*) exit 1; esac\n'
+        )
+        script.chmod(0o755)
+    monkeypatch.setattr(setup, "VENV", tmp_path)
+    monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
+    monkeypatch.setattr(setup, "venv_python", lambda: str(tmp_path / "bin" / "python"))
+    setup.install(0, "--no-deps", "wanted==1")
+    listed, by_uv, by_pip = (tmp_path / "called").read_text().splitlines()
+    assert listed.endswith("pip config list")
+    assert "-m uv pip install" in by_uv and by_uv.endswith("--no-deps wanted==1")
+    assert "-m pip install" in by_pip and by_pip.endswith("--no-deps wanted==1")
+
+
 # --- pins ---
 
 
