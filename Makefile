@@ -6,7 +6,6 @@ BIN := .venv/bin
 PYTEST := -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL:
 .PHONY: help setup setup-dev finetune chat webui test test-fast test-all test-compat lint lock lock-check clean \
 	docker-build docker-run docker-finetune image-test
 
@@ -61,7 +60,10 @@ docker-finetune: ## fine-tune in the image (RECIPE=NAME, SET="lora.rank=32 train
 image-test: ## build the image on a stand-in for NVIDIA's bases and use it (root, buildah; ARCH=arm64)
 	@exec $(PYTHON) scripts/image_test.py $(if $(ARCH),--arch $(call quote,$(ARCH)))
 
-test: lint lock-check test-all test-compat ## everything CI runs
+# The pins wait for the package index, the types for the processor: both at once.
+test: setup-dev ## everything CI runs
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint lock-check
+	@$(MAKE) --no-print-directory --jobs=1 test-all test-compat
 
 test-fast: setup-dev ## the tests that take seconds
 	$(call part,fast tests,$(BIN)/python $(PYTEST) -m "not slow")
