@@ -82,10 +82,12 @@ class Folder:
             self._jetson()
 
     def write(self, place: str, text: str) -> Path:
-        """One file."""
+        """One file; like the kernel's, never seen half-written."""
         path = self.root / place
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode())
+        new = path.with_name(f".{path.name}.new")
+        new.write_bytes(text.encode())
+        new.replace(path)
         return path
 
     def _jetson(self) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import psutil
 import pytest
 import whole_worker
@@ -137,18 +137,11 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
 # --- whole runs on the tiny Phi ----------------------------------------------------------------
 
 
-PRELOADED = [
-    "peft", "sacrebleu", "transformers.models.phi.modeling_phi", "jetson_ft.training.trainer",
-    "jetson_ft.inference.evaluate", "jetson_ft.runs.pipeline",
-]  # fmt: skip
-
-
 class Workbench:
     """Whole worker processes: the real pipeline, without the wait for its imports."""
 
     def __init__(self, tiny_phi: Path, rows_file: Path, root: Path) -> None:
-        self.context: Any = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
+        self.context = forked.context()
         self.model, self.rows, self.root = tiny_phi, rows_file, root
 
     def run(self, label: str, rows: Path | None = None, **train: Any) -> Run:

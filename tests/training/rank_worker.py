@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["peft", "transformers.models.phi.modeling_phi", "jetson_ft.training.trainer"]
-
 
 @dataclass(frozen=True)
 class Scenario:

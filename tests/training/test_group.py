@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import rank_worker
 from rank_worker import Scenario
@@ -18,11 +18,6 @@ from jetson_ft.training import checkpoint
 pytestmark = pytest.mark.slow
 
 FAST = {"warmup_steps": 0, "learning_rate": 1e-2, "eval_every": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _few_imports() -> None:
-    multiprocessing.get_context("forkserver").set_forkserver_preload(rank_worker.PRELOADED)
 
 
 @pytest.fixture
@@ -41,7 +36,7 @@ def together(scenario: Scenario, size: int = 2, limit: float = 150.0) -> list[An
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context: Any = multiprocessing.get_context("forkserver")
+    context = forked.context()
     started = [
         context.Process(target=rank_worker.work, args=(scenario, rank, size, port))
         for rank in range(size)
