@@ -57,6 +57,7 @@ def test_every_key_a_shipped_recipe_sets_is_commented() -> None:
             assert not is_setting or previous.startswith("#") or ":" in previous, f"{path}: {line}"
 
 
+@pytest.mark.slow
 def test_dry_run_shows_recipe_rows_and_steps_and_makes_nothing(
     tiny_phi: Path, rows_file: Path, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_refusal_leaves_the_model_where_it_was(parlour: Parlour, finished: Any
     assert said(parlour, finished.name)[-1].text
 
 
+@pytest.mark.slow
 def test_a_mistyped_name_leaves_the_model_loaded(
     finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from jetson_ft.device import doctor
 from jetson_ft.device.doctor.finding import failure, ok
 from jetson_ft.webui.device import Doctor, findings_html
@@ -21,6 +23,7 @@ def test_each_finding_has_its_mark_and_what_mends_it() -> None:
     assert "would not work" in english and "不支持 JetPack 5" in chinese
 
 
+@pytest.mark.slow
 def test_this_machine_is_examined_once_for_all_who_look(tmp_path: Path) -> None:
     asked = Doctor(tmp_path)
     found = asked.findings()
