@@ -56,7 +56,7 @@ def make_model(folder: Path, rows: Path) -> Path:
     )
     torch.manual_seed(0)
     config = PhiConfig(
-        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=512, num_hidden_layers=2,
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
         num_attention_heads=4, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -87,7 +87,7 @@ def main() -> None:
         rows = make_rows(folder / "rows.jsonl")
         model = make_model(folder / "model", rows)
         settings = Settings(
-            str(model), str(rows), STEPS * ROWS_PER_STEP, 256, 8, 1, usable_cores(), ARMS,
+            str(model), str(rows), STEPS * ROWS_PER_STEP, 128, 8, 1, usable_cores(), ARMS,
             precision=precision,
         )  # fmt: skip
         found = bench(settings, folder / "out", lambda turn: None)
