@@ -71,9 +71,10 @@ test-fast: setup-dev ## the tests that take seconds
 test-all: setup-dev
 	$(call part,tests,$(BIN)/python $(PYTEST))
 
+# What can be tried at length has been by then: here other packages are what is new.
 test-compat: ## the fast tests once more with JetPack 6's packages (transformers 5.20.2, numpy 1.26)
 	@$(PYTHON) scripts/setup.py --extras dev --compat
-	$(call part,fast tests with JetPack 6's packages,.venv-compat/bin/python $(PYTEST) -m "not slow")
+	$(call part,fast tests with JetPack 6's packages,.venv-compat/bin/python $(PYTEST) -m "not slow" --hypothesis-profile=brief)
 
 lint: setup-dev ## style, types, import directions, Dockerfile
 	$(call part,ruff,$(BIN)/ruff check && $(BIN)/ruff format --check)

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("brief", max_examples=20)
 
 # Where it is ignored (a shell's background job), programs started here would ignore it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
