@@ -13,6 +13,9 @@ from jetson_ft.training.group import Group
 
 MARGIN = 5.0  # degrees below the limit where it goes on
 _LOOK_SECONDS = 1.0  # between looks while it waits
+# Looks in a row that must find it cool, so that two readings of the sensors say so: one may miss
+# the sensor that is hot.
+_COOL_LOOKS = 3
 
 
 class Heat:
@@ -52,13 +55,16 @@ class Heat:
         return stop
 
     def _until_cool(self) -> bool:
-        while True:
+        cool = 0
+        while cool < _COOL_LOOKS:
+            time.sleep(_LOOK_SECONDS)
             stops, hot = self._group.sum(
                 [float(self._stop_requested()), self._above(self.limit - MARGIN)]
             )
-            if stops or not hot:
-                return stops > 0
-            time.sleep(_LOOK_SECONDS)
+            if stops:
+                return True
+            cool = 0 if hot else cool + 1
+        return False
 
     def _above(self, limit: float) -> float:
         """1 where this machine is known to be at least so hot, else 0."""

@@ -121,10 +121,10 @@ def test_a_sensor_that_falls_silent_lets_training_go_on(
 
 
 def test_one_hot_machine_is_waited_for_by_all(board: Folder, sensors: Monitor) -> None:
-    """Seen from a machine that is cool itself."""
+    """Seen from a machine that is cool itself; one reading misses the hot one."""
 
     class Others(Group):
-        answers = iter([1.0, 1.0, 1.0, 0.0])
+        answers = iter([1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0])
 
         def sum(self, values: Any) -> list[float]:
             return [*values[:-1], values[-1] + next(self.answers)]
