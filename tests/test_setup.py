@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -126,27 +127,51 @@ def test_a_failure_is_put_in_plain_words(
     ("global.no-index='true'\n", None),
     ("install.keyring-provider='subprocess'\n", None),
 ])  # fmt: skip
-def test_uv_is_told_what_pip_is(listed: str, settings: dict[str, str] | None) -> None:
-    assert setup.uv_settings(listed) == settings
+def test_uv_is_told_what_pip_is(
+    listed: str, settings: dict[str, str] | None, tmp_path: Path
+) -> None:
+    (tmp_path / "listed").write_text(listed)
+    python = program(tmp_path / "python", f"cat {tmp_path}/listed")
+    assert setup.uv_settings(setup.pip_settings(python)) == settings
+
+
+def program(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
 
 
 def test_what_uv_cannot_do_pip_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for the programs: one notes its arguments, uv's fails."""
+    """Stand-ins for the programs: one notes its arguments, and fails as uv."""
     (tmp_path / "bin").mkdir()
-    for name in ("python", "uv"):
-        script = tmp_path / "bin" / name
-        script.write_text(
-            f'#!/bin/sh\necho "$*" >> {tmp_path}/called\ncase "$*" in *" uv pip "*) exit 1; esac\n'
-        )
-        script.chmod(0o755)
+    note = f'echo "$*" >> {tmp_path}/called'
+    python = program(tmp_path / "bin" / "python", note, 'case "$*" in *" uv pip "*) exit 1; esac')
+    program(tmp_path / "bin" / "uv")
     monkeypatch.setattr(setup, "VENV", tmp_path)
     monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
-    monkeypatch.setattr(setup, "venv_python", lambda: str(tmp_path / "bin" / "python"))
-    setup.install(0, "--no-deps", "wanted==1")
-    listed, by_uv, by_pip = (tmp_path / "called").read_text().splitlines()
-    assert listed.endswith("pip config list")
-    assert "-m uv pip install" in by_uv and by_uv.endswith("--no-deps wanted==1")
-    assert "-m pip install" in by_pip and by_pip.endswith("--no-deps wanted==1")
+    monkeypatch.setattr(setup, "venv_python", lambda: python)
+    for wanted in ("one==1", "two==2"):
+        setup.install(0, "--no-deps", wanted)
+    listed, *made = (tmp_path / "called").read_text().splitlines()
+    assert listed.endswith("pip config list"), "asked once"
+    assert [line.split()[-1] for line in made] == ["one==1", "one==1", "two==2", "two==2"]
+    assert ["-m uv pip install" in line for line in made] == [True, False, True, False]
+
+
+def test_a_terminal_sees_that_a_step_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with setup.step("quiet"):
+        pass
+    assert capsys.readouterr().out == "  quiet ... 0 s\n"
+    monkeypatch.setattr(setup, "TICK_SECONDS", 0.02)
+    monkeypatch.setattr(setup, "received", iter(range(0, 10**12, 312_000_000)).__next__)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with setup.step("torch"):
+        time.sleep(0.3)
+    shown = capsys.readouterr().out
+    assert "torch ... 0 s, 312 MB arrived" in shown and "624 MB" in shown
+    assert shown.endswith("\r  torch ... \x1b[K0 s\n")
 
 
 # --- pins ---
