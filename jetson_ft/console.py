@@ -73,6 +73,19 @@ class Follower:
         if event["name"] not in ("device", "report", "training"):
             self._say(f"{event['name']}{detail}")
 
+    def _on_phase_end(self, event: dict[str, Any]) -> None:
+        if self._bar is not None:
+            self._progress.remove_task(self._bar)
+            self._bar = None
+
+    def _on_download(self, event: dict[str, Any]) -> None:
+        done, total = (event[key] // 10**6 for key in ("done", "total"))
+        left = event["seconds_left"]
+        note = "MB" + (f"  {duration(left)} left" if left is not None else "")
+        self._bar_to(event["file"], done, total, note)
+        if self._is_plain_line_due():
+            self._say(f"  {event['file']}: {done:,}/{total:,} {note}")
+
     def _on_device(self, event: dict[str, Any]) -> None:
         device = event["device"]
         self._say(
@@ -144,11 +157,7 @@ class Follower:
             f"{self._board}  {duration(left) + ' left' if left is not None else 'measuring'}"
         )
         self._bar_to("training", event["step"], total, note)
-        now = time.monotonic()
-        if not out.is_terminal and (
-            now - self._last_plain > _PLAIN_EVERY or event["step"] == total
-        ):
-            self._last_plain = now
+        if self._is_plain_line_due() or (event["step"] == total and not out.is_terminal):
             self._say(f"step {event['step']}/{total or '?'}  {note}")
 
     def _on_pause(self, event: dict[str, Any]) -> None:
@@ -182,6 +191,14 @@ class Follower:
 
     def _on_warning(self, event: dict[str, Any]) -> None:
         self._say(f"warning: {event['message']}")
+
+    def _is_plain_line_due(self) -> bool:
+        """Where there is no terminal for a bar, a line now and then."""
+        now = time.monotonic()
+        if out.is_terminal or now - self._last_plain <= _PLAIN_EVERY:
+            return False
+        self._last_plain = now
+        return True
 
     def _bar_to(self, what: str, done: int, total: int | None, note: str) -> None:
         if self._bar is None or what != self._what:

@@ -9,9 +9,12 @@ into a `.part` file beside the cache's own, and go on where the last attempt end
 from __future__ import annotations
 
 import fcntl
+import io
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from fnmatch import fnmatch
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -28,6 +31,24 @@ _WORKS_OFFLINE = (
     "and what was downloaded before (copy HF_HOME from another machine)."
 )
 _ON = ("1", "ON", "YES", "TRUE")  # as the client reads HF_HUB_OFFLINE
+
+Tell = Callable[[str, int, int, float | None], None]
+_TOLD_EVERY = 2.0  # seconds
+_tell: ContextVar[Tell | None] = ContextVar("tell", default=None)
+
+
+@contextmanager
+def telling(tell: Tell) -> Iterator[None]:
+    """Within it, `tell` hears how far a large file has come.
+
+    It is given the file's name, bytes here, bytes in all, and seconds left (None: not known
+    yet). What it raises ends the download; the part that is here stays.
+    """
+    token = _tell.set(tell)
+    try:
+        yield
+    finally:
+        _tell.reset(token)
 
 
 def endpoint() -> str:
@@ -110,16 +131,34 @@ def _fetch_large_files(repo: str, kind: Kind, patterns: list[str]) -> None:
         if blob and not blob.exists() and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
             url = hf_hub_url(repo, file.rfilename, repo_type=kind, revision=about.sha)
             blob.parent.mkdir(parents=True, exist_ok=True)
-            _resume(url, blob, file.size)
+            _resume(url, blob, file.rfilename, file.size)
 
 
-def _resume(url: str, blob: Path, size: int) -> None:
+class _Growing(io.BufferedWriter):
+    """The part of a file that is here, telling how it grows."""
+
+    def __init__(self, path: Path, name: str, size: int) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self._of, self._size, self._began_with = name, size, self.tell()
+        self._began = self._told = time.monotonic()
+
+    def write(self, data: Any) -> int:
+        written = super().write(data)
+        now, tell = time.monotonic(), _tell.get()
+        if tell and now - self._told >= _TOLD_EVERY:
+            self._told, here = now, self.tell()
+            rate = (here - self._began_with) / (now - self._began)
+            tell(self._of, here, self._size, (self._size - here) / rate if rate else None)
+        return written
+
+
+def _resume(url: str, blob: Path, name: str, size: int) -> None:
     """Fetches the rest of a file; it gets its name (its SHA-256) once it is whole."""
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils._headers import build_hf_headers
 
     part = blob.with_suffix(".part")
-    with open(part, "ab") as file:
+    with _Growing(part, name, size) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if blob.exists():  # another process was faster
             return

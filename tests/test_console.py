@@ -67,6 +67,18 @@ def test_without_a_terminal_there_are_plain_lines(run: Run, screen: io.StringIO)
     assert "\x1b" not in screen.getvalue() and "━" not in screen.getvalue()
 
 
+def test_a_download_tells_how_far_it_is(run: Run, screen: io.StringIO) -> None:
+    log = EventLog(run, 1)
+    log.emit("phase", name="model files", detail="o/n")
+    for done, left in ((312_500_000, None), (700_000_000, 65.0)):
+        log.emit(
+            "download", file="m.safetensors", done=done, total=2_836_000_000, seconds_left=left
+        )
+    log.emit("phase_end", name="model files", seconds=900.0)
+    follow(run)
+    assert lines(screen) == ["model files: o/n", "  m.safetensors: 312/2,836 MB"]
+
+
 def test_unknown_and_null_are_shown_as_such(run: Run, screen: io.StringIO) -> None:
     log = EventLog(run, 1)
     log.emit("step", step=1, **STEP | {"total_steps": None, "seconds_left": None})

@@ -160,9 +160,11 @@ def environment(address: str, home: Path, **more: str) -> dict[str, str]:
     return {**own, "HF_ENDPOINT": address, "HF_HOME": str(home), "no_proxy": "*", **more}
 
 
-def start(address: str, home: Path, *calls: Any, **more: str) -> subprocess.Popen[str]:
+def start(
+    address: str, home: Path, *calls: Any, script: str = CLIENT, **more: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", CLIENT, json.dumps(calls)],
+        [sys.executable, "-c", script, json.dumps(calls)],
         env=environment(address, home, **more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -200,6 +202,35 @@ def test_files_are_listed_and_those_that_match_are_fetched(server: FakeHub, tmp_
     assert not list(tmp_path.rglob("*.part"))
     assert len(server.asked_for("model.safetensors")) == 1
     assert not server.asked_for("README.md")
+
+
+TOLD = """
+import json, sys
+from huggingface_hub import constants
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 18
+from jetson_ft import hub
+hub._TOLD_EVERY, told = 0.0, []
+class Enough(Exception): pass
+def tell(*news):
+    told.append(news)
+    if len(told) == 2: raise Enough
+for _ in range(2):
+    try:
+        with hub.telling(tell): hub.fetch("o/n", "model", ["*.safetensors"])
+    except Enough: told.append(None)
+print(json.dumps(told))
+"""
+
+
+def test_a_download_is_told_of_and_ended_from_outside(server: FakeHub, tmp_path: Path) -> None:
+    with start(server.address, tmp_path, script=TOLD) as client:
+        out, errors = client.communicate(timeout=60)
+    assert client.returncode == 0, errors
+    first, second, ended, *later = json.loads(out)
+    assert ended is None and second[1] == 2 << 18
+    assert [news[1] for news in later] == [3 << 18, 4 << 18], "the second goes on where one ended"
+    for name, done, total, left in (first, second, *later):
+        assert name == "model.safetensors" and 0 < done <= total == len(BIG) and left >= 0
 
 
 def test_models_whose_weights_lie_here_are_listed(server: FakeHub, tmp_path: Path) -> None:

@@ -88,10 +88,9 @@ class Seen:
         """One more event."""
         kind = event["kind"]
         self.last[kind] = event
-        if kind == "phase":
-            self.phase = event["name"]
-        elif kind == "phase_end":
-            self.phase = ""
+        if kind in ("phase", "phase_end"):
+            self.phase = event["name"] if kind == "phase" else ""
+            self.last.pop("download", None)
         elif kind in ("pause", "pause_end"):
             self.phase = COOLING if kind == "pause" else "training"
         step = event.get("step")
@@ -156,6 +155,7 @@ class Summary:
     loss: float | None = None
     heldout_loss: float | None = None
     phase: str = ""
+    download: dict[str, Any] | None = None  # the newest such event, while it goes on
 
 
 def summarise(run: Run) -> Summary:
@@ -172,6 +172,7 @@ def summarise(run: Run) -> Summary:
         loss=step.get("loss"),
         heldout_loss=measured.get("heldout_loss"),
         phase=seen.phase,
+        download=seen.last.get("download"),
     )
 
 

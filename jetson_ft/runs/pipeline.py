@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jetson_ft import hub
 from jetson_ft.data import lengths, read, store, tokens
 from jetson_ft.device import probe
 from jetson_ft.device.monitor import Monitor
@@ -153,11 +154,16 @@ class Pipeline:
             Whether it came to its end; False when it was asked to stop.
         """
         try:
-            with self.monitor:
+            with self.monitor, hub.telling(self._on_download):
                 self._finetune()
         except _Stopped:
             return False
         return True
+
+    def _on_download(self, file: str, done: int, total: int, left: float | None) -> None:
+        if self.group.size == 1 and self.stop_requested():  # others would wait for this one
+            raise _Stopped
+        self.log.emit("download", file=file, done=done, total=total, seconds_left=left)
 
     def _finetune(self) -> None:
         with self.phase("libraries"):

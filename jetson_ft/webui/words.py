@@ -131,6 +131,7 @@ _WORDS: dict[str, tuple[str, str]] = {
     "runs.left": ("{time} left", "剩余 {time}"),
     "runs.cooling": ("paused until it has cooled", "已暂停，等待降温"),
     "runs.preparing": ("preparing: {phase}", "准备中：{phase}"),
+    "runs.download": ("{done} of {total} MB", "已下载 {done} / {total} MB"),
     "runs.compare": ("draw beside the chosen one", "与所选任务画在同一张图里"),
     "do.stop": ("Stop", "停止"),
     "do.stop.help": (

@@ -142,6 +142,10 @@ def test_a_run_tells_its_phase_its_end_and_a_warning_in_the_pages_language(
     time.sleep(1.1)  # a piece is made once a second
     resumed = page.get(f"/live/zh/runs/{run.name}").text
     assert "准备中：获取模型文件" in resumed
+    log.emit("download", file="a", done=312_500_000, total=2_836_000_000, seconds_left=65.0)
+    time.sleep(1.1)
+    fetching = " ".join(page.get(f"/live/zh/runs/{run.name}").text.split())
+    assert "获取模型文件 · 已下载 312 / 2,836 MB · 剩余 1 分 05 秒" in fetching
     assert "缺少" not in resumed  # an earlier attempt's warning
     for kind, shown in (("pause", True), ("pause_end", False)):
         log.emit(kind, step=1)
