@@ -199,8 +199,9 @@ def progress(line: str) -> Iterator[None]:
 def tick(line: str, over: threading.Event) -> None:
     start, before = time.monotonic(), received()
     while not over.wait(TICK_SECONDS):
-        seconds, arrived = time.monotonic() - start, (received() - before) / 1e6
-        print(f"\r{line}{seconds:.0f} s, {arrived:,.0f} MB arrived\033[K", end="", flush=True)
+        arrived = (received() - before) / 1e6
+        told = f", {arrived:,.0f} MB arrived" if arrived >= 1 else ""
+        print(f"\r{line}{time.monotonic() - start:.0f} s{told}\033[K", end="", flush=True)
 
 
 def received() -> int:
