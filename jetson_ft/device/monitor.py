@@ -15,6 +15,7 @@ from jetson_ft.device.telemetry import Telemetry
 _EVERY = 2.0  # seconds between looks
 _AT_FIRST = [0.25] * 10  # likewise, as a source takes a moment to say its first word
 _TOLD_EVERY = 10.0  # seconds between events
+_PATIENCE = 3.0  # seconds a source is given for its first word; tegrastats takes two
 
 
 class Monitor:
@@ -41,7 +42,7 @@ class Monitor:
         self._every, self._told_every = every, told_every
         self._account = Account()
         self._newest: tuple[float, float | None] = (0.0, None)  # time and temperature
-        self._over = threading.Event()
+        self._spoken, self._over = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="sensors")
 
     def __enter__(self) -> Monitor:
@@ -57,6 +58,11 @@ class Monitor:
         self._over.set()
         if self._telemetry is not None:
             self._thread.join(5.0)
+
+    def wait_for_first(self) -> None:
+        """Until there are figures, for some seconds: with them, no step's energy is missing."""
+        if self._telemetry is not None:
+            self._spoken.wait(_PATIENCE)
 
     @property
     def watches(self) -> bool:
@@ -90,6 +96,8 @@ class Monitor:
         self._newest = (now, found.temperature)
         if found.watts is not None:
             self.meter.sample(now, found.watts)
+        if found.memory_used is not None or found.watts is not None:
+            self._spoken.set()
         self._account.add(now, found)
 
     def _tell(self) -> None:

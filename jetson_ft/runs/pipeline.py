@@ -275,6 +275,7 @@ class Pipeline:
             with self.phase("splitting", f"the layers among {plan.shards} processes"):
                 sharding.split(model, self.group, device.kind)
         job = self._job(model, rows, device, plan)
+        self.monitor.wait_for_first()
         with self.group.copy_of_firsts(newest) as resume:
             progress = self._fit(model, job, resume)
         if not progress.complete:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import time
 from pathlib import Path
@@ -160,6 +161,29 @@ def test_where_nothing_measures_power_memory_is_told_all_the_same(tmp_path: Path
         found.meter.start(time.monotonic())
         assert found.meter.stop(time.monotonic()) is None
     assert "watts" not in heard[0] and heard[0]["memory_used"] > 0
+
+
+def test_a_sources_first_word_is_waited_for(tmp_path: Path) -> None:
+    """tegrastats says it after two seconds; the energy of the steps before would be missing."""
+    board = Folder(tmp_path, NANO)
+    path = board.program("tegrastats", f"sleep 0.7\necho '{NANO.line}'\nexec sleep 60")
+    source = Telemetry(tmp_path, path=f"{path}{os.pathsep}{os.environ['PATH']}")
+    with Monitor(source, Heard().emit) as found:
+        found.wait_for_first()
+        found.meter.start(time.monotonic())
+        assert found.meter.stop(time.monotonic()) is not None
+
+
+def test_a_source_that_says_nothing_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "_PATIENCE", 0.2)
+    path = Folder(tmp_path, NANO).program("tegrastats", "exec sleep 60")
+    source = Telemetry(tmp_path, path=f"{path}{os.pathsep}{os.environ['PATH']}")
+    with Monitor(source, Heard().emit, every=0.01) as found:
+        found.wait_for_first()
+        found.meter.start(time.monotonic())
+        assert found.meter.stop(time.monotonic()) is None
 
 
 def test_one_that_watches_nothing_starts_nothing() -> None:

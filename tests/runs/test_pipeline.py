@@ -143,8 +143,9 @@ def test_stopped_before_training_and_in_the_comparison(workbench: Any, finished:
 
 
 def test_a_boards_power_becomes_energy_in_the_report(workbench: Any, tmp_path: Path) -> None:
-    """tegrastats is found on the PATH as on a board; it says 12.02 W all the time."""
-    path = Folder(tmp_path / "board", NANO).tegrastats()
+    """tegrastats is found on the PATH as on a board; it says 12.02 W, at first after a while."""
+    said = f"sleep 1.5\necho '{NANO.line}'\nexec sleep 60"
+    path = Folder(tmp_path / "board", NANO).program("tegrastats", said)
     run = workbench.run("metered")
     assert workbench.work(run, PATH=f"{path}{os.pathsep}{os.environ['PATH']}") == 0
     report = json.loads((run.path / "report.json").read_text())
