@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
+
+from jetson_ft.models.lora import Made, apply_to_made
 
 
 def fuse(model: torch.nn.Module) -> dict[str, int]:
@@ -23,8 +25,8 @@ def fuse(model: torch.nn.Module) -> dict[str, int]:
         How many modules of each kind were exchanged.
     """
     counts: dict[str, int] = {}
-    for module in model.modules():
-        for kind, fits, faster in _KNOWN:
+    for kind, fits, faster in _KNOWN:
+        for module in model.modules():
             if fits(module) and _gives_the_same(module, faster):
                 module.forward = faster.__get__(module)
                 counts[kind] = counts.get(kind, 0) + 1
@@ -34,7 +36,7 @@ def fuse(model: torch.nn.Module) -> dict[str, int]:
 def _gives_the_same(module: Any, faster: Callable[[Any, Tensor], Tensor]) -> bool:
     """Tries both on a few numbers; adapters and quantised layers inside are part of the trial."""
     parameter = next(module.parameters(), None)
-    width = getattr(module, "hidden_size", None) or (
+    width = getattr(getattr(module, "config", module), "hidden_size", None) or (
         parameter.shape[-1] if parameter is not None and parameter.ndim == 1 else 64
     )
     dtype = parameter.dtype if parameter is not None else torch.float32
@@ -86,13 +88,17 @@ def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
 # --- gated MLP (SwiGLU: Shazeer 2020) --------------------------------------------------------
 
 
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return silu(gate).mul_(up)
+
+
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) · up, keeping the two inputs alone."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return silu(gate).mul_(up)
+        return _swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:
@@ -110,9 +116,9 @@ def _is_gated_silu(module: Any) -> bool:
 
 
 def _gated_silu(module: Any, hidden_states: Tensor) -> Tensor:
-    gated = _SwiGLU.apply(module.gate_proj(hidden_states), module.up_proj(hidden_states))
-    out: Tensor = module.down_proj(gated)
-    return out
+    gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
+    made = Made(_swiglu, (gate, up))
+    return apply_to_made(module.down_proj, _SwiGLU.apply(gate, up), made)
 
 
 # --- GELU as GPT-2 writes it -----------------------------------------------------------------
@@ -122,13 +128,32 @@ def _is_gelu_new(module: Any) -> bool:
     return type(module).__name__ == "NewGELUActivation"
 
 
-def _gelu_tanh(module: Any, hidden_states: Tensor) -> Tensor:
+def _gelu_new(module: Any, hidden_states: Tensor) -> Tensor:
+    return _gelu_tanh(hidden_states)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
     """The same formula (Hendrycks and Gimpel 2016, tanh form) as one operation."""
-    return torch.nn.functional.gelu(hidden_states, approximate="tanh")
+    return gelu(x, approximate="tanh")
+
+
+def _is_mlp_with_gelu(module: Any) -> bool:
+    return (
+        hasattr(module, "fc1")
+        and hasattr(module, "fc2")
+        and _is_gelu_new(getattr(module, "activation_fn", None))
+    )
+
+
+def _mlp_with_gelu(module: Any, hidden_states: Tensor) -> Tensor:
+    """Keeps the wide tensor before GELU alone, for which `gelu_new` has to be exchanged first."""
+    wide = module.fc1(hidden_states)
+    return apply_to_made(module.fc2, _gelu_tanh(wide), Made(_gelu_tanh, (wide,)))
 
 
 _KNOWN: tuple[tuple[str, Callable[[Any], bool], Callable[[Any, Tensor], Tensor]], ...] = (
     ("rms_norm", _is_rms_norm, _rms_norm),
     ("swiglu", _is_gated_silu, _gated_silu),
-    ("gelu_tanh", _is_gelu_new, _gelu_tanh),
+    ("gelu_tanh", _is_gelu_new, _gelu_new),
+    ("gelu_mlp", _is_mlp_with_gelu, _mlp_with_gelu),
 )

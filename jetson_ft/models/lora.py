@@ -4,14 +4,15 @@ PEFT adds the adapter as `result + lora_B(lora_A(x)) * scaling`: three elementwi
 the output, and at bf16 a cast of the input to fp32 and back. Here the product is added by the
 matrix multiplication itself, adapters are multiplied in the arithmetic of the base (their fp32
 values stay the masters), and only the input and the small product are kept for the backward
-pass. The layers come in through PEFT's own register of custom modules, so that the adapter is
-an ordinary one. What is not plain LoRA (DoRA, dropout, merged or several adapters) takes
-PEFT's way.
+pass; of an input that is quickly made again, only what it is made of. The layers come in
+through PEFT's own register of custom modules, so that the adapter is an ordinary one. What is
+not plain LoRA (DoRA, dropout, merged or several adapters) takes PEFT's way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -23,6 +24,24 @@ from torch.nn.functional import linear
 def register(config: LoraConfig) -> None:
     """Makes PEFT build these layers for `config`, on whatever the base's linear layers are."""
     config._register_custom_module({**_quantised_layers(), torch.nn.Linear: FusedLinear})
+
+
+class Made(NamedTuple):
+    """How a layer's input comes from tensors that are kept for the backward pass anyway."""
+
+    by: Callable[..., Tensor]  # elementwise, so that making it again costs next to nothing
+    of: tuple[Tensor, ...]
+
+
+def apply_to_made(layer: Any, x: Tensor, made: Made) -> Tensor:
+    """`layer(x)` that keeps nothing of x but how it was made, if the layer knows how to."""
+    told = {"made": made} if isinstance(layer, _Fused) else {}
+    out: Tensor = layer(x, **told)
+    return out
+
+
+def _as_is(x: Tensor) -> Tensor:
+    return x
 
 
 class _Fused:
@@ -44,13 +63,13 @@ class _Fused:
 class FusedLinear(_Fused, layer.Linear):
     """An adapter beside a frozen dense layer."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, made: Made | None = None, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
         adapter = self._plain_adapter()
         if adapter is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
-        return _DenseWithAdapter.apply(x, base.weight, base.bias, *adapter)
+        return _DenseWithAdapter.apply(x, base.weight, base.bias, *adapter, *_kept(x, made))
 
 
 def _quantised_layers() -> dict[type, type]:
@@ -69,13 +88,18 @@ def _beside_quantised(peft_layer: type) -> type:
     """The subclass of PEFT's layer for a quantised base; bitsandbytes multiplies the base."""
 
     class FusedQuantised(_Fused, peft_layer):
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(self, x: Tensor, *args: Any, made: Made | None = None, **kwargs: Any) -> Tensor:
             adapter = self._plain_adapter()
             if adapter is None or args or kwargs:
                 return super().forward(x, *args, **kwargs)
-            return _AddAdapter.apply(self.base_layer(x), x, *adapter)
+            return _AddAdapter.apply(self.base_layer(x), x, *adapter, *_kept(x, made))
 
     return FusedQuantised
+
+
+def _kept(x: Tensor, made: Made | None) -> tuple[Any, ...]:
+    """For the functions below: what makes their input again, and of which tensors."""
+    return (made.by, *(part.detach() for part in made.of)) if made else (_as_is, x.detach())
 
 
 def _small(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -97,53 +121,64 @@ def _adapter_gradients(
     return d_a, d_b, d_low
 
 
+def _no_gradients(parts: list[Tensor]) -> list[None]:
+    """Of the scaling, of what makes the input again, and of what it is made of."""
+    return [None, None, *(None for _ in parts)]
+
+
 class _DenseWithAdapter(torch.autograd.Function):
     """y = x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ, W and bias frozen (Hu et al. 2021, eq. 3)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
+        scaling: float, again: Callable[..., Tensor], *parts: Tensor,
+    ) -> Tensor:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
         a_now, b_t = _small(a, b, x.dtype)
         low = rows @ a_now.t()
         y = linear(rows, w, bias).addmm_(low, b_t, alpha=scaling)
-        ctx.save_for_backward(x, w, a, b, low)
-        ctx.scaling = scaling
+        ctx.save_for_backward(w, a, b, low, *parts)
+        ctx.scaling, ctx.again = scaling, again
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:
-        x, w, a, b, low = ctx.saved_tensors
+        w, a, b, low, *parts = ctx.saved_tensors
+        x = ctx.again(*parts)
         rows, d_rows = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
         a_now, b_t = _small(a, b, x.dtype)
         d_a, d_b, d_low = _adapter_gradients(d_rows, rows, low, b_t, ctx.scaling)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = (d_rows @ w).addmm_(d_low, a_now).view_as(x)
-        return d_x, None, None, d_a, d_b, None
+        return d_x, None, None, d_a, d_b, *_no_gradients(parts)
 
 
 class _AddAdapter(torch.autograd.Function):
     """y = base + scaling · (x Aᵀ) Bᵀ, for a base that something else has multiplied."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor,
+        scaling: float, again: Callable[..., Tensor], *parts: Tensor,
+    ) -> Tensor:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
         a_now, b_t = _small(a, b, x.dtype)
         low = rows @ a_now.t()
         flat = base.reshape(-1, base.shape[-1])
         y = torch.addmm(flat, low.to(base.dtype), b_t.to(base.dtype), alpha=scaling)
-        ctx.save_for_backward(x, a, b, low)
-        ctx.scaling = scaling
+        ctx.save_for_backward(a, b, low, *parts)
+        ctx.scaling, ctx.again = scaling, again
         return y.view_as(base)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:
-        x, a, b, low = ctx.saved_tensors
+        a, b, low, *parts = ctx.saved_tensors
+        x = ctx.again(*parts)
         rows = x.reshape(-1, x.shape[-1])
         d_rows = d_y.reshape(-1, d_y.shape[-1]).to(x.dtype)
         a_now, b_t = _small(a, b, x.dtype)
         d_a, d_b, d_low = _adapter_gradients(d_rows, rows, low, b_t, ctx.scaling)
         d_x = (d_low @ a_now).view_as(x) if ctx.needs_input_grad[1] else None
-        return d_y, d_x, d_a, d_b, None
+        return d_y, d_x, d_a, d_b, *_no_gradients(parts)

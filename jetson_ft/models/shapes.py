@@ -50,7 +50,7 @@ class Shape:
     vocabulary: int
     norms: int  # in a layer, over the hidden state
     tied: bool  # the head is the embedding
-    gated: bool  # the MLP multiplies two projections (SwiGLU)
+    kept_in_mlp: int  # tensors of the MLP's width that the backward pass needs
     linears: tuple[Linears, ...]  # what quantisation and adapters take
     other_parameters: int  # norms, biases
 
@@ -130,7 +130,7 @@ def from_config(config: Any) -> Shape:
         vocabulary=embedding.weight.shape[0],
         norms=_norms(model, hidden) // config.num_hidden_layers,
         tied=tied,
-        gated=_is_gated(linears, hidden, intermediate),
+        kept_in_mlp=_kept_in_mlp(config, linears, intermediate),
         linears=linears,
         other_parameters=total - counted,
     )
@@ -165,10 +165,19 @@ def _norms(model: Any, hidden: int) -> int:
     )  # fmt: skip
 
 
-def _is_gated(linears: Sequence[Linears], hidden: int, intermediate: int) -> bool:
-    """Whether a layer has a gate beside its up projection, or both in one matrix."""
-    widths = [linear.outputs for linear in linears if linear.inputs == hidden]
-    return widths.count(intermediate) > 1 or 2 * intermediate in widths
+def _kept_in_mlp(config: Any, linears: Sequence[Linears], intermediate: int) -> int:
+    """An activation's inputs, its result, and with a gate the activated one too.
+
+    Where `models.fused` knows the MLP, results are made again from the inputs.
+    """
+    widths = [linear.outputs for linear in linears if linear.inputs == config.hidden_size]
+    gated = widths.count(intermediate) > 1 or 2 * intermediate in widths
+    activation = getattr(config, "hidden_act", None) or ""
+    known = {"silu": "mlp.gate_proj", "gelu_new": "mlp.fc1"}.get(activation, "")
+    made_again = any(linear.is_named(known) for linear in linears)
+    if gated:
+        return 2 if made_again else 4
+    return 1 if made_again else 2
 
 
 def _phi_linears(layers: int, hidden: int, intermediate: int) -> tuple[Linears, ...]:
@@ -197,12 +206,12 @@ def _llama_linears(layers: int, hidden: int, kv: int, intermediate: int) -> tupl
 KNOWN = {
     "microsoft/phi-1_5": Shape(
         layers=24, hidden=2048, intermediate=8192, heads=32, kv_heads=32, head_dim=64,
-        vocabulary=51200, norms=1, tied=False, gated=False,
+        vocabulary=51200, norms=1, tied=False, kept_in_mlp=1,
         linears=_phi_linears(24, 2048, 8192), other_parameters=595_968,
     ),
     "embedded": Shape(
         layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64,
-        vocabulary=49152, norms=2, tied=True, gated=True,
+        vocabulary=49152, norms=2, tied=True, kept_in_mlp=2,
         linears=_llama_linears(30, 576, 192, 1536), other_parameters=35_136,
     ),
 }  # fmt: skip

@@ -330,16 +330,15 @@ def layer_bytes(work: Work) -> int:
     """What one layer keeps of a token for the backward pass.
 
     Counted in numbers of the arithmetic's size: each norm's input and output (hidden), query
-    and key and value, attention's result by row and packed, the activation's input and output
-    (with a gate: both inputs and the product), and the product of each adapter's first matrix
-    (rank). Frozen linear layers keep nothing. Dropout and DoRA keep each adapter's own input
-    in fp32 besides.
+    and key and value, attention's result by row and packed, what the MLP keeps in its width,
+    and the product of each adapter's first matrix (rank). Frozen linear layers keep nothing.
+    Dropout and DoRA keep each adapter's own input in fp32 besides.
     """
     shape = work.shape
     adapted = [*shape.adapted(work.lora.targets)]
     numbers = 2 * shape.norms * shape.hidden
     numbers += shape.head_dim * (3 * shape.heads + 2 * shape.kv_heads)
-    numbers += shape.intermediate * (3 if shape.gated else 2)
+    numbers += shape.intermediate * shape.kept_in_mlp
     numbers += work.lora.rank * sum(one.count for one in adapted) // shape.layers
     inputs = sum(one.count * one.inputs for one in adapted) // shape.layers
     copies = 4 * inputs if work.lora.dropout or work.lora.dora else 0

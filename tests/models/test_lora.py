@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from jetson_ft.models.fused import fuse
 from jetson_ft.models.load import Weights, load_model
 from jetson_ft.models.lora import FusedLinear, register
 from jetson_ft.models.resolve import Base
@@ -79,6 +80,44 @@ def test_beside_quantised_weights_too(wide_phi: Path, quantize: str) -> None:
     assert torch.allclose(logits, own_logits, atol=1e-4)
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, own_gradients[name], rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("folder", "quantize", "wide_tensors"),
+    [
+        ("tiny_llama", "none", 2),
+        ("wide_phi", "none", 1),
+        ("wide_phi", "nf4", 1),
+        ("wide_phi", "int8", 1),
+    ],
+)
+def test_an_activation_is_made_again_and_not_kept(
+    folder: str, quantize: str, wide_tensors: int, request: pytest.FixtureRequest
+) -> None:
+    """Of what is as wide as the MLP, only the activation's own inputs are left for backward."""
+    path: Path = request.getfixturevalue(folder)
+    own, mine = (adapted(path, Weights("fp32", quantize), True) for _ in range(2))
+    fuse(mine)
+    layers, wide = own.config.num_hidden_layers, own.config.intermediate_size
+    assert len(kept(mine, wide)) == layers * wide_tensors < len(kept(own, wide))
+    (logits, gradients), (own_logits, own_gradients) = results(mine), results(own)
+    assert torch.allclose(logits, own_logits, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, own_gradients[name], rtol=1e-3, atol=1e-6), name
+
+
+def kept(model: Any, width: int) -> set[int]:
+    """Addresses of the tensors of this width that a forward pass leaves for backward."""
+    found: list[torch.Tensor] = []  # and alive, so that no address is used twice
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-1:] == (width,) and not isinstance(tensor, torch.nn.Parameter):
+            found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(IDS)
+    return {tensor.data_ptr() for tensor in found}
 
 
 def test_in_bf16_masters_and_gradients_stay_fp32(tiny_llama: Path) -> None:

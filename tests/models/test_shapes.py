@@ -56,9 +56,21 @@ def test_an_architecture_with_names_of_its_own_is_counted() -> None:
     from transformers import GPT2Config
 
     shape = shapes.from_config(GPT2Config())
-    assert shape.parameters == 124_439_808 and shape.tied and not shape.gated
+    assert shape.parameters == 124_439_808 and shape.tied
     assert (shape.layers, shape.hidden, shape.intermediate, shape.norms) == (12, 768, 3072, 2)
     assert shape.linear_parameters == 12 * 12 * 768**2
+
+
+def test_results_of_activations_that_are_made_again_arent_counted() -> None:
+    """Where `models.fused` doesn't know the MLP, autograd keeps all that was multiplied."""
+    from transformers import GemmaConfig, GPT2Config, LlamaConfig, Phi3Config, PhiConfig
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "vocab_size": 99, "pad_token_id": 0}  # fmt: skip
+    known, eager = (LlamaConfig(**size), PhiConfig(**size)), (GemmaConfig(**size), GPT2Config())
+    assert [shapes.from_config(config).kept_in_mlp for config in known] == [2, 1]
+    assert [shapes.from_config(config).kept_in_mlp for config in eager] == [4, 2]
+    assert shapes.from_config(Phi3Config(**size)).kept_in_mlp == 4
 
 
 def test_a_layers_number_in_a_target_is_read_as_every_layer() -> None:
