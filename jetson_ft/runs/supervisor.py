@@ -19,9 +19,15 @@ from jetson_ft.runs.rundir import Run
 from jetson_ft.runs.slot import Slot
 
 _POLL_SECONDS = 0.25
-# OpenMP threads that spin without end while they wait make training several times slower as
-# soon as anything else runs on the machine; those that never spin are slow to wake.
-WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "20000"}
+WORKER_ENVIRONMENT = {
+    # OpenMP threads that spin without end while they wait make training several times slower as
+    # soon as anything else runs on the machine; those that never spin are slow to wake.
+    "GOMP_SPINCOUNT": "20000",
+    # Whatever glibc cuts off an aligned block goes into its caches for small objects, where it
+    # keeps the large free blocks on both sides from growing together (glibc's bug 14581). A
+    # training on a CPU without these caches takes a sixth less memory.
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
+}
 
 
 def supervise(run: Run, held: IO[bytes]) -> None:

@@ -184,7 +184,7 @@ def test_memory_decides_between_large_batches_small_ones_and_recomputing() -> No
 
 def test_a_cpu_takes_small_micro_batches_and_whole_steps_where_those_are_smaller() -> None:
     embedded = work(KNOWN["embedded"], longest=256)
-    assert planner.choose(embedded, CPU, 1e11).micro_batch_tokens == 384
+    assert planner.choose(embedded, CPU, 1e11).micro_batch_tokens == 512
     one = replace(embedded, train=TrainRecipe(tokens_per_step=300))
     assert planner.choose(one, CPU, 1e11).micro_batch_tokens == 300
 
