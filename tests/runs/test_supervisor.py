@@ -28,6 +28,9 @@ def test_it_loads_no_torch() -> None:
 def test_stopping_is_shown_while_the_worker_still_works(shop: Any) -> None:
     run = shop.launch("endless")
     process = shop.worker(run)
+    # The loader cuts the tunables up in place.
+    given = ":" + Path(f"/proc/{process}/environ").read_text().replace("\0", ":")
+    assert all(f":{name}={value}:" in given for name, value in WORKER_ENVIRONMENT.items())
     os.kill(process, 19)  # SIGSTOP: a worker busy with a long step
     jobs.stop(run)
     assert shop.wait(run, "stopping") == "stopping"
