@@ -482,7 +482,9 @@ def runs_stop(
 
     found = rundir.find(run, runs)
     jobs.stop(found)
-    print(f"{found.name}: {jobs.settle(found)}, stop requested")
+    state = jobs.settle(found)
+    told = "stop requested" if state in rundir.LIVE else "nothing to stop"
+    print(f"{found.name}: {state}, {told}")
 
 
 @runs_app.command("describe")

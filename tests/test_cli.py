@@ -442,7 +442,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path: Path) -> None:
     stopped = make_run(tmp_path, "a", "stopped")
     done = run("runs", "show", stopped.name, "--runs", str(tmp_path), cwd=tmp_path)
     assert f"train --resume {stopped.path}" in done.stdout
-    assert "stopped" in invoke("runs", "stop", stopped.path)
+    assert "stopped, nothing to stop" in invoke("runs", "stop", stopped.path)
 
 
 def test_a_run_is_named_taken_away_and_deleted(tmp_path: Path) -> None:
