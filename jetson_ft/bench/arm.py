@@ -47,7 +47,8 @@ def measure(name: str, lesson: Lesson) -> dict[str, Any]:
     """Figures of one training: a rate over all steps but the first, memory, losses, roof.
 
     The roof is what the machine's matrix products allow in the needed arithmetic alone: no
-    recomputing, no padding, the head where a token is learnt.
+    recomputing, no padding, the head where a token is learnt, and of an opening that rows
+    share, what the arm computed of it.
     """
     import torch
 
@@ -63,8 +64,10 @@ def measure(name: str, lesson: Lesson) -> dict[str, Any]:
         raise RuntimeError(f"made {len(seen.ends)} of {len(lesson.steps())} steps")
     tokens, seconds = lesson.timed_tokens(), seen.ends[-1] - seen.ends[0]
     needed = flops_per_token(lesson.work(), checkpointing=False)
+    computed = seen.computed_tokens or tokens
     return {
         "tokens": tokens,
+        "computed_tokens": computed,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "peak_memory_bytes": seen.peak_memory_bytes,
@@ -72,7 +75,7 @@ def measure(name: str, lesson: Lesson) -> dict[str, Any]:
         "plan": seen.plan,
         "flops_per_token": needed,
         "matmul_flops": [before, after],
-        "roof_share": tokens / seconds * needed / ((before + after) / 2),
+        "roof_share": computed / seconds * needed / ((before + after) / 2),
     }
 
 

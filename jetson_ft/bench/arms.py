@@ -106,6 +106,9 @@ ARMS = {
     "ours-without-packing": Arm(
         "ours with each row alone and transformers' attention", partial(_ours, without="packing")
     ),
+    "ours-without-sharing": Arm(
+        "ours with what rows begin with computed anew for each", partial(_ours, without="sharing")
+    ),
     "ours-with-checkpointing": Arm(
         "ours with activations computed again instead of kept", partial(_ours, without="kept")
     ),

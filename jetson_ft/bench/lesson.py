@@ -136,6 +136,7 @@ class Trained:
     losses: list[float] = field(default_factory=list)  # nats, of each step
     peak_memory_bytes: int | None = None
     plan: dict[str, Any] | None = None  # what ours chose
+    computed_tokens: int | None = None  # of the timed ones; fewer where rows share their opening
 
 
 def load(path: Path) -> Lesson:

@@ -20,8 +20,8 @@ def train(lesson: Lesson, folder: str, without: str = "") -> Trained:
     """Trains as a run does.
 
     Args:
-        without: `fused` layers, `head` left out of the model, `packing`, `kept` activations;
-            or nothing.
+        without: `fused` layers, `head` left out of the model, `packing`, `sharing` of what
+            rows begin with, `kept` activations; or nothing.
     """
     from jetson_ft.bench.trainers import plain_model
     from jetson_ft.models import attention
@@ -38,9 +38,18 @@ def train(lesson: Lesson, folder: str, without: str = "") -> Trained:
         nullcontext() if without == "head" else without_head(model),
         attention.packed(model) if packing else nullcontext(),
     ):
-        trainer.fit(model, _job(lesson, folder, chosen, seen))
+        trainer.fit(model, _job(lesson, folder, chosen, seen, without != "sharing"))
     seen.peak_memory_bytes = peak_memory_bytes(lesson.device.kind)
+    seen.computed_tokens = _computed(lesson, chosen.micro_batch_tokens, without != "sharing")
     return seen
+
+
+def _computed(lesson: Lesson, capacity: int, share: bool) -> int:
+    """Timed tokens that go through the layers: a shared opening once for a micro-batch."""
+    from jetson_ft.models.packing import packs
+
+    timed = [[lesson.rows[index] for index in step] for step in lesson.steps()[1:]]
+    return sum(pack.tokens for step in timed for pack in packs(step, capacity, share=share))
 
 
 def _plan(lesson: Lesson, without: str) -> Plan:
@@ -65,7 +74,7 @@ def _fused_model(lesson: Lesson) -> Any:
     return model
 
 
-def _job(lesson: Lesson, folder: str, plan: Plan, seen: Trained) -> Job:
+def _job(lesson: Lesson, folder: str, plan: Plan, seen: Trained, share: bool) -> Job:
     """The rows as `Lesson.steps` has them, and no held-out ones: training alone is timed."""
     import numpy as np
     from datasets import Dataset
@@ -92,4 +101,5 @@ def _job(lesson: Lesson, folder: str, plan: Plan, seen: Trained) -> Job:
         device=lesson.device.kind,
         emit=note,
         stop_requested=lambda: False,
+        share=share,
     )

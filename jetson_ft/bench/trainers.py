@@ -55,7 +55,7 @@ def packed(lesson: Lesson, folder: str) -> Trained:
     """Rows of a step in bins of `max_length`; transformers keeps them apart by positions."""
     rows, size = lesson.in_order(), lesson.settings.max_length
     steps = [
-        list(packs(rows[start : start + ROWS_PER_STEP], size))
+        list(packs(rows[start : start + ROWS_PER_STEP], size, share=False))
         for start in range(0, len(rows), ROWS_PER_STEP)
     ]
     settings = arguments(lesson, folder, ROWS_PER_STEP)

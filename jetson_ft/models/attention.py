@@ -26,6 +26,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     row_lengths: list[int] | None = None,
+    opening: int = 0,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -34,22 +35,33 @@ def packed_attention(
     Args:
         query: [1, heads, tokens, head_dim]; key and value may have fewer heads.
         row_lengths: tokens of each row.
+        opening: tokens that all rows begin with, of which the sequence has one copy, in front.
         sliding_window: tokens a position may look back, itself included.
 
     Returns:
         [1, tokens, heads, head_dim] and no weights.
     """
+    if row_lengths is None:
+        raise ValueError("packed attention was called without row bounds")
+    if opening:
+        query, key, value = (_laid_out(each, row_lengths, opening) for each in (query, key, value))
+    out = _within_rows(query, key, value, row_lengths, scaling, dropout, sliding_window)
+    return _folded(out, row_lengths, opening) if opening else out, None
+
+
+def _within_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    row_lengths: list[int], scaling: float | None, dropout: float, sliding_window: int | None,
+) -> torch.Tensor:  # fmt: skip
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     from jetson_ft.models import cpu_attention, varlen
 
-    if row_lengths is None:
-        raise ValueError("packed attention was called without row bounds")
     if sliding_window is None and not dropout:
         at_once = varlen.attend(query, key, value, row_lengths, scaling)
         if at_once is not None:
-            return at_once, None
+            return at_once
     grouped = query.shape[1] != key.shape[1]
 
     def one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -69,7 +81,27 @@ def packed_attention(
 
     # `split` and not slices: the gradient of a slice is a whole tensor of zeros around it.
     rows = zip(*(tensor.split(row_lengths, 2) for tensor in (query, key, value)), strict=True)
-    return torch.cat([one_row(*row) for row in rows], 2).transpose(1, 2).contiguous(), None
+    return torch.cat([one_row(*row) for row in rows], 2).transpose(1, 2).contiguous()
+
+
+def _laid_out(tensor: torch.Tensor, row_lengths: list[int], opening: int) -> torch.Tensor:
+    """Each row whole, one behind the other: [1, heads, tokens of the rows, head_dim].
+
+    Attention alone needs them so, and is the small part of a layer; all else is computed once.
+    """
+    import torch
+
+    first, *own = tensor.split([opening, *(length - opening for length in row_lengths)], 2)
+    return torch.cat([part for rest in own for part in (first, rest)], 2)
+
+
+def _folded(out: torch.Tensor, row_lengths: list[int], opening: int) -> torch.Tensor:
+    """The other way round, [1, tokens, heads, head_dim], where all openings came out alike."""
+    import torch
+
+    sizes = [size for length in row_lengths for size in (opening, length - opening)]
+    parts = out.split(sizes, 1)
+    return torch.cat([parts[0], *parts[1::2]], 1)
 
 
 def _is_windowed(length: int, sliding_window: int | None) -> bool:

@@ -26,7 +26,7 @@ def token_losses(model: Any, pack: Pack) -> Tensor:
 
     bounds: dict[str, Any] = {}
     if model.config._attn_implementation == attention.NAME:
-        bounds = {"row_lengths": pack.row_lengths}
+        bounds = {"row_lengths": pack.row_lengths, "opening": pack.opening}
     elif len(pack.row_lengths) > 1:
         raise ValueError("several rows in a pack need packed attention, or they see each other")
     out = model(

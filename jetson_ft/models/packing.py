@@ -1,4 +1,8 @@
-"""Rows of token ids into packs: one sequence without padding that a model takes at once."""
+"""Rows of token ids into packs: one sequence without padding that a model takes at once.
+
+Rows that open alike (a template's system prompt, most often) hold that opening once: under
+causal attention its states are the same in each of them.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,18 @@ if TYPE_CHECKING:
     import torch
 
 
+# What attention copies to lay the rows out whole again costs about a hundredth of a step.
+_WORTH_SHARING = 0.02  # of the rows' tokens
+
+
 @dataclass(frozen=True)
 class Pack:
-    """Rows one behind the other; T tokens, R rows, S supervised positions."""
+    """A shared opening, then the rest of each row; T tokens, R rows, S supervised positions."""
 
     input_ids: torch.Tensor  # [1, T]
-    position_ids: torch.Tensor  # [1, T], starting anew with each row
+    position_ids: torch.Tensor  # [1, T], places in a row
     row_lengths: list[int]  # [R] tokens of each row; on the host, where no GPU waits for them
+    opening: int  # tokens that all rows begin with and the pack holds once
     positions: torch.Tensor  # [S] places whose next token is learnt
     targets: torch.Tensor  # [S] those next tokens
     is_answer: torch.Tensor  # [S] bool: an answer's token, not an end of turn
@@ -32,28 +41,47 @@ class Pack:
     def to(self, device: Any) -> Pack:
         """The same pack on another device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        lengths = values.pop("row_lengths")
-        return Pack(row_lengths=lengths, **{k: value.to(device) for k, value in values.items()})
+        host = {name: values.pop(name) for name in ("row_lengths", "opening")}
+        return Pack(**host, **{name: value.to(device) for name, value in values.items()})
 
 
-def pack(rows: Sequence[dict[str, Any]]) -> Pack:
-    """Packs rows (`input_ids`, `parts` as `data.tokens` writes them) in the order given."""
+def pack(rows: Sequence[dict[str, Any]], *, share: bool = True) -> Pack:
+    """Packs rows (`input_ids`, `parts` as `data.tokens` writes them) in the order given.
+
+    Args:
+        share: hold what all rows begin with once, where that saves enough.
+    """
     import torch
 
     ids = [torch.as_tensor(row["input_ids"], dtype=torch.long) for row in rows]
     parts = [torch.as_tensor(row["parts"], dtype=torch.uint8) for row in rows]
-    all_ids, all_parts = torch.cat(ids), torch.cat(parts)
-    bounds = torch.tensor([0] + [len(row) for row in ids]).cumsum(0)
-    all_parts[bounds[:-1]] = 0  # nothing stands before a row's first token to predict it from
+    lengths = [len(row) for row in ids]
+    opening = _shared_opening(ids, parts) if share else 0
+    own = [torch.arange(len(row)) >= (opening if number else 0) for number, row in enumerate(ids)]
+    all_ids, all_parts, held = torch.cat(ids), torch.cat(parts), torch.cat(own)
+    in_row = torch.cat([torch.arange(length) for length in lengths])
+    places = torch.where(held, held.cumsum(0) - 1, in_row)  # in the pack, of each row's tokens
+    all_parts[in_row == 0] = 0  # nothing stands before a row's first token to predict it from
     learnt = torch.nonzero(all_parts).squeeze(1)
     return Pack(
-        input_ids=all_ids[None],
-        position_ids=torch.cat([torch.arange(len(row)) for row in ids])[None],
-        row_lengths=[len(row) for row in ids],
-        positions=learnt - 1,
+        input_ids=all_ids[held][None],
+        position_ids=in_row[held][None],
+        row_lengths=lengths,
+        opening=opening,
+        positions=places[learnt - 1],
         targets=all_ids[learnt],
         is_answer=all_parts[learnt] == ANSWER,
     )
+
+
+def _shared_opening(ids: Sequence[torch.Tensor], parts: Sequence[torch.Tensor]) -> int:
+    """Tokens that all rows begin with, none of them learnt, each row having more than those."""
+    alike = min(map(len, ids)) - 1 if len(ids) > 1 else 0
+    for row, part in zip(ids, parts, strict=True):
+        differs = (row[:alike] != ids[0][:alike]) | (part[:alike] != 0)
+        alike = int(differs.nonzero()[0]) if differs.any() else alike
+    saved = alike * (len(ids) - 1)
+    return alike if saved > _WORTH_SHARING * sum(map(len, ids)) else 0
 
 
 def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -78,8 +106,8 @@ def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return filled
 
 
-def packs(rows: Sequence[dict[str, Any]], capacity: int) -> Iterator[Pack]:
-    """Packs of at most `capacity` tokens out of the rows; capacity 0: one row each."""
+def packs(rows: Sequence[dict[str, Any]], capacity: int, *, share: bool = True) -> Iterator[Pack]:
+    """Packs of rows of at most `capacity` tokens together; capacity 0: one row each."""
     lengths = [len(row["input_ids"]) for row in rows]
     for chosen in bins(lengths, capacity):
-        yield pack([rows[index] for index in chosen])
+        yield pack([rows[index] for index in chosen], share=share)

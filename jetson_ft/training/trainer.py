@@ -63,6 +63,7 @@ class Job:
     group: Group = field(default_factory=Group)
     monitor: Monitor = field(default_factory=Monitor)
     max_temperature: float = 0.0  # degrees Celsius; 0: no limit
+    share: bool = True  # what the rows of a pack begin with is held once
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class _Steps(torch.utils.data.Dataset[Step]):
         mine = step[schedule.share(lengths, job.group.rank, job.group.size)]
         chosen = job.train_rows.select_columns(["input_ids", "parts"]).select(mine)
         return Step(
-            packs=list(packs(list(chosen), job.plan.micro_batch_tokens)),
+            packs=list(packs(list(chosen), job.plan.micro_batch_tokens, share=job.share)),
             rows=len(step),
             tokens=int(lengths.sum()),
             supervised=int(self.supervised[step].sum()),

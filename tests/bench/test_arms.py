@@ -22,6 +22,7 @@ from jetson_ft.models.lora import FusedLinear
 from jetson_ft.models.packing import pack
 
 HERE = [name for name in ARMS if name not in ("trl", "llamafactory")]
+SHARE_NOTHING = ("ours-without-packing", "ours-without-sharing")
 README = Path(__file__).parents[2] / "benchmarks" / "README.md"
 
 
@@ -69,6 +70,8 @@ def test_an_arm_learns_what_trainer_learns(
     timed = sum(len(lesson.rows[i]["input_ids"]) for step in lesson.steps()[1:] for i in step)
     assert measured[name]["tokens"] == timed
     assert 0 < measured[name]["roof_share"] < 1
+    sharing = name.startswith("ours") and name not in SHARE_NOTHING
+    assert (measured[name]["computed_tokens"] < timed) is sharing
 
 
 def test_steps_differ_so_that_to_agree_means_something(
@@ -84,7 +87,7 @@ def test_packed_rows_do_not_see_each_other(lesson: Lesson) -> None:
     from jetson_ft.bench.trainers import _loss_with_full_head, plain_model
 
     model, rows = plain_model(lesson), lesson.rows[:2]
-    together = pack(rows)
+    together = pack(rows, share=False)
     in_a_row = replace(together, position_ids=torch.arange(together.tokens)[None])
     with torch.no_grad():
         alone = float(sum(_loss_with_full_head(model, pack([row])) for row in rows))
@@ -197,6 +200,22 @@ def test_it_is_given_the_rows_in_the_order_trained(lesson: Lesson, tmp_path: Pat
     tokenizer = load_tokenizer(lesson.base)
     for row, encoded in zip(rows, lesson.in_order(), strict=True):
         assert row["messages"][0]["content"] in tokenizer.decode(encoded["input_ids"])
+
+
+def test_its_model_computes_as_the_others_do(lesson: Lesson, tmp_path: Path) -> None:
+    from jetson_ft.paths import read_json
+
+    given = replace(
+        lesson, settings=replace(lesson.settings, llamafactory=play(tmp_path, "exit 0"))
+    )
+    given = replace(given, precision="fp16")
+    before = read_json(Path(lesson.folder) / "config.json")
+    llamafactory.train(given, str(tmp_path))
+    written = read_json(tmp_path / "model" / "config.json")
+    assert written == before | {"dtype": "float16"} != before
+    assert read_json(Path(lesson.folder) / "config.json") == before
+    weights = tmp_path / "model" / "model.safetensors"
+    assert weights.samefile(Path(lesson.folder) / "model.safetensors")
 
 
 def test_fewer_steps_than_the_lesson_has_are_a_failure(lesson: Lesson, tmp_path: Path) -> None:

@@ -26,6 +26,19 @@ def random_rows() -> list[dict[str, Any]]:
     return [{"input_ids": row, "parts": torch.ones(len(row))} for row in ids.split(LENGTHS)]
 
 
+def alike_rows() -> list[dict[str, Any]]:
+    """The same, each behind three tokens that all have and none learns."""
+    opening = torch.tensor([5, 6, 7])
+    return [
+        {name: torch.cat([first, row[name]]) for name, first in
+         (("input_ids", opening), ("parts", torch.zeros(3)))}
+        for row in random_rows()
+    ]  # fmt: skip
+
+
+ROWS = pytest.mark.parametrize("rows", [random_rows(), alike_rows()], ids=["apart", "alike"])
+
+
 @pytest.fixture(params=["tiny_phi", "tiny_llama"])
 def model(request: pytest.FixtureRequest) -> Any:
     folder: Path = request.getfixturevalue(request.param)
@@ -38,27 +51,39 @@ def build(config: PreTrainedConfig) -> Any:
 
 
 @torch.no_grad()
-def alone(model: Any) -> torch.Tensor:
-    """Logits of each row given alone, one behind the other."""
-    return torch.cat([model(row["input_ids"][None]).logits[0] for row in random_rows()])
+def alone(model: Any, rows: Any = None) -> torch.Tensor:
+    """Logits of each row given alone, one behind the other; of an opening, the first row's."""
+    rows = rows or random_rows()
+    logits = [model(row["input_ids"][None]).logits[0] for row in rows]
+    opening = pack(rows).opening
+    return torch.cat([logits[0], *(own[opening:] for own in logits[1:])])
 
 
 @torch.no_grad()
-def together(model: Any) -> torch.Tensor:
-    found: Pack = pack(random_rows())
+def together(model: Any, rows: Any = None) -> torch.Tensor:
+    found: Pack = pack(rows or random_rows())
     with packed(model):
         return model(
             input_ids=found.input_ids,
             position_ids=found.position_ids,
             row_lengths=found.row_lengths,
+            opening=found.opening,
             use_cache=False,
         ).logits[0]
 
 
+@ROWS
 @pytest.mark.parametrize("training", [True, False])
-def test_packed_rows_give_the_logits_of_each_row_alone(model: Any, training: bool) -> None:
+def test_packed_rows_give_the_logits_of_each_row_alone(
+    model: Any, training: bool, rows: Any
+) -> None:
     model.train(training)
-    assert torch.allclose(together(model), alone(model), atol=1e-5)
+    assert torch.allclose(together(model, rows), alone(model, rows), atol=1e-5)
+
+
+def test_the_rows_alike_do_share_their_opening() -> None:
+    assert pack(alike_rows()).opening == 3
+    assert pack(random_rows()).opening == 0
 
 
 def test_without_packed_attention_rows_influence_each_other(model: Any) -> None:
@@ -89,7 +114,8 @@ def test_packed_attention_without_bounds_is_refused(model: Any) -> None:
         model(torch.tensor([[5, 6, 7]]))
 
 
-def test_a_sliding_window_holds_inside_a_row() -> None:
+@ROWS
+def test_a_sliding_window_holds_inside_a_row(rows: Any) -> None:
     narrow, wide = (
         build(
             transformers.MistralConfig(
@@ -102,8 +128,8 @@ def test_a_sliding_window_holds_inside_a_row() -> None:
         )
         for window in (4, None)
     )
-    assert torch.allclose(together(narrow), alone(narrow), atol=1e-4)
-    assert not torch.allclose(together(narrow), alone(wide), atol=1e-1)
+    assert torch.allclose(together(narrow, rows), alone(narrow, rows), atol=1e-4)
+    assert not torch.allclose(together(narrow, rows), alone(wide, rows), atol=1e-1)
 
 
 def test_a_position_sees_itself_and_what_the_window_leaves() -> None:

@@ -18,15 +18,22 @@ from jetson_ft.models.loss import head_losses, score, token_losses, without_head
 from jetson_ft.models.packing import pack, packs
 
 
-def make_rows() -> list[dict[str, Any]]:
-    """Rows of random ids: a context of 3, an answer, an end, a token of layout."""
+def make_rows(opening: int = 0) -> list[dict[str, Any]]:
+    """Rows of random ids: a context of 3, an answer, an end, a token of layout.
+
+    All behind the same `opening` tokens more of context.
+    """
     random = torch.Generator().manual_seed(2)
     rows = []
     for answer in (4, 1, 7):
         parts = [CONTEXT] * 3 + [ANSWER] * answer + [END, CONTEXT]
         ids = torch.randint(3, 259, (len(parts),), generator=random)
-        rows.append({"input_ids": ids.tolist(), "parts": parts})
+        ids = [*range(5, 5 + opening), *ids.tolist()]
+        rows.append({"input_ids": ids, "parts": [CONTEXT] * opening + parts})
     return rows
+
+
+OPENINGS = pytest.mark.parametrize("opening", [0, 4])
 
 
 @pytest.fixture(params=["tiny_phi", "tiny_llama"])
@@ -43,19 +50,24 @@ def own_loss(model: Any, row: dict[str, Any]) -> torch.Tensor:
     return model(input_ids=ids, labels=labels).loss * int(learnt.sum())
 
 
-def test_the_loss_of_a_pack_is_transformers_own_on_the_rows(model: Any) -> None:
+@OPENINGS
+def test_the_loss_of_a_pack_is_transformers_own_on_the_rows(model: Any, opening: int) -> None:
+    rows = make_rows(opening)
+    assert pack(rows).opening == opening
     with packed(model):
-        losses = token_losses(model, pack(make_rows()))
+        losses = token_losses(model, pack(rows))
     assert losses.shape == (4 + 1 + 7 + 3,)
-    expected = sum(own_loss(model, row) for row in make_rows())
+    expected = sum(own_loss(model, row) for row in rows)
     assert float(losses.sum().detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-def test_the_gradient_of_a_pack_is_the_rows_own(model: Any) -> None:
+@OPENINGS
+def test_the_gradient_of_a_pack_is_the_rows_own(model: Any, opening: int) -> None:
+    rows = make_rows(opening)
     weight = model.get_input_embeddings().weight
     with packed(model):
-        (mine,) = torch.autograd.grad(token_losses(model, pack(make_rows())).sum(), weight)
-    (own,) = torch.autograd.grad(sum(own_loss(model, row) for row in make_rows()), weight)
+        (mine,) = torch.autograd.grad(token_losses(model, pack(rows)).sum(), weight)
+    (own,) = torch.autograd.grad(sum(own_loss(model, row) for row in rows), weight)
     assert float(own.abs().max()) > 0.01
     assert torch.allclose(mine, own, atol=1e-5)
 

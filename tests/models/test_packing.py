@@ -12,6 +12,12 @@ from hypothesis import strategies as st
 
 from jetson_ft.models.packing import bins, pack, packs
 
+# As a template writes them: the same four tokens in front, none of them learnt.
+ALIKE: list[dict[str, Any]] = [
+    {"input_ids": [1, 2, 3, 4, 50, 51], "parts": [0, 0, 0, 0, 0, 1]},
+    {"input_ids": [1, 2, 3, 4, 60], "parts": [0, 0, 0, 0, 1]},
+    {"input_ids": [1, 2, 3, 4, 50, 71, 72], "parts": [0, 0, 0, 0, 0, 1, 2]},
+]
 ROWS: list[dict[str, Any]] = [
     {"input_ids": [10, 11, 12, 13], "parts": [0, 1, 2, 0]},
     {"input_ids": [20], "parts": [1]},
@@ -45,8 +51,8 @@ def test_packing_leaves_the_rows_as_they_are() -> None:
 
 def test_a_pack_moves_to_a_device_whole() -> None:
     moved = pack(ROWS).to("meta")
-    lengths = vars(moved).pop("row_lengths")
-    assert lengths == [4, 1, 3]
+    lengths, opening = (vars(moved).pop(name) for name in ("row_lengths", "opening"))
+    assert (lengths, opening) == ([4, 1, 3], 0)
     assert {value.device.type for value in vars(moved).values()} == {"meta"}
 
 
@@ -57,6 +63,61 @@ def test_without_capacity_each_row_is_a_pack() -> None:
 
 def test_packs_fill_the_capacity() -> None:
     assert [each.tokens for each in packs(ROWS, 5)] == [5, 3]
+
+
+# Openings
+
+
+def test_what_all_rows_begin_with_is_held_once() -> None:
+    found = pack(ALIKE)
+    assert found.input_ids.tolist() == [[1, 2, 3, 4, 50, 51, 60, 50, 71, 72]]
+    assert found.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4, 4, 5, 6]]
+    assert (found.opening, found.row_lengths) == (4, [6, 5, 7])
+    # The second row's first own token is predicted at the opening's end.
+    assert found.positions.tolist() == [4, 3, 7, 8]
+    assert found.targets.tolist() == [51, 60, 71, 72]
+    assert found.is_answer.tolist() == [True, True, True, False]
+
+
+def test_a_row_that_begins_otherwise_shares_nothing() -> None:
+    assert pack([*ALIKE, {"input_ids": [9, 2, 3, 4], "parts": [0, 0, 0, 1]}]).opening == 0
+
+
+def test_what_is_learnt_in_a_row_is_shared_with_none() -> None:
+    learns_early = ALIKE[0] | {"parts": [0, 0, 1, 0, 0, 1]}
+    assert pack([learns_early, *ALIKE[1:]]).opening == 2
+
+
+def test_each_row_keeps_a_token_of_its_own() -> None:
+    assert pack([ALIKE[0], ALIKE[0], {"input_ids": [1, 2, 3], "parts": [0, 0, 0]}]).opening == 2
+
+
+def test_sharing_little_of_long_rows_is_not_worth_it() -> None:
+    long = [{"input_ids": [1, n, *range(200)], "parts": [0] * 202} for n in (2, 3)]
+    assert pack(long).opening == 0
+
+
+TOKENS = st.lists(st.tuples(st.integers(1, 3), st.sampled_from([0, 0, 1, 2])), min_size=1)
+
+
+@given(st.lists(st.integers(1, 3), max_size=12), st.lists(TOKENS, min_size=1, max_size=5))
+def test_shared_or_not_the_same_is_learnt_from_the_same(
+    opening: list[int], own: list[list[tuple[int, int]]]
+) -> None:
+    rows = [
+        {
+            "input_ids": opening + [i for i, _ in rest],
+            "parts": [0] * len(opening) + [p for _, p in rest],
+        }
+        for rest in own
+    ]
+    whole, shared = pack(rows, share=False), pack(rows)
+    assert shared.targets.equal(whole.targets) and shared.is_answer.equal(whole.is_answer)
+    assert shared.row_lengths == whole.row_lengths
+    assert shared.tokens == whole.tokens - shared.opening * (len(rows) - 1)
+    for place in ("input_ids", "position_ids"):
+        seen, expected = (getattr(p, place)[0][p.positions] for p in (shared, whole))
+        assert seen.equal(expected)
 
 
 # Bins
