@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, layer_norm, silu
 
-from jetson_ft.models.lora import Made, apply_to_made
+from jetson_ft.models.lora import make
 
 
 def fuse(model: torch.nn.Module) -> dict[str, int]:
@@ -53,22 +53,30 @@ def _gives_the_same(module: Any, faster: Callable[[Any, Tensor], Tensor]) -> boo
     return bool((theirs - ours).abs().max() <= max(tolerance, 2e-6))
 
 
-# --- RMSNorm (Zhang and Sennrich 2019) -------------------------------------------------------
+# --- RMSNorm (Zhang and Sennrich 2019), LayerNorm (Ba et al. 2016) ---------------------------
+
+
+def _scaled(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    return (x * inverse).to(x.dtype).mul_(weight)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = weight · x / sqrt(mean(x²) + eps), keeping x and one number a row; weight frozen."""
+    """y = weight · x / sqrt(mean(x²) + eps), keeping x and one number a row; weight frozen.
+
+    Gives those numbers too, [..., 1].
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).to(x.dtype).mul_(weight)
+        ctx.mark_non_differentiable(inverse)
+        return _scaled(x, inverse, weight), inverse
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> Any:
+    def backward(ctx: Any, d_y: Tensor, _: Tensor) -> Any:
         x, weight, inverse = ctx.saved_tensors
         d_normed, wide = (d_y * weight).to(inverse.dtype), x.to(inverse.dtype)
         along = torch.linalg.vecdot(d_normed, wide)[..., None]
@@ -81,8 +89,20 @@ def _is_rms_norm(module: Any) -> bool:
 
 
 def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    out: Tensor = _RMSNorm.apply(hidden_states, module.weight, module.variance_epsilon)
-    return out
+    x, weight = hidden_states, module.weight
+    out, inverse = _RMSNorm.apply(x, weight, module.variance_epsilon)
+    return make(_scaled, out, x, inverse, weight)
+
+
+def _is_layer_norm(module: Any) -> bool:
+    return type(module) is torch.nn.LayerNorm
+
+
+def _layer_norm(module: Any, x: Tensor) -> Tensor:
+    def by(x: Tensor) -> Tensor:
+        return layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+
+    return make(by, by(x), x)
 
 
 # --- gated MLP (SwiGLU: Shazeer 2020) --------------------------------------------------------
@@ -117,8 +137,8 @@ def _is_gated_silu(module: Any) -> bool:
 
 def _gated_silu(module: Any, hidden_states: Tensor) -> Tensor:
     gate, up = module.gate_proj(hidden_states), module.up_proj(hidden_states)
-    made = Made(_swiglu, (gate, up))
-    return apply_to_made(module.down_proj, _SwiGLU.apply(gate, up), made)
+    out: Tensor = module.down_proj(make(_swiglu, _SwiGLU.apply(gate, up), gate, up))
+    return out
 
 
 # --- GELU as GPT-2 writes it -----------------------------------------------------------------
@@ -128,8 +148,8 @@ def _is_gelu_new(module: Any) -> bool:
     return type(module).__name__ == "NewGELUActivation"
 
 
-def _gelu_new(module: Any, hidden_states: Tensor) -> Tensor:
-    return _gelu_tanh(hidden_states)
+def _gelu_new(module: Any, x: Tensor) -> Tensor:
+    return make(_gelu_tanh, _gelu_tanh(x), x)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -137,23 +157,9 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
 
-def _is_mlp_with_gelu(module: Any) -> bool:
-    return (
-        hasattr(module, "fc1")
-        and hasattr(module, "fc2")
-        and _is_gelu_new(getattr(module, "activation_fn", None))
-    )
-
-
-def _mlp_with_gelu(module: Any, hidden_states: Tensor) -> Tensor:
-    """Keeps the wide tensor before GELU alone, for which `gelu_new` has to be exchanged first."""
-    wide = module.fc1(hidden_states)
-    return apply_to_made(module.fc2, _gelu_tanh(wide), Made(_gelu_tanh, (wide,)))
-
-
 _KNOWN: tuple[tuple[str, Callable[[Any], bool], Callable[[Any, Tensor], Tensor]], ...] = (
     ("rms_norm", _is_rms_norm, _rms_norm),
+    ("layer_norm", _is_layer_norm, _layer_norm),
     ("swiglu", _is_gated_silu, _gated_silu),
     ("gelu_tanh", _is_gelu_new, _gelu_new),
-    ("gelu_mlp", _is_mlp_with_gelu, _mlp_with_gelu),
 )

@@ -26,22 +26,32 @@ def register(config: LoraConfig) -> None:
     config._register_custom_module({**_quantised_layers(), torch.nn.Linear: FusedLinear})
 
 
-class Made(NamedTuple):
-    """How a layer's input comes from tensors that are kept for the backward pass anyway."""
-
-    by: Callable[..., Tensor]  # elementwise, so that making it again costs next to nothing
+class _Made(NamedTuple):
+    by: Callable[..., Tensor]
     of: tuple[Tensor, ...]
+    version: int  # of the result, which counts changes in place
 
 
-def apply_to_made(layer: Any, x: Tensor, made: Made) -> Tensor:
-    """`layer(x)` that keeps nothing of x but how it was made, if the layer knows how to."""
-    told = {"made": made} if isinstance(layer, _Fused) else {}
-    out: Tensor = layer(x, **told)
-    return out
+def make(by: Callable[..., Tensor], result: Tensor, *of: Tensor) -> Tensor:
+    """`result`, which adapters needn't keep: `by(*of)` makes it again, elementwise and so quickly.
+
+    What it is made `of` should be kept for the backward pass anyway.
+    """
+    if torch.is_grad_enabled():
+        result._jetson_ft_made = _Made(by, of, result._version)
+    return result
 
 
 def _as_is(x: Tensor) -> Tensor:
     return x
+
+
+def _kept(x: Tensor) -> tuple[Any, ...]:
+    """For the functions below: what makes their input again, and of which tensors."""
+    made: _Made | None = getattr(x, "_jetson_ft_made", None)
+    if made is None or made.version != x._version:
+        return _as_is, x.detach()
+    return (made.by, *(part.detach() for part in made.of))
 
 
 class _Fused:
@@ -63,13 +73,13 @@ class _Fused:
 class FusedLinear(_Fused, layer.Linear):
     """An adapter beside a frozen dense layer."""
 
-    def forward(self, x: Tensor, *args: Any, made: Made | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
         adapter = self._plain_adapter()
         if adapter is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
-        return _DenseWithAdapter.apply(x, base.weight, base.bias, *adapter, *_kept(x, made))
+        return _DenseWithAdapter.apply(x, base.weight, base.bias, *adapter, *_kept(x))
 
 
 def _quantised_layers() -> dict[type, type]:
@@ -88,18 +98,13 @@ def _beside_quantised(peft_layer: type) -> type:
     """The subclass of PEFT's layer for a quantised base; bitsandbytes multiplies the base."""
 
     class FusedQuantised(_Fused, peft_layer):
-        def forward(self, x: Tensor, *args: Any, made: Made | None = None, **kwargs: Any) -> Tensor:
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             adapter = self._plain_adapter()
             if adapter is None or args or kwargs:
                 return super().forward(x, *args, **kwargs)
-            return _AddAdapter.apply(self.base_layer(x), x, *adapter, *_kept(x, made))
+            return _AddAdapter.apply(self.base_layer(x), x, *adapter, *_kept(x))
 
     return FusedQuantised
-
-
-def _kept(x: Tensor, made: Made | None) -> tuple[Any, ...]:
-    """For the functions below: what makes their input again, and of which tensors."""
-    return (made.by, *(part.detach() for part in made.of)) if made else (_as_is, x.detach())
 
 
 def _small(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -91,14 +91,17 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _chances(logits: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor) -> Tensor:
-    """Softmax of a chunk's logits, [rows, vocabulary] fp32; writes the losses of its rows."""
+    """Softmax of a chunk's logits, [rows, vocabulary] fp32; writes the losses of its rows.
+
+    fp32 logits become their softmax in place.
+    """
     if bias is not None:
         logits = logits.add_(bias)
     logits = logits.float()
-    chances = torch.softmax(logits, -1)
+    largest, wanted = logits.amax(-1), logits.gather(1, targets[:, None]).squeeze(1)
+    chances = torch.softmax(logits, -1, out=logits)
     # logsumexp = max - log(largest chance), without another pass of exponentials.
-    normaliser = logits.amax(-1) - chances.amax(-1).log_()
-    torch.sub(normaliser, logits.gather(1, targets[:, None]).squeeze(1), out=losses)
+    torch.sub(largest - chances.amax(-1).log_(), wanted, out=losses)
     return chances
 
 

@@ -109,5 +109,10 @@ def bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def packs(rows: Sequence[dict[str, Any]], capacity: int, *, share: bool = True) -> Iterator[Pack]:
     """Packs of rows of at most `capacity` tokens together; capacity 0: one row each."""
     lengths = [len(row["input_ids"]) for row in rows]
-    for chosen in bins(lengths, capacity):
+
+    def tokens(chosen: list[int]) -> int:
+        return sum(lengths[index] for index in chosen)
+
+    # The fullest first: where its tensors lay, those of the others find room.
+    for chosen in sorted(bins(lengths, capacity), key=tokens, reverse=True):
         yield pack([rows[index] for index in chosen], share=share)

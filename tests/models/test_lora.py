@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from jetson_ft.models.fused import fuse
 from jetson_ft.models.load import Weights, load_model
-from jetson_ft.models.lora import FusedLinear, register
+from jetson_ft.models.lora import FusedLinear, make, register
 from jetson_ft.models.resolve import Base
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -83,23 +83,27 @@ def test_beside_quantised_weights_too(wide_phi: Path, quantize: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "quantize", "wide_tensors"),
+    ("folder", "quantize", "hidden_tensors", "wide_tensors"),
     [
-        ("tiny_llama", "none", 2),
-        ("wide_phi", "none", 1),
-        ("wide_phi", "nf4", 1),
-        ("wide_phi", "int8", 1),
+        ("tiny_llama", "none", 3, 2),
+        ("wide_phi", "none", 2, 1),
+        ("wide_phi", "nf4", 2, 1),
+        ("wide_phi", "int8", 2, 1),
     ],
 )
-def test_an_activation_is_made_again_and_not_kept(
-    folder: str, quantize: str, wide_tensors: int, request: pytest.FixtureRequest
-) -> None:
-    """Of what is as wide as the MLP, only the activation's own inputs are left for backward."""
+def test_norms_and_activations_are_made_again_and_not_kept(
+    folder: str, quantize: str, hidden_tensors: int, wide_tensors: int,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """Only their own inputs, and attention's result, are left for backward."""
     path: Path = request.getfixturevalue(folder)
     own, mine = (adapted(path, Weights("fp32", quantize), True) for _ in range(2))
     fuse(mine)
-    layers, wide = own.config.num_hidden_layers, own.config.intermediate_size
+    config = own.config
+    layers, wide, hidden = config.num_hidden_layers, config.intermediate_size, config.hidden_size
     assert len(kept(mine, wide)) == layers * wide_tensors < len(kept(own, wide))
+    # And the input of the last norm, behind the layers.
+    assert len(kept(mine, hidden)) == layers * hidden_tensors + 1 < len(kept(own, hidden))
     (logits, gradients), (own_logits, own_gradients) = results(mine), results(own)
     assert torch.allclose(logits, own_logits, atol=1e-5)
     for name, gradient in gradients.items():
@@ -108,16 +112,36 @@ def test_an_activation_is_made_again_and_not_kept(
 
 def kept(model: Any, width: int) -> set[int]:
     """Addresses of the tensors of this width that a forward pass leaves for backward."""
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
     found: list[torch.Tensor] = []  # and alive, so that no address is used twice
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape[-1:] == (width,) and not isinstance(tensor, torch.nn.Parameter):
+        if tensor.shape[-1:] == (width,) and tensor.data_ptr() not in weights:
             found.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(IDS)
     return {tensor.data_ptr() for tensor in found}
+
+
+def test_what_was_changed_since_is_kept_as_it_is() -> None:
+    """As a model does that scales what a norm gives, in place."""
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"])
+    register(config)
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(5, 7)), config)
+    layer = model.base_model.model[0]
+    layer.lora_B["default"].weight.data.normal_()
+    of = torch.randn(3, 5)
+    changed, same = (make(torch.exp, of.exp(), of) for _ in range(2))
+    changed.mul_(2)
+    for x, factor in ((same, 1), (changed, 2)):
+        model.zero_grad()
+        layer(x).sum().backward()
+        found = layer.lora_A["default"].weight.grad.clone()
+        model.zero_grad()
+        layer(factor * of.exp()).sum().backward()
+        assert torch.allclose(found, layer.lora_A["default"].weight.grad)
 
 
 def test_in_bf16_masters_and_gradients_stay_fp32(tiny_llama: Path) -> None:
