@@ -24,13 +24,13 @@ from typing import Any
 RECIPES: dict[str, dict[str, str]] = {
     "fit: fp32, 512, rank 8": {"precision": "fp32", "lora.rank": "8"},
     "fit: fp32, 512, rank 8, recomputing": {
-        "precision": "fp32", "lora.rank": "8", "train.max_memory_gb": "1.5",
+        "precision": "fp32", "lora.rank": "8", "train.max_memory_gb": "1.35",
     },
     "fit: bf16, 512, rank 8": {"precision": "bf16", "lora.rank": "8"},
     "fp32, 512, rank 32": {"precision": "fp32", "lora.rank": "32"},
     "fp32, 256, recomputing": {
         "precision": "fp32", "train.tokens_per_step": "256", "data.max_length": "256",
-        "train.max_memory_gb": "1.5",
+        "train.max_memory_gb": "1.35",
     },
     "bf16, 256, rank 64": {
         "precision": "bf16", "train.tokens_per_step": "256", "data.max_length": "256",

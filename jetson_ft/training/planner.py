@@ -38,6 +38,7 @@ class Costs:
     products: int  # of the matrix library's buffers, where it multiplies fp32
     context: int  # of the GPU's driver and libraries
     activations: float  # kept in fact, of what is counted
+    results: int  # of attention that a layer keeps: by row for its backward pass, packed
     score: float  # bytes of one attention score of the longest row
     margin: float  # of the free memory, left alone
     efficiency: float  # of the rate for matrix products, over a whole training step
@@ -48,10 +49,11 @@ class Costs:
 COSTS = {
     "cpu": Costs(
         micro_batches=(512, 384, 256),  # 1,024 is no faster
-        process=560 * 10**6,  # fitted on the rows `fit` of benchmarks/plan_accuracy.py
+        process=510 * 10**6,  # fitted on the rows `fit` of benchmarks/plan_accuracy.py
         products=110 * 10**6,  # fitted likewise, by the difference of fp32 and bf16
         context=0,
-        activations=1.07,  # fitted likewise; the allocator's holes are in it
+        activations=0.9,  # fitted likewise: micro-batches are never quite full
+        results=1,  # `models.cpu_attention` needs none by row
         score=4.0,  # one fp32 score; none is kept by the fused kernel
         margin=0.05,  # chosen
         efficiency=0.6,  # 188 tokens/s at 163 GFLOP/s on two cores, SmolLM2-135M in fp32
@@ -63,6 +65,7 @@ COSTS = {
         products=0,
         context=600 * 2**20,  # usual for a CUDA process with cuBLAS
         activations=1.1,  # guessed; torch's own allocator leaves fewer holes
+        results=2,
         score=4.0,  # as on a CPU
         margin=0.05,  # chosen
         efficiency=0.25,  # guessed, from 0.16 seen with unfused code on an Orin NX 16GB
@@ -270,7 +273,7 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
     On a GPU `process` and `context` are outside of what torch counts as allocated.
     """
     costs = COSTS[device.kind]
-    per_layer = costs.activations * layer_bytes(work)
+    per_layer = costs.activations * layer_bytes(work, costs.results)
     scores = costs.score * work.shape.heads * work.lengths.longest**2
     live = scores + (per_layer * tokens if checkpointing else 0)
     kept = work.bytes_per_number * work.shape.hidden if checkpointing else per_layer
@@ -326,19 +329,21 @@ def split_bytes(work: Work) -> float:
     return number * (work.shape.parameters - linear + min(linear, layers))
 
 
-def layer_bytes(work: Work) -> int:
+def layer_bytes(work: Work, results: int) -> int:
     """What one layer keeps of a token for the backward pass.
 
-    Counted in numbers of the arithmetic's size: each norm's input and output (hidden), query
-    and key and value, attention's result by row and packed, what the MLP keeps in its width,
-    and the product of each adapter's first matrix (rank). Frozen linear layers keep nothing.
-    Dropout and DoRA keep each adapter's own input in fp32 besides.
+    Counted in numbers of the arithmetic's size: each norm's input (hidden), query and key and
+    value, `results` of attention, what the MLP keeps in its width, and the product of each
+    adapter's first matrix (rank). Frozen linear layers keep nothing, but for bitsandbytes' int8
+    ones: what would be made again. Dropout and DoRA keep each adapter's own input in fp32 besides.
     """
     shape = work.shape
     adapted = [*shape.adapted(work.lora.targets)]
-    numbers = 2 * shape.norms * shape.hidden
-    numbers += shape.head_dim * (3 * shape.heads + 2 * shape.kv_heads)
+    numbers = shape.norms * shape.hidden
+    numbers += shape.head_dim * ((1 + results) * shape.heads + 2 * shape.kv_heads)
     numbers += shape.intermediate * shape.kept_in_mlp
+    if work.weights.quantize == "int8":
+        numbers += shape.norms * shape.hidden + shape.intermediate
     numbers += work.lora.rank * sum(one.count for one in adapted) // shape.layers
     inputs = sum(one.count * one.inputs for one in adapted) // shape.layers
     copies = 4 * inputs if work.lora.dropout or work.lora.dora else 0
@@ -348,11 +353,11 @@ def layer_bytes(work: Work) -> int:
 def head_bytes(work: Work, tokens: int) -> int:
     """Of the logits that exist at one time, and of all gradients that the head hands back.
 
-    A chunk's logits and probabilities stand there in fp32; in a smaller arithmetic, in that too.
+    A chunk's logits become probabilities in fp32; in a smaller arithmetic both stand there too.
     """
     shape, number = work.shape, work.bytes_per_number
     rows = min(tokens, shapes.head_rows(shape.vocabulary))
-    copies = 8 if number == 4 else 8 + 2 * number
+    copies = 4 if number == 4 else 4 + 2 * number
     return rows * shape.vocabulary * copies + tokens * shape.hidden * number
 
 

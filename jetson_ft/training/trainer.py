@@ -226,11 +226,9 @@ class LoraTrainer(Trainer):
         with self.job.group.passes():
             idle = self._idle_passes(len(inputs.packs))
             for pack in inputs.packs:
-                loss = token_losses(model, pack.to(self.args.device)).sum() / inputs.supervised
-                (loss * scale).backward()
-                total += loss.detach()
+                total += self._pass(model, pack, inputs.supervised, scale)
             for pack in idle:
-                (token_losses(model, pack.to(self.args.device)).sum() * 0).backward()
+                self._pass(model, pack, 1, 0.0)
         if scale != 1.0:
             _unscale(model, scale)
         (loss_of_all,) = self.job.group.sum([float(total)])
@@ -239,6 +237,16 @@ class LoraTrainer(Trainer):
         self.job.group.add_gradients(trained(model))
         self._count(inputs)
         return total.fill_(loss_of_all)
+
+    def _pass(self, model: Any, pack: Pack, supervised: int, scale: float) -> torch.Tensor:
+        """Forward and backward over a micro-batch; its part of the mean loss.
+
+        A function of its own, so that its graph is gone before the next one's: bitsandbytes' int8
+        layers hold their inputs in it even after the backward pass.
+        """
+        loss = token_losses(model, pack.to(self.args.device)).sum() / supervised
+        (loss * scale).backward()
+        return loss.detach()
 
     def _idle_passes(self, busy: int) -> list[Pack]:
         """What this process passes through split layers while another is still busy."""

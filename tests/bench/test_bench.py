@@ -45,7 +45,7 @@ def test_bench_from_command_to_files(tiny_llama: Path, rows_file: Path, tmp_path
     for measured in good:
         assert set(measured) == {
             "round", "arm", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes",
-            "losses", "plan", "flops_per_token", "matmul_flops", "roof_share",
+            "losses", "plan", "flops_per_token", "matmul_flops", "roof_share", "computed_tokens",
         }  # fmt: skip
         assert measured["losses"] == pytest.approx(good[0]["losses"], abs=1e-3)
     why = "RuntimeError: LLaMA-Factory ended with code 7; see log.txt"

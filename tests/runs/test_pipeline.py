@@ -115,7 +115,7 @@ def test_a_longer_run_goes_on(workbench: Any, finished: Run, tmp_path: Path) -> 
 def test_the_adapter_is_the_best_checkpoints(workbench: Any) -> None:
     from safetensors.torch import load_file
 
-    run = workbench.run("best", learning_rate=0.5, epochs=2.0, eval_every=1, early_stopping=3)
+    run = workbench.run("best", learning_rate=0.5, eval_every=1, early_stopping=1)
     assert workbench.work(run) == 0
     report = json.loads((run.path / "report.json").read_text())["train"]
     assert report["stopped_early"] and report["best_step"] < report["steps"]
@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 @pytest.mark.slow
 def test_a_damaged_best_one_is_said_and_the_last_step_taken(workbench: Any, tmp_path: Path) -> None:
-    run = workbench.run("worse", learning_rate=0.5, epochs=2.0, eval_every=1, early_stopping=3)
+    run = workbench.run("worse", learning_rate=0.5, eval_every=1, early_stopping=1)
     assert workbench.work(run, "phase-comparison") == -signal.SIGKILL
     last = checkpoint.folders(run.checkpoints)[-1]
     best = run.checkpoints / f"step-{checkpoint.read_progress(last).best_step}"

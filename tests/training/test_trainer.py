@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,41 @@ def test_micro_batches_change_nothing(bench: Any, tmp_path: Path, capacity: int)
 def test_recomputing_activations_changes_nothing(bench: Any, tmp_path: Path) -> None:
     bench.fit(bench.model(), bench.job(tmp_path, max_steps=6, recompute=True, **FAST))
     assert bench.of("step", "loss") == pytest.approx(PINNED, abs=1e-4)
+
+
+def test_a_micro_batch_leaves_nothing_in_memory_for_the_next(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where layers keep hold of their inputs past the backward pass, as bitsandbytes' int8."""
+    import torch
+
+    from jetson_ft.training import trainer
+
+    class Input:
+        pass
+
+    class Holds(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, losses: torch.Tensor, held: Input) -> torch.Tensor:
+            ctx.held = held
+            return losses.clone()
+
+        @staticmethod
+        def backward(ctx: Any, d_losses: torch.Tensor) -> Any:
+            return d_losses, None
+
+    inputs: list[weakref.ref[Input]] = []
+    token_losses = trainer.token_losses
+
+    def watched(model: Any, pack: Any) -> torch.Tensor:
+        assert all(one() is None for one in inputs)
+        held = Input()
+        inputs.append(weakref.ref(held))
+        return Holds.apply(token_losses(model, pack), held)
+
+    monkeypatch.setattr(trainer, "token_losses", watched)
+    bench.fit(bench.model(), bench.job(tmp_path, max_steps=2, capacity=64, **FAST))
+    assert len(inputs) > 4
 
 
 def plain_gradients(model: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
