@@ -6,7 +6,7 @@ BIN := .venv/bin
 PYTEST := -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev finetune chat webui test test-fast test-all test-compat lint lock lock-check clean \
+.PHONY: help setup setup-dev finetune chat webui setup-compat test test-fast test-all test-compat lint lock lock-check clean \
 	docker-build docker-run docker-finetune image-test
 
 # $(call quote,TEXT): one word for the shell, whatever is in it.
@@ -60,10 +60,13 @@ docker-finetune: ## fine-tune in the image (RECIPE=NAME, SET="lora.rank=32 train
 image-test: ## build the image on a stand-in for NVIDIA's bases and use it (root, buildah; ARCH=arm64)
 	@exec $(PYTHON) scripts/image_test.py $(if $(ARCH),--arch $(call quote,$(ARCH)))
 
-# The pins wait for the package index, the types for the processor: both at once.
+# The pins wait for the package index, the types for the processor, packages for the disk: all at once.
 test: setup-dev ## everything CI runs
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint lock-check
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint lock-check setup-compat
 	@$(MAKE) --no-print-directory --jobs=1 test-all test-compat
+
+setup-compat:
+	@$(PYTHON) scripts/setup.py --extras dev --compat
 
 test-fast: setup-dev ## the tests that take seconds
 	$(call part,fast tests,$(BIN)/python $(PYTEST) -m "not slow")
@@ -72,8 +75,7 @@ test-all: setup-dev
 	$(call part,tests,$(BIN)/python $(PYTEST))
 
 # What can be tried at length has been by then: here other packages are what is new.
-test-compat: ## the fast tests once more with JetPack 6's packages (transformers 5.20.2, numpy 1.26)
-	@$(PYTHON) scripts/setup.py --extras dev --compat
+test-compat: setup-compat ## the fast tests once more with JetPack 6's packages (transformers 5.20.2, numpy 1.26)
 	$(call part,fast tests with JetPack 6's packages,.venv-compat/bin/python $(PYTEST) -m "not slow" --hypothesis-profile=brief)
 
 lint: setup-dev ## style, types, import directions, Dockerfile

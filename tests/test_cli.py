@@ -125,6 +125,7 @@ def test_the_version_is_said() -> None:
 # Planning
 
 
+@pytest.mark.slow
 def test_a_job_is_planned_for_every_module_without_board_weights_or_network(
     jetson: Jetson, tmp_path: Path
 ) -> None:

@@ -305,6 +305,7 @@ def test_being_told_to_stay_offline_is_named(server: FakeHub, tmp_path: Path) ->
     assert not server.requests
 
 
+@pytest.mark.slow
 def test_a_hub_that_accepts_and_never_answers_takes_seconds(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as hole:
         address = f"http://127.0.0.1:{hole.getsockname()[1]}"

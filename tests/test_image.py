@@ -443,6 +443,7 @@ def test_without_a_terminal_ctrl_c_reaches_the_program(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint").exists()
 
 
+@pytest.mark.slow
 def test_a_program_that_stays_is_ended(tmp_path: Path) -> None:
     stubborn = (
         "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nopen('page', 'w')\ntime.sleep(60)"

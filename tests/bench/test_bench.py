@@ -18,7 +18,7 @@ from jetson_ft.bench import run
 from jetson_ft.bench.lesson import Lesson, Settings
 from jetson_ft.console import bench_bar
 
-ARMS = ["trainer", "ours", "llamafactory"]
+ARMS = ["ours", "llamafactory"]
 
 
 @pytest.mark.slow(minutes=1)
@@ -41,13 +41,12 @@ def test_bench_from_command_to_files(tiny_llama: Path, rows_file: Path, tmp_path
     }  # fmt: skip
     assert report["schema"] == 1
     assert report["lesson"]["steps"] == 2
-    *good, bad = report["rounds"]
-    for measured in good:
-        assert set(measured) == {
-            "round", "arm", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes",
-            "losses", "plan", "flops_per_token", "matmul_flops", "roof_share", "computed_tokens",
-        }  # fmt: skip
-        assert measured["losses"] == pytest.approx(good[0]["losses"], abs=1e-3)
+    good, bad = report["rounds"]
+    assert set(good) == {
+        "round", "arm", "tokens", "seconds", "tokens_per_second", "peak_memory_bytes",
+        "losses", "plan", "flops_per_token", "matmul_flops", "roof_share", "computed_tokens",
+    }  # fmt: skip
+    assert len(good["losses"]) == 2
     why = "RuntimeError: LLaMA-Factory ended with code 7; see log.txt"
     assert bad == {"round": 1, "arm": "llamafactory", "error": why}
     table = (tmp_path / "out" / "bench.md").read_text(encoding="utf-8")

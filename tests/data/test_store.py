@@ -216,6 +216,7 @@ def test_change_while_reading_is_noticed(
     assert not list(cache.glob("*.arrow"))
 
 
+@pytest.mark.slow
 def test_readings_at_once_do_not_disturb_each_other(tmp_path: Path, cache: Path) -> None:
     data = source(tmp_path, [row(number) for number in range(20_000)])
     code = (

@@ -383,6 +383,7 @@ def test_json_is_for_programs(tmp_path: Path) -> None:
     assert "is not supported" in jetpack["found"]["en"] and "JetPack 6" in jetpack["fix"]["en"]
 
 
+@pytest.mark.slow
 def test_looking_loads_no_torch_before_the_quick_ones_are_told() -> None:
     code = (
         "import sys; from jetson_ft.device import doctor\n"

@@ -44,15 +44,15 @@ def run_cli(*arguments: str, cwd: Path, stdin: str = "") -> subprocess.Completed
 
 @pytest.fixture(scope="module")
 def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three of the bundled held-out rows."""
+    """The shortest of the bundled held-out rows."""
     path = tmp_path_factory.mktemp("heldout") / "heldout.jsonl"
     source = Path(embedded.__file__).parents[1] / "data" / "bundled" / "zh_heldout.jsonl"
-    path.write_text("".join(source.read_text(encoding="utf-8").splitlines(True)[:3]), "utf-8")
+    path.write_text(min(source.read_text(encoding="utf-8").splitlines(True), key=len), "utf-8")
     return path
 
 
 # Quantised products are slow on a CPU, so these runs are short.
-@pytest.mark.parametrize("quantize, expected", [("nf4", 9.398), ("int8", 8.191)])
+@pytest.mark.parametrize("quantize, expected", [("nf4", 8.305), ("int8", 7.717)])
 def test_embedded_model_learns_and_chats(
     quantize: str, expected: float, heldout_file: Path, tmp_path: Path
 ) -> None:
@@ -70,8 +70,8 @@ def test_embedded_model_learns_and_chats(
     assert after["bits_per_char"] < before["bits_per_char"]
     # Pinned: the base's score on these rows depends on the weights and the template alone.
     assert before["bits_per_char"] == pytest.approx(expected, rel=0.02)
-    chat = run_cli("chat", "--max-new-tokens", "3", cwd=tmp_path, stdin="你好！\n/compare\n再见\n")
+    chat = run_cli("chat", "--max-new-tokens", "3", cwd=tmp_path, stdin="/compare\n你好！\n")
     assert chat.returncode == 0, chat.stderr
     assert chat.stderr == "", "nothing but the conversation"
-    assert chat.stdout.count("adapter>") == 2
+    assert chat.stdout.count("adapter>") == 1
     assert chat.stdout.count("base>") == 1

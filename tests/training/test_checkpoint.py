@@ -130,6 +130,7 @@ def save_and_rotate(home: Path, step: int) -> None:
     checkpoint.rotate(home, 1, Progress(step=step, best_step=1))
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_line_of_a_save_costs_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

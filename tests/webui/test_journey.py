@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt install chromium)"),
 ]
 SETTINGS = {
-    "data-heldout": "1", "train-max_minutes": "0.7",
+    "data-heldout": "1", "train-max_minutes": "0.5",
     "train-tokens_per_step": "64", "train-learning_rate": "2e-3", "train-eval_every": "5",
     "eval-max_new_tokens": "2", "eval-samples": "1",
 }  # fmt: skip

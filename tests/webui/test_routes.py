@@ -125,6 +125,7 @@ def test_a_damaged_run_hides_no_other(page: TestClient, root: Path) -> None:
     assert page.get(f"/live/en/runs/{bad.name}").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_run_tells_its_phase_its_end_and_a_warning_in_the_pages_language(
     page: TestClient, root: Path
 ) -> None:
