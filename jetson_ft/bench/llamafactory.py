@@ -81,18 +81,16 @@ def _write_rows(lesson: Lesson, home: Path) -> None:
 def _write_model(lesson: Lesson, folder: Path) -> None:
     """The model, whose configuration alone says what it computes in without mixed precision.
 
-    As stored, SmolLM2's says bf16, which a CPU without such instructions makes up at a hundredth
-    of the speed.
+    As stored, SmolLM2's says bf16, which a CPU without such instructions only emulates, slowly.
     """
     folder.mkdir()
     for path in Path(lesson.folder).iterdir():
         (folder / path.name).symlink_to(path.resolve())
+    dtype = str(lesson.weights.dtype()).removeprefix("torch.")
     config = read_json(folder / "config.json")
     (folder / "config.json").unlink()
-    write_json(
-        folder / "config.json",
-        config | {"dtype": str(lesson.weights.dtype()).removeprefix("torch.")},
-    )
+    # The second is what older transformers call it.
+    write_json(folder / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
 
 
 def arguments(lesson: Lesson, home: Path) -> dict[str, Any]:

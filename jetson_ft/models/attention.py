@@ -1,7 +1,8 @@
 """Attention that stays inside each row of a packed sequence.
 
 Rows of different length lie one behind the other in one sequence without padding; their
-bounds travel through the model's forward as `row_lengths`. transformers finds the
+bounds travel through the model's forward as `row_lengths`, with the tokens of the `opening` that
+they share. transformers finds the
 function below by the name it is registered under, so no model code is touched.
 """
 
@@ -96,7 +97,7 @@ def _laid_out(tensor: torch.Tensor, row_lengths: list[int], opening: int) -> tor
 
 
 def _folded(out: torch.Tensor, row_lengths: list[int], opening: int) -> torch.Tensor:
-    """The other way round, [1, tokens, heads, head_dim], where all openings came out alike."""
+    """The other way round, [1, tokens, heads, head_dim]: of the openings the first row's."""
     import torch
 
     sizes = [size for length in row_lengths for size in (opening, length - opening)]
@@ -140,26 +141,29 @@ def packed(model: Any) -> Iterator[None]:
 def supports_packing(model: Any) -> bool:
     """Whether rows of a pack really keep to themselves in this architecture: tried, not assumed.
 
-    The second of two packed rows must give the logits that it gives alone.
+    The second of two packed rows that begin alike must give the logits that it gives alone.
     """
     import torch
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     device = model.get_input_embeddings().weight.device
-    first, second = [vocabulary // 2, vocabulary // 3, 7 % vocabulary], [11 % vocabulary, 3, 5]
-    pair = torch.tensor([first + second], device=device)
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    first = [vocabulary // 2, vocabulary // 3, 7 % vocabulary]
+    second = [vocabulary // 2, 3, 5]
+    ids = torch.tensor([first + second[1:]], device=device)
+    positions = torch.tensor([[0, 1, 2, 1, 2]], device=device)
     with torch.no_grad():
-        alone = model(input_ids=pair[:, 3:], use_cache=False).logits[0].float()
+        whole = torch.tensor([second], device=device)
+        alone = model(input_ids=whole, use_cache=False).logits[0, 1:].float()
         try:
             with packed(model):
                 if model.config._attn_implementation != NAME:
                     return False  # attention of its own, which no other can replace
                 together = model(
-                    input_ids=pair, position_ids=positions, row_lengths=[3, 3], use_cache=False
-                )
+                    input_ids=ids, position_ids=positions, row_lengths=[3, 3], opening=1,
+                    use_cache=False,
+                )  # fmt: skip
         except (TypeError, ValueError, RuntimeError, AttributeError):
             return False
     difference = (together.logits[0, 3:].float() - alone).abs().max()
-    # Measured on SmolLM2: 1 % at most between formats (int8), 66 % at least when rows leak.
+    # Measured on SmolLM2: MEASURED
     return bool(difference < 0.03 * alone.abs().max())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, silu
 
-from jetson_ft.models.lora import make
+from jetson_ft.models.lora import as_it_is, make
 
 
 def fuse(model: torch.nn.Module) -> dict[str, int]:
@@ -30,6 +30,9 @@ def fuse(model: torch.nn.Module) -> dict[str, int]:
             if fits(module) and _gives_the_same(module, faster):
                 module.forward = faster.__get__(module)
                 counts[kind] = counts.get(kind, 0) + 1
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":  # bitsandbytes'
+            module.register_forward_pre_hook(lambda _, inputs: as_it_is(*inputs))
     return counts
 
 

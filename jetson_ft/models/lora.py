@@ -33,13 +33,18 @@ class _Made(NamedTuple):
 
 
 def make(by: Callable[..., Tensor], result: Tensor, *of: Tensor) -> Tensor:
-    """`result`, which adapters needn't keep: `by(*of)` makes it again, elementwise and so quickly.
+    """`result`, which adapters needn't keep: `by(*of)` makes it again, in a pass over memory.
 
     What it is made `of` should be kept for the backward pass anyway.
     """
     if torch.is_grad_enabled():
         result._jetson_ft_made = _Made(by, of, result._version)
     return result
+
+
+def as_it_is(x: Tensor) -> None:
+    """Forgets how it was made, for a layer that holds it anyway, and with it all it is made of."""
+    vars(x).pop("_jetson_ft_made", None)
 
 
 def _as_is(x: Tensor) -> Tensor:

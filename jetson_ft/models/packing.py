@@ -1,7 +1,7 @@
 """Rows of token ids into packs: one sequence without padding that a model takes at once.
 
 Rows that open alike (a template's system prompt, most often) hold that opening once: under
-causal attention its states are the same in each of them.
+causal attention its states are the same in each of them (with dropout, one draw serves them all).
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ class Shape:
     head_dim: int
     vocabulary: int
     norms: int  # in a layer, over the hidden state
+    kept_by_norms: int  # tensors of the hidden width that backward needs of them, in a layer
     tied: bool  # the head is the embedding
     kept_in_mlp: int  # tensors of the MLP's width that the backward pass needs
     linears: tuple[Linears, ...]  # what quantisation and adapters take
@@ -115,6 +116,7 @@ def from_config(config: Any) -> Shape:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linears = tuple(_linears(model, head))
     hidden, heads = config.hidden_size, config.num_attention_heads
+    norms = _norms(model, hidden)
     tied = head.weight is embedding.weight
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -128,7 +130,8 @@ def from_config(config: Any) -> Shape:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or hidden // heads,
         vocabulary=embedding.weight.shape[0],
-        norms=_norms(model, hidden) // config.num_hidden_layers,
+        norms=len(norms) // config.num_hidden_layers,
+        kept_by_norms=_kept_by_norms(model, norms) // config.num_hidden_layers,
         tied=tied,
         kept_in_mlp=_kept_in_mlp(config, linears, intermediate),
         linears=linears,
@@ -156,13 +159,28 @@ def _starred(path: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
 
 
-def _norms(model: Any, hidden: int) -> int:
-    """Norms over the hidden state; the one after the last layer vanishes in the division."""
-    return sum(
-        "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None
-        and tuple(module.weight.shape) == (hidden,)
+def _norms(model: Any, hidden: int) -> list[Any]:
+    """Norms over the hidden state; the one after the last layer vanishes in a division."""
+    return [
+        module
         for module in model.modules()
-    )  # fmt: skip
+        if "Norm" in type(module).__name__
+        and getattr(module, "weight", None) is not None
+        and tuple(module.weight.shape) == (hidden,)
+    ]
+
+
+def _kept_by_norms(model: Any, norms: Sequence[Any]) -> int:
+    """Their inputs, and the results that aren't made again.
+
+    They are where `models.fused` knows the norm and `models.lora` the layers behind it.
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    others = any(isinstance(module, Conv1D) for module in model.modules())
+    known = [type(n) is torch.nn.LayerNorm or hasattr(n, "variance_epsilon") for n in norms]
+    return sum(1 if made_again and not others else 2 for made_again in known)
 
 
 def _kept_in_mlp(config: Any, linears: Sequence[Linears], intermediate: int) -> int:
@@ -206,12 +224,12 @@ def _llama_linears(layers: int, hidden: int, kv: int, intermediate: int) -> tupl
 KNOWN = {
     "microsoft/phi-1_5": Shape(
         layers=24, hidden=2048, intermediate=8192, heads=32, kv_heads=32, head_dim=64,
-        vocabulary=51200, norms=1, tied=False, kept_in_mlp=1,
+        vocabulary=51200, norms=1, kept_by_norms=1, tied=False, kept_in_mlp=1,
         linears=_phi_linears(24, 2048, 8192), other_parameters=595_968,
     ),
     "embedded": Shape(
         layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_dim=64,
-        vocabulary=49152, norms=2, tied=True, kept_in_mlp=2,
+        vocabulary=49152, norms=2, kept_by_norms=2, tied=True, kept_in_mlp=2,
         linears=_llama_linears(30, 576, 192, 1536), other_parameters=35_136,
     ),
 }  # fmt: skip

@@ -38,7 +38,7 @@ class Costs:
     products: int  # of the matrix library's buffers, where it multiplies fp32
     context: int  # of the GPU's driver and libraries
     activations: float  # kept in fact, of what is counted
-    results: int  # of attention that a layer keeps: by row for its backward pass, packed
+    results: int  # copies of attention's that a layer keeps: its own by row, the packed one
     score: float  # bytes of one attention score of the longest row
     margin: float  # of the free memory, left alone
     efficiency: float  # of the rate for matrix products, over a whole training step
@@ -52,7 +52,7 @@ COSTS = {
         process=510 * 10**6,  # fitted on the rows `fit` of benchmarks/plan_accuracy.py
         products=110 * 10**6,  # fitted likewise, by the difference of fp32 and bf16
         context=0,
-        activations=0.9,  # fitted likewise: micro-batches are never quite full
+        activations=1.0,  # fitted likewise
         results=1,  # `models.cpu_attention` needs none by row
         score=4.0,  # one fp32 score; none is kept by the fused kernel
         margin=0.05,  # chosen
@@ -65,7 +65,7 @@ COSTS = {
         products=0,
         context=600 * 2**20,  # usual for a CUDA process with cuBLAS
         activations=1.1,  # guessed; torch's own allocator leaves fewer holes
-        results=2,
+        results=2,  # PyTorch's kernels keep theirs
         score=4.0,  # as on a CPU
         margin=0.05,  # chosen
         efficiency=0.25,  # guessed, from 0.16 seen with unfused code on an Orin NX 16GB
@@ -276,7 +276,8 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
     per_layer = costs.activations * layer_bytes(work, costs.results)
     scores = costs.score * work.shape.heads * work.lengths.longest**2
     live = scores + (per_layer * tokens if checkpointing else 0)
-    kept = work.bytes_per_number * work.shape.hidden if checkpointing else per_layer
+    recomputed = work.bytes_per_number * work.shape.hidden + held_bytes(work)
+    kept = recomputed if checkpointing else per_layer
     whole = weight_bytes(work.shape, work.weights)
     weights = whole if work.shards == 1 else split_bytes(work)
     adapter = _LORA_BYTES * work.lora_parameters
@@ -332,22 +333,32 @@ def split_bytes(work: Work) -> float:
 def layer_bytes(work: Work, results: int) -> int:
     """What one layer keeps of a token for the backward pass.
 
-    Counted in numbers of the arithmetic's size: each norm's input (hidden), query and key and
-    value, `results` of attention, what the MLP keeps in its width, and the product of each
-    adapter's first matrix (rank). Frozen linear layers keep nothing, but for bitsandbytes' int8
-    ones: what would be made again. Dropout and DoRA keep each adapter's own input in fp32 besides.
+    Counted in numbers of the arithmetic's size: each norm's input and what isn't made again
+    (hidden), query and key and value, `results` of attention, what the MLP keeps in its width, and
+    the product of each adapter's first matrix (rank). Frozen linear layers keep nothing, but for
+    int8. Dropout and DoRA keep each adapter's own input in fp32 besides.
     """
     shape = work.shape
     adapted = [*shape.adapted(work.lora.targets)]
-    numbers = shape.norms * shape.hidden
+    numbers = shape.kept_by_norms * shape.hidden
     numbers += shape.head_dim * ((1 + results) * shape.heads + 2 * shape.kv_heads)
     numbers += shape.intermediate * shape.kept_in_mlp
-    if work.weights.quantize == "int8":
-        numbers += shape.norms * shape.hidden + shape.intermediate
     numbers += work.lora.rank * sum(one.count for one in adapted) // shape.layers
     inputs = sum(one.count * one.inputs for one in adapted) // shape.layers
     copies = 4 * inputs if work.lora.dropout or work.lora.dora else 0
-    return work.bytes_per_number * numbers + copies
+    held = held_bytes(work)
+    if held:  # attention's packed result is one of those
+        numbers -= shape.heads * shape.head_dim
+    return work.bytes_per_number * numbers + copies + held
+
+
+def held_bytes(work: Work) -> int:
+    """What int8 layers of bitsandbytes hold of a token, recomputed or not: each one's input."""
+    if work.weights.quantize != "int8":
+        return 0
+    shape = work.shape
+    numbers = shape.norms * shape.hidden + shape.heads * shape.head_dim + shape.intermediate
+    return work.bytes_per_number * numbers
 
 
 def head_bytes(work: Work, tokens: int) -> int:

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-
 from jetson_ft import hub
 from jetson_ft.errors import UserError
 from jetson_ft.models import resolve
 from jetson_ft.runs import live, rundir, talk
 from jetson_ft.runs.parlour import Parlour, Question, Turns
 from jetson_ft.runs.rundir import Run
+from jetson_ft.webui.library import gr
 from jetson_ft.webui.words import Words
 
 # As `inference.generate.Sampling` declares them: lowest, highest, step, what the chat begins with.

@@ -8,10 +8,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import gradio as gr
-
 from jetson_ft.errors import UserError
 from jetson_ft.webui.commands import ask
+from jetson_ft.webui.library import gr
 from jetson_ft.webui.words import Words
 
 _FRESH_SECONDS = 30.0

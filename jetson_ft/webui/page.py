@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-
 from jetson_ft.runs.parlour import Parlour
 from jetson_ft.webui import chat, device, train
+from jetson_ft.webui.library import gr
 from jetson_ft.webui.words import LANGUAGES, Words
 
 STATIC = Path(__file__).with_name("static")

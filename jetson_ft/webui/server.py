@@ -22,12 +22,12 @@ _SCRIPTS = """<link rel="stylesheet" href="/static/page.css">
 
 def make_app(runs: Path, rules: Rules) -> Any:
     """The whole page as an ASGI application."""
-    import gradio as gr
     from fastapi import FastAPI
     from fastapi.staticfiles import StaticFiles
 
     from jetson_ft.webui import page, routes
     from jetson_ft.webui.device import Doctor
+    from jetson_ft.webui.library import gr
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(routes.router(runs))

@@ -12,8 +12,6 @@ from html import escape
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-import gradio as gr
-
 from jetson_ft import recipe as recipes
 from jetson_ft import strict_yaml
 from jetson_ft.errors import RecipeError, UserError
@@ -21,6 +19,7 @@ from jetson_ft.paths import disk_errors
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import jobs, live, rundir, slot
 from jetson_ft.webui.commands import ask
+from jetson_ft.webui.library import gr
 from jetson_ft.webui.outlook import inspection_html, plan_html
 from jetson_ft.webui.words import Words
 

@@ -8,6 +8,9 @@ import pytest
 
 from jetson_ft.bench.arms import ARMS
 from jetson_ft.bench.lesson import Lesson, Settings, prepare
+from jetson_ft.models import libraries
+
+libraries.load()  # the tests here import PEFT themselves, and with it torch's compiler
 
 
 @pytest.fixture(scope="session")

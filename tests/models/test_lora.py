@@ -88,7 +88,6 @@ def test_beside_quantised_weights_too(wide_phi: Path, quantize: str) -> None:
         ("tiny_llama", "none", 3, 2),
         ("wide_phi", "none", 2, 1),
         ("wide_phi", "nf4", 2, 1),
-        ("wide_phi", "int8", 2, 1),
     ],
 )
 def test_norms_and_activations_are_made_again_and_not_kept(
@@ -105,6 +104,24 @@ def test_norms_and_activations_are_made_again_and_not_kept(
     # And the input of the last norm, behind the layers.
     assert len(kept(mine, hidden)) == layers * hidden_tensors + 1 < len(kept(own, hidden))
     (logits, gradients), (own_logits, own_gradients) = results(mine), results(own)
+    assert torch.allclose(logits, own_logits, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, own_gradients[name], rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize(("quantize", "told"), [("nf4", True), ("int8", False)])
+def test_a_layer_that_holds_its_input_holds_nothing_with_it(
+    wide_phi: Path, quantize: str, told: bool
+) -> None:
+    """bitsandbytes' int8 layers do, past the backward pass and beside any checkpointing."""
+    own, mine = (adapted(wide_phi, Weights("fp32", quantize), True) for _ in range(2))
+    fuse(mine)
+    inputs: list[torch.Tensor] = []
+    for module in mine.modules():
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            module.register_forward_hook(lambda _, given, out: inputs.append(given[0]))
+    (logits, gradients), (own_logits, own_gradients) = results(mine), results(own)
+    assert inputs and any(vars(x) for x in inputs) is told
     assert torch.allclose(logits, own_logits, atol=1e-5)
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, own_gradients[name], rtol=1e-3, atol=1e-6), name

@@ -61,6 +61,11 @@ def test_without_capacity_each_row_is_a_pack() -> None:
     assert sorted(each.tokens for each in found) == [1, 3, 4]
 
 
+def test_the_fullest_pack_comes_first() -> None:
+    rows = [{"input_ids": [1] * size, "parts": [0] * size} for size in (6, 5, 5)]
+    assert [sum(each.row_lengths) for each in packs(rows, 10)] == [10, 6]
+
+
 def test_packs_fill_the_capacity() -> None:
     assert [each.tokens for each in packs(ROWS, 5)] == [5, 3]
 

@@ -73,6 +73,19 @@ def test_results_of_activations_that_are_made_again_arent_counted() -> None:
     assert shapes.from_config(Phi3Config(**size)).kept_in_mlp == 4
 
 
+def test_results_of_norms_that_are_made_again_arent_counted_either() -> None:
+    """They are where `models.fused` knows the norm and `models.lora` the layers behind it."""
+    from transformers import GemmaConfig, GPT2Config, LlamaConfig, PhiConfig
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 5,
+            "num_attention_heads": 2, "vocab_size": 99, "pad_token_id": 0}  # fmt: skip
+    found = [
+        shapes.from_config(config).kept_by_norms
+        for config in (LlamaConfig(**size), PhiConfig(**size), GemmaConfig(**size), GPT2Config())
+    ]
+    assert found == [2, 1, 4, 4]
+
+
 def test_a_layers_number_in_a_target_is_read_as_every_layer() -> None:
     phi = KNOWN["microsoft/phi-1_5"]
     assert phi.lora_parameters(8, ["layers.3.mlp.fc1"]) == phi.lora_parameters(8, ["mlp.fc1"])

@@ -8,13 +8,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import pytest
 from starlette.requests import Request
 
 from jetson_ft import recipe as recipes
 from jetson_ft.runs import rundir
 from jetson_ft.webui import train
+from jetson_ft.webui.library import gr
 from jetson_ft.webui.outlook import inspection_html
 from jetson_ft.webui.words import Words
 
