@@ -49,10 +49,10 @@ class Costs:
 COSTS = {
     "cpu": Costs(
         micro_batches=(512, 384, 256),  # 1,024 is no faster
-        process=510 * 10**6,  # fitted on the rows `fit` of benchmarks/plan_accuracy.py
-        products=110 * 10**6,  # fitted likewise, by the difference of fp32 and bf16
+        process=510 * 10**6,  # fitted: benchmarks/plan_accuracy.py, rows `fit`, and the bench
+        products=110 * 10**6,  # from an earlier fit, by the difference of fp32 and bf16
         context=0,
-        activations=1.0,  # fitted likewise
+        activations=1.0,  # fitted likewise: holes of the heap and room in micro-batches are even
         results=1,  # `models.cpu_attention` needs none by row
         score=4.0,  # one fp32 score; none is kept by the fused kernel
         margin=0.05,  # chosen
