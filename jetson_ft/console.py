@@ -11,7 +11,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from jetson_ft.paths import printable
 from jetson_ft.runs import jobs, processes, sensed
@@ -186,7 +193,7 @@ class Follower:
     def _on_compare(self, event: dict[str, Any]) -> None:
         who = {"before": "replies of the base", "after": "replies of the adapter"}[event["side"]]
         self._bar_to(who, event["done"], event["of"], "")
-        if not out.is_terminal and event["done"] == event["of"]:
+        if self._is_plain_line_due() or (not out.is_terminal and event["done"] == event["of"]):
             self._say(f"  {who}: {event['done']}/{event['of']}")
 
     def _on_warning(self, event: dict[str, Any]) -> None:
@@ -375,18 +382,27 @@ def _print_piece(text: str, learnt: bool) -> None:
 
 @contextmanager
 def comparison_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for `inference.evaluate.compare`."""
+    """A progress bar for `inference.evaluate.compare`, and for the model's loading before it."""
     with Progress(
-        TextColumn("replies of the {task.description}"), BarColumn(), MofNCompleteColumn(),
-        console=out, transient=True,
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(), console=out, transient=True,
     ) as progress:  # fmt: skip
-        tasks: dict[str, TaskID] = {}
+        task, told = progress.add_task("loading the model", total=None), 0.0
+        if not out.is_terminal:
+            out.print("loading the model")
 
         def update(side: str, done: int, total: int) -> None:
+            nonlocal task, told
             who = {"before": "base", "after": "adapter"}[side]
-            if who not in tasks:
-                tasks[who] = progress.add_task(who, total=total)
-            progress.update(tasks[who], completed=done)
+            what = f"replies of the {who}" if done else f"measuring the {who}"
+            if not done:  # a bar of its own, so that the time left is this side's
+                progress.remove_task(task)
+                task = progress.add_task(what, total=total)
+            progress.update(task, description=what, completed=done)
+            due = done in (0, total) or time.monotonic() - told > _PLAIN_EVERY
+            if not out.is_terminal and due:
+                told = time.monotonic()
+                out.print(f"{what}: {done}/{total}" if done else what)
 
         yield update
 

@@ -67,6 +67,18 @@ def test_without_a_terminal_there_are_plain_lines(run: Run, screen: io.StringIO)
     assert "\x1b" not in screen.getvalue() and "━" not in screen.getvalue()
 
 
+def test_measuring_again_tells_how_far_it_is(screen: io.StringIO) -> None:
+    with console.comparison_bar() as progress:
+        for side in ("before", "after"):
+            for done in (0, 8, 16, 20):
+                progress(side, done, 20)
+    assert lines(screen) == [
+        "loading the model",
+        "measuring the base", "replies of the base: 20/20",
+        "measuring the adapter", "replies of the adapter: 20/20",
+    ]  # fmt: skip
+
+
 def test_a_download_tells_how_far_it_is(run: Run, screen: io.StringIO) -> None:
     log = EventLog(run, 1)
     log.emit("phase", name="model files", detail="o/n")

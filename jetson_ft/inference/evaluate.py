@@ -35,7 +35,7 @@ def compare(
         conversations: held-out rows; the last turn is the answer to be matched.
         packs: the same rows as tokens.
         characters: of all their answers.
-        progress: hears ("before"|"after", replies done, replies in all).
+        progress: hears ("before"|"after", replies done, replies in all), at first of none.
         scores: by side, where training has measured these very weights on these rows already.
 
     Returns:
@@ -47,6 +47,7 @@ def compare(
     result: dict[str, Any] = {"rows": len(conversations)}
     started = time.monotonic()
     for side in ("before", "after"):
+        progress(side, 0, len(prompts))
         with model.disable_adapter() if side == "before" else nullcontext():
             found = scores[side] if scores else _score(model, packs, characters)
             replies = reply_all(

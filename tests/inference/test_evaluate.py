@@ -96,7 +96,7 @@ def test_samples_show_the_same_rows_on_both_sides(compared: Any) -> None:
 
 def test_progress_hears_both_sides(compared: Any) -> None:
     _, heard, _ = compared
-    assert heard == [("before", 4, 4), ("after", 4, 4)]
+    assert heard == [("before", 0, 4), ("before", 4, 4), ("after", 0, 4), ("after", 4, 4)]
 
 
 @pytest.mark.parametrize(
