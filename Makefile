@@ -6,8 +6,8 @@ BIN := .venv/bin
 PYTEST := -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev finetune chat webui setup-compat test test-fast test-all test-compat lint lock lock-check clean \
-	docker-build docker-run docker-finetune image-test
+.PHONY: help setup setup-dev setup-compat finetune chat webui test test-fast test-all test-compat \
+	lint lock lock-check clean docker-build docker-run docker-finetune image-test
 
 # $(call quote,TEXT): one word for the shell, whatever is in it.
 quote = '$(subst ','\'',$(1))'

@@ -1,9 +1,9 @@
 """Attention that stays inside each row of a packed sequence.
 
 Rows of different length lie one behind the other in one sequence without padding; their
-bounds travel through the model's forward as `row_lengths`, with the tokens of the `opening` that
-they share. transformers finds the
-function below by the name it is registered under, so no model code is touched.
+bounds travel through the model's forward as `row_lengths`, with the number of tokens that they
+share as `opening`. transformers finds the function below by the name it is registered under, so
+no model code is touched.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, silu
 
-from jetson_ft.models.lora import as_it_is, make
+from jetson_ft.models.lora import forget, make
 
 
 def fuse(model: torch.nn.Module) -> dict[str, int]:
@@ -32,7 +32,7 @@ def fuse(model: torch.nn.Module) -> dict[str, int]:
                 counts[kind] = counts.get(kind, 0) + 1
     for module in model.modules():
         if type(module).__name__ == "Linear8bitLt":  # bitsandbytes'
-            module.register_forward_pre_hook(lambda _, inputs: as_it_is(*inputs))
+            module.register_forward_pre_hook(lambda _, inputs: forget(*inputs))
     return counts
 
 

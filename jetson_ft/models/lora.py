@@ -42,8 +42,8 @@ def make(by: Callable[..., Tensor], result: Tensor, *of: Tensor) -> Tensor:
     return result
 
 
-def as_it_is(x: Tensor) -> None:
-    """Forgets how it was made, for a layer that holds it anyway, and with it all it is made of."""
+def forget(x: Tensor) -> None:
+    """Leaves out how `x` was made, before a layer that holds it: what it is made of goes then."""
     vars(x).pop("_jetson_ft_made", None)
 
 

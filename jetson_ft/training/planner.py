@@ -346,14 +346,13 @@ def layer_bytes(work: Work, results: int) -> int:
     numbers += work.lora.rank * sum(one.count for one in adapted) // shape.layers
     inputs = sum(one.count * one.inputs for one in adapted) // shape.layers
     copies = 4 * inputs if work.lora.dropout or work.lora.dora else 0
-    held = held_bytes(work)
-    if held:  # attention's packed result is one of those
-        numbers -= shape.heads * shape.head_dim
-    return work.bytes_per_number * numbers + copies + held
+    if work.weights.quantize == "int8":  # what others make again
+        numbers += shape.norms * shape.hidden + shape.intermediate
+    return work.bytes_per_number * numbers + copies
 
 
 def held_bytes(work: Work) -> int:
-    """What int8 layers of bitsandbytes hold of a token, recomputed or not: each one's input."""
+    """What int8 layers of bitsandbytes hold of a token even if recomputed: each one's input."""
     if work.weights.quantize != "int8":
         return 0
     shape = work.shape
