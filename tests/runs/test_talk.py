@@ -139,7 +139,7 @@ def test_other_rows_can_be_measured_on(finished: Run, tmp_path: Path) -> None:
     found = evaluate_run(finished, str(path), lambda *told: heard.append(told))
     assert found["eval"]["rows"] == 2
     assert found["eval"]["after"]["samples"][0]["reference"] == "你也好"
-    assert heard == [("before", 2, 2), ("after", 2, 2)]
+    assert heard == [("before", 0, 2), ("before", 2, 2), ("after", 0, 2), ("after", 2, 2)]
 
 
 def test_without_an_adapter_nothing_is_measured(tmp_path: Path) -> None:
