@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -51,6 +52,8 @@ def _import_bitsandbytes() -> None:
     def as_it_is(function: Any = None, **_: Any) -> Any:
         return function or as_it_is
 
+    # It tells programmers of kernels for other machines and of int8 on a CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Where it isn't installed, PEFT does without.
     with mock.patch.object(torch, "compile", as_it_is), suppress(ImportError):
         import bitsandbytes  # noqa: F401

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -126,12 +125,10 @@ def load_model(base: Base, weights: Weights, device: str) -> PreTrainedModel:
 def _quieten() -> None:
     """What the libraries say to programmers is not for the person at the screen.
 
-    Advice about int8 on a CPU, a bar for the seconds that weights take, and what PEFT calls that
-    transformers will rename.
+    A bar for the seconds that weights take, and what PEFT calls that transformers will rename.
     """
     from transformers.utils import logging as transformers_logging
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ _TOLERANCE = 1e-3  # of a product against the same in fp64, by its largest entry
 def examine(machine: Machine) -> Iterator[Finding]:
     """Imports torch."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch and bitsandbytes warn of is looked at here
+        # What torch and bitsandbytes warn of is looked at here.
+        warnings.simplefilter("ignore")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         yield from _examine(machine)
 
 
