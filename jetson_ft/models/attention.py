@@ -44,40 +44,36 @@ def packed_attention(
     """
     if row_lengths is None:
         raise ValueError("packed attention was called without row bounds")
+    from jetson_ft.models import cpu_attention, varlen
+
+    plain = not dropout and not _is_windowed(max(row_lengths), sliding_window)
+    if plain and query.device.type == "cpu":
+        return cpu_attention.attend(query, key, value, row_lengths, opening, scaling), None
     if opening:
         query, key, value = (_laid_out(each, row_lengths, opening) for each in (query, key, value))
-    out = _within_rows(query, key, value, row_lengths, scaling, dropout, sliding_window)
+    out = varlen.attend(query, key, value, row_lengths, scaling) if plain else None
+    if out is None:
+        out = _row_by_row(query, key, value, row_lengths, scaling, dropout, sliding_window)
     return _folded(out, row_lengths, opening) if opening else out, None
 
 
-def _within_rows(
+def _row_by_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     row_lengths: list[int], scaling: float | None, dropout: float, sliding_window: int | None,
 ) -> torch.Tensor:  # fmt: skip
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    from jetson_ft.models import cpu_attention, varlen
-
-    if sliding_window is None and not dropout:
-        at_once = varlen.attend(query, key, value, row_lengths, scaling)
-        if at_once is not None:
-            return at_once
-    grouped = query.shape[1] != key.shape[1]
-
     def one_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        windowed = _is_windowed(q.shape[2], sliding_window)
-        if q.device.type == "cpu" and not windowed and not dropout and q.requires_grad:
-            return cpu_attention.attend(q, k, v, scaling)
         return scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=_window(q.shape[2], sliding_window, q.device),
             dropout_p=dropout,
-            is_causal=not windowed,
+            is_causal=not _is_windowed(q.shape[2], sliding_window),
             scale=scaling,
-            enable_gqa=grouped,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
 
     # `split` and not slices: the gradient of a slice is a whole tensor of zeros around it.
