@@ -27,6 +27,9 @@ RECIPES: dict[str, dict[str, str]] = {
         "precision": "fp32", "lora.rank": "8", "train.max_memory_gb": "1.35",
     },
     "fit: bf16, 512, rank 8": {"precision": "bf16", "lora.rank": "8"},
+    "bf16, 768, rank 8": {
+        "precision": "bf16", "lora.rank": "8", "train.tokens_per_step": "768",
+    },
     "fp32, 512, rank 32": {"precision": "fp32", "lora.rank": "32"},
     "fp32, 256, recomputing": {
         "precision": "fp32", "train.tokens_per_step": "256", "data.max_length": "256",

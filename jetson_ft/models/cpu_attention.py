@@ -8,6 +8,7 @@ al. 2022, FlashAttention, section 3.1).
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 _QUERIES = 128  # in a block; measured best between 64 and 256 for rows of 128 to 512
-# Keys in multiples of this: a matrix library prepares itself for each new shape, for a
-# millisecond and a part of one's memory.
-_KEYS = 64
+# Numbers of keys come in steps, eight of them for the longest row: for each new shape the matrix
+# library makes itself a kernel, in a millisecond and a few tenths of a megabyte.
+_STEP, _STEPS = 64, 8
 
 
 def attend(
@@ -78,10 +79,12 @@ def _blocks(row_lengths: tuple[int, ...], opening: int, dtype: torch.dtype) -> l
     row_of = torch.arange(len(own)).repeat_interleave(own)
     starts = (own.cumsum(0) - own)[row_of].tolist()  # of each token's row
     tokens = len(row_of)
+    step = _STEP * math.ceil(max(row_lengths) / (_STEP * _STEPS))
+    size = max(_QUERIES, step)
     blocks = []
-    for start in range(0, tokens, _QUERIES):
-        stop = min(start + _QUERIES, tokens)
-        first = starts[start] - -(opening + stop - starts[start]) % _KEYS
+    for start in range(0, tokens, size):
+        stop = min(start + size, tokens)
+        first = starts[start] - -(opening + stop - starts[start]) % step
         shared, first = (opening, first) if first > opening else (0, 0)
         seen = torch.cat((torch.arange(shared), torch.arange(first, stop)))
         asks = torch.arange(start, stop)[:, None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, silu
 
-from jetson_ft.models.lora import forget, make
+from jetson_ft.models.lora import FusedLinear, forget, make
 
 
 def fuse(model: torch.nn.Module) -> dict[str, int]:
@@ -31,9 +31,19 @@ def fuse(model: torch.nn.Module) -> dict[str, int]:
                 module.forward = faster.__get__(module)
                 counts[kind] = counts.get(kind, 0) + 1
     for module in model.modules():
+        _introduce(module)
         if type(module).__name__ == "Linear8bitLt":  # bitsandbytes'
             module.register_forward_pre_hook(lambda _, inputs: forget(*inputs))
     return counts
+
+
+def _introduce(module: Any) -> None:
+    """Makes siblings of the adapted layers that `module` applies to the same input, in order."""
+    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        named = [getattr(module, name, None) for name in names]
+        layers = [layer for layer in named if isinstance(layer, FusedLinear)]
+        if layers:
+            layers[0].siblings = tuple(layers[1:])
 
 
 def _gives_the_same(module: Any, faster: Callable[[Any, Tensor], Tensor]) -> bool:

@@ -4,14 +4,15 @@ PEFT adds the adapter as `result + lora_B(lora_A(x)) * scaling`: three elementwi
 the output, and at bf16 a cast of the input to fp32 and back. Here the product is added by the
 matrix multiplication itself, adapters are multiplied in the arithmetic of the base (their fp32
 values stay the masters), and only the input and the small product are kept for the backward
-pass; of an input that is quickly made again, only what it is made of. The layers come in
+pass; of an input that is quickly made again, only what it is made of. Layers that take the same
+input are multiplied together. The layers come in
 through PEFT's own register of custom modules, so that the adapter is an ordinary one. What is
 not plain LoRA (DoRA, dropout, merged or several adapters) takes PEFT's way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,13 +79,50 @@ class _Fused:
 class FusedLinear(_Fused, layer.Linear):
     """An adapter beside a frozen dense layer."""
 
+    # Layers that the model applies to the same input after this one (`fused.fuse` finds them).
+    # One call multiplies for all of them, and sums their gradients of the input in place.
+    siblings: tuple[FusedLinear, ...] = ()
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
-        adapter = self._plain_adapter()
-        if adapter is None or args or kwargs:
+        ready: dict[FusedLinear, Tensor] = vars(x).get(_READY, {})
+        if self in ready:
+            return ready.pop(self)
+        own = self._plain_adapter()
+        if own is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        return _DenseWithAdapter.apply(x, base.weight, base.bias, *adapter, *_kept(x))
+        others = [other for one in self.siblings if (other := one._plain_adapter())]
+        if len(others) < len(self.siblings):
+            return _multiplied(x, [self], [own])[0]
+        found, *theirs = _multiplied(x, [self, *self.siblings], [own, *others])
+        if theirs:
+            setattr(x, _READY, dict(zip(self.siblings, theirs, strict=True)))
+        return found
+
+
+_READY = "_jetson_ft_ready"  # on an input: what its later layers will be asked for
+_Adapter = tuple[Tensor, Tensor, float]
+
+
+def _multiplied(
+    x: Tensor, layers: Sequence[FusedLinear], adapters: Sequence[_Adapter]
+) -> tuple[Tensor, ...]:
+    """[..., in] to each layer's [..., out]."""
+    again, *parts = _kept(x)
+    # Anew in each pass: PyTorch's fused AdamW changes the masters without counting a version.
+    small_a, smalls_b = _small(adapters, x.dtype)
+    frozen = _Frozen(
+        tuple(one.base_layer.bias for one in layers),
+        tuple(scaling for *_, scaling in adapters),
+        again,
+        len(parts),
+    )
+    masters = (matrix for a, b, _ in adapters for matrix in (a, b))
+    weights = (one.base_layer.weight for one in layers)
+    found: tuple[Tensor, ...] = _DenseWithAdapters.apply(
+        x, frozen, small_a, *smalls_b, *weights, *parts, *masters
+    )
+    return found
 
 
 def _quantised_layers() -> dict[type, type]:
@@ -112,57 +150,73 @@ def _beside_quantised(peft_layer: type) -> type:
     return FusedQuantised
 
 
-def _small(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A [r, in] and B's transpose [r, out], both contiguous, in the arithmetic's dtype.
+def _small(adapters: Sequence[_Adapter], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """All A below one another [ranks, in] and each B's transpose [r, out], in the arithmetic's
+    dtype.
 
     A product with a tall thin matrix runs two to three times faster on CPUs when its long side
     is contiguous.
     """
-    return a.to(dtype), b.to(dtype).t().contiguous()
+    a = torch.cat([a.detach().to(dtype) for a, *_ in adapters])
+    return a, [b.detach().to(dtype).t().contiguous() for _, b, _ in adapters]
 
 
-def _adapter_gradients(
-    d_y: Tensor, x: Tensor, low: Tensor, b_t: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of A and B, and that of the low-rank product [tokens, r], scaled."""
-    d_low = (d_y @ b_t.t()).mul_(scaling)
-    d_a = (d_low.t() @ x).float()
-    d_b = (low.t() @ d_y).mul_(scaling).t().float()
-    return d_a, d_b, d_low
+class _Frozen(NamedTuple):
+    """What `_DenseWithAdapters` needs besides its tensors."""
+
+    biases: tuple[Tensor | None, ...]
+    scalings: tuple[float, ...]
+    again: Callable[..., Tensor]
+    parts: int  # how many tensors the input is made again of
 
 
-def _no_gradients(parts: list[Tensor]) -> list[None]:
-    """Of the scaling, of what makes the input again, and of what it is made of."""
-    return [None, None, *(None for _ in parts)]
+class _DenseWithAdapters(torch.autograd.Function):
+    """yᵢ = x Wᵢᵀ + biasᵢ + scalingᵢ · (x Aᵢᵀ) Bᵢᵀ for layers that take the same input, Wᵢ and
+    biasᵢ frozen (Hu et al. 2021, eq. 3).
 
-
-class _DenseWithAdapter(torch.autograd.Function):
-    """y = x Wᵀ + bias + scaling · (x Aᵀ) Bᵀ, W and bias frozen (Hu et al. 2021, eq. 3)."""
+    After `frozen` come all A in the arithmetic's dtype, each Bᵀ, each W, what x is made again of,
+    and the masters A₁, B₁, A₂, …, which get the gradients.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
-        scaling: float, again: Callable[..., Tensor], *parts: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, x: Tensor, frozen: _Frozen, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(frozen.scalings)
+        a, bs, ws = tensors[0], tensors[1 : count + 1], tensors[count + 1 : 2 * count + 1]
         rows = x.reshape(-1, x.shape[-1])
-        a_now, b_t = _small(a, b, x.dtype)
-        low = rows @ a_now.t()
-        y = linear(rows, w, bias).addmm_(low, b_t, alpha=scaling)
-        ctx.save_for_backward(w, a, b, low, *parts)
-        ctx.scaling, ctx.again = scaling, again
-        return y.view(*x.shape[:-1], -1)
+        low = rows @ a.t()
+        ctx.save_for_backward(low, *tensors[: 2 * count + 1 + frozen.parts])
+        ctx.frozen = frozen
+        lows = low.split([len(b) for b in bs], 1)
+        return tuple(
+            linear(rows, w, bias).addmm_(part, b, alpha=scaling).view(*x.shape[:-1], -1)
+            for w, bias, b, scaling, part in zip(
+                ws, frozen.biases, bs, frozen.scalings, lows, strict=True
+            )
+        )
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> Any:
-        w, a, b, low, *parts = ctx.saved_tensors
-        x = ctx.again(*parts)
-        rows, d_rows = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
-        a_now, b_t = _small(a, b, x.dtype)
-        d_a, d_b, d_low = _adapter_gradients(d_rows, rows, low, b_t, ctx.scaling)
+    def backward(ctx: Any, *d_ys: Tensor) -> Any:
+        frozen: _Frozen = ctx.frozen
+        count = len(frozen.scalings)
+        low, a, *rest = ctx.saved_tensors
+        bs, ws, parts = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        x = frozen.again(*parts)
+        rows, ranks = x.reshape(-1, x.shape[-1]), [len(b) for b in bs]
+        ds = [d_y.reshape(-1, d_y.shape[-1]) for d_y in d_ys]
+        d_lows, d_bs = [], []
+        for d, b, part, scaling in zip(ds, bs, low.split(ranks, 1), frozen.scalings, strict=True):
+            d_lows.append((d @ b.t()).mul_(scaling))
+            d_bs.append((part.t() @ d).mul_(scaling).t().float())
+        d_low = torch.cat(d_lows, 1)
+        d_as = (d_low.t() @ rows).float().split(ranks)
         d_x = None
         if ctx.needs_input_grad[0]:
-            d_x = (d_rows @ w).addmm_(d_low, a_now).view_as(x)
-        return d_x, None, None, d_a, d_b, *_no_gradients(parts)
+            d_x = ds[0] @ ws[0]
+            for d, w in zip(ds[1:], ws[1:], strict=True):
+                d_x.addmm_(d, w)
+            d_x = d_x.addmm_(d_low, a).view_as(x)
+        masters = (each for pair in zip(d_as, d_bs, strict=True) for each in pair)
+        return d_x, None, None, *(None for _ in rest), *masters
 
 
 class _AddAdapter(torch.autograd.Function):
@@ -174,7 +228,7 @@ class _AddAdapter(torch.autograd.Function):
         scaling: float, again: Callable[..., Tensor], *parts: Tensor,
     ) -> Tensor:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
-        a_now, b_t = _small(a, b, x.dtype)
+        a_now, (b_t,) = _small([(a, b, scaling)], x.dtype)
         low = rows @ a_now.t()
         flat = base.reshape(-1, base.shape[-1])
         y = torch.addmm(flat, low.to(base.dtype), b_t.to(base.dtype), alpha=scaling)
@@ -188,7 +242,10 @@ class _AddAdapter(torch.autograd.Function):
         x = ctx.again(*parts)
         rows = x.reshape(-1, x.shape[-1])
         d_rows = d_y.reshape(-1, d_y.shape[-1]).to(x.dtype)
-        a_now, b_t = _small(a, b, x.dtype)
-        d_a, d_b, d_low = _adapter_gradients(d_rows, rows, low, b_t, ctx.scaling)
+        a_now, (b_t,) = _small([(a, b, ctx.scaling)], x.dtype)
+        d_low = (d_rows @ b_t.t()).mul_(ctx.scaling)
+        d_a = (d_low.t() @ rows).float()
+        d_b = (low.t() @ d_rows).mul_(ctx.scaling).t().float()
         d_x = (d_low @ a_now).view_as(x) if ctx.needs_input_grad[1] else None
-        return d_y, d_x, d_a, d_b, *_no_gradients(parts)
+        # None for the scaling, what makes the input again, and what it is made of.
+        return d_y, d_x, d_a, d_b, None, None, *(None for _ in parts)

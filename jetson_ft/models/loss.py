@@ -78,7 +78,7 @@ class _FrozenHead(torch.autograd.Function):
             logits = torch.mm(hidden[part], weight.t(), out=room[: len(targets[part])])
             chances = _chances(logits, bias, targets[part], losses[part])
             if slopes is not None:
-                torch.mm(chances.to(weight.dtype), weight, out=slopes[part])
+                torch.mm(chances, weight, out=slopes[part])
                 slopes[part] -= weight[targets[part]]
         if slopes is not None:
             ctx.save_for_backward(slopes)
@@ -91,18 +91,15 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _chances(logits: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor) -> Tensor:
-    """Softmax of a chunk's logits, [rows, vocabulary] fp32; writes the losses of its rows.
-
-    fp32 logits become their softmax in place.
-    """
+    """Turns a chunk's logits into their softmax, in place; writes the losses of its rows."""
     if bias is not None:
-        logits = logits.add_(bias)
-    logits = logits.float()
-    largest, wanted = logits.amax(-1), logits.gather(1, targets[:, None]).squeeze(1)
-    chances = torch.softmax(logits, -1, out=logits)
+        logits.add_(bias)
+    wide = logits.float()
+    largest, wanted = wide.amax(-1), wide.gather(1, targets[:, None]).squeeze(1)
+    chances = torch.softmax(wide, -1, out=wide)
     # logsumexp = max - log(largest chance), without another pass of exponentials.
     torch.sub(largest - chances.amax(-1).log_(), wanted, out=losses)
-    return chances
+    return chances if wide is logits else logits.copy_(chances)
 
 
 _LEFT_OUT = "_jetson_ft_left_out"

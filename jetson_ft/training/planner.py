@@ -5,7 +5,7 @@ speed, never the result: which rows form a step is the recipe's.
 
 Memory, for micro-batches of T tokens:
 
-    weights + 16 bytes a LoRA parameter + activations kept, per token x T
+    weights + 18 to 20 bytes a LoRA parameter + activations kept, per token x T
         + the largest of what exists for a moment + the process itself
 
 Time: floating-point operations over the machine's rate for matrix products, times the share
@@ -33,7 +33,7 @@ from jetson_ft.training import schedule
 class Costs:
     """What can't be counted from a model's shape. Bytes, tokens, and shares of one."""
 
-    micro_batches: tuple[int, ...]  # tokens, fastest first
+    micro_batches: dict[int, tuple[int, ...]]  # tokens, fastest first, by bytes of a number
     process: int  # of Python with its libraries, in the memory that the plan is for
     products: int  # of the matrix library's buffers, where it multiplies fp32
     context: int  # of the GPU's driver and libraries
@@ -48,19 +48,20 @@ class Costs:
 # Each value and where it comes from. Those for GPUs are not fitted yet.
 COSTS = {
     "cpu": Costs(
-        micro_batches=(512, 384, 256),  # 1,024 is no faster
+        # In fp32 1,024 is no faster; in bf16 5 % faster than 768, for a twelfth of the memory more.
+        micro_batches={4: (512, 384, 256), 2: (768, 512, 384, 256)},
         process=510 * 10**6,  # fitted: benchmarks/plan_accuracy.py, rows `fit`, and the bench
         products=110 * 10**6,  # from an earlier fit, by the difference of fp32 and bf16
         context=0,
         activations=1.0,  # fitted likewise: holes of the heap and room in micro-batches are even
         results=1,  # `models.cpu_attention` needs none by row
-        score=4.0,  # one fp32 score; none is kept by the fused kernel
+        score=4.0,  # more than a block's, which are there for a moment
         margin=0.05,  # chosen
         efficiency=0.6,  # 188 tokens/s at 163 GFLOP/s on two cores, SmolLM2-135M in fp32
         quantised={"none": 1.0, "int8": 0.5, "nf4": 0.5},  # guessed
     ),
     "cuda": Costs(
-        micro_batches=(4096, 2048, 1024, 512),
+        micro_batches=dict.fromkeys((4, 2), (4096, 2048, 1024, 512)),
         process=900 * 10**6,  # of Python with its libraries before training, measured
         products=0,
         context=600 * 2**20,  # usual for a CUDA process with cuBLAS
@@ -180,7 +181,8 @@ def plans(work: Work, device: Device) -> Iterator[Plan]:
 def micro_batches(work: Work, kind: str) -> list[int]:
     """Sizes to try, largest first: no larger than a step, no smaller than the longest row."""
     step, longest = work.train.tokens_per_step, work.lengths.longest
-    sizes = {max(longest, min(size, step)) for size in COSTS[kind].micro_batches}
+    allowed = COSTS[kind].micro_batches[work.bytes_per_number]
+    sizes = {max(longest, min(size, step)) for size in allowed}
     return sorted(sizes, reverse=True)
 
 
@@ -280,7 +282,7 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
     kept = recomputed if checkpointing else per_layer
     whole = weight_bytes(work.shape, work.weights)
     weights = whole if work.shards == 1 else split_bytes(work)
-    adapter = _LORA_BYTES * work.lora_parameters
+    adapter = (_LORA_BYTES + work.bytes_per_number) * work.lora_parameters  # and a copy to multiply
     activations = work.shape.layers * kept * tokens
     momentary = max(live, head_bytes(work, tokens)) + dequantised_bytes(work)
     # A model that is split is loaded whole first, before anything else needs room.
@@ -363,11 +365,11 @@ def held_bytes(work: Work) -> int:
 def head_bytes(work: Work, tokens: int) -> int:
     """Of the logits that exist at one time, and of all gradients that the head hands back.
 
-    A chunk's logits become probabilities in fp32; in a smaller arithmetic both stand there too.
+    A chunk's logits become probabilities in fp32; those of a smaller arithmetic stand beside them.
     """
     shape, number = work.shape, work.bytes_per_number
     rows = min(tokens, shapes.head_rows(shape.vocabulary))
-    copies = 4 if number == 4 else 4 + 2 * number
+    copies = 4 if number == 4 else 4 + number
     return rows * shape.vocabulary * copies + tokens * shape.hidden * number
 
 

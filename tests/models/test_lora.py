@@ -128,12 +128,13 @@ def test_a_layer_that_holds_its_input_holds_nothing_with_it(
 
 
 def kept(model: Any, width: int) -> set[int]:
-    """Addresses of the tensors of this width that a forward pass leaves for backward."""
+    """Addresses of the tokens' tensors of this width that a forward pass leaves for backward."""
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     found: list[torch.Tensor] = []  # and alive, so that no address is used twice
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.shape[-1:] == (width,) and tensor.data_ptr() not in weights:
+        of_tokens = tensor.numel() == IDS.numel() * width
+        if of_tokens and tensor.shape[-1] == width and tensor.data_ptr() not in weights:
             found.append(tensor)
         return tensor
 
@@ -178,6 +179,37 @@ def test_the_input_gradient_is_checked_numerically() -> None:
     layer.lora_B["default"].weight.data.normal_()
     x = torch.randn(3, 5, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(layer, x)
+
+
+def test_layers_of_one_input_are_multiplied_at_once(tiny_llama: Path) -> None:
+    """And what is learnt takes part from the next pass on."""
+    mine = adapted(tiny_llama, Weights("fp32"), True)
+    fuse(mine)
+    firsts = [one for one in mine.modules() if getattr(one, "siblings", ())]
+    assert sorted(len(one.siblings) for one in firsts) == [1, 1, 2, 2]  # gate; query
+    (logits, _), optimizer = results(mine), torch.optim.AdamW(mine.parameters(), lr=0.1, fused=True)
+    optimizer.step()
+    theirs = adapted(tiny_llama, Weights("fp32"), False)
+    theirs.load_state_dict({n: p for n, p in mine.named_parameters() if p.requires_grad}, False)
+    (found, gradients), (expected, own) = results(mine), results(theirs)
+    assert not torch.allclose(found, logits, atol=1e-2)
+    assert torch.allclose(found, expected, atol=1e-4)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, own[name], rtol=1e-3, atol=1e-6), name
+
+
+def test_an_input_given_to_the_first_layer_alone_gets_its_own_gradient() -> None:
+    """What was multiplied for the others, and not asked for, counts for nothing."""
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0", "1"])
+    register(config)
+    pair = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(5, 6))
+    first, second = get_peft_model(pair, config).double().base_model.model
+    for layer in (first, second):
+        layer.lora_B["default"].weight.data.normal_()
+    first.siblings = (second,)
+    x = torch.randn(3, 5, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(first, x)
+    assert torch.autograd.gradcheck(lambda x: (first(x), second(x), second(x)), x)
 
 
 @pytest.mark.parametrize("setting", [{"use_dora": True}, {"lora_dropout": 0.5}])
