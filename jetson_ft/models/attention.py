@@ -47,7 +47,7 @@ def packed_attention(
     from jetson_ft.models import cpu_attention, varlen
 
     plain = not dropout and not _is_windowed(max(row_lengths), sliding_window)
-    if plain and query.device.type == "cpu":
+    if plain and _takes_blocks(query):
         return cpu_attention.attend(query, key, value, row_lengths, opening, scaling), None
     if opening:
         query, key, value = (_laid_out(each, row_lengths, opening) for each in (query, key, value))
@@ -55,6 +55,10 @@ def packed_attention(
     if out is None:
         out = _row_by_row(query, key, value, row_lengths, scaling, dropout, sliding_window)
     return _folded(out, row_lengths, opening) if opening else out, None
+
+
+def _takes_blocks(query: torch.Tensor) -> bool:
+    return bool(query.device.type == "cpu")
 
 
 def _row_by_row(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 _QUERIES = 128  # in a block; measured best between 64 and 256 for rows of 128 to 512
-# Numbers of keys come in steps, eight of them for the longest row: for each new shape the matrix
-# library makes itself a kernel, in a millisecond and a few tenths of a megabyte.
-_STEP, _STEPS = 64, 8
+# Numbers of keys come in steps, few for the longest row, as each new shape has its price
+# (docs/decisions/0009).
+_STEP, _STEPS, _LARGEST_STEP = 64, 8, 512
 
 
 def attend(
@@ -28,13 +28,14 @@ def attend(
     """Attention within each row; see `attention.packed_attention`.
 
     Args:
-        query: [1, heads, tokens, head_dim]; key and value may have fewer heads.
+        query: [1, heads, tokens, head_dim]; key and value may have fewer heads, and value heads
+            another width.
 
     Returns:
-        [1, tokens, heads, head_dim]
+        [1, tokens, heads, head_dim of value]
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    blocks = _blocks(tuple(row_lengths), opening, query.dtype)
+    blocks = _blocks(tuple(row_lengths), opening)
     out: Tensor = _Attention.apply(query, key, value, scale, blocks)
     return out
 
@@ -46,7 +47,7 @@ class _Block(NamedTuple):
     stop: int
     opening: int
     first: int
-    mask: Tensor  # [queries, keys], 0 where a query sees a key and -inf elsewhere
+    hidden: Tensor  # [queries, keys] bool, where a query doesn't see a key
 
     def queries(self, tensor: Tensor, groups: int) -> Tensor:
         """[groups, heads of a group x queries, width], of [heads, tokens, width]: query heads
@@ -62,7 +63,7 @@ class _Block(NamedTuple):
     def chances(self, query: Tensor, key: Tensor) -> Tensor:
         """Softmax of the scores, [groups, heads of a group x queries, keys]."""
         scores = torch.bmm(query, key.transpose(1, 2))
-        by_head = scores.view(-1, *self.mask.shape).add_(self.mask)
+        by_head = scores.view(-1, *self.hidden.shape).masked_fill_(self.hidden, float("-inf"))
         return torch.softmax(by_head, -1).view_as(scores)
 
     def add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -73,24 +74,24 @@ class _Block(NamedTuple):
         total[:, self.first : self.stop] += found[:, self.opening :]
 
 
-@lru_cache(maxsize=2)  # every layer of a pack asks for the same
-def _blocks(row_lengths: tuple[int, ...], opening: int, dtype: torch.dtype) -> list[_Block]:
+@lru_cache(maxsize=1)  # every layer of a pack asks for the same
+def _blocks(row_lengths: tuple[int, ...], opening: int) -> list[_Block]:
     own = torch.tensor([length - (opening if row else 0) for row, length in enumerate(row_lengths)])
     row_of = torch.arange(len(own)).repeat_interleave(own)
     starts = (own.cumsum(0) - own)[row_of].tolist()  # of each token's row
     tokens = len(row_of)
-    step = _STEP * math.ceil(max(row_lengths) / (_STEP * _STEPS))
+    step = min(_STEP * math.ceil(max(row_lengths) / (_STEP * _STEPS)), _LARGEST_STEP)
     size = max(_QUERIES, step)
     blocks = []
     for start in range(0, tokens, size):
         stop = min(start + size, tokens)
-        first = starts[start] - -(opening + stop - starts[start]) % step
+        round_up = -(opening + stop - starts[start]) % step
+        first = starts[start] - round_up
         shared, first = (opening, first) if first > opening else (0, 0)
         seen = torch.cat((torch.arange(shared), torch.arange(first, stop)))
         asks = torch.arange(start, stop)[:, None]
         sees = (seen <= asks) & ((row_of[seen] == row_of[asks]) | (seen < opening))
-        mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf"))
-        blocks.append(_Block(start, stop, shared, first, mask))
+        blocks.append(_Block(start, stop, shared, first, ~sees))
     return blocks
 
 
@@ -103,11 +104,11 @@ class _Attention(torch.autograd.Function):
         key, value = key.squeeze(0).contiguous(), value.squeeze(0).contiguous()
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.blocks = scale, blocks
-        heads, tokens, width = query.shape
-        out = query.new_empty(1, tokens, heads, width)
+        heads, tokens, _ = query.shape
+        out = query.new_empty(1, tokens, heads, value.shape[-1])
         for block in blocks:
             chances = block.chances(block.queries(query, len(key)), block.keys(key))
-            found = torch.bmm(chances, block.keys(value)).view(heads, -1, width)
+            found = torch.bmm(chances, block.keys(value)).view(heads, -1, out.shape[-1])
             out[0, block.start : block.stop] = found.transpose(0, 1)
         return out
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# What attention copies to lay the rows out whole again costs about a hundredth of a step.
+# Where attention lays the rows out whole again, its copies cost about a hundredth of a step.
 _WORTH_SHARING = 0.02  # of the rows' tokens
 
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from jetson_ft.models import attention
 from jetson_ft.models.attention import NAME, packed, packed_attention, supports_packing
 from jetson_ft.models.packing import Pack, pack
 
@@ -73,11 +74,11 @@ def together(model: Any, rows: Any = None) -> torch.Tensor:
 
 
 @ROWS
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("blocks", [True, False], ids=["as on a CPU", "as on a GPU"])
 def test_packed_rows_give_the_logits_of_each_row_alone(
-    model: Any, training: bool, rows: Any
+    model: Any, blocks: bool, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model.train(training)
+    monkeypatch.setattr(attention, "_takes_blocks", lambda _: blocks)
     assert torch.allclose(together(model, rows), alone(model, rows), atol=1e-5)
 
 

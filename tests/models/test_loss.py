@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GraniteConfig
 
 from jetson_ft.data.template import ANSWER, CONTEXT, END
-from jetson_ft.models import loss
+from jetson_ft.models import attention, loss
 from jetson_ft.models.attention import packed
 from jetson_ft.models.loss import head_losses, score, token_losses, without_head
 from jetson_ft.models.packing import pack, packs
@@ -62,7 +62,11 @@ def test_the_loss_of_a_pack_is_transformers_own_on_the_rows(model: Any, opening:
 
 
 @OPENINGS
-def test_the_gradient_of_a_pack_is_the_rows_own(model: Any, opening: int) -> None:
+@pytest.mark.parametrize("blocks", [True, False], ids=["as on a CPU", "as on a GPU"])
+def test_the_gradient_of_a_pack_is_the_rows_own(
+    model: Any, opening: int, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_takes_blocks", lambda _: blocks)
     rows = make_rows(opening)
     weight = model.get_input_embeddings().weight
     with packed(model):
