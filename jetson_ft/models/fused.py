@@ -38,11 +38,14 @@ def fuse(model: torch.nn.Module) -> dict[str, int]:
 
 
 def _introduce(module: Any) -> None:
-    """Makes siblings of the adapted layers that `module` applies to the same input, in order."""
+    """Makes siblings of the adapted layers that `module` applies to the same input, in order.
+
+    By name and width. Whoever is asked with another input after all is multiplied by itself.
+    """
     for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         named = [getattr(module, name, None) for name in names]
         layers = [layer for layer in named if isinstance(layer, FusedLinear)]
-        if layers:
+        if len({layer.in_features for layer in layers}) == 1:
             layers[0].siblings = tuple(layers[1:])
 
 

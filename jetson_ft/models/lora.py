@@ -85,23 +85,33 @@ class FusedLinear(_Fused, layer.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] to [..., out]."""
-        ready: dict[FusedLinear, Tensor] = vars(x).get(_READY, {})
-        if self in ready:
-            return ready.pop(self)
         own = self._plain_adapter()
         if own is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
+        ready = _ready(x).pop(self, None)
+        if ready is not None:
+            return ready
         others = [other for one in self.siblings if (other := one._plain_adapter())]
         if len(others) < len(self.siblings):
             return _multiplied(x, [self], [own])[0]
         found, *theirs = _multiplied(x, [self, *self.siblings], [own, *others])
         if theirs:
-            setattr(x, _READY, dict(zip(self.siblings, theirs, strict=True)))
+            x._jetson_ft_ready = (_state(x), dict(zip(self.siblings, theirs, strict=True)))
         return found
 
 
-_READY = "_jetson_ft_ready"  # on an input: what its later layers will be asked for
 _Adapter = tuple[Tensor, Tensor, float]
+
+
+def _ready(x: Tensor) -> dict[FusedLinear, Tensor]:
+    """What waits on `x` for its later layers, unless it has changed since."""
+    state, products = vars(x).get("_jetson_ft_ready", (None, {}))
+    return products if state == _state(x) else {}
+
+
+def _state(x: Tensor) -> tuple[int, bool]:
+    """Of what its products depend on: changes in place, and whether a graph is made."""
+    return 0 if x.is_inference() else x._version, torch.is_grad_enabled()
 
 
 def _multiplied(
@@ -157,8 +167,20 @@ def _small(adapters: Sequence[_Adapter], dtype: torch.dtype) -> tuple[Tensor, li
     A product with a tall thin matrix runs two to three times faster on CPUs when its long side
     is contiguous.
     """
-    a = torch.cat([a.detach().to(dtype) for a, *_ in adapters])
-    return a, [b.detach().to(dtype).t().contiguous() for _, b, _ in adapters]
+    every = [a.detach().to(dtype) for a, *_ in adapters]
+    return torch.cat(every) if len(every) > 1 else every[0], [
+        b.detach().to(dtype).t().contiguous() for _, b, _ in adapters
+    ]
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """[tokens, out] in the shape of `like` but for the width.
+
+    Not a view to autograd, which forbids a model to change those in place (OLMo clamps queries).
+    """
+    shape = [*like.shape[:-1], rows.shape[-1]]
+    shaped: Tensor = torch.ops.aten._unsafe_view(rows, shape)
+    return shaped
 
 
 class _Frozen(NamedTuple):
@@ -185,10 +207,10 @@ class _DenseWithAdapters(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ a.t()
         ctx.save_for_backward(low, *tensors[: 2 * count + 1 + frozen.parts])
-        ctx.frozen = frozen
+        ctx.frozen, ctx.masters = frozen, tensors[-1].dtype
         lows = low.split([len(b) for b in bs], 1)
         return tuple(
-            linear(rows, w, bias).addmm_(part, b, alpha=scaling).view(*x.shape[:-1], -1)
+            _shaped(linear(rows, w, bias).addmm_(part, b, alpha=scaling), x)
             for w, bias, b, scaling, part in zip(
                 ws, frozen.biases, bs, frozen.scalings, lows, strict=True
             )
@@ -206,9 +228,9 @@ class _DenseWithAdapters(torch.autograd.Function):
         d_lows, d_bs = [], []
         for d, b, part, scaling in zip(ds, bs, low.split(ranks, 1), frozen.scalings, strict=True):
             d_lows.append((d @ b.t()).mul_(scaling))
-            d_bs.append((part.t() @ d).mul_(scaling).t().float())
+            d_bs.append((part.t() @ d).mul_(scaling).t().to(ctx.masters))
         d_low = torch.cat(d_lows, 1)
-        d_as = (d_low.t() @ rows).float().split(ranks)
+        d_as = (d_low.t() @ rows).to(ctx.masters).split(ranks)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = ds[0] @ ws[0]
@@ -234,7 +256,7 @@ class _AddAdapter(torch.autograd.Function):
         y = torch.addmm(flat, low.to(base.dtype), b_t.to(base.dtype), alpha=scaling)
         ctx.save_for_backward(a, b, low, *parts)
         ctx.scaling, ctx.again = scaling, again
-        return y.view_as(base)
+        return _shaped(y, base)
 
     @staticmethod
     def backward(ctx: Any, d_y: Tensor) -> Any:
@@ -244,8 +266,8 @@ class _AddAdapter(torch.autograd.Function):
         d_rows = d_y.reshape(-1, d_y.shape[-1]).to(x.dtype)
         a_now, (b_t,) = _small([(a, b, ctx.scaling)], x.dtype)
         d_low = (d_rows @ b_t.t()).mul_(ctx.scaling)
-        d_a = (d_low.t() @ rows).float()
-        d_b = (low.t() @ d_rows).mul_(ctx.scaling).t().float()
+        d_a = (d_low.t() @ rows).to(a.dtype)
+        d_b = (low.t() @ d_rows).mul_(ctx.scaling).t().to(b.dtype)
         d_x = (d_low @ a_now).view_as(x) if ctx.needs_input_grad[1] else None
         # None for the scaling, what makes the input again, and what it is made of.
         return d_y, d_x, d_a, d_b, None, None, *(None for _ in parts)

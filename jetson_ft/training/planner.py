@@ -38,7 +38,7 @@ class Costs:
     products: int  # of the matrix library's buffers, where it multiplies fp32
     context: int  # of the GPU's driver and libraries
     activations: float  # kept in fact, of what is counted
-    results: int  # copies of attention's that a layer keeps: its own by row, the packed one
+    results: int  # of attention that a layer keeps: where by row, its own and the packed one
     score: float  # bytes of one attention score of the longest row
     margin: float  # of the free memory, left alone
     efficiency: float  # of the rate for matrix products, over a whole training step
@@ -48,14 +48,14 @@ class Costs:
 # Each value and where it comes from. Those for GPUs are not fitted yet.
 COSTS = {
     "cpu": Costs(
-        # In fp32 1,024 is no faster; in bf16 5 % faster than 768, for a twelfth of the memory more.
+        # 1,024 is no faster in fp32, a little in bf16: docs/decisions/0009-few-shapes-for-onednn.md
         micro_batches={4: (512, 384, 256), 2: (768, 512, 384, 256)},
         process=560 * 10**6,  # fitted: benchmarks/plan_accuracy.py, rows `fit`, and the bench
         products=40 * 10**6,  # fitted likewise, by the difference of fp32 and bf16
         context=0,
         activations=1.0,  # fitted likewise: holes of the heap and room in micro-batches are even
-        results=1,  # `models.cpu_attention` needs none by row
-        score=4.0,  # more than a block's, which are there for a moment
+        results=1,
+        score=4.0,  # generous: a block of queries has its own alone, three times over
         margin=0.05,  # chosen
         efficiency=0.6,  # 188 tokens/s at 163 GFLOP/s on two cores, SmolLM2-135M in fp32
         quantised={"none": 1.0, "int8": 0.5, "nf4": 0.5},  # guessed
@@ -282,7 +282,7 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
     kept = recomputed if checkpointing else per_layer
     whole = weight_bytes(work.shape, work.weights)
     weights = whole if work.shards == 1 else split_bytes(work)
-    adapter = (_LORA_BYTES + work.bytes_per_number) * work.lora_parameters  # and a copy to multiply
+    adapter = (_LORA_BYTES + work.bytes_per_number) * work.lora_parameters  # copies: at most
     activations = work.shape.layers * kept * tokens
     momentary = max(live, head_bytes(work, tokens)) + dequantised_bytes(work)
     # A model that is split is loaded whole first, before anything else needs room.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from jetson_ft.models import lora
 from jetson_ft.models.fused import fuse
 from jetson_ft.models.load import Weights, load_model
 from jetson_ft.models.lora import FusedLinear, make, register
@@ -181,12 +182,23 @@ def test_the_input_gradient_is_checked_numerically() -> None:
     assert torch.autograd.gradcheck(layer, x)
 
 
-def test_layers_of_one_input_are_multiplied_at_once(tiny_llama: Path) -> None:
+def test_layers_of_one_input_are_multiplied_at_once(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And what is learnt takes part from the next pass on."""
+    at_once = lora._multiplied
     mine = adapted(tiny_llama, Weights("fp32"), True)
     fuse(mine)
     firsts = [one for one in mine.modules() if getattr(one, "siblings", ())]
     assert sorted(len(one.siblings) for one in firsts) == [1, 1, 2, 2]  # gate; query
+    groups = []
+    monkeypatch.setattr(
+        lora, "_multiplied", lambda x, layers, *rest: groups.append(len(layers)) or at_once(
+            x, layers, *rest
+        )
+    )  # fmt: skip
+    mine(IDS)
+    assert groups == [3, 1, 2, 1] * 2  # query, key, value; output; gate, up; down
     (logits, _), optimizer = results(mine), torch.optim.AdamW(mine.parameters(), lr=0.1, fused=True)
     optimizer.step()
     theirs = adapted(tiny_llama, Weights("fp32"), False)
@@ -198,18 +210,70 @@ def test_layers_of_one_input_are_multiplied_at_once(tiny_llama: Path) -> None:
         assert torch.allclose(gradient, own[name], rtol=1e-3, atol=1e-6), name
 
 
-def test_an_input_given_to_the_first_layer_alone_gets_its_own_gradient() -> None:
-    """What was multiplied for the others, and not asked for, counts for nothing."""
+@pytest.fixture
+def pair() -> tuple[FusedLinear, FusedLinear]:
+    """A layer and its sibling, fp64."""
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["0", "1"])
     register(config)
-    pair = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(5, 6))
-    first, second = get_peft_model(pair, config).double().base_model.model
+    plain = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(5, 6))
+    first, second = get_peft_model(plain, config).double().base_model.model
     for layer in (first, second):
         layer.lora_B["default"].weight.data.normal_()
     first.siblings = (second,)
-    x = torch.randn(3, 5, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(first, x)
-    assert torch.autograd.gradcheck(lambda x: (first(x), second(x), second(x)), x)
+    return first, second
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5)])
+def test_gradients_of_siblings_are_checked_numerically(
+    pair: tuple[FusedLinear, FusedLinear], shape: tuple[int, ...]
+) -> None:
+    """The input's and every adapter's, results changed in place as some models do."""
+    first, second = pair
+    names = [f"{part}.default.weight" for part in ("lora_A", "lora_B")]
+    masters = [layer.get_parameter(name) for layer in pair for name in names]
+
+    def both(x: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        one, other = first(x), second(x)
+        assert one.grad_fn is other.grad_fn
+        return one.clamp_(-1, 1), other.mul_(2)
+
+    x = torch.randn(shape, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(both, (x, *masters))
+    assert torch.autograd.gradcheck(first, x), "its sibling is never asked"
+
+
+@pytest.mark.parametrize("change", ["input", "adapter", "graph"])
+def test_what_waited_is_not_served_after_a_change(
+    pair: tuple[FusedLinear, FusedLinear], change: str
+) -> None:
+    first, second = pair
+    x = torch.randn(3, 5, dtype=torch.double)
+    with torch.set_grad_enabled(change != "graph"):
+        first(x)
+    if change == "input":
+        x.mul_(2)
+    if change == "adapter":
+        second.enable_adapters(False)
+    found = second(x)
+    assert torch.allclose(found, second(x.clone()))
+    assert found.requires_grad is (change != "adapter")
+
+
+def test_one_that_goes_pefts_way_leaves_the_others_theirs(
+    pair: tuple[FusedLinear, FusedLinear],
+) -> None:
+    first, second = pair
+    second.enable_adapters(False)
+    x = torch.randn(3, 5, dtype=torch.double)
+    assert torch.allclose(second.base_layer(x), (first(x), second(x))[1])
+
+
+def test_only_layers_of_one_width_are_introduced(tiny_llama: Path) -> None:
+    mine = adapted(tiny_llama, Weights("fp32"), True)
+    layer = mine.base_model.model.model.layers[0].self_attn
+    layer.k_proj.in_features += 1
+    fuse(mine)
+    assert layer.q_proj.siblings == ()
 
 
 @pytest.mark.parametrize("setting", [{"use_dora": True}, {"lora_dropout": 0.5}])
@@ -226,9 +290,10 @@ def test_what_is_not_plain_lora_goes_pefts_way(tiny_llama: Path, setting: dict[s
 
 def test_switched_off_it_is_the_base(tiny_llama: Path) -> None:
     mine = adapted(tiny_llama, Weights("fp32"), True)
+    fuse(mine)
     base = load_model(Base("m", tiny_llama), Weights("fp32"), "cpu")
     with torch.no_grad(), mine.disable_adapter():
-        assert torch.equal(mine(IDS).logits, base(IDS).logits)
+        assert torch.allclose(mine(IDS).logits, base(IDS).logits, atol=1e-5)
 
 
 def test_the_saved_adapter_is_an_ordinary_one(tiny_llama: Path, tmp_path: Path) -> None:
