@@ -119,7 +119,18 @@ def load_model(base: Base, weights: Weights, device: str) -> PreTrainedModel:
         ) from error
     _require_all(base, found)
     model.requires_grad_(False)
+    _straighten_for_head(model)
     return model.eval()
+
+
+def _straighten_for_head(model: PreTrainedModel) -> None:
+    """Lays the head's input out contiguously.
+
+    While replies are written it is the last position of each row, with strides, and for such an
+    input PyTorch's `linear` on a CPU copies the whole weight matrix once for each row.
+    """
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
 
 
 def _quieten() -> None:

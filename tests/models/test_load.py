@@ -91,6 +91,15 @@ def test_a_tied_head_is_counted_once(tiny_llama: Path) -> None:
     assert (found["embedding"], found["head"]) == (4 * 259 * 48, 0)
 
 
+def test_the_last_positions_of_a_batch_reach_the_head_side_by_side(tiny_llama: Path) -> None:
+    model = load_model(Base("x", tiny_llama), FP32, "cpu")
+    seen: list[torch.Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, found: seen.append(*found))
+    with torch.inference_mode():
+        model(torch.ones(3, 5, dtype=torch.long), logits_to_keep=1)
+    assert seen[0].shape == (3, 1, 48) and seen[0].is_contiguous()
+
+
 @pytest.mark.parametrize("weights", FORMATS, ids=lambda w: f"{w}-{w.double_quantize}")
 def test_an_adapter_learns_on_every_format(wide_phi: Path, weights: Weights) -> None:
     base = load_model(Base("x", wide_phi), weights, "cpu")
