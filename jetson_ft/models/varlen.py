@@ -3,7 +3,6 @@
 `torch.nn.attention.varlen` came after the PyTorch that JetPack 6 has, needs kernels that not
 every wheel is built with, and has changed its arguments since: so it is tried once on the
 device itself, gradients included, and used only if its result is that of row by row.
-Untried on a GPU so far; its place in the model is held by tests with a stand-in.
 """
 
 from __future__ import annotations
@@ -38,6 +37,11 @@ def attend(
 @lru_cache
 def works(dtype: torch.dtype, head_dim: int, queries_per_key: int, device: str = "cuda") -> bool:
     """Whether the kernels give, for two short rows, what each row gives alone."""
+    with torch.inference_mode(False), torch.enable_grad():  # who asks first may be measuring
+        return _work(dtype, head_dim, queries_per_key, device)
+
+
+def _work(dtype: torch.dtype, head_dim: int, queries_per_key: int, device: str) -> bool:
     shapes = [(1, heads, 5, head_dim) for heads in (queries_per_key, 1, 1)]
     random = torch.Generator().manual_seed(0)
     tensors = [

@@ -60,6 +60,15 @@ def test_only_kernels_that_keep_rows_apart_are_used(
     assert varlen.works(torch.bfloat16, 16, queries_per_key, "cpu") is expected
 
 
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+def test_the_trial_is_the_same_where_no_gradients_are_wanted(
+    quiet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "_kernel", lambda: kernel)
+    with quiet():
+        assert varlen.works(torch.bfloat16, 16, 1, "cpu")
+
+
 def test_without_a_gpu_rows_are_taken_one_by_one() -> None:
     assert not varlen.works(torch.bfloat16, 16, 1, "cpu")  # the wheel's own, which want a GPU
     query = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
