@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, silu
 
+from jetson_ft.models import rotary
 from jetson_ft.models.lora import FusedLinear, forget, make
 
 
@@ -49,7 +50,7 @@ def _introduce(module: Any) -> None:
             layers[0].siblings = tuple(layers[1:])
 
 
-def _gives_the_same(module: Any, faster: Callable[[Any, Tensor], Tensor]) -> bool:
+def _gives_the_same(module: Any, faster: Callable[..., Any]) -> bool:
     """Tries both on a few numbers; adapters and quantised layers inside are part of the trial."""
     parameter = next(module.parameters(), None)
     width = getattr(getattr(module, "config", module), "hidden_size", None) or (
@@ -61,12 +62,18 @@ def _gives_the_same(module: Any, faster: Callable[[Any, Tensor], Tensor]) -> boo
     device = parameter.device if parameter is not None else "cpu"
     x = torch.linspace(-3, 3, 2 * width, dtype=dtype, device=device).view(1, 2, width)
     try:
+        more = (rotary.example(module, x), None) if rotary.is_known(module) else ()
         with torch.no_grad():
-            theirs, ours = module.forward(x), faster(module, x)
+            theirs, ours = _first(module.forward(x, *more)), _first(faster(module, x, *more))
     except (RuntimeError, TypeError, AttributeError, ValueError):
         return False
     tolerance = 2 * torch.finfo(dtype).eps * float(theirs.abs().max())
     return bool((theirs - ours).abs().max() <= max(tolerance, 2e-6))
+
+
+def _first(found: Any) -> Tensor:
+    result: Tensor = found[0] if isinstance(found, tuple) else found
+    return result
 
 
 # --- RMSNorm (Zhang and Sennrich 2019), LayerNorm (Ba et al. 2016) ---------------------------
@@ -173,9 +180,10 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return gelu(x, approximate="tanh")
 
 
-_KNOWN: tuple[tuple[str, Callable[[Any], bool], Callable[[Any, Tensor], Tensor]], ...] = (
+_KNOWN: tuple[tuple[str, Callable[[Any], bool], Callable[..., Any]], ...] = (
     ("rms_norm", _is_rms_norm, _rms_norm),
     ("layer_norm", _is_layer_norm, _layer_norm),
     ("swiglu", _is_gated_silu, _gated_silu),
     ("gelu_tanh", _is_gelu_new, _gelu_new),
+    ("rotary", rotary.is_known, rotary.attention),
 )

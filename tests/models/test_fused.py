@@ -26,7 +26,10 @@ def grads(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("folder", "expected"),
-    [("tiny_llama", {"rms_norm": 5, "swiglu": 2}), ("tiny_phi", {"layer_norm": 3, "gelu_tanh": 2})],
+    [
+        ("tiny_llama", {"rms_norm": 5, "swiglu": 2, "rotary": 2}),
+        ("tiny_phi", {"layer_norm": 3, "gelu_tanh": 2, "rotary": 2}),
+    ],
 )
 def test_logits_and_gradients_stay(
     folder: str, expected: dict[str, int], request: pytest.FixtureRequest
