@@ -61,14 +61,16 @@ def _gives_the_same(module: Any, faster: Callable[..., Any]) -> bool:
         dtype = torch.float32
     device = parameter.device if parameter is not None else "cpu"
     x = torch.linspace(-3, 3, 2 * width, dtype=dtype, device=device).view(1, 2, width)
+    more = (rotary.example(module, x), None) if rotary.is_known(module) else ()
     try:
-        more = (rotary.example(module, x), None) if rotary.is_known(module) else ()
         with torch.no_grad():
             theirs, ours = _first(module.forward(x, *more)), _first(faster(module, x, *more))
     except (RuntimeError, TypeError, AttributeError, ValueError):
         return False
-    tolerance = 2 * torch.finfo(dtype).eps * float(theirs.abs().max())
-    return bool((theirs - ours).abs().max() <= max(tolerance, 2e-6))
+    # A rotation's rounding goes through attention's exponentials: a real model's came to 3 % of
+    # the largest number in bf16, where wrong rotations differ by a third and more.
+    share = 0.03 if more else 2 * torch.finfo(dtype).eps
+    return bool((theirs - ours).abs().max() <= max(share * float(theirs.abs().max()), 2e-6))
 
 
 def _first(found: Any) -> Tensor:

@@ -27,9 +27,10 @@ WORKER_ENVIRONMENT = {
     # keeps the large free blocks on both sides from growing together (glibc's bug 14581). A
     # training on a CPU without these caches takes a sixth less memory.
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
-    # oneDNN keeps a kernel for each of the last 1,024 shapes that it met, and every micro-batch has
-    # a length of its own (docs/decisions/0009).
+    # oneDNN keeps a kernel for each of the last 1,024 shapes that it met, PyTorch's layer above it
+    # another 1,024, and every micro-batch has a length of its own (docs/decisions/0009).
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "32",
 }
 
 

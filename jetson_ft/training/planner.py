@@ -45,7 +45,7 @@ class Costs:
     quantised: dict[str, float]  # what is left of the efficiency in each weight format
 
 
-# Each value and where it comes from. Those for GPUs are not fitted yet.
+# Each value and where it comes from.
 COSTS = {
     "cpu": Costs(
         # 1,024 is no faster in fp32, a little in bf16: docs/decisions/0009-few-shapes-for-onednn.md
@@ -65,7 +65,7 @@ COSTS = {
         process=900 * 10**6,  # of Python with its libraries before training, measured
         products=0,
         context=600 * 2**20,  # usual for a CUDA process with cuBLAS
-        activations=1.1,  # guessed; torch's own allocator leaves fewer holes
+        activations=1.0,  # fitted on an H100: benchmarks/plan_accuracy.py, rows `fit`
         results=2,  # PyTorch's kernels keep theirs
         score=4.0,  # as on a CPU
         margin=0.05,  # chosen
