@@ -7,6 +7,7 @@ device itself, gradients included, and used only if its result is that of row by
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -71,11 +72,26 @@ def _call(
 ) -> Tensor:
     bounds, longest = _bounds(tuple(row_lengths), query.device), max(row_lengths)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [tokens, heads, …]
-    options: dict[str, Any] = {} if len(q[0]) == len(k[0]) else {"enable_gqa": True}
-    out: Tensor = _kernel()(
-        q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=(-1, 0), **options
-    )
+    kernel = _kernel()
+    takes, options = _takes(kernel), dict[str, Any]()
+    options |= {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+    if "scale" in takes:
+        options["scale"] = scaling
+    elif scaling is not None:  # the kernel divides by the root of the width
+        q = q * (scaling * q.shape[-1] ** 0.5)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and "enable_gqa" in takes:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        k, v = (tensor.repeat_interleave(groups, 1) for tensor in (k, v))
+    out: Tensor = kernel(q, k, v, bounds, bounds, longest, longest, **options)
     return out[None]
+
+
+@lru_cache
+def _takes(kernel: Callable[..., Tensor]) -> frozenset[str]:
+    """Its arguments: 2.10 has `is_causal`; 2.11 a window and a scale; 2.12 grouped heads."""
+    return frozenset(inspect.signature(kernel).parameters)
 
 
 def _kernel() -> Callable[..., Tensor]:

@@ -39,12 +39,36 @@ def kernel(
     return torch.cat(rows)
 
 
-def leaky(*arguments: Any, **options: Any) -> torch.Tensor:
+def kernel_of_2_11(
+    q: Any, k: Any, v: Any, bounds: Any, bounds_k: Any, longest: int, longest_k: int,
+    *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:  # fmt: skip
+    """The same, for as many keys as queries."""
+    assert q.shape == k.shape == v.shape
+    return kernel(
+        q, k, v, bounds, bounds_k, longest, longest_k, scale=scale, window_size=window_size
+    )
+
+
+def kernel_of_2_10(
+    q: Any, k: Any, v: Any, bounds: Any, bounds_k: Any, longest: int, longest_k: int,
+    is_causal: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """The same with the usual scale alone."""
+    assert is_causal
+    return kernel_of_2_11(q, k, v, bounds, bounds_k, longest, longest_k, window_size=(-1, 0))
+
+
+def leaky(
+    q: Any, k: Any, v: Any, bounds: Any, bounds_k: Any, longest: int, longest_k: int,
+    *, scale: float | None, window_size: tuple[int, int], enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Rows that see each other."""
-    arguments = (*arguments[:3], torch.tensor([0, len(arguments[0])]).int(), *arguments[4:])
-    q, k, v, bounds, *_ = arguments
-    longest = len(q)
-    return kernel(q, k, v, bounds, bounds, longest, longest, **options)
+    bounds, longest = torch.tensor([0, len(q)]).int(), len(q)
+    return kernel(
+        q, k, v, bounds, bounds, longest, longest,
+        scale=scale, window_size=window_size, enable_gqa=enable_gqa,
+    )  # fmt: skip
 
 
 def missing(*_: Any, **__: Any) -> torch.Tensor:
@@ -52,7 +76,16 @@ def missing(*_: Any, **__: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("queries_per_key", [1, 3])
-@pytest.mark.parametrize(("found", "expected"), [(kernel, True), (leaky, False), (missing, False)])
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (kernel, True),
+        (kernel_of_2_11, True),
+        (kernel_of_2_10, True),
+        (leaky, False),
+        (missing, False),
+    ],
+)
 def test_only_kernels_that_keep_rows_apart_are_used(
     found: Any, expected: bool, queries_per_key: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,14 +110,15 @@ def test_without_a_gpu_rows_are_taken_one_by_one() -> None:
 
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("found", [kernel, kernel_of_2_11, kernel_of_2_10])
 def test_in_its_place_the_result_is_the_same(
-    heads: int, scaling: float | None, monkeypatch: pytest.MonkeyPatch
+    found: Any, heads: int, scaling: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, count, 9, 16) for count in (heads, 2, 2))
     arguments = (None, query, key, value, None)
     own, _ = packed_attention(*arguments, scaling=scaling, row_lengths=[4, 5])
-    monkeypatch.setattr(varlen, "_kernel", lambda: kernel)
-    found = varlen._call(query, key, value, [4, 5], scaling)
-    assert torch.allclose(found, own, atol=1e-6)
-    assert found.shape == own.shape == (1, 9, heads, 16)
+    monkeypatch.setattr(varlen, "_kernel", lambda: found)
+    result = varlen._call(query, key, value, [4, 5], scaling)
+    assert torch.allclose(result, own, atol=1e-6)
+    assert result.shape == own.shape == (1, 9, heads, 16)
