@@ -1,6 +1,6 @@
 """What GELU as one operation gains on Phi-1.5: random weights, rows as long as real ones.
 
-For whoever has a GPU; untried on one. Both forms are timed in turns on one model, so that only
+For whoever has a GPU. Both forms are timed in turns on one model, so that only
 their ratio within a round counts. `--layers 1` makes it small enough for a CPU.
 """
 

@@ -3,7 +3,7 @@
 
     python benchmarks/plan_accuracy.py [--model MODEL] [NAME …]
 
-Each run trains three steps through the command line, as anybody would start it; the prediction
+Each run trains twelve steps through the command line, as anybody would start it; the prediction
 is its plan.json's, the measurement its last step event's (resident memory on a CPU; on a GPU
 what torch allocated, so the process and the driver are left out of the prediction). Prints a
 Markdown table. The planner's constants were fitted on the rows marked `fit`; only the others say
@@ -71,7 +71,7 @@ GPU: dict[str, dict[str, str]] = {
     "bf16, 4096, query and value layers alone": {"lora.targets": "[q_proj, v_proj]"},
 }  # fmt: skip
 SHORT = {
-    "train.max_steps": "3",
+    "train.max_steps": "12",
     "train.early_stopping": "0", "train.eval_every": "1000",
     "data.heldout": "2", "data.max_length": "512", "eval.max_new_tokens": "1", "eval.samples": "0",
 }  # fmt: skip
