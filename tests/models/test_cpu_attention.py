@@ -81,5 +81,5 @@ def test_the_shapes_of_products_are_few(longest: int) -> None:
     seen = set()
     for shift in range(20):
         rows = (longest - 100 + shift, 90, longest - 120 - shift, longest)
-        seen |= {block.hidden.shape for block in _blocks(rows, 24)[:-1]}
+        seen |= {block.mask.shape for block in _blocks(rows, 24, torch.float32)[:-1]}
     assert len(seen) <= 9  # eight steps, and a block that lies across two rows
