@@ -35,7 +35,6 @@ class Costs:
 
     micro_batches: dict[int, tuple[int, ...]]  # tokens, fastest first, by bytes of a number
     process: int  # of Python with its libraries, in the memory that the plan is for
-    products: int  # of the matrix library's buffers, where it multiplies fp32
     context: int  # of the GPU's driver and libraries
     activations: float  # kept in fact, of what is counted
     results: int  # of attention that a layer keeps: where by row, its own and the packed one
@@ -50,8 +49,7 @@ COSTS = {
     "cpu": Costs(
         # 1,024 is no faster in fp32, a little in bf16: docs/decisions/0009-few-shapes-for-onednn.md
         micro_batches={4: (512, 384, 256), 2: (768, 512, 384, 256)},
-        process=560 * 10**6,  # fitted: benchmarks/plan_accuracy.py, rows `fit`, and the bench
-        products=40 * 10**6,  # fitted likewise, by the difference of fp32 and bf16
+        process=600 * 10**6,  # fitted: benchmarks/plan_accuracy.py, rows `fit`
         context=0,
         activations=1.0,  # fitted likewise: holes of the heap and room in micro-batches are even
         results=1,
@@ -63,7 +61,6 @@ COSTS = {
     "cuda": Costs(
         micro_batches=dict.fromkeys((4, 2), (4096, 2048, 1024, 512)),
         process=900 * 10**6,  # of Python with its libraries before training, measured
-        products=0,
         context=600 * 2**20,  # usual for a CUDA process with cuBLAS
         activations=1.0,  # fitted on an H100: benchmarks/plan_accuracy.py, rows `fit`
         results=2,  # PyTorch's kernels keep theirs
@@ -292,7 +289,7 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
         "adapter": adapter,
         "activations": activations,
         "momentary": momentary + loading,
-        "process": process_bytes(work.weights, device),
+        "process": process_bytes(device),
         "context": costs.context,
     }
     return {name: math.ceil(size) for name, size in parts.items()}
@@ -301,15 +298,13 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
 def chat_bytes(shape: Shape, weights: Weights, device: Device) -> int:
     """Of a process that answers with this model; what its answers need is left to the margin."""
     costs = COSTS[device.kind]
-    taken = weight_bytes(shape, weights) + process_bytes(weights, device) + costs.context
+    taken = weight_bytes(shape, weights) + process_bytes(device) + costs.context
     return math.ceil(taken * (1 + costs.margin))
 
 
-def process_bytes(weights: Weights, device: Device) -> int:
+def process_bytes(device: Device) -> int:
     """Of Python with its libraries, in the memory that the plan is for."""
-    costs = COSTS[device.kind]
-    taken = costs.process + (costs.products if weights.precision == "fp32" else 0)
-    return taken if device.shares_memory else 0
+    return COSTS[device.kind].process if device.shares_memory else 0
 
 
 def weight_bytes(shape: Shape, weights: Weights) -> int:
