@@ -1,4 +1,4 @@
-"""Attention's projections with rotary position embeddings in a quarter of the passes over memory.
+"""Attention's projections with rotary position embeddings in fewer passes over memory.
 
 Written in eager PyTorch, a rotation slices, negates, joins, multiplies twice and adds, for query
 and key, and does all of it again backwards; where only a part of each head is rotated (Phi) whole
