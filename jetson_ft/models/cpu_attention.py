@@ -63,6 +63,7 @@ class _Block(NamedTuple):
     def chances(self, query: Tensor, key: Tensor) -> Tensor:
         """Softmax of the scores, [groups, heads of a group x queries, keys]."""
         scores = torch.bmm(query, key.transpose(1, 2))
+        # Adding takes a quarter of the time of `masked_fill_` with the mask itself.
         by_head = scores.view(-1, *self.mask.shape).add_(self.mask)
         return torch.softmax(by_head, -1).view_as(scores)
 
@@ -91,7 +92,6 @@ def _blocks(row_lengths: tuple[int, ...], opening: int, dtype: torch.dtype) -> l
         seen = torch.cat((torch.arange(shared), torch.arange(first, stop)))
         asks = torch.arange(start, stop)[:, None]
         sees = (seen <= asks) & ((row_of[seen] == row_of[asks]) | (seen < opening))
-        # Added in place, it takes a quarter of the time that `masked_fill_` takes.
         mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf"))
         blocks.append(_Block(start, stop, shared, first, mask))
     return blocks

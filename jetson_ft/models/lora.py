@@ -105,12 +105,16 @@ _Adapter = tuple[Tensor, Tensor, float]
 
 def _ready(x: Tensor) -> dict[FusedLinear, Tensor]:
     """What waits on `x` for its later layers, unless it has changed since."""
+    products: dict[FusedLinear, Tensor]
     state, products = vars(x).get("_jetson_ft_ready", (None, {}))
-    return products if state == _state(x) else {}
+    if state == _state(x):
+        return products
+    vars(x).pop("_jetson_ft_ready", None)  # and with them their graph
+    return {}
 
 
 def _state(x: Tensor) -> tuple[int, bool]:
-    """Of what its products depend on: changes in place, and whether a graph is made."""
+    """What its products depend on: how often it changed in place, and whether a graph is made."""
     return 0 if x.is_inference() else x._version, torch.is_grad_enabled()
 
 
@@ -207,7 +211,7 @@ class _DenseWithAdapters(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ a.t()
         ctx.save_for_backward(low, *tensors[: 2 * count + 1 + frozen.parts])
-        ctx.frozen, ctx.masters = frozen, tensors[-1].dtype
+        ctx.frozen = frozen
         lows = low.split([len(b) for b in bs], 1)
         return tuple(
             _shaped(linear(rows, w, bias).addmm_(part, b, alpha=scaling), x)
@@ -228,9 +232,9 @@ class _DenseWithAdapters(torch.autograd.Function):
         d_lows, d_bs = [], []
         for d, b, part, scaling in zip(ds, bs, low.split(ranks, 1), frozen.scalings, strict=True):
             d_lows.append((d @ b.t()).mul_(scaling))
-            d_bs.append((part.t() @ d).mul_(scaling).t().to(ctx.masters))
+            d_bs.append((part.t() @ d).mul_(scaling).t())
         d_low = torch.cat(d_lows, 1)
-        d_as = (d_low.t() @ rows).to(ctx.masters).split(ranks)
+        d_as = (d_low.t() @ rows).split(ranks)
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = ds[0] @ ws[0]
@@ -266,8 +270,8 @@ class _AddAdapter(torch.autograd.Function):
         d_rows = d_y.reshape(-1, d_y.shape[-1]).to(x.dtype)
         a_now, (b_t,) = _small([(a, b, ctx.scaling)], x.dtype)
         d_low = (d_rows @ b_t.t()).mul_(ctx.scaling)
-        d_a = (d_low.t() @ rows).to(a.dtype)
-        d_b = (low.t() @ d_rows).mul_(ctx.scaling).t().to(b.dtype)
+        d_a = d_low.t() @ rows
+        d_b = (low.t() @ d_rows).mul_(ctx.scaling).t()
         d_x = (d_low @ a_now).view_as(x) if ctx.needs_input_grad[1] else None
         # None for the scaling, what makes the input again, and what it is made of.
         return d_y, d_x, d_a, d_b, None, None, *(None for _ in parts)

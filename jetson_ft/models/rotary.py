@@ -38,7 +38,7 @@ class _Rotated(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
-    """Writes to `out` x rotated: both [1, heads, tokens, D]; cos and sin [1, 1, tokens, R/2]."""
+    """Writes to `out` x rotated: [rows, heads, tokens, D]; cos and sin [rows, 1, tokens, R/2]."""
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
@@ -50,11 +50,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
 
 def is_known(module: Any) -> bool:
     """Whether `attention` may be tried in its place."""
-    if type(module).__name__ not in _KNOWN or getattr(module, "qk_layernorm", False):
-        return False
-    # A trial of two tokens is within every window.
-    window = getattr(module.config, "sliding_window", None)
-    return not getattr(module, "sliding_window", window)
+    return type(module).__name__ in _KNOWN and not getattr(module, "qk_layernorm", False)
 
 
 def attention(
@@ -65,10 +61,10 @@ def attention(
     past_key_values: Any = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the module's own `forward` gives, for training; with a cache that takes over."""
-    from transformers import AttentionInterface
+    """What the module's own `forward` gives; where there is a cache, by that itself."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    attend = AttentionInterface().get(module.config._attn_implementation)
+    attend = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation)
     if past_key_values is not None or attend is None:
         own: tuple[Tensor, Tensor | None] = type(module).forward(
             module, hidden_states, position_embeddings, attention_mask, past_key_values, **options
@@ -82,9 +78,10 @@ def attention(
     cos, sin = (half.chunk(2, -1)[0].unsqueeze(1) for half in position_embeddings)
     query, key = _Rotated.apply(query, cos, sin), _Rotated.apply(key, cos, sin)
     dropout = module.attention_dropout if module.training else 0.0
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
     out, weights = attend(
         module, query, key, value, attention_mask,
-        dropout=dropout, scaling=module.scaling, **options,
+        dropout=dropout, scaling=module.scaling, sliding_window=window, **options,
     )  # fmt: skip
     project = module.dense if hasattr(module, "dense") else module.o_proj
     return project(out.reshape(*shape, -1)), weights

@@ -180,5 +180,6 @@ def _assumptions() -> list[str]:
         "That peak is inferred from cores and clock: 16 operations a core and cycle.",
         "An 8 GB module has 5.2 GB for a run; other sizes by a rule from that one.",
         "Early stopping is not foreseen; writing replies for the comparison is not counted.",
-        "Predicted; no board has run this yet. On an H100 memory was within 6.1% of it.",
+        "Predicted; no board has run this yet.",
+        "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
     ]

@@ -19,6 +19,8 @@ ROWS = [
     ([20, 300, 19, 150], 17),
     ([140, 200, 135], 130),  # an opening longer than a block
     ([70, 70, 70, 70], 69),
+    ([1300, 40], 0),  # larger steps, larger blocks
+    ([1100, 1090], 1030),
 ]
 
 
@@ -83,3 +85,8 @@ def test_the_shapes_of_products_are_few(longest: int) -> None:
         rows = (longest - 100 + shift, 90, longest - 120 - shift, longest)
         seen |= {block.mask.shape for block in _blocks(rows, 24, torch.float32)[:-1]}
     assert len(seen) <= 9  # eight steps, and a block that lies across two rows
+
+
+def test_blocks_of_the_longest_rows_stay_of_a_bounded_size() -> None:
+    """Their scores are [heads, queries, keys]."""
+    assert {block.stop - block.start for block in _blocks((9000,), 0, torch.float32)[:-1]} == {512}

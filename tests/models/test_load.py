@@ -98,6 +98,7 @@ def test_the_last_positions_of_a_batch_reach_the_head_side_by_side(tiny_llama: P
     with torch.inference_mode():
         model(torch.ones(3, 5, dtype=torch.long), logits_to_keep=1)
     assert seen[0].shape == (3, 1, 48) and seen[0].is_contiguous()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # plans for each new length, on a GPU
 
 
 @pytest.mark.parametrize("weights", FORMATS, ids=lambda w: f"{w}-{w.double_quantize}")

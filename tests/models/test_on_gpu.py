@@ -92,18 +92,24 @@ def test_the_gpu_learns_what_the_cpu_learns(folder: str, request: pytest.Fixture
         assert distance(mine, theirs) < 1e-3 or float(theirs.norm()) < 1e-3
 
 
-def test_rows_in_one_call_stay_apart_where_the_kernels_are(tiny_llama: Path) -> None:
-    """`works` refuses what leaks; here what it let pass is held against longer rows."""
-    if not varlen.works(torch.bfloat16, 8, 3):
-        pytest.skip("this PyTorch has no kernels for rows in one call")
-    model = adapted(tiny_llama, Weights("bf16"), "cuda")
-    first, second, _ = make_rows(0)
-    other = {**second, "input_ids": second["input_ids"][::-1]}
-    with torch.no_grad(), attention.packed(model):
-        found = [token_losses(model, pack([first, row]).to("cuda")) for row in (second, other)]
-    learnt = len(first["parts"]) - 3
-    assert torch.equal(found[0][:learnt], found[1][:learnt])
-    assert not torch.equal(found[0][learnt:], found[1][learnt:])
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="its kernels want a GPU of Ampere's generation or a later one",
+)
+@pytest.mark.parametrize("queries_per_key", [1, 3])
+def test_rows_go_in_one_call_and_stay_apart(
+    queries_per_key: int,
+) -> None:
+    kernel = varlen.choose(torch.bfloat16, 64, queries_per_key)
+    assert kernel, "this PyTorch has no such kernels; rows go one by one"
+    tokens = [torch.randn(1, heads, 200, 64, device="cuda", dtype=torch.bfloat16)
+              for heads in (2 * queries_per_key, 2, 2)]  # fmt: skip
+    other = [tensor.clone() for tensor in tokens]
+    for tensor in other:
+        tensor[:, :, :90] += 1  # the first row alone
+    found = [varlen._call(kernel, *each, [90, 110], None) for each in (tokens, other)]
+    assert torch.equal(found[0][:, 90:], found[1][:, 90:])
+    assert not torch.equal(found[0][:, :90], found[1][:, :90])
 
 
 def test_replies_are_the_cpus(tiny_llama: Path) -> None:

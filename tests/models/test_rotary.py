@@ -15,6 +15,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )  # fmt: skip
+from transformers.models.llama import modeling_llama
 
 from jetson_ft.models import rotary
 from jetson_ft.models.fused import fuse
@@ -23,7 +24,8 @@ SMALL = {
     "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1,
     "num_attention_heads": 4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
-IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 3, 3, 3, 3, 3]])
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [3, 9, 4, 9, 5, 2]])
 
 
 def make(config: Any) -> Any:
@@ -39,10 +41,11 @@ def make(config: Any) -> Any:
         (PhiConfig(**SMALL), 1),
         (PhiConfig(**SMALL, qk_layernorm=True), 0),
         (Qwen2Config(**SMALL, num_key_value_heads=2), 1),
+        (Qwen2Config(**SMALL, num_key_value_heads=2, **WINDOWED), 1),
         (Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=12), 0),  # norms of its own
         (MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None), 1),
-        (MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4), 0),
-        (LlamaConfig(**SMALL, attn_implementation="eager"), 1),  # its forward takes over
+        (MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4), 1),
+        (LlamaConfig(**SMALL, attn_implementation="eager"), 1),  # by its own forward
     ],
     ids=lambda value: getattr(value, "model_type", value),
 )
@@ -59,6 +62,41 @@ def test_logits_gradients_and_replies_stay(config: Any, taken: int) -> None:
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
     replies = [m.generate(IDS, max_new_tokens=5, do_sample=False) for m in (own, mine)]
     assert torch.equal(*replies)
+
+
+def test_masks_are_handed_on() -> None:
+    """Rows padded on the left, as replies in a batch have them."""
+    own, mine = make(LlamaConfig(**SMALL)), make(LlamaConfig(**SMALL))
+    fuse(mine)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    found = [m(IDS, attention_mask=mask, use_cache=False).logits[1, 2:] for m in (own, mine)]
+    assert torch.allclose(*found, atol=1e-6)
+    assert not torch.allclose(found[1], mine(IDS).logits[1, 2:], atol=1e-5)
+
+
+def test_dropout_of_attention_is_handed_on() -> None:
+    config = LlamaConfig(**SMALL, attention_dropout=0.5)
+    found = []
+    for model in (make(config), make(config)):
+        if found:
+            fuse(model)
+        torch.manual_seed(3)
+        found.append(model.train()(IDS, use_cache=False).logits)
+    assert torch.allclose(*found, atol=1e-6)
+
+
+def test_another_rotation_of_that_name_is_left() -> None:
+    """In the other direction."""
+
+    class LlamaAttention(modeling_llama.LlamaAttention):
+        def forward(self, hidden_states: Any, position_embeddings: Any, *more: Any) -> Any:
+            apart = [
+                one.repeat_interleave(2, -1)[..., : one.shape[-1]] for one in position_embeddings
+            ]
+            return super().forward(hidden_states, tuple(apart), *more)
+
+    layer = LlamaAttention(LlamaConfig(**SMALL, attn_implementation="sdpa"), 0)
+    assert fuse(torch.nn.ModuleList([layer])) == {}
 
 
 @pytest.mark.parametrize("width", [4, 6])
