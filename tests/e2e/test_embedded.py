@@ -51,15 +51,29 @@ def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def nearly_the_same(heldout_file: Path) -> Path:
+    """That row with other questions, three times: what is learnt there shows at once."""
+    row = json.loads(heldout_file.read_text(encoding="utf-8"))
+    question, answer = row["messages"]
+    rows = [
+        {"messages": [question | {"content": f"{question['content']} {number}"}, answer]}
+        for number in range(3)
+    ]
+    path = heldout_file.with_name("train.jsonl")
+    path.write_text("\n".join(json.dumps(one, ensure_ascii=False) for one in rows), "utf-8")
+    return path
+
+
 # Quantised products are slow on a CPU, so these runs are short.
-@pytest.mark.parametrize("quantize, expected", [("nf4", 8.305), ("int8", 7.717)])
+@pytest.mark.parametrize("quantize, expected", [("nf4", 8.305), ("int8", 7.65)])
 def test_embedded_model_learns_and_chats(
-    quantize: str, expected: float, heldout_file: Path, tmp_path: Path
+    quantize: str, expected: float, heldout_file: Path, nearly_the_same: Path, tmp_path: Path
 ) -> None:
     sets = [
-        f"quantize={quantize}", f"data.heldout={heldout_file}", "train.max_minutes=0",
-        "train.max_steps=1", "train.tokens_per_step=256", "train.warmup_steps=0",
-        "eval.max_new_tokens=3", "eval.samples=1",
+        f"quantize={quantize}", f"data.train={nearly_the_same}", f"data.heldout={heldout_file}",
+        "train.max_minutes=0", "train.epochs=2", "train.max_steps=2", "train.tokens_per_step=256",
+        "train.warmup_steps=0", "eval.max_new_tokens=3", "eval.samples=1",
     ]  # fmt: skip
     flags = [flag for text in sets for flag in ("--set", text)]
     done = run_cli("train", "quickstart-zh", *flags, cwd=tmp_path)
@@ -67,7 +81,7 @@ def test_embedded_model_learns_and_chats(
     (run,) = (tmp_path / "runs").iterdir()
     report = json.loads((run / "report.json").read_text())
     before, after = report["eval"]["before"], report["eval"]["after"]
-    assert after["bits_per_char"] < before["bits_per_char"]
+    assert after["bits_per_char"] < 0.8 * before["bits_per_char"]
     # Pinned: the base's score on these rows depends on the weights and the template alone.
     assert before["bits_per_char"] == pytest.approx(expected, rel=0.02)
     chat = run_cli("chat", "--max-new-tokens", "3", cwd=tmp_path, stdin="/compare\n你好！\n")
