@@ -23,8 +23,8 @@ _POLL_SECONDS = 0.02
 _START = "from llamafactory.cli import main; main()"
 
 
-def train(lesson: Lesson, folder: str) -> Trained:
-    """Starts it and notes when it logs each step.
+def train(lesson: Lesson, folder: str, batch: int = 1) -> Trained:
+    """Starts it with `batch` rows at a time, and notes when it logs each step.
 
     Raises:
         RuntimeError: it failed; its own words are in the log.
@@ -32,7 +32,7 @@ def train(lesson: Lesson, folder: str) -> Trained:
     home = Path(folder)
     _write_rows(lesson, home)
     _write_model(lesson, home / "model")
-    write_atomic(home / "train.yaml", strict_yaml.dump(arguments(lesson, home)))
+    write_atomic(home / "train.yaml", strict_yaml.dump(arguments(lesson, home, batch)))
     command = [str(lesson.settings.llamafactory), "-c", _START, "train", str(home / "train.yaml")]
     seen = Trained()
     process = subprocess.Popen(command, cwd=home, env=os.environ | {"PYTHONPATH": ""})
@@ -93,8 +93,8 @@ def _write_model(lesson: Lesson, folder: Path) -> None:
     write_json(folder / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
 
 
-def arguments(lesson: Lesson, home: Path) -> dict[str, Any]:
-    """Its settings where they are not its defaults; the batch is that of its examples."""
+def arguments(lesson: Lesson, home: Path, batch: int = 1) -> dict[str, Any]:
+    """Its settings where they are not its defaults; a batch of one row is that of its examples."""
     recipe = lesson.settings.recipe()
     return {
         "stage": "sft",
@@ -110,8 +110,8 @@ def arguments(lesson: Lesson, home: Path) -> dict[str, Any]:
         "lora_target": "all",
         "lora_rank": recipe.lora.rank,
         "lora_alpha": int(recipe.lora.alpha),
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": ROWS_PER_STEP,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": ROWS_PER_STEP // batch,
         "num_train_epochs": recipe.train.epochs,
         "learning_rate": recipe.train.learning_rate,
         "lr_scheduler_type": "constant",

@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft.tuners.lora import layer
 
 from jetson_ft.bench import lesson as lessons
 from jetson_ft.bench import llamafactory
 from jetson_ft.bench.arm import measure, reason
 from jetson_ft.bench.arms import ARMS
-from jetson_ft.bench.lesson import Lesson, Settings, prepare
+from jetson_ft.bench.lesson import ROWS_PER_STEP, Lesson, Settings, prepare
 from jetson_ft.bench.run import bench, lacking
 from jetson_ft.errors import UserError
 from jetson_ft.models.lora import FusedLinear
 from jetson_ft.models.packing import pack
 
-HERE = [name for name in ARMS if name not in ("trl", "llamafactory")]
+HERE = [name for name in ARMS if name != "trl" and "llamafactory" not in name]
 SHARE_NOTHING = ("ours-without-packing", "ours-without-sharing")
 README = Path(__file__).parents[2] / "benchmarks" / "README.md"
 
@@ -124,7 +125,7 @@ def test_plain_arms_have_pefts_own_layers(lesson: Lesson) -> None:
 def test_arms_that_cannot_run_say_why(settings: Settings, tmp_path: Path) -> None:
     reasons = lacking(settings)
     assert "--llamafactory" in reasons["llamafactory"]
-    assert set(reasons) <= {"llamafactory", "trl"}
+    assert set(reasons) <= {"llamafactory", "llamafactory-batch-8", "trl"}
     without = lacking(replace(settings, llamafactory=sys.executable))
     assert without["llamafactory"] == f"{sys.executable} doesn't have llamafactory"
     missing = lacking(replace(settings, llamafactory=str(tmp_path / "python")))
@@ -187,6 +188,19 @@ def test_its_log_is_timed_line_by_line(lesson: Lesson, tmp_path: Path) -> None:
     assert seen.losses == [1.1, 1.2, 1.3]
     assert 0.2 < seen.ends[2] - seen.ends[0] < 2
     assert seen.peak_memory_bytes > 0
+
+
+@pytest.mark.parametrize(("arm", "batch"), [("llamafactory", 1), ("llamafactory-batch-8", 8)])
+def test_a_step_is_eight_rows_in_each_of_its_arms(
+    arm: str, batch: int, lesson: Lesson, tmp_path: Path
+) -> None:
+    given = replace(
+        lesson, settings=replace(lesson.settings, llamafactory=play(tmp_path, "exit 0"))
+    )
+    ARMS[arm].train(given, str(tmp_path))
+    told = yaml.safe_load((tmp_path / "train.yaml").read_text(encoding="utf-8"))
+    assert told["per_device_train_batch_size"] == batch
+    assert told["gradient_accumulation_steps"] * batch == ROWS_PER_STEP
 
 
 def test_it_is_given_the_rows_in_the_order_trained(lesson: Lesson, tmp_path: Path) -> None:
