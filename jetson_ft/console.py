@@ -388,23 +388,35 @@ def comparison_bar() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(), console=out, transient=True,
     ) as progress:  # fmt: skip
         task, told = progress.add_task("loading the model", total=None), 0.0
+        first = 0, 0.0  # replies that came first, and when
         if not out.is_terminal:
             out.print("loading the model")
 
         def update(side: str, done: int, total: int) -> None:
-            nonlocal task, told
+            nonlocal task, told, first
             who = {"before": "base", "after": "adapter"}[side]
             what = f"replies of the {who}" if done else f"measuring the {who}"
             if not done:  # a bar of its own, so that the time left is this side's
                 progress.remove_task(task)
                 task = progress.add_task(what, total=total)
+            if not done or not first[0]:
+                first = done, time.monotonic()
             progress.update(task, description=what, completed=done)
             due = done in (0, total) or time.monotonic() - told > _PLAIN_EVERY
             if not out.is_terminal and due:
                 told = time.monotonic()
-                out.print(f"{what}: {done}/{total}" if done else what)
+                left = _left(first, done, total, told)
+                out.print(f"{what}: {done}/{total}{left}" if done else what)
 
         yield update
+
+
+def _left(first: tuple[int, float], done: int, total: int, now: float) -> str:
+    """Of replies that `done` of `total` are of, since the first came; nothing while unknown."""
+    made = done - first[0]
+    if made <= 0 or done == total:
+        return ""
+    return f", about {duration((total - done) * (now - first[1]) / made)} left"
 
 
 def print_figures(report: dict[str, Any]) -> None:

@@ -79,6 +79,24 @@ def test_measuring_again_tells_how_far_it_is(screen: io.StringIO) -> None:
     ]  # fmt: skip
 
 
+def test_a_long_comparison_tells_what_is_left(
+    screen: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the replies alone, not by the minutes of measuring before them."""
+    clock = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock)
+    with console.comparison_bar() as progress:
+        for when, done in ((100.0, 0), (400.0, 36), (420.0, 72), (460.0, 108), (480.0, 800)):
+            clock = when
+            progress("before", done, 800)
+    assert lines(screen) == [
+        "loading the model", "measuring the base", "replies of the base: 36/800",
+        "replies of the base: 72/800, about 6 min 44 s left",
+        "replies of the base: 108/800, about 9 min 37 s left",
+        "replies of the base: 800/800",
+    ]  # fmt: skip
+
+
 def test_a_download_tells_how_far_it_is(run: Run, screen: io.StringIO) -> None:
     log = EventLog(run, 1)
     log.emit("phase", name="model files", detail="o/n")
