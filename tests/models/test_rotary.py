@@ -85,18 +85,18 @@ def test_dropout_of_attention_is_handed_on() -> None:
     assert torch.allclose(*found, atol=1e-6)
 
 
-def test_another_rotation_of_that_name_is_left() -> None:
-    """In the other direction."""
-
+@pytest.mark.parametrize(("direction", "expected"), [(1, {"rotary": 1}), (-1, {})])
+def test_a_rotation_in_the_other_direction_is_left(
+    direction: int, expected: dict[str, int]
+) -> None:
     class LlamaAttention(modeling_llama.LlamaAttention):
         def forward(self, hidden_states: Any, position_embeddings: Any, *more: Any) -> Any:
-            apart = [
-                one.repeat_interleave(2, -1)[..., : one.shape[-1]] for one in position_embeddings
-            ]
-            return super().forward(hidden_states, tuple(apart), *more)
+            cos, sin = position_embeddings
+            return super().forward(hidden_states, (cos, direction * sin), *more)
 
+    torch.manual_seed(0)
     layer = LlamaAttention(LlamaConfig(**SMALL, attn_implementation="sdpa"), 0)
-    assert fuse(torch.nn.ModuleList([layer])) == {}
+    assert fuse(torch.nn.ModuleList([layer])) == expected
 
 
 @pytest.mark.parametrize("width", [4, 6])
