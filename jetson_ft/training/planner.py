@@ -53,14 +53,14 @@ COSTS = {
         context=0,
         activations=1.0,  # fitted likewise: holes of the heap and room in micro-batches are even
         results=1,
-        score=4.0,  # generous: a block of queries has its own alone, three times over
+        score=4.0,  # generous: only one block of queries has its scores in memory at a time
         margin=0.05,  # chosen
         efficiency=0.6,  # 188 tokens/s at 163 GFLOP/s on two cores, SmolLM2-135M in fp32
         quantised={"none": 1.0, "int8": 0.5, "nf4": 0.5},  # guessed
     ),
     "cuda": Costs(
         micro_batches=dict.fromkeys((4, 2), (4096, 2048, 1024, 512)),
-        process=900 * 10**6,  # of Python with its libraries before training, measured
+        process=900 * 10**6,  # of Python with its libraries, measured where there was no GPU
         context=600 * 2**20,  # usual for a CUDA process with cuBLAS
         activations=1.0,  # fitted on an H100: benchmarks/plan_accuracy.py, rows `fit`
         results=2,  # PyTorch's kernels keep theirs
@@ -279,7 +279,7 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
     kept = recomputed if checkpointing else per_layer
     whole = weight_bytes(work.shape, work.weights)
     weights = whole if work.shards == 1 else split_bytes(work)
-    adapter = (_LORA_BYTES + work.bytes_per_number) * work.lora_parameters  # copies: at most
+    adapter = (_LORA_BYTES + work.bytes_per_number) * work.lora_parameters  # and a copy to multiply
     activations = work.shape.layers * kept * tokens
     momentary = max(live, head_bytes(work, tokens)) + dequantised_bytes(work)
     # A model that is split is loaded whole first, before anything else needs room.
