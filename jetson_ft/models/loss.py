@@ -70,15 +70,17 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = min(len(hidden), head_rows(len(weight)))
+        size, few = head_rows(len(weight), hidden.element_size())
         # One buffer for all chunks: fresh memory costs as much as the product it receives.
-        room = hidden.new_empty(size, len(weight))
+        room = hidden.new_empty(min(size, len(hidden)), len(weight))
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             logits = torch.mm(hidden[part], weight.t(), out=room[: len(targets[part])])
-            chances = _chances(logits, bias, targets[part], losses[part])
+            for row in range(0, len(logits), few):
+                piece = slice(row, row + few)
+                _to_chances(logits[piece], bias, targets[part][piece], losses[part][piece])
             if slopes is not None:
-                torch.mm(chances, weight, out=slopes[part])
+                torch.mm(logits, weight, out=slopes[part])
                 slopes[part] -= weight[targets[part]]
         if slopes is not None:
             ctx.save_for_backward(slopes)
@@ -90,8 +92,8 @@ class _FrozenHead(torch.autograd.Function):
         return slopes * d_losses[:, None].to(slopes.dtype), None, None, None
 
 
-def _chances(logits: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor) -> Tensor:
-    """Turns a chunk's logits into their softmax, in place; writes the losses of its rows."""
+def _to_chances(logits: Tensor, bias: Tensor | None, targets: Tensor, losses: Tensor) -> None:
+    """Turns logits into their softmax, in place; writes the losses of their rows."""
     if bias is not None:
         logits.add_(bias)
     wide = logits.float()
@@ -99,7 +101,8 @@ def _chances(logits: Tensor, bias: Tensor | None, targets: Tensor, losses: Tenso
     chances = torch.softmax(wide, -1, out=wide)
     # logsumexp = max - log(largest chance), without another pass of exponentials.
     torch.sub(largest - chances.amax(-1).log_(), wanted, out=losses)
-    return chances if wide is logits else logits.copy_(chances)
+    if wide is not logits:
+        logits.copy_(chances)
 
 
 _LEFT_OUT = "_jetson_ft_left_out"

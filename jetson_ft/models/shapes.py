@@ -10,12 +10,15 @@ from typing import Any
 from jetson_ft.models import load
 from jetson_ft.models.resolve import Base
 
-_LOGIT_BYTES = 32 * 2**20  # of fp32 logits that exist at one time
+_LOGIT_BYTES = 32 * 2**20  # of logits that exist at one time
+_PIECE_BYTES = 8 * 2**20  # of those in fp32 at one time, so few that a CPU's caches hold them
 
 
-def head_rows(vocabulary: int) -> int:
-    """Positions that the head projects at one time (`models.loss`)."""
-    return max(16, _LOGIT_BYTES // (4 * vocabulary))
+def head_rows(vocabulary: int, bytes_per_number: int) -> tuple[int, int]:
+    """Positions that the head projects at one time, and those of them whose softmax is made at
+    one time (`models.loss`)."""
+    rows = max(16, _LOGIT_BYTES // (bytes_per_number * vocabulary))
+    return rows, min(rows, max(8, _PIECE_BYTES // (4 * vocabulary)))
 
 
 @dataclass(frozen=True)

@@ -360,12 +360,12 @@ def held_bytes(work: Work) -> int:
 def head_bytes(work: Work, tokens: int) -> int:
     """Of the logits that exist at one time, and of all gradients that the head hands back.
 
-    A chunk's logits become probabilities in fp32; those of a smaller arithmetic stand beside them.
+    Logits become probabilities in fp32, those of a smaller arithmetic a few rows at a time.
     """
     shape, number = work.shape, work.bytes_per_number
-    rows = min(tokens, shapes.head_rows(shape.vocabulary))
-    copies = 4 if number == 4 else 4 + number
-    return rows * shape.vocabulary * copies + tokens * shape.hidden * number
+    rows, few = shapes.head_rows(shape.vocabulary, number)
+    logits = number * min(tokens, rows) + (4 * min(tokens, few) if number < 4 else 0)
+    return logits * shape.vocabulary + tokens * shape.hidden * number
 
 
 def dequantised_bytes(work: Work) -> int:

@@ -146,7 +146,7 @@ def test_a_score_of_nothing_is_zero(model: Any) -> None:
 def test_the_loss_of_chunks_is_the_loss_of_all(
     rows: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "head_rows", lambda vocabulary: 16)
+    monkeypatch.setattr(loss, "head_rows", lambda vocabulary, bytes_per_number: (16, 5))
     torch.manual_seed(0)
     hidden = torch.randn(rows, 8, requires_grad=True)
     weight, bias = torch.randn(30, 8), torch.randn(30) if with_bias else None
@@ -158,6 +158,23 @@ def test_the_loss_of_chunks_is_the_loss_of_all(
     (found,) = torch.autograd.grad((mine * slopes).sum(), hidden)
     (expected,) = torch.autograd.grad((own * slopes).sum(), hidden)
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_in_bf16_the_softmax_of_each_piece_is_made_in_fp32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss, "head_rows", lambda vocabulary, bytes_per_number: (16, 5))
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight, targets = torch.randn(30, 8, dtype=torch.bfloat16), torch.randint(30, (40,))
+    losses = head_losses(hidden, weight, None, targets)
+    logits = (hidden.detach() @ weight.t()).float()
+    own = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    assert torch.allclose(losses, own, atol=1e-5)
+    (found,) = torch.autograd.grad(losses.sum(), hidden)
+    one_hot = torch.nn.functional.one_hot(targets, 30)
+    expected = (logits.softmax(-1) - one_hot) @ weight.float()
+    assert torch.allclose(found.float(), expected, atol=0.05)
 
 
 def test_a_hopeless_prediction_has_a_finite_loss() -> None:
