@@ -49,10 +49,10 @@ def _trl(lesson: Lesson, folder: str) -> Trained:
     return trainers.padding_free(lesson, folder)
 
 
-def _llamafactory(lesson: Lesson, folder: str, batch: int) -> Trained:
+def _llamafactory(lesson: Lesson, folder: str, batch: int = 1, packed: bool = False) -> Trained:
     from jetson_ft.bench import llamafactory
 
-    return llamafactory.train(lesson, folder, batch)
+    return llamafactory.train(lesson, folder, batch, packed)
 
 
 def _ours(lesson: Lesson, folder: str, without: str = "") -> Trained:
@@ -92,12 +92,17 @@ ARMS = {
     ),
     "llamafactory": Arm(
         "LLaMA-Factory's command line, one row at a time, gradients accumulated over 8",
-        partial(_llamafactory, batch=1),
+        _llamafactory,
         _lacks_llamafactory,
     ),
     "llamafactory-batch-8": Arm(
         "the same, batches of 8 padded to the longest row",
         partial(_llamafactory, batch=8),
+        _lacks_llamafactory,
+    ),
+    "llamafactory-packed": Arm(
+        "the same, rows packed into bins of max_length (neat_packing), about 8 rows a step",
+        partial(_llamafactory, packed=True),
         _lacks_llamafactory,
     ),
     "ours": Arm("this program, as `jetson-ft train` trains", _ours),

@@ -134,6 +134,7 @@ class Trained:
 
     ends: list[float] = field(default_factory=list)  # seconds, at the end of each step
     losses: list[float] = field(default_factory=list)  # nats, of each step
+    timed_tokens: int | None = None  # where its steps are of other rows than the lesson's
     peak_memory_bytes: int | None = None
     plan: dict[str, Any] | None = None  # what ours chose
     computed_tokens: int | None = None  # of the timed ones; fewer where rows share their opening

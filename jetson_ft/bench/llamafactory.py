@@ -23,8 +23,8 @@ _POLL_SECONDS = 0.02
 _START = "from llamafactory.cli import main; main()"
 
 
-def train(lesson: Lesson, folder: str, batch: int = 1) -> Trained:
-    """Starts it with `batch` rows at a time, and notes when it logs each step.
+def train(lesson: Lesson, folder: str, batch: int = 1, packed: bool = False) -> Trained:
+    """Starts it with `batch` rows, or bins of packed rows, at a time; notes when it logs each step.
 
     Raises:
         RuntimeError: it failed; its own words are in the log.
@@ -32,7 +32,7 @@ def train(lesson: Lesson, folder: str, batch: int = 1) -> Trained:
     home = Path(folder)
     _write_rows(lesson, home)
     _write_model(lesson, home / "model")
-    write_atomic(home / "train.yaml", strict_yaml.dump(arguments(lesson, home, batch)))
+    write_atomic(home / "train.yaml", strict_yaml.dump(arguments(lesson, home, batch, packed)))
     command = [str(lesson.settings.llamafactory), "-c", _START, "train", str(home / "train.yaml")]
     seen = Trained()
     process = subprocess.Popen(command, cwd=home, env=os.environ | {"PYTHONPATH": ""})
@@ -42,6 +42,8 @@ def train(lesson: Lesson, folder: str, batch: int = 1) -> Trained:
     _note_new(home / "out" / "trainer_log.jsonl", seen)
     if process.returncode:
         raise RuntimeError(f"LLaMA-Factory ended with code {process.returncode}; see log.txt")
+    if packed:
+        _count_packed(lesson, home / "out" / "trainer_log.jsonl", seen)
     if lesson.device.kind == "cpu":
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         seen.peak_memory_bytes = int(peak if sys.platform == "darwin" else peak * 1024)
@@ -57,9 +59,31 @@ def _note_new(log: Path, seen: Trained) -> None:
 
 
 def losses_in(log: str) -> list[float]:
-    """Of each step, out of `trainer_log.jsonl`; a last line still being written is left out."""
+    """Of each step, out of `trainer_log.jsonl`."""
+    return [float(line["loss"]) for line in _steps_in(log)]
+
+
+def _steps_in(log: str) -> list[dict[str, Any]]:
+    """A last line still being written is left out, as is one that is of no step."""
     lines = [json.loads(line) for line in log.split("\n")[:-1]]
-    return [float(line["loss"]) for line in lines if "loss" in line]
+    return [line for line in lines if "loss" in line]
+
+
+def _count_packed(lesson: Lesson, log: Path, seen: Trained) -> None:
+    """The tokens of all steps but the first: its packer chooses which rows those are of.
+
+    It logs how many places its bins had so far; all are taken for equally full, which flatters
+    it, as its packer fills the first ones best.
+
+    Raises:
+        RuntimeError: it made no second step.
+    """
+    places = [line["total_tokens"] for line in _steps_in(log.read_text(encoding="utf-8"))]
+    if len(places) < 2:
+        raise RuntimeError(f"made {len(places)} steps of packed rows; two are needed")
+    tokens = sum(len(row["input_ids"]) for row in lesson.rows)
+    seen.timed_tokens = round(tokens * (1 - places[0] / places[-1]))
+    seen.losses = []
 
 
 def _write_rows(lesson: Lesson, home: Path) -> None:
@@ -93,10 +117,15 @@ def _write_model(lesson: Lesson, folder: Path) -> None:
     write_json(folder / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
 
 
-def arguments(lesson: Lesson, home: Path, batch: int = 1) -> dict[str, Any]:
+def arguments(lesson: Lesson, home: Path, batch: int = 1, packed: bool = False) -> dict[str, Any]:
     """Its settings where they are not its defaults; a batch of one row is that of its examples."""
-    recipe = lesson.settings.recipe()
-    return {
+    recipe, at_once = lesson.settings.recipe(), batch
+    packing: dict[str, Any] = {}
+    if packed:  # its own counts of tokens are logged only on request
+        packing = {"packing": True, "neat_packing": True, "include_num_input_tokens_seen": True}
+        mean = sum(len(row["input_ids"]) for row in lesson.rows) / len(lesson.rows)
+        at_once = max(1, min(ROWS_PER_STEP, round(lesson.settings.max_length / mean)))
+    return packing | {
         "stage": "sft",
         "do_train": True,
         "model_name_or_path": str(home / "model"),
@@ -111,7 +140,7 @@ def arguments(lesson: Lesson, home: Path, batch: int = 1) -> dict[str, Any]:
         "lora_rank": recipe.lora.rank,
         "lora_alpha": int(recipe.lora.alpha),
         "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": ROWS_PER_STEP // batch,
+        "gradient_accumulation_steps": ROWS_PER_STEP // at_once,
         "num_train_epochs": recipe.train.epochs,
         "learning_rate": recipe.train.learning_rate,
         "lr_scheduler_type": "constant",

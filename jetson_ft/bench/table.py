@@ -78,7 +78,9 @@ def ratio(one: Measurement, baseline: Measurement) -> float:
 
 
 def loss_difference(one: Measurement, baseline: Measurement) -> float | None:
-    """The largest of any step; None where a step's loss was infinite."""
+    """The largest of any step; None where a step's loss was infinite or its rows are others."""
+    if len(one["losses"]) != len(baseline["losses"]):
+        return None
     steps = zip(one["losses"], baseline["losses"], strict=True)
     gaps = [None if a is None or b is None else abs(a - b) for a, b in steps]
     return _largest(gaps)

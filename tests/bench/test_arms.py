@@ -125,7 +125,7 @@ def test_plain_arms_have_pefts_own_layers(lesson: Lesson) -> None:
 def test_arms_that_cannot_run_say_why(settings: Settings, tmp_path: Path) -> None:
     reasons = lacking(settings)
     assert "--llamafactory" in reasons["llamafactory"]
-    assert set(reasons) <= {"llamafactory", "llamafactory-batch-8", "trl"}
+    assert set(reasons) <= {"llamafactory", "llamafactory-batch-8", "llamafactory-packed", "trl"}
     without = lacking(replace(settings, llamafactory=sys.executable))
     assert without["llamafactory"] == f"{sys.executable} doesn't have llamafactory"
     missing = lacking(replace(settings, llamafactory=str(tmp_path / "python")))
@@ -201,6 +201,36 @@ def test_a_step_is_eight_rows_in_each_of_its_arms(
     told = yaml.safe_load((tmp_path / "train.yaml").read_text(encoding="utf-8"))
     assert told["per_device_train_batch_size"] == batch
     assert told["gradient_accumulation_steps"] * batch == ROWS_PER_STEP
+
+
+PACKED = """
+mkdir out
+printf '{"loss": 1.5, "total_tokens": 40}\n' >> out/trainer_log.jsonl
+sleep 0.2
+printf '{"loss": 1.5, "total_tokens": 80}\n{"loss": 1.5, "total_tokens": 100}\n' \
+  >> out/trainer_log.jsonl
+"""
+
+
+def test_its_packed_steps_are_of_its_own_rows(lesson: Lesson, tmp_path: Path) -> None:
+    program = play(tmp_path, PACKED)
+    given = replace(lesson, settings=replace(lesson.settings, llamafactory=program))
+    found = measure("llamafactory-packed", given)
+    tokens = sum(len(row["input_ids"]) for row in lesson.rows)
+    assert found["tokens"] == round(tokens * 0.6)
+    assert found["losses"] == []
+    one_step = play(tmp_path, PACKED.partition("sleep")[0])
+    given = replace(lesson, settings=replace(lesson.settings, llamafactory=one_step))
+    with pytest.raises(RuntimeError, match="made 1 steps of packed rows"):
+        measure("llamafactory-packed", given)
+
+
+def test_it_packs_about_eight_rows_a_step(lesson: Lesson, tmp_path: Path) -> None:
+    rows = [{"input_ids": [1] * 120, "parts": [1] * 120}] * 16
+    given = replace(lesson, rows=rows, settings=replace(lesson.settings, max_length=256))
+    told = llamafactory.arguments(given, tmp_path, packed=True)
+    assert (told["neat_packing"], told["gradient_accumulation_steps"]) == (True, 4)
+    assert "neat_packing" not in llamafactory.arguments(given, tmp_path)
 
 
 def test_it_is_given_the_rows_in_the_order_trained(lesson: Lesson, tmp_path: Path) -> None:

@@ -123,6 +123,11 @@ def test_an_infinite_loss_is_no_difference() -> None:
     assert loss_difference(one, other) is None
 
 
+def test_steps_of_other_rows_have_no_difference() -> None:
+    one, other = measured("llamafactory-packed", 1, 1, ()), measured("trainer", 1, 1, (2.0, 1.0))
+    assert loss_difference(one, other) is None
+
+
 def test_time_left_is_what_each_arm_took_before() -> None:
     assert seconds_left(["a", "b"], []) is None
     assert seconds_left(["b", "c"], [("a", 10.0), ("b", 30.0)]) == 30.0 + 20.0
