@@ -381,22 +381,22 @@ def _print_piece(text: str, learnt: bool) -> None:
 
 
 @contextmanager
-def comparison_bar() -> Iterator[Callable[[str, int, int], None]]:
+def comparison_bar() -> Iterator[Callable[[str, str, int, int], None]]:
     """A progress bar for `inference.evaluate.compare`, and for the model's loading before it."""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TimeRemainingColumn(), console=out, transient=True,
     ) as progress:  # fmt: skip
         task, told = progress.add_task("loading the model", total=None), 0.0
-        first = 0, 0.0  # replies that came first, and when
+        first = 0, 0.0  # rows or replies that came first, and when
         if not out.is_terminal:
             out.print("loading the model")
 
-        def update(side: str, done: int, total: int) -> None:
+        def update(side: str, part: str, done: int, total: int) -> None:
             nonlocal task, told, first
             who = {"before": "base", "after": "adapter"}[side]
-            what = f"replies of the {who}" if done else f"measuring the {who}"
-            if not done:  # a bar of its own, so that the time left is this side's
+            what = {"rows": f"measuring the {who}", "replies": f"replies of the {who}"}[part]
+            if not done:  # a bar of its own, so that the time left is this part's
                 progress.remove_task(task)
                 task = progress.add_task(what, total=total)
             if not done or not first[0]:
@@ -412,7 +412,7 @@ def comparison_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _left(first: tuple[int, float], done: int, total: int, now: float) -> str:
-    """Of replies that `done` of `total` are of, since the first came; nothing while unknown."""
+    """Of what `done` of `total` is of, since the first came; nothing while unknown."""
     made = done - first[0]
     if made <= 0 or done == total:
         return ""

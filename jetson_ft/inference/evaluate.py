@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from jetson_ft.data.formats import Message
@@ -16,6 +17,8 @@ from jetson_ft.models.loss import Score, score, without_head
 from jetson_ft.models.packing import Pack
 
 Messages = list[Message]
+Listener = Callable[[str, str, int, int], None]
+_Tell = Callable[[str, int, int], None]  # the same, of one side
 
 
 def compare(
@@ -26,7 +29,7 @@ def compare(
     characters: int,
     max_new_tokens: int,
     samples: int,
-    progress: Callable[[str, int, int], None] = lambda side, done, of: None,
+    progress: Listener = lambda side, part, done, of: None,
     scores: dict[str, Score] | None = None,
 ) -> dict[str, Any]:
     """Measures a PEFT model with its adapter switched off ("before") and on ("after").
@@ -35,7 +38,8 @@ def compare(
         conversations: held-out rows; the last turn is the answer to be matched.
         packs: the same rows as tokens.
         characters: of all their answers.
-        progress: hears ("before"|"after", replies done, replies in all), at first of none.
+        progress: hears ("before"|"after", "rows"|"replies", done, of), at first of none: rows
+            are measured, then replies to them written.
         scores: by side, where training has measured these very weights on these rows already.
 
     Returns:
@@ -47,12 +51,13 @@ def compare(
     result: dict[str, Any] = {"rows": len(conversations)}
     started = time.monotonic()
     for side in ("before", "after"):
-        progress(side, 0, len(prompts))
+        tell = partial(progress, side)
         with model.disable_adapter() if side == "before" else nullcontext():
-            found = scores[side] if scores else _score(model, packs, characters)
+            found = scores[side] if scores else _score(model, packs, characters, tell)
+            tell("replies", 0, len(prompts))
             replies = reply_all(
                 model, tokenizer, prompts, ends, max_new_tokens,
-                lambda done, side=side: progress(side, done, len(prompts)),  # type: ignore[misc]
+                lambda done, tell=tell: tell("replies", done, len(prompts)),  # type: ignore[misc]
             )  # fmt: skip
         figures = {"loss": found.loss, "bits_per_char": found.bits_per_char}
         figures |= reply_figures(replies, references)
@@ -67,10 +72,20 @@ def compare(
     }
 
 
-def _score(model: Any, packs: Sequence[Pack], characters: int) -> Score:
+def _score(model: Any, packs: Sequence[Pack], characters: int, tell: _Tell) -> Score:
     packing = any(len(pack.row_lengths) > 1 for pack in packs)
     with without_head(model), attention.packed(model) if packing else nullcontext():
-        return score(model, packs, characters)
+        return score(model, _told(packs, tell), characters)
+
+
+def _told(packs: Sequence[Pack], tell: _Tell) -> Iterator[Pack]:
+    """The packs one by one; how many rows are done is told before each, and at the end."""
+    done, of = 0, sum(len(pack.row_lengths) for pack in packs)
+    for pack in packs:
+        tell("rows", done, of)
+        yield pack
+        done += len(pack.row_lengths)
+    tell("rows", done, of)
 
 
 def _samples(

@@ -390,10 +390,11 @@ class Pipeline:
         sides = {"before": found.get(0), "after": found.get(progress.best_step)}
         return sides if all(sides.values()) else None
 
-    def _on_reply(self, side: str, done: int, of: int) -> None:
+    def _on_reply(self, side: str, part: str, done: int, of: int) -> None:
         if self.group.any(self.stop_requested()):
             raise _Stopped
-        self.log.emit("compare", side=side, done=done, of=of)
+        if part == "replies":
+            self.log.emit("compare", side=side, done=done, of=of)
 
     def _facts(
         self,

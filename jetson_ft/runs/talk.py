@@ -107,7 +107,7 @@ def _newest_with_adapter(root: Path) -> Run:
 
 
 def evaluate_run(
-    run: Run, data: str | None, progress: Callable[[str, int, int], None]
+    run: Run, data: str | None, progress: Callable[[str, str, int, int], None]
 ) -> dict[str, Any]:
     """Base and adapter on the run's held-out rows, or on those of `data`.
 

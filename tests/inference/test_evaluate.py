@@ -96,7 +96,9 @@ def test_samples_show_the_same_rows_on_both_sides(compared: Any) -> None:
 
 def test_progress_hears_both_sides(compared: Any) -> None:
     _, heard, _ = compared
-    assert heard == [("before", 0, 4), ("before", 4, 4), ("after", 0, 4), ("after", 4, 4)]
+    of_rows = [("rows", 0, 4), ("rows", 3, 4), ("rows", 4, 4)]  # three in the first pack
+    of_a_side = [*of_rows, ("replies", 0, 4), ("replies", 4, 4)]
+    assert heard == [(side, *told) for side in ("before", "after") for told in of_a_side]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_an_unknown_format_is_refused_before_anything_loads(tmp_path: Path) -> N
         open_run("base", tmp_path, quantize="int4")
 
 
-def quiet(side: str, done: int, of: int) -> None:
+def quiet(side: str, part: str, done: int, of: int) -> None:
     """Nobody watches."""
 
 
@@ -139,7 +139,8 @@ def test_other_rows_can_be_measured_on(finished: Run, tmp_path: Path) -> None:
     found = evaluate_run(finished, str(path), lambda *told: heard.append(told))
     assert found["eval"]["rows"] == 2
     assert found["eval"]["after"]["samples"][0]["reference"] == "你也好"
-    assert heard == [("before", 0, 2), ("before", 2, 2), ("after", 0, 2), ("after", 2, 2)]
+    of_a_side = [("rows", 0, 2), ("rows", 2, 2), ("replies", 0, 2), ("replies", 2, 2)]
+    assert heard == [(side, *told) for side in ("before", "after") for told in of_a_side]
 
 
 def test_without_an_adapter_nothing_is_measured(tmp_path: Path) -> None:
