@@ -176,7 +176,7 @@ def _assumptions() -> list[str]:
     from jetson_ft.training.planner import COSTS
 
     return [
-        f"Boards reach {COSTS['cuda'].efficiency:.0%} of their FP16 peak in training (assumed).",
+        f"Boards reach {COSTS['cuda'].efficiency[2]:.0%} of their FP16 peak in training (assumed).",
         "That peak is inferred from cores and clock: 16 operations a core and cycle.",
         "An 8 GB module has 5.2 GB for a run; other sizes by a rule from that one.",
         "Early stopping is not foreseen; writing replies for the comparison is not counted.",

@@ -40,7 +40,7 @@ class Costs:
     results: int  # of attention that a layer keeps: where by row, its own and the packed one
     score: float  # bytes of one attention score of the longest row
     margin: float  # of the free memory, left alone
-    efficiency: float  # of the rate for matrix products, over a whole training step
+    efficiency: dict[int, float]  # of the rate for matrix products, by bytes of a number
     quantised: dict[str, float]  # what is left of the efficiency in each weight format
 
 
@@ -55,8 +55,8 @@ COSTS = {
         results=1,
         score=4.0,  # generous: only one block of queries has its scores in memory at a time
         margin=0.05,  # chosen
-        efficiency=0.6,  # 188 tokens/s at 163 GFLOP/s on two cores, SmolLM2-135M in fp32
-        quantised={"none": 1.0, "int8": 0.5, "nf4": 0.5},  # guessed
+        efficiency={4: 0.6, 2: 0.48},  # docs/measurements.md, "Planned and measured speed"
+        quantised={"none": 1.0, "int8": 0.95, "nf4": 0.95},  # as fast, within the noise there
     ),
     "cuda": Costs(
         micro_batches=dict.fromkeys((4, 2), (4096, 2048, 1024, 512)),
@@ -66,7 +66,8 @@ COSTS = {
         results=2,  # PyTorch's kernels keep theirs
         score=4.0,  # as on a CPU
         margin=0.05,  # chosen
-        efficiency=0.25,  # guessed, from 0.16 seen with unfused code on an Orin NX 16GB
+        # Guessed, from 0.16 seen with unfused code on an Orin NX 16GB.
+        efficiency=dict.fromkeys((4, 2), 0.25),
         quantised={"none": 1.0, "int8": 0.8, "nf4": 0.9},  # nf4: LitGPT's table for an A100
     ),
 }
@@ -414,7 +415,9 @@ def seconds(work: Work, kind: str, flops: float, checkpointing: bool) -> float:
 
     `max_minutes` bounds the training steps, as in a run.
     """
-    rate = flops * COSTS[kind].efficiency * COSTS[kind].quantised[work.weights.quantize]
+    costs = COSTS[kind]
+    share = costs.efficiency[work.bytes_per_number] * costs.quantised[work.weights.quantize]
+    rate = flops * share
     speed = rate / flops_per_token(work, checkpointing)
     tokens = tokens_to_train(work)
     if work.train.max_minutes:
