@@ -388,14 +388,14 @@ def comparison_bar() -> Iterator[Callable[[str, str, int, int], None]]:
         TimeRemainingColumn(), console=out, transient=True,
     ) as progress:  # fmt: skip
         task, told = progress.add_task("loading the model", total=None), 0.0
-        first = 0, 0.0  # rows or replies that came first, and when
+        first = 0, 0.0  # tokens or replies that came first, and when
         if not out.is_terminal:
             out.print("loading the model")
 
         def update(side: str, part: str, done: int, total: int) -> None:
             nonlocal task, told, first
             who = {"before": "base", "after": "adapter"}[side]
-            what = {"rows": f"measuring the {who}", "replies": f"replies of the {who}"}[part]
+            what = {"tokens": f"measuring the {who}", "replies": f"replies of the {who}"}[part]
             if not done:  # a bar of its own, so that the time left is this part's
                 progress.remove_task(task)
                 task = progress.add_task(what, total=total)
@@ -406,7 +406,8 @@ def comparison_bar() -> Iterator[Callable[[str, str, int, int], None]]:
             if not out.is_terminal and due:
                 told = time.monotonic()
                 left = _left(first, done, total, told)
-                out.print(f"{what}: {done}/{total}{left}" if done else what)
+                unit = " tokens" if part == "tokens" else ""
+                out.print(f"{what}: {done:,}/{total:,}{unit}{left}" if done else what)
 
         yield update
 

@@ -70,14 +70,14 @@ def test_without_a_terminal_there_are_plain_lines(run: Run, screen: io.StringIO)
 def test_measuring_again_tells_how_far_it_is(screen: io.StringIO) -> None:
     with console.comparison_bar() as progress:
         for side in ("before", "after"):
-            for part in ("rows", "replies"):
+            for part in ("tokens", "replies"):
                 for done in (0, 8, 16, 20):
                     progress(side, part, done, 20)
     assert lines(screen) == [
         "loading the model",
-        "measuring the base", "measuring the base: 20/20",
+        "measuring the base", "measuring the base: 20/20 tokens",
         "replies of the base", "replies of the base: 20/20",
-        "measuring the adapter", "measuring the adapter: 20/20",
+        "measuring the adapter", "measuring the adapter: 20/20 tokens",
         "replies of the adapter", "replies of the adapter: 20/20",
     ]  # fmt: skip
 
@@ -89,15 +89,16 @@ def test_a_long_comparison_tells_what_is_left(
     clock = 0.0
     monkeypatch.setattr(console.time, "monotonic", lambda: clock)
     with console.comparison_bar() as progress:
-        for when, done in ((10.0, 0), (20.0, 4), (60.0, 104), (100.0, 800)):
+        for when, done in ((10.0, 0), (20.0, 1000), (60.0, 21_000), (100.0, 61_000)):
             clock = when
-            progress("before", "rows", done, 800)
+            progress("before", "tokens", done, 61_000)
         for when, done in ((100.0, 0), (400.0, 36), (420.0, 72), (460.0, 108), (480.0, 800)):
             clock = when
             progress("before", "replies", done, 800)
     assert lines(screen) == [
         "loading the model", "measuring the base",
-        "measuring the base: 104/800, about 4 min 38 s left", "measuring the base: 800/800",
+        "measuring the base: 21,000/61,000 tokens, about 1 min 20 s left",
+        "measuring the base: 61,000/61,000 tokens",
         "replies of the base", "replies of the base: 36/800",
         "replies of the base: 72/800, about 6 min 44 s left",
         "replies of the base: 108/800, about 9 min 37 s left",

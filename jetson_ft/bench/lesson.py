@@ -1,4 +1,7 @@
-"""What every arm of a benchmark trains, the same rows in the same steps, and what is seen of it."""
+"""What every arm of a benchmark trains, and what is seen of it.
+
+The same rows in the same steps, but where an arm's own packer chooses a step's rows.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """LLaMA-Factory as an arm: its own command line, on the same conversations.
 
 It tokenises them itself, with the template it reads from the tokenizer; rows are counted as
-ours are, so its rate says how fast the same text was learnt. Written for release 0.9.5.
+ours are (but for packed ones), so its rate says how fast the same text was learnt. Written for
+release 0.9.5.
 """
 
 from __future__ import annotations
@@ -119,12 +120,12 @@ def _write_model(lesson: Lesson, folder: Path) -> None:
 
 def arguments(lesson: Lesson, home: Path, batch: int = 1, packed: bool = False) -> dict[str, Any]:
     """Its settings where they are not its defaults; a batch of one row is that of its examples."""
-    recipe, at_once = lesson.settings.recipe(), batch
+    recipe, at_once = lesson.settings.recipe(), float(batch)
     packing: dict[str, Any] = {}
     if packed:  # its own counts of tokens are logged only on request
         packing = {"packing": True, "neat_packing": True, "include_num_input_tokens_seen": True}
         mean = sum(len(row["input_ids"]) for row in lesson.rows) / len(lesson.rows)
-        at_once = max(1, min(ROWS_PER_STEP, round(lesson.settings.max_length / mean)))
+        at_once = lesson.settings.max_length / mean
     return packing | {
         "stage": "sft",
         "do_train": True,
@@ -140,7 +141,7 @@ def arguments(lesson: Lesson, home: Path, batch: int = 1, packed: bool = False) 
         "lora_rank": recipe.lora.rank,
         "lora_alpha": int(recipe.lora.alpha),
         "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": ROWS_PER_STEP // at_once,
+        "gradient_accumulation_steps": max(1, round(ROWS_PER_STEP / at_once)),
         "num_train_epochs": recipe.train.epochs,
         "learning_rate": recipe.train.learning_rate,
         "lr_scheduler_type": "constant",

@@ -38,8 +38,8 @@ def compare(
         conversations: held-out rows; the last turn is the answer to be matched.
         packs: the same rows as tokens.
         characters: of all their answers.
-        progress: hears ("before"|"after", "rows"|"replies", done, of), at first of none: rows
-            are measured, then replies to them written.
+        progress: hears ("before"|"after", "tokens"|"replies", done, of), at first of none: the
+            rows' tokens are measured, then replies to them written.
         scores: by side, where training has measured these very weights on these rows already.
 
     Returns:
@@ -79,13 +79,16 @@ def _score(model: Any, packs: Sequence[Pack], characters: int, tell: _Tell) -> S
 
 
 def _told(packs: Sequence[Pack], tell: _Tell) -> Iterator[Pack]:
-    """The packs one by one; how many rows are done is told before each, and at the end."""
-    done, of = 0, sum(len(pack.row_lengths) for pack in packs)
+    """The packs one by one; how many of their tokens are done is told before each, and at the end.
+
+    Not rows, of which the first packs hold few long ones and the last many short ones.
+    """
+    done, of = 0, sum(pack.tokens for pack in packs)
     for pack in packs:
-        tell("rows", done, of)
+        tell("tokens", done, of)
         yield pack
-        done += len(pack.row_lengths)
-    tell("rows", done, of)
+        done += pack.tokens
+    tell("tokens", done, of)
 
 
 def _samples(

@@ -70,7 +70,7 @@ class _FrozenHead(torch.autograd.Function):
     ) -> Tensor:
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size, few = head_rows(len(weight), hidden.element_size())
+        size, few = head_rows(len(weight), hidden.element_size(), hidden.device.type)
         # One buffer for all chunks: fresh memory costs as much as the product it receives.
         room = hidden.new_empty(min(size, len(hidden)), len(weight))
         for start in range(0, len(hidden), size):

@@ -11,14 +11,15 @@ from jetson_ft.models import load
 from jetson_ft.models.resolve import Base
 
 _LOGIT_BYTES = 32 * 2**20  # of logits that exist at one time
-_PIECE_BYTES = 8 * 2**20  # of those in fp32 at one time, so few that a CPU's caches hold them
+# Of those in fp32 at one time: so few that a CPU's caches hold them; a GPU wants large kernels.
+_PIECE_BYTES = {"cpu": 8 * 2**20, "cuda": 32 * 2**20}
 
 
-def head_rows(vocabulary: int, bytes_per_number: int) -> tuple[int, int]:
+def head_rows(vocabulary: int, bytes_per_number: int, kind: str) -> tuple[int, int]:
     """Positions that the head projects at one time, and those of them whose softmax is made at
-    one time (`models.loss`)."""
+    one time (`models.loss`), on a device of that kind."""
     rows = max(16, _LOGIT_BYTES // (bytes_per_number * vocabulary))
-    return rows, min(rows, max(8, _PIECE_BYTES // (4 * vocabulary)))
+    return rows, max(8, _PIECE_BYTES[kind] // (4 * vocabulary))
 
 
 @dataclass(frozen=True)

@@ -374,7 +374,7 @@ class Pipeline:
             rows.heldout_characters,
             self.recipe.eval.max_new_tokens,
             self.recipe.eval.samples,
-            self._on_reply,
+            self._on_compared,
             self._measured(progress),
         )
 
@@ -390,7 +390,7 @@ class Pipeline:
         sides = {"before": found.get(0), "after": found.get(progress.best_step)}
         return sides if all(sides.values()) else None
 
-    def _on_reply(self, side: str, part: str, done: int, of: int) -> None:
+    def _on_compared(self, side: str, part: str, done: int, of: int) -> None:
         if self.group.any(self.stop_requested()):
             raise _Stopped
         if part == "replies":

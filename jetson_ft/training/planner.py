@@ -55,7 +55,7 @@ COSTS = {
         results=1,
         score=4.0,  # generous: only one block of queries has its scores in memory at a time
         margin=0.05,  # chosen
-        efficiency={4: 0.6, 2: 0.48},  # docs/measurements.md, "Planned and measured speed"
+        efficiency={4: 0.55, 2: 0.43},  # docs/measurements.md, "Planned and measured speed"
         quantised={"none": 1.0, "int8": 0.95, "nf4": 0.95},  # as fast, within the noise there
     ),
     "cuda": Costs(
@@ -282,7 +282,7 @@ def memory(work: Work, device: Device, tokens: int, checkpointing: bool) -> dict
     weights = whole if work.shards == 1 else split_bytes(work)
     adapter = (_LORA_BYTES + work.bytes_per_number) * work.lora_parameters  # and a copy to multiply
     activations = work.shape.layers * kept * tokens
-    momentary = max(live, head_bytes(work, tokens)) + dequantised_bytes(work)
+    momentary = max(live, head_bytes(work, tokens, device.kind)) + dequantised_bytes(work)
     # A model that is split is loaded whole first, before anything else needs room.
     loading = max(0, whole - weights - adapter - activations - momentary)
     parts = {
@@ -358,13 +358,13 @@ def held_bytes(work: Work) -> int:
     return work.bytes_per_number * numbers
 
 
-def head_bytes(work: Work, tokens: int) -> int:
+def head_bytes(work: Work, tokens: int, kind: str) -> int:
     """Of the logits that exist at one time, and of all gradients that the head hands back.
 
     Logits become probabilities in fp32, those of a smaller arithmetic a few rows at a time.
     """
     shape, number = work.shape, work.bytes_per_number
-    rows, few = shapes.head_rows(shape.vocabulary, number)
+    rows, few = shapes.head_rows(shape.vocabulary, number, kind)
     logits = number * min(tokens, rows) + (4 * min(tokens, few) if number < 4 else 0)
     return logits * shape.vocabulary + tokens * shape.hidden * number
 

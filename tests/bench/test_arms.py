@@ -226,11 +226,17 @@ def test_its_packed_steps_are_of_its_own_rows(lesson: Lesson, tmp_path: Path) ->
 
 
 def test_it_packs_about_eight_rows_a_step(lesson: Lesson, tmp_path: Path) -> None:
-    rows = [{"input_ids": [1] * 120, "parts": [1] * 120}] * 16
-    given = replace(lesson, rows=rows, settings=replace(lesson.settings, max_length=256))
-    told = llamafactory.arguments(given, tmp_path, packed=True)
-    assert (told["neat_packing"], told["gradient_accumulation_steps"]) == (True, 4)
-    assert "neat_packing" not in llamafactory.arguments(given, tmp_path)
+    def told(tokens: int) -> dict[str, Any]:
+        rows = [{"input_ids": [1] * tokens, "parts": [1] * tokens}] * 16
+        given = replace(lesson, rows=rows, settings=replace(lesson.settings, max_length=256))
+        return llamafactory.arguments(given, tmp_path, packed=True)
+
+    packing = ("packing", "neat_packing", "include_num_input_tokens_seen")
+    assert all(told(120)[key] is True for key in packing)
+    plain = llamafactory.arguments(lesson, tmp_path)
+    assert not any(key in plain for key in packing)
+    steps = {tokens: told(tokens)["gradient_accumulation_steps"] for tokens in (256, 120, 90, 20)}
+    assert steps == {256: 8, 120: 4, 90: 3, 20: 1}  # bins a step
 
 
 def test_it_is_given_the_rows_in_the_order_trained(lesson: Lesson, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from jetson_ft.inference.evaluate import _samples, compare
 from jetson_ft.inference.generate import Reply
+from jetson_ft.models.packing import Pack
 
 FIGURES = {
     "loss", "bits_per_char", "chinese_share", "stop_rate", "repetition", "chrf", "bleu", "samples",
@@ -20,8 +21,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def compared(tiny_phi: Path, writer: Any) -> tuple[dict[str, Any], list[Any], Any]:
-    """(result, what progress heard, the model)."""
+def compared(tiny_phi: Path, writer: Any) -> tuple[dict[str, Any], list[Any], Any, list[Pack]]:
+    """(result, what progress heard, the model, the rows' packs)."""
     import torch
 
     from jetson_ft.data.template import encode
@@ -43,11 +44,11 @@ def compared(tiny_phi: Path, writer: Any) -> tuple[dict[str, Any], list[Any], An
         model.eval(), writer.tokenizer, ROWS, packed, characters, 10, 2,
         lambda *told: heard.append(told),
     )  # fmt: skip
-    return result, heard, model
+    return result, heard, model, packed
 
 
 def test_both_sides_carry_the_contracts_figures(compared: Any) -> None:
-    result, _, _ = compared
+    result, *_ = compared
     assert set(result) == {"eval", "generation"}
     assert result["eval"]["rows"] == 4
     for side in ("before", "after"):
@@ -59,7 +60,7 @@ def test_both_sides_carry_the_contracts_figures(compared: Any) -> None:
 def test_before_is_the_base_alone(compared: Any, writer: Any) -> None:
     import torch
 
-    result, _, _ = compared
+    result, *_ = compared
     nats, count, characters = 0.0, 0, 0
     for row in ROWS:
         prompt = writer.prompt(row[0]["content"])
@@ -77,7 +78,7 @@ def test_before_is_the_base_alone(compared: Any, writer: Any) -> None:
 
 
 def test_after_differs_and_the_adapter_is_on_again(compared: Any) -> None:
-    result, _, model = compared
+    result, _, model, _ = compared
     before, after = result["eval"]["before"], result["eval"]["after"]
     assert abs(before["loss"] - after["loss"]) > 1e-3
     assert before["samples"][0]["reply"] != after["samples"][0]["reply"]
@@ -85,7 +86,7 @@ def test_after_differs_and_the_adapter_is_on_again(compared: Any) -> None:
 
 
 def test_samples_show_the_same_rows_on_both_sides(compared: Any) -> None:
-    result, _, _ = compared
+    result, *_ = compared
     for before, after in zip(
         result["eval"]["before"]["samples"], result["eval"]["after"]["samples"], strict=True
     ):
@@ -95,9 +96,11 @@ def test_samples_show_the_same_rows_on_both_sides(compared: Any) -> None:
 
 
 def test_progress_hears_both_sides(compared: Any) -> None:
-    _, heard, _ = compared
-    of_rows = [("rows", 0, 4), ("rows", 3, 4), ("rows", 4, 4)]  # three in the first pack
-    of_a_side = [*of_rows, ("replies", 0, 4), ("replies", 4, 4)]
+    _, heard, _, packed = compared
+    first, second = (pack.tokens for pack in packed)
+    of_all = first + second
+    measured = [("tokens", 0, of_all), ("tokens", first, of_all), ("tokens", of_all, of_all)]
+    of_a_side = [*measured, ("replies", 0, 4), ("replies", 4, 4)]
     assert heard == [(side, *told) for side in ("before", "after") for told in of_a_side]
 
 

@@ -146,7 +146,7 @@ def test_a_score_of_nothing_is_zero(model: Any) -> None:
 def test_the_loss_of_chunks_is_the_loss_of_all(
     rows: int, with_bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss, "head_rows", lambda vocabulary, bytes_per_number: (16, 5))
+    monkeypatch.setattr(loss, "head_rows", lambda *_: (16, 5))
     torch.manual_seed(0)
     hidden = torch.randn(rows, 8, requires_grad=True)
     weight, bias = torch.randn(30, 8), torch.randn(30) if with_bias else None
@@ -163,7 +163,7 @@ def test_the_loss_of_chunks_is_the_loss_of_all(
 def test_in_bf16_the_softmax_of_each_piece_is_made_in_fp32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loss, "head_rows", lambda vocabulary, bytes_per_number: (16, 5))
+    monkeypatch.setattr(loss, "head_rows", lambda *_: (16, 5))
     torch.manual_seed(0)
     hidden = torch.randn(40, 8, dtype=torch.bfloat16, requires_grad=True)
     weight, targets = torch.randn(30, 8, dtype=torch.bfloat16), torch.randint(30, (40,))

@@ -19,8 +19,9 @@ from boards_in_folders import NANO, Folder
 
 from jetson_ft.device.boards import find
 from jetson_ft.errors import UserError
+from jetson_ft.recipe import Recipe
 from jetson_ft.runs import ending, pipeline, rundir
-from jetson_ft.runs.rundir import Run, Silence
+from jetson_ft.runs.rundir import EventLog, Run, Silence
 from jetson_ft.training import checkpoint
 
 
@@ -137,6 +138,18 @@ def test_stopped_before_training_and_in_the_comparison(workbench: Any, finished:
     run.clear_stop()
     assert workbench.work(run) == 0
     assert adapter_bytes(run) == adapter_bytes(finished)
+
+
+@pytest.mark.parametrize("part", ["tokens", "replies"])
+def test_a_stop_is_heeded_while_rows_are_measured_too(part: str, tmp_path: Path) -> None:
+    run = rundir.create(Recipe(output=str(tmp_path)), "compared")
+    pipe = pipeline.Pipeline(run, EventLog(run, 1), run.stop_requested)
+    pipe._on_compared("before", part, 1, 4)
+    told = [{"side": "before", "done": 1, "of": 4}] if part == "replies" else []
+    assert [{key: event[key] for key in ("side", "done", "of")} for event in run.events()] == told
+    run.request_stop()
+    with pytest.raises(pipeline._Stopped):
+        pipe._on_compared("before", part, 2, 4)
 
 
 # --- the board beside it -------------------------------------------------------------------------

@@ -234,6 +234,27 @@ def test_time_follows_the_devices_rate_and_the_epochs() -> None:
     )
 
 
+def test_a_cpus_time_depends_on_the_arithmetic_and_the_weights() -> None:
+    """As shares of the matrix rate: docs/measurements.md, "Planned and measured speed"."""
+    shares = {}
+    for weights in (Weights("fp32"), BF16, Weights("bf16", "int8"), Weights("bf16", "nf4")):
+        one = work(KNOWN["embedded"], weights=weights)
+        one = replace(one, heldout_tokens=0.0)
+        needed = planner.flops_per_token(one, False) * planner.tokens_to_train(one)
+        shares[str(weights)] = needed / planner.seconds(one, "cpu", 1e11, False) / 1e11
+    assert list(shares.values()) == pytest.approx([0.55, 0.43, 0.43 * 0.95, 0.43 * 0.95])
+
+
+def test_the_heads_logits_are_counted_as_it_makes_them() -> None:
+    """SmolLM2's 49,152: 341 positions in bf16, 42 of them in fp32 too, and all their gradients."""
+    one = work(KNOWN["embedded"])
+    gradients = 768 * 576 * 2
+    assert planner.head_bytes(one, 768, "cpu") == 49152 * (341 * 2 + 42 * 4) + gradients
+    assert planner.head_bytes(one, 768, "cuda") == 49152 * (341 * 2 + 170 * 4) + gradients
+    fp32 = work(KNOWN["embedded"], weights=Weights("fp32"))
+    assert planner.head_bytes(fp32, 768, "cpu") == 49152 * 170 * 4 + 2 * gradients
+
+
 def test_limits_bound_the_time() -> None:
     minutes = planner.seconds(work(max_minutes=60.0), "cuda", 1e13, False) / 60
     assert 60 < minutes < 70  # with the held-out measurements
