@@ -58,6 +58,8 @@ def _root(
 ) -> None:
     if debug:
         os.environ["JETSON_FT_DEBUG"] = "1"
+    if not sys.stderr.isatty():  # a bar redraws its line, which a file keeps again and again
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 @app.command()

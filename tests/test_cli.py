@@ -326,6 +326,18 @@ def test_the_formats_offered_are_the_recipes() -> None:
     assert offered == dict(recipes.fields())["data.format"].annotation
 
 
+def test_no_bars_are_drawn_where_there_is_no_terminal(
+    jetson: Jetson, tmp_path: Path, tiny_phi: Path
+) -> None:
+    (tmp_path / "here" / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 3)
+    done = jetson(
+        "data", "inspect", "rows.jsonl", "--model", str(tiny_phi),
+        JETSON_FT_CACHE=str(tmp_path / "cache"),
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "examples/s" not in done.stderr
+
+
 def test_debug_shows_the_traceback_and_the_same_exit_code(jetson: Jetson) -> None:
     done = jetson("--debug", "train", "gone.yaml")
     assert done.returncode == 2
