@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +24,9 @@ from jetson_ft.paths import printable
 from jetson_ft.runs import jobs, processes, sensed
 from jetson_ft.runs.report import duration, energy_in_words, rows_of_figures
 from jetson_ft.runs.rundir import LIVE, Run, State, read_events
+
+if TYPE_CHECKING:
+    from jetson_ft.inference.evaluate import Listener
 
 _POLL_SECONDS = 0.2
 _PLAIN_EVERY = 10.0  # seconds between step lines where there is no terminal
@@ -381,7 +384,7 @@ def _print_piece(text: str, learnt: bool) -> None:
 
 
 @contextmanager
-def comparison_bar() -> Iterator[Callable[[str, str, int, int], None]]:
+def comparison_bar() -> Iterator[Listener]:
     """A progress bar for `inference.evaluate.compare`, and for the model's loading before it."""
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),

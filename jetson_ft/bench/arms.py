@@ -81,7 +81,8 @@ ARMS = {
         partial(_padded, batch=8),
     ),
     "trainer-1x8": Arm(
-        "the same, one row at a time, gradients accumulated over 8", partial(_padded, batch=1)
+        "transformers' Trainer with PEFT: one row at a time, gradients accumulated over 8",
+        partial(_padded, batch=1),
     ),
     "packed": Arm(
         "Trainer with PEFT: rows packed into bins of max_length, checkpointing, whole head",
@@ -96,12 +97,13 @@ ARMS = {
         _lacks_llamafactory,
     ),
     "llamafactory-batch-8": Arm(
-        "the same, batches of 8 padded to the longest row",
+        "LLaMA-Factory's command line, batches of 8 padded to the longest row",
         partial(_llamafactory, batch=8),
         _lacks_llamafactory,
     ),
     "llamafactory-packed": Arm(
-        "the same, rows packed into bins of max_length (neat_packing), about 8 rows a step",
+        "LLaMA-Factory's command line, rows packed into bins of max_length (neat_packing), about "
+        "8 rows a step",
         partial(_llamafactory, packed=True),
         _lacks_llamafactory,
     ),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jetson_ft.data import read, store, tokens
 from jetson_ft.device import probe
@@ -18,6 +17,9 @@ from jetson_ft.recipe import Recipe
 from jetson_ft.runs import beside, rundir
 from jetson_ft.runs.pipeline import prepare_rows, weights_of
 from jetson_ft.runs.rundir import Run
+
+if TYPE_CHECKING:
+    from jetson_ft.inference.evaluate import Listener
 
 _CAPACITY = 1024  # tokens in a pack when measuring
 
@@ -106,9 +108,7 @@ def _newest_with_adapter(root: Path) -> Run:
     )
 
 
-def evaluate_run(
-    run: Run, data: str | None, progress: Callable[[str, str, int, int], None]
-) -> dict[str, Any]:
+def evaluate_run(run: Run, data: str | None, progress: Listener) -> dict[str, Any]:
     """Base and adapter on the run's held-out rows, or on those of `data`.
 
     Returns:

@@ -276,6 +276,11 @@ def test_fewer_steps_than_the_lesson_has_are_a_failure(lesson: Lesson, tmp_path:
         measure("llamafactory", given)
 
 
+def test_an_arm_is_described_without_the_others() -> None:
+    """The table explains those alone that ran."""
+    assert not [name for name, arm in ARMS.items() if "the same" in arm.description]
+
+
 def test_the_readme_explains_every_arm() -> None:
     text = README.read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in text for name in ARMS)
