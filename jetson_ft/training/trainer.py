@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -116,6 +117,7 @@ class LoraTrainer(Trainer):
         self.job, self.progress = job, progress
         self.steps = schedule.plan_steps(job.train_tokens, job.recipe)
         self.step_tokens = [sum(int(job.train_tokens[i]) for i in step) for step in self.steps]
+        self.rates: list[float] = []  # tokens per second, of each step of this attempt
         self.settle_length()
         self.heat = Heat(job.max_temperature, job.monitor, job.group, job.emit, job.stop_requested)
         self._step_started = 0.0
@@ -168,7 +170,7 @@ class LoraTrainer(Trainer):
             if progress.step < min(schedule.MEASURED_STEPS, total):
                 return False
             total = schedule.steps_within(
-                self.step_tokens, progress.step, self._speed(), train.max_minutes
+                self.step_tokens, progress.step, self._usual_speed(), train.max_minutes
             )
         progress.total_steps = max(total, progress.total_steps or 0)
         progress.settled_for = wanted
@@ -198,6 +200,10 @@ class LoraTrainer(Trainer):
             ]
         )
         return Stock(seconds, since_saved, stops > 0, None if unknown else energy)
+
+    def _usual_speed(self) -> float:
+        """Of the median step: the first loads kernels, and other programs slow down some."""
+        return median(self.rates) if self.rates else self._speed()
 
     def _speed(self) -> float:
         """Tokens per second so far."""
@@ -409,6 +415,8 @@ class _Steering(TrainerCallback):
         progress.step = state.global_step
         stock = trainer.take_stock()
         progress.take(stock.seconds, stock.joules)
+        tokens = trainer.step_tokens[progress.step - 1]
+        trainer.rates.append(tokens / max(1e-9, stock.seconds))
         trainer.job.monitor.step = progress.step
         settled = trainer.settle_length()
         if settled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,20 @@ def test_minutes_become_steps_once_and_are_stored_at_once(bench: Any, tmp_path: 
     assert bench.of("length", "step") == [5]
     assert progress.total_steps == bench.of("length", "total_steps")[0] < 50
     assert checkpoint.read_progress(tmp_path / "step-5").total_steps == progress.total_steps
+
+
+def test_slow_first_steps_do_not_shorten_the_run(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jetson_ft.training.trainer import LoraTrainer
+
+    real, seconds = LoraTrainer.take_stock, iter([1000.0, 30.0, 1.0, 1.0, 1.0, 1.0])
+    monkeypatch.setattr(
+        LoraTrainer, "take_stock", lambda self: replace(real(self), seconds=next(seconds))
+    )
+    minutes = {"max_minutes": 20 / 60, "epochs": 50.0, "eval_every": 100}
+    progress = bench.fit(bench.model(), bench.job(tmp_path, stop_at(6), **minutes))
+    assert 15 <= progress.total_steps <= 25  # a second each
 
 
 def test_settled_minutes_stay_settled_on_a_faster_machine(bench: Any, tmp_path: Path) -> None:
