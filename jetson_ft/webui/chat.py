@@ -163,7 +163,8 @@ class _Tab:
     ) -> Iterator[tuple[Any, ...]]:
         """Writes the answers one after the other, the base's first."""
         asked = _Asked(str(request.session_hash), name, side, text.strip(), how)
-        yield from self._write(asked, (base, adapter), (base, adapter))
+        shown = _plain(base), _plain(adapter)
+        yield from self._write(asked, shown, shown)
 
     def again(
         self,
@@ -176,9 +177,10 @@ class _Tab:
         *how: Any,
     ) -> Iterator[tuple[Any, ...]]:
         """The last message once more."""
-        last, *before = self.undo(base, adapter)
+        shown = _plain(base), _plain(adapter)
+        last, *before = self.undo(*shown)
         asked = _Asked(str(request.session_hash), name, side, last or text.strip(), how)
-        yield from self._write(asked, before, (base, adapter))
+        yield from self._write(asked, before, shown)
 
     def _write(
         self, asked: _Asked, before: Sequence[Turns], shown: Sequence[Turns]
@@ -194,7 +196,7 @@ class _Tab:
             yield asked.text, *shown, ""
 
     def _answers(self, asked: _Asked, before: Sequence[Turns]) -> Iterator[tuple[Any, ...]]:
-        sides = {"base": _plain(before[0]), "adapter": _plain(before[1])}
+        sides = {"base": before[0], "adapter": before[1]}
         speed = ""
         for who in asked.whom:
             question = self._question(asked.text, sides[who], who == "adapter", *asked.how)
@@ -249,14 +251,19 @@ def _examples(text: str) -> list[dict[str, str]]:
 
 
 def _plain(turns: Turns) -> Turns:
-    """Gradio's messages without what it adds to them."""
+    """Return the text of Gradio's messages alone.
+
+    A file that a request carries must not come back: Gradio copies each file that it sends to
+    where it can be fetched.
+    """
     return [{"role": turn["role"], "content": _text(turn["content"])} for turn in turns]
 
 
 def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
-    return "".join(part.get("text", "") for part in content)
+    parts = content if isinstance(content, list) else []
+    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
 
 
 def _without_last(turns: Turns) -> tuple[str, Turns]:

@@ -36,6 +36,7 @@ def make_app(runs: Path, rules: Rules) -> Any:
     app.mount("/static", StaticFiles(directory=page.STATIC))
     for language in LANGUAGES:
         made = page.build(language, runs, parlour, doctor)
+        made.has_launched = True  # Gradio checks the paths in requests only then
         _calm(made._queue)
         gr.mount_gradio_app(
             app, made, f"/{language}", theme=page.theme(), head=_SCRIPTS, footer_links=[],
