@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 NAME = "jetson_ft_packed"
 
+# Arguments that models pass to every attention function and that change nothing in its result.
+_WITHOUT_EFFECT = {
+    "cache_position", "output_attentions", "output_hidden_states", "output_router_logits",
+    "position_ids", "use_cache",
+}  # fmt: skip
+
 
 def packed_attention(
     module: Any,
@@ -29,9 +35,12 @@ def packed_attention(
     row_lengths: list[int] | None = None,
     opening: int = 0,
     sliding_window: int | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention row by row.
+
+    Raises `ValueError` for a mask, and for any other argument that would change the result (soft
+    caps, sinks, position biases): such a model can't be packed.
 
     Args:
         query: [1, heads, tokens, head_dim]; key and value may have fewer heads.
@@ -44,6 +53,9 @@ def packed_attention(
     """
     if row_lengths is None:
         raise ValueError("packed attention was called without row bounds")
+    unknown = [k for k, v in others.items() if v is not None and k not in _WITHOUT_EFFECT]
+    if attention_mask is not None or unknown:
+        raise ValueError(f"packed attention doesn't compute {unknown or 'attention_mask'}")
     from jetson_ft.models import cpu_attention, varlen
 
     plain = not dropout and not _is_windowed(max(row_lengths), sliding_window)

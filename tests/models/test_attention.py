@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,13 @@ def test_rounding_does_not_forbid_packing(model: Any, format: torch.dtype) -> No
     assert supports_packing(model.to(format))
 
 
-# Distances in place of positions, attention of their own, states that run on from row to row.
+GROUPED: dict[str, Any] = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2}
+# Distances in place of positions, attention of their own, states that run on from row to row,
+# capped scores, sinks, masks made in the layer.
 CANNOT = {
+    "Gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=8),
+    "GPT-OSS": lambda: transformers.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4),
+    "Doge": lambda: transformers.DogeConfig(**GROUPED),
     "Bloom": lambda: transformers.BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4),
     "GPT-J": lambda: transformers.GPTJConfig(
         vocab_size=259, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=0, eos_token_id=0
@@ -172,6 +178,26 @@ CANNOT = {
         layer_types=["conv", "full_attention"],
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("changed", "computed"),
+    [({"softcap": 50.0}, False), ({"s_aux": torch.zeros(1)}, False),
+     ({"position_bias": torch.zeros(1)}, False), ({"is_causal": False}, False),
+     ({"softcap": None}, True), ({"position_ids": torch.zeros(1), "use_cache": False}, True)],
+)  # fmt: skip
+def test_an_argument_that_would_change_the_result_is_refused(
+    changed: dict[str, Any], computed: bool
+) -> None:
+    query = torch.zeros(1, 1, 3, 4)
+    with nullcontext() if computed else pytest.raises(ValueError, match=next(iter(changed))):
+        packed_attention(None, query, query, query, None, row_lengths=[3], **changed)
+
+
+def test_a_mask_is_refused() -> None:
+    query = torch.zeros(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="attention_mask"):
+        packed_attention(None, query, query, query, torch.ones(3, 3), row_lengths=[3])
 
 
 @pytest.mark.parametrize("name", CANNOT)
