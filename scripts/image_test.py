@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Build docker/Dockerfile on a stand-in for NVIDIA's bases and use the image as a person would.
+"""Build docker/Dockerfile on a substitute for NVIDIA's base images, then use the image.
 
-The stand-in is a bare Debian with three empty libraries where CUDA's would be, and torch is the CPU
-build: what stays untried is in docs/docker.md. Needs root, buildah and debootstrap; no Docker and
-no board. What is built here is removed at the end; the bare Debian is kept in .cache/. Another
-processor's image (--arch arm64) also needs qemu-user-static and binfmt_misc, and a lot of patience.
-
-Run by `make image-test`; on the system's Python with the standard library alone.
+The substitute is a bare Debian with three empty libraries in place of CUDA's, and torch is the CPU
+build. docs/docker.md lists what this leaves untested. Needs root, buildah and debootstrap, but no
+Docker and no board. The images are deleted at the end; the bare Debian stays in .cache/. Another
+processor's image (--arch arm64) also needs qemu-user-static and binfmt_misc, and up to an hour.
+This script runs on the system's Python with the standard library alone.
 """
 
 import argparse
@@ -23,27 +22,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT
 from typing import Any
 
-from setup import pip_settings
+from installer import pip_settings, step
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "image-test"
 SUITE, PYTHON = "bookworm", "3.11"
 # The newest on the package index that is a CPU build for that processor and fits the pins.
 TORCH = {"amd64": "2.13.0", "arm64": "2.8.0"}
-STOP_SECONDS = 120  # docker/run.sh and docker/compose.yaml give a container as long
 TRIPLET = {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
-PATIENCE = 1  # times as long; an emulated processor is that much slower
+BASE, IMAGE = "localhost/base", "localhost/jetson-ft"
+NAMESPACES = ["--mount", "--pid", "--net", "--ipc", "--uts"]
+VOLUMES = ["cache", "srv/data", "srv/runs"]
+STOP_SECONDS = 120  # the stop timeout in docker/run.sh and docker/compose.yaml
+slowdown = 1  # the factor for all time limits: `main` raises it for an emulated processor
 SETTINGS = [  # steps of about a second
     "data.train=data/rows.jsonl", "data.heldout=2", "data.max_length=64",
     "train.tokens_per_step=128", "train.max_minutes=0", "eval.max_new_tokens=8", "eval.samples=1",
 ]  # fmt: skip
-RECIPE = ["quickstart-zh", *(word for one in SETTINGS for word in ("--set", one))]
+TINY_SETTINGS = ["model=data/tiny", "train.epochs=20", "train.early_stopping=0"]
 # One step of the embedded model takes more than six minutes on an emulated processor.
-TINY = """
+MAKE_TINY_MODEL = """
 import os
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 tokenizer = AutoTokenizer.from_pretrained(os.environ["JETSON_FT_EMBEDDED"])
@@ -60,100 +63,86 @@ class Failure(Exception):
     pass
 
 
-def run(*command: object, **more: Any) -> str:
-    """Its output; fails with the end of it."""
+def run(*command: object, **options: Any) -> str:
+    """Return the output of a command; raise Failure with its last lines if it fails."""
     words = [str(word) for word in command]
-    done = subprocess.run(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **more
-    )
-    if done.returncode:
-        last = "\n".join(done.stdout.splitlines()[-25:])
-        raise Failure(f"{' '.join(words)[:200]}: exit code {done.returncode}\n{last}")
-    return done.stdout
+    process = subprocess.run(words, stdout=PIPE, stderr=STDOUT, errors="replace", **options)
+    if process.returncode:
+        tail = "\n".join(process.stdout.splitlines()[-25:])
+        raise Failure(f"{' '.join(words)[:200]}: exit code {process.returncode}\n{tail}")
+    return process.stdout
 
 
-def expect(holds: object, what: str) -> None:
-    if not holds:
-        raise Failure(what)
+def check(condition: object, message: object) -> None:
+    if not condition:
+        raise Failure(message)
 
 
-@contextlib.contextmanager
-def step(title: str) -> Iterator[None]:
-    print(f"  {title} ... ", end="", flush=True)
-    start = time.monotonic()
-    yield
-    print(f"{time.monotonic() - start:.0f} s", flush=True)
-
-
-def wait_for(holds: Callable[[], Any], what: str, seconds: float) -> Any:
-    deadline = time.monotonic() + seconds * PATIENCE
+def wait_for(condition: Callable[[], Any], description: str, seconds: float) -> Any:
+    """Return the first true value of the condition."""
+    deadline = time.monotonic() + seconds * slowdown
     while time.monotonic() < deadline:
-        if found := holds():
-            return found
+        if value := condition():
+            return value
         time.sleep(0.2)
-    raise Failure(f"after {seconds:.0f} s still not: {what}")
+    raise Failure(f"not within {seconds * slowdown:.0f} s: {description}")
 
 
 # --- building ---
 
 
 class Builder:
-    """buildah with a store of its own."""
+    """Run buildah with its own image store below `work`."""
 
     def __init__(self, work: Path, arch: str) -> None:
-        self.work, self._arch = work, arch
-        places = ["--root", work / "store", "--runroot", work / "state"]
-        self._buildah = ["buildah", *places, "--storage-driver", "vfs"]
+        self._work, self._arch = work, arch
+        store = ["--root", work / "store", "--runroot", work / "state", "--storage-driver", "vfs"]
+        self._buildah = ["buildah", *map(str, store)]
         self._environment = {**os.environ, "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(work)}
 
-    def __call__(self, *command: object) -> str:
+    def _run(self, *command: object) -> str:
         return run(*self._buildah, *command, env=self._environment).strip()
 
-    def _logged(self, *command: object) -> str:
-        """With the seconds at which each line came, in build.log."""
-        words, lines = [str(word) for word in [*self._buildah, *command]], []
-        start = time.monotonic()
+    def commit_folder(self, folder: Path, name: str) -> None:
+        """Make an image of a root file system."""
+        container = self._run("from", "--arch", self._arch, "scratch").splitlines()[-1]
+        self._run("copy", "--quiet", container, folder, "/")
+        self._run("commit", "--quiet", "--rm", container, name)
+
+    def build(self, name: str, *options: str, **arguments: str) -> None:
+        """Build the Dockerfile with the substitute's build arguments and these.
+
+        build.log gets the output, each line with the seconds since the start.
+        """
+        arguments = {
+            "BASE_IMAGE": BASE, "RUNTIME_IMAGE": BASE, "PYTHON": PYTHON,
+            "TORCH_VERSION": TORCH[self._arch], "TORCH_INDEX": "", "BNB_SOURCE": "wheel",
+            **arguments,
+        }  # fmt: skip
+        words = [*self._buildah, "build", "--format", "docker", "--network", "host"]
+        words += ["--layers=false", "--arch", self._arch, "--pull-never", *options]
+        words += [word for pair in arguments.items() for word in ("--build-arg", "=".join(pair))]
+        words += ["--tag", name, "--file", "docker/Dockerfile", *pip_volumes(self._work), str(ROOT)]
+        start, lines = time.monotonic(), []
+        pipe = {"stdout": PIPE, "stderr": STDOUT, "errors": "replace"}
         with (
-            subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                errors="replace", env=self._environment,
-            ) as made,
-            open(self.work / "build.log", "w") as log,
-        ):  # fmt: skip
-            for line in made.stdout or ():
+            subprocess.Popen(words, env=self._environment, **pipe) as process,
+            open(self._work / "build.log", "w") as log,
+        ):
+            for line in process.stdout or ():
                 lines.append(line)
                 log.write(f"{time.monotonic() - start:5.0f} {line}")
-        if made.returncode:
-            raise Failure("".join(lines[-25:]))
-        return "".join(lines)
+        check(process.returncode == 0, "".join(lines[-25:]))
 
-    def image_of(self, folder: Path, name: str) -> None:
-        container = self("from", "--arch", self._arch, "scratch").splitlines()[-1]
-        self("copy", "--quiet", container, folder, "/")
-        self("commit", "--quiet", "--rm", container, name)
-
-    def build(self, name: str, *more: object, **arguments: object) -> str:
-        """The Dockerfile, with the arguments that the stand-in needs and these."""
-        given = {
-            "BASE_IMAGE": "localhost/base", "RUNTIME_IMAGE": "localhost/base",
-            "PYTHON": PYTHON, "TORCH_VERSION": TORCH[self._arch], "TORCH_INDEX": "",
-            "BNB_SOURCE": "wheel", **arguments,
-        }  # fmt: skip
-        words = [word for pair in given.items() for word in ("--build-arg", "=".join(pair))]
-        words += ["--format", "docker", "--network", "host", "--layers=false"]
-        words += ["--arch", self._arch, "--pull-never", *more]
-        words += ["--tag", name, "--file", "docker/Dockerfile", *pip_options(self.work)]
-        return self._logged("build", *words, ROOT)
-
-    def unpacked(self, name: str) -> tuple[Path, dict[str, Any]]:
-        """(root file system, configuration) of an image."""
-        container = self("from", "--arch", self._arch, "--pull-never", name).splitlines()[-1]
-        found = json.loads(self("inspect", "--type", "image", name))
-        return Path(self("mount", container)), found["Docker"]["config"]
+    def mount(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """Return the root file system and the configuration of an image."""
+        container = self._run("from", "--arch", self._arch, "--pull-never", name).splitlines()[-1]
+        inspected = json.loads(self._run("inspect", "--type", "image", name))
+        return Path(self._run("mount", container)), inspected["Docker"]["config"]
 
 
-def pip_options(work: Path) -> list[str]:
-    """How pip finds its packages here, for the pip in the build: settings, and files they name."""
+def pip_volumes(work: Path) -> list[str]:
+    """Return options that give the build's pip this machine's settings and the files they name."""
     mounts: dict[str, str] = {}
     lines = ["[global]"]
     for name, value in pip_settings(sys.executable).items():
@@ -161,98 +150,92 @@ def pip_options(work: Path) -> list[str]:
         for number, word in enumerate(words):
             path = Path(word.removeprefix("file://"))
             if path.is_absolute() and path.exists():
-                # An index's pages point at files beside it.
+                # An index's pages link to files beside the index.
                 folder = path.parent if path.name == "simple" else path
-                there = mounts.setdefault(str(folder), f"/mnt/{len(mounts)}")
-                words[number] = word.replace(str(folder), there)
+                target = mounts.setdefault(str(folder), f"/mnt/{len(mounts)}")
+                words[number] = word.replace(str(folder), target)
         lines.append(f"{name} = {' '.join(words)}")
     (work / "pip.conf").write_text("\n".join(lines) + "\n")
     mounts[str(work / "pip.conf")] = "/etc/pip.conf"
-    return [word for here, there in mounts.items() for word in ("--volume", f"{here}:{there}:ro")]
+    pairs = mounts.items()
+    return [word for source, target in pairs for word in ("--volume", f"{source}:{target}:ro")]
 
 
-def stand_in(arch: str) -> Path:
-    """A fresh root file system with the stubs; fetched once."""
-    folder, done = CACHE / f"{SUITE}-{arch}", CACHE / f"{SUITE}-{arch}.done"
-    if not done.exists():
+def base_folder(arch: str) -> Path:
+    """Return the substitute's root file system; download it on first use."""
+    folder, mark = CACHE / f"{SUITE}-{arch}", CACHE / f"{SUITE}-{arch}.done"
+    if not mark.exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         run("debootstrap", f"--arch={arch}", "--variant=minbase", SUITE, folder)
-        for leftover in (folder / "var/cache/apt/archives").glob("*.deb"):
-            leftover.unlink()
-        put_stubs(folder, TRIPLET[arch])
-        done.touch()
+        for package in (folder / "var/cache/apt/archives").glob("*.deb"):
+            package.unlink()
+        add_cuda_stubs(folder, TRIPLET[arch])
+        mark.touch()
     return folder
 
 
-def put_stubs(root: Path, triplet: str) -> None:
-    """Libraries with the names of CUDA's, files and links as NVIDIA's base has them."""
-    real = root / "usr/lib" / triplet
-    tiny = (root / "lib" / triplet / "libBrokenLocale.so.1").read_bytes()
-
-    def stub(folder: Path, file: str, soname: str) -> None:
+def add_cuda_stubs(root: Path, triplet: str) -> None:
+    """Add libraries named like CUDA's, with the files and links of NVIDIA's base image."""
+    template = (root / "lib" / triplet / "libBrokenLocale.so.1").read_bytes()
+    system, cuda = root / "usr/lib" / triplet, root / "usr/local/cuda-12.6"
+    for folder, file, soname in (
+        (system, "libcudnn.so.9.3.0", "libcudnn.so.9"),
+        (system, "libcudnn_graph.so.9.3.0", "libcudnn_graph.so.9"),
+        (cuda / "extras/CUPTI/lib64", "libcupti.so.2024.3.2", "libcupti.so.12"),
+        (cuda / "lib64/stubs", "libnvToolsExt.so.1.0.0", "libnvToolsExt.so.1"),  # must stay behind
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         old = b"libBrokenLocale.so.1\0"
-        assert tiny.count(old) == 1 and len(soname) < len(old)
-        name = soname.encode().ljust(len(old), b"\0")
-        (folder / file).write_bytes(tiny.replace(old, name))
+        assert template.count(old) == 1 and len(soname) < len(old)
+        (folder / file).write_bytes(template.replace(old, soname.encode().ljust(len(old), b"\0")))
         (folder / soname).symlink_to(file)
         (folder / soname.partition(".so")[0]).with_suffix(".so").symlink_to(soname)
 
-    stub(real, "libcudnn.so.9.3.0", "libcudnn.so.9")
-    stub(real, "libcudnn_graph.so.9.3.0", "libcudnn_graph.so.9")
-    cuda = root / "usr/local/cuda-12.6"
-    stub(cuda / "extras/CUPTI/lib64", "libcupti.so.2024.3.2", "libcupti.so.12")
-    stub(cuda / "lib64/stubs", "libnvToolsExt.so.1.0.0", "libnvToolsExt.so.1")  # not to be taken
+
+# --- running, as `docker run`, `docker exec` and `docker stop` ---
 
 
-# --- running: what `docker run`, `docker exec` and `docker stop` do ---
-
-
-class Container:
-    """The image's own ENTRYPOINT as process 1 of new namespaces, without a network."""
+class Container(contextlib.AbstractContextManager):
+    """Run the image's ENTRYPOINT as process 1 of new namespaces, without a network."""
 
     def __init__(
         self, root: Path, config: dict[str, Any], volumes: Path, *command: str, log: Path
     ) -> None:
-        self._user, self.log = config["User"], log
-        self._healthcheck = config["Healthcheck"]["Test"][1:]
-        # One thread: several that wait for each other crawl where anything else runs.
-        environment = [*config["Env"], "OMP_NUM_THREADS=1"]
-        self._env = ["env", "--chdir", config["WorkingDir"], "-i", *environment]
-        words = [*config["Entrypoint"], *(command or config["Cmd"])]
-        told = {
-            "root": str(root), "volumes": str(volumes), "words": words,
-            "env": dict(line.split("=", 1) for line in environment),
-            "user": config["User"], "folder": config["WorkingDir"],
+        self._config, self._log = config, log
+        # One thread: with more threads than free cores, torch is many times slower.
+        self._environment = [*config["Env"], "OMP_NUM_THREADS=1"]
+        spec = {
+            "root": str(root), "volumes": str(volumes), "user": config["User"],
+            "folder": config["WorkingDir"], "env": self._environment,
+            "words": [*config["Entrypoint"], *(command or config["Cmd"])],
         }  # fmt: skip
-        spaces = ["--mount", "--pid", "--net", "--ipc", "--uts", "--fork"]
+        words = ["unshare", *NAMESPACES, "--fork", sys.executable, __file__]
+        words += ["--inside", json.dumps(spec)]
         with open(log, "wb") as output:
-            self._unshare = subprocess.Popen(
-                ["unshare", *spaces, sys.executable, __file__, "--inside", json.dumps(told)],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            )  # fmt: skip
+            self._unshare = subprocess.Popen(words, stdin=DEVNULL, stdout=output, stderr=output)
         children = Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children")
         self._first = int(wait_for(children.read_text, "a first process", 10).split()[0])
 
-    def said(self) -> str:
-        return self.log.read_text(errors="replace")
+    def __exit__(self, *_: object) -> None:
+        """Kill the first process: the kernel then ends all others in the container."""
+        if self._unshare.poll() is None:
+            os.kill(self._first, signal.SIGKILL)
+            self._unshare.wait()
+
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
 
     def exec(self, *command: object) -> str:
-        """What a command in the container prints."""
-        user, group = self._user.split(":")
-        into = ["nsenter", "--target", self._first, "--mount", "--pid", "--net", "--ipc", "--uts"]
-        into += ["--root", "--setuid", user, "--setgid", group]
-        return run(*into, *self._env, *command)
+        """Return the output of a command in the container."""
+        user, group = self._config["User"].split(":")
+        into = ["--target", self._first, *NAMESPACES, "--root", "--setuid", user, "--setgid", group]
+        env = ["env", "--chdir", self._config["WorkingDir"], "-i", *self._environment]
+        return run("nsenter", *into, *env, *command)
 
-    def get(self, path: str, **headers: str) -> tuple[int, str]:
-        """(status, body) of the page's answer."""
-        return self._ask("GET", path, headers)
-
-    def post(self, path: str, **headers: str) -> tuple[int, str]:
-        return self._ask("POST", path, headers)
-
-    def _ask(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+    def request(self, method: str, path: str, token: str = "") -> tuple[int, str]:
+        """Return status and body of the page's response."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         script = (
             "import http.client, json, sys; c = http.client.HTTPConnection('127.0.0.1', 7860);"
             f"c.request({method!r}, {path!r}, headers={headers!r}); r = c.getresponse();"
@@ -262,71 +245,59 @@ class Container:
         return status, body
 
     def is_healthy(self) -> bool:
-        """As the image's HEALTHCHECK sees it."""
-        try:
-            self.exec(*self._healthcheck)
-        except Failure:
-            return False
-        return True
-
-    def wait_healthy(self) -> None:
-        def healthy() -> bool:
-            expect(self._unshare.poll() is None, f"the container ended:\n{self.said()}")
-            return self.is_healthy()
-
-        wait_for(healthy, f"the page answers\n{self.said()}", 120)
+        """Return whether the image's HEALTHCHECK succeeds."""
+        check(self._unshare.poll() is None, f"the container ended:\n{self.output()}")
+        with contextlib.suppress(Failure):
+            self.exec(*self._config["Healthcheck"]["Test"][1:])
+            return True
+        return False
 
     def wait(self, seconds: float) -> int:
-        return self._unshare.wait(seconds * PATIENCE)
+        return self._unshare.wait(seconds * slowdown)
 
     def stop(self) -> int:
-        """SIGTERM to the first process; its exit code, if it ends in time."""
+        """Send SIGTERM to the first process; return its exit code."""
         os.kill(self._first, signal.SIGTERM)
         try:
             return self.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            raise Failure(f"not ended {STOP_SECONDS} s after SIGTERM:\n{self.said()}") from None
-
-    def kill(self) -> None:
-        """With its first process, the kernel ends all that is in the container."""
-        if self._unshare.poll() is None:
-            os.kill(self._first, signal.SIGKILL)
-            self._unshare.wait()
+            raise Failure(f"runs {STOP_SECONDS} s after SIGTERM:\n{self.output()}") from None
 
 
-def inside(told: dict[str, Any]) -> None:
-    """Becomes the container's process 1."""
-    root = Path(told["root"])
+def enter_container(spec: dict[str, Any]) -> None:
+    """Mount the container's file systems, then become its process 1."""
+    root = Path(spec["root"])
     run("mount", "--make-rprivate", "/")
     run("mount", "--bind", root, root)
     run("mount", "-t", "proc", "proc", root / "proc")
-    run("mount", "-t", "tmpfs", "tmpfs", root / "tmp")
     for device in ("null", "zero", "urandom"):
         (root / "dev" / device).touch()
         run("mount", "--bind", f"/dev/{device}", root / "dev" / device)
-    (root / "dev/shm").mkdir(exist_ok=True)
-    run("mount", "-t", "tmpfs", "tmpfs", root / "dev/shm")
-    for volume in ("cache", "srv/data", "srv/runs"):
-        run("mount", "--bind", Path(told["volumes"]) / volume, root / volume)
-    with socket.socket() as any_socket:  # the new network has a loopback, but it is down
+    for folder in (root / "tmp", root / "dev/shm"):
+        folder.mkdir(exist_ok=True)
+        run("mount", "-t", "tmpfs", "tmpfs", folder)
+    for volume in VOLUMES:
+        run("mount", "--bind", Path(spec["volumes"]) / volume, root / volume)
+    with socket.socket() as any_socket:  # the new network's loopback is down at first
         up = struct.pack("16sh22x", b"lo", 0x1)
         fcntl.ioctl(any_socket, 0x8914, up)  # SIOCSIFFLAGS, IFF_UP
-    user, group = map(int, told["user"].split(":"))
+    user, group = map(int, spec["user"].split(":"))
     os.chroot(root)
-    os.chdir(told["folder"])
+    os.chdir(spec["folder"])
     os.setgroups([group])
     os.setgid(group)
     os.setuid(user)
-    os.execve(told["words"][0], told["words"], told["env"])  # noqa: S606
+    env = dict(line.split("=", 1) for line in spec["env"])
+    os.execve(spec["words"][0], spec["words"], env)  # noqa: S606
 
 
-# --- what is tried ---
+# --- the checks ---
 
 
-def volumes_in(work: Path) -> Path:
-    """Empty volumes, with as many rows as it takes."""
+def make_volumes(work: Path) -> Path:
+    """Create the volumes, empty but for the training rows."""
     folder = work / "volumes"
-    for name in ("cache", "srv/data", "srv/runs"):
+    for name in VOLUMES:
         (folder / name).mkdir(parents=True)
         (folder / name).chmod(0o1777)
     rows = (ROOT / "jetson_ft/data/bundled/zh_train.jsonl").read_text().splitlines(keepends=True)
@@ -334,174 +305,146 @@ def volumes_in(work: Path) -> Path:
     return folder
 
 
-def state_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+def run_state(folder: Path) -> str:
+    return json.loads((folder / "state.json").read_text())["state"]
 
 
-def lesson(page: Container) -> tuple[list[str], int]:
-    """(what `train` is to do, steps of a run that is to be cut short)."""
-    if PATIENCE == 1:
-        return RECIPE, 8
-    page.exec("python", "-c", TINY)
-    sets = ["model=data/tiny", "train.epochs=20", "train.early_stopping=0"]
-    return [*RECIPE, *(word for one in sets for word in ("--set", one))], 40
-
-
-def try_image(root: Path, config: dict[str, Any], work: Path) -> None:
-    volumes = volumes_in(work)
+def check_image(root: Path, config: dict[str, Any], work: Path) -> None:
+    volumes = make_volumes(work)
     runs = volumes / "srv/runs"
+    # Enough steps to interrupt the run.
+    settings, steps = (SETTINGS, 8) if slowdown == 1 else ([*SETTINGS, *TINY_SETTINGS], 40)
+    train = ["jetson-ft", "train", "quickstart-zh"]
+    train += [word for setting in settings for word in ("--set", setting)]
 
-    with step("start: the page answers, its link works, nobody gets in without"):
-        page = Container(root, config, volumes, log=work / "page.log")
-        try:
-            page.wait_healthy()
-            link = wait_for(lambda: re.search(r"^open: (\S+)$", page.said(), re.M), "a link", 5)[1]
-            expect(re.fullmatch(r"http://127\.0\.0\.1:7860/\?token=[0-9a-f]{32}", link), link)
+    with Container(root, config, volumes, log=work / "page.log") as page:
+        with step("start: the page responds to its link's token, and not without"):
+            wait_for(page.is_healthy, "the page responds", 120)
+            pattern = re.compile(r"^open: (\S+)$", re.MULTILINE)
+            link = wait_for(lambda: pattern.search(page.output()), "a link", 5)[1]
+            check(re.fullmatch(r"http://127\.0\.0\.1:7860/\?token=[0-9a-f]{32}", link), link)
             token = link.partition("token=")[2]
-            expect(page.get("/en/")[0] == 401, "the page answers without a token")
-            key = {"Authorization": f"Bearer {token}"}
-            expect(page.get(f"/?token={token}")[0] == 303, "the link's token is not taken")
-            expect("<html" in page.get("/en/", **key)[1].lower(), "no page behind the token")
-            ids = page.exec("id", "-u").strip()
-            expect(ids == "1000", f"runs as {ids}")
-            first = page.exec("cat", "/proc/1/cmdline").split("\0")[:3]  # an emulator, perhaps
-            expect("/usr/bin/tini" in first, f"process 1 is {first}")
-        except BaseException:
-            page.kill()
-            raise
-
-    try:
+            check(page.request("GET", "/en/")[0] == 401, "the page responds without a token")
+            check(page.request("GET", f"/?token={token}")[0] == 303, "the link's token is refused")
+            check("<html" in page.request("GET", "/en/", token)[1].lower(), "no page for the token")
+            check(page.exec("id", "-u").strip() == "1000", "does not run as user 1000")
+            first = page.exec("cat", "/proc/1/cmdline").split("\0")[:3]  # perhaps by an emulator
+            check("/usr/bin/tini" in first, f"process 1 is {first}")
         with step("fine-tune two steps, without a network"):
-            recipe, steps = lesson(page)
-            page.exec("jetson-ft", "train", *recipe, "--set", "train.max_steps=2")
-            done = next(runs.iterdir())
-            expect(state_of(done)["state"] == "finished", f"{state_of(done)}")
-            expect((done / "adapter/adapter_model.safetensors").exists(), "no adapter")
-            expect((done / "report.html").exists(), "no report")
-        with step("docker stop in the middle of another: a checkpoint"):
-            follower = ["jetson-ft", "train", *recipe, "--set", f"train.max_steps={steps}"]
-            page.exec("bash", "-c", f"{' '.join(follower)} >/dev/null 2>&1 &")
-            cut = wait_for(lambda: set(runs.iterdir()) - {done}, "a second run", 60).pop()
-            told = cut / "events.jsonl"
-            wait_for(lambda: told.exists() and '"kind": "step"' in told.read_text(), "a step", 120)
+            if slowdown > 1:
+                page.exec("python", "-c", MAKE_TINY_MODEL)
+            page.exec(*train, "--set", "train.max_steps=2")
+            finished = next(runs.iterdir())
+            check(run_state(finished) == "finished", run_state(finished))
+            check((finished / "adapter/adapter_model.safetensors").exists(), "no adapter")
+            check((finished / "report.html").exists(), "no report")
+        with step("docker stop during a run: a checkpoint"):
+            command = " ".join([*train, "--set", f"train.max_steps={steps}"])
+            page.exec("bash", "-c", f"{command} >/dev/null 2>&1 &")
+            stopped = wait_for(lambda: set(runs.iterdir()) - {finished}, "a second run", 60).pop()
+            events = stopped / "events.jsonl"
+            event = '"kind": "step"'
+            wait_for(lambda: events.exists() and event in events.read_text(), "a step", 120)
             start = time.monotonic()
-            code = page.stop()
-            print(f"exit code {code} after {time.monotonic() - start:.1f} s ... ", end="")
-            expect(state_of(cut)["state"] == "stopped", f"{state_of(cut)}\n{page.said()}")
-            kept = list((cut / "checkpoints").glob("step-*/manifest.json"))
-            expect(kept, f"no checkpoint in {cut}")
-            expect(not list(cut.glob("stop")), "the request to stop is still there")
-    finally:
-        page.kill()
+            code, seconds = page.stop(), time.monotonic() - start
+            check(run_state(stopped) == "stopped", f"{run_state(stopped)}\n{page.output()}")
+            manifests = list((stopped / "checkpoints").glob("step-*/manifest.json"))
+            check(manifests, f"no checkpoint in {stopped}")
+            check(not (stopped / "stop").exists(), "the stop request is still there")
+        print(f"    exit code {code} after {seconds:.1f} s")
 
-    with step("start again: the stopped run is offered, Resume finishes it"):
-        page = Container(root, config, volumes, log=work / "again.log")
-        try:
-            page.wait_healthy()
-            wait_for(lambda: f"{cut.name} can go on" in page.said(), "the run in the log", 5)
-            key = {"Authorization": f"Bearer {page.said().partition('token=')[2][:32]}"}
-            shown = page.get(f"/live/en/runs/{cut.name}", **key)[1]
-            expect("Resume" in shown, f"no Resume in {shown}")
-            status, answer = page.post(f"/runs/{cut.name}/resume", **key)
-            expect(status == 200, f"{status} {answer}")
-            wait_for(lambda: state_of(cut)["state"] == "finished", "the run finished", 300)
-            events = [json.loads(line) for line in (cut / "events.jsonl").read_text().splitlines()]
-            made = [event for event in events if event["kind"] == "step"]
-            again = [event["step"] for event in made if event["attempt"] == 2]
-            last = max(event["step"] for event in made if event["attempt"] == 1)
-            expect(again[0] == last + 1 and again[-1] == steps, f"steps {last}, then {again}")
-        except BaseException:
-            page.kill()
-            raise
-    with step("docker stop with nothing going on"):
-        start = time.monotonic()
-        page.stop()
-        expect(time.monotonic() - start < 10 * PATIENCE, "took longer than Docker waits by default")
-    with step("docker run with a command: as its exit code says"):
-        once = Container(root, config, volumes, "recipe", "validate", "nothing", log=work / "o.log")
-        expect(once.wait(60) == 2 and "error:" in once.said(), once.said())
-
-
-def is_refused(builder: Builder) -> None:
-    try:
-        builder.build("localhost/refused", "--target", "build")
-    except Failure as failure:
-        expect("is a CPU build" in str(failure), str(failure))
-    else:
-        raise Failure("a CPU build of torch was taken for CUDA's")
+    with Container(root, config, volumes, log=work / "again.log") as page:
+        with step("start again: the log names the stopped run, Resume finishes it"):
+            wait_for(page.is_healthy, "the page responds", 120)
+            wait_for(lambda: f"{stopped.name} can go on" in page.output(), "the run in the log", 5)
+            token = page.output().partition("token=")[2][:32]
+            fragment = page.request("GET", f"/live/en/runs/{stopped.name}", token)[1]
+            check("Resume" in fragment, f"no Resume in {fragment}")
+            status, body = page.request("POST", f"/runs/{stopped.name}/resume", token)
+            check(status == 200, f"{status} {body}")
+            wait_for(lambda: run_state(stopped) == "finished", "the run finished", 300)
+            lines = [json.loads(line) for line in events.read_text().splitlines()]
+            made = [(line["attempt"], line["step"]) for line in lines if line["kind"] == "step"]
+            first, second = ([n for attempt, n in made if attempt == wanted] for wanted in (1, 2))
+            check(second[0] == max(first) + 1 and second[-1] == steps, f"steps {first}, {second}")
+        with step("docker stop without a run"):
+            start = time.monotonic()
+            page.stop()
+            check(time.monotonic() - start < 10 * slowdown, "longer than Docker's default timeout")
+    with step("docker run with another command: its exit code"):
+        command = "recipe", "validate", "nothing"
+        with Container(root, config, volumes, *command, log=work / "other.log") as other:
+            check(other.wait(60) == 2 and "error:" in other.output(), other.output())
 
 
 def check_libraries(root: Path) -> None:
-    """CUDA's libraries arrived once each, with links made there."""
-    folder = root / "opt/cuda-libs"
-    files = {path.name for path in folder.iterdir() if not path.is_symlink()}
-    links = {path.name: str(path.readlink()) for path in folder.iterdir() if path.is_symlink()}
-    expect(files == {"libcudnn.so.9.3.0", "libcudnn_graph.so.9.3.0", "libcupti.so.2024.3.2"}, files)
-    wanted = {
-        "libcudnn.so.9": "libcudnn.so.9.3.0", "libcudnn_graph.so.9": "libcudnn_graph.so.9.3.0",
-        "libcupti.so.12": "libcupti.so.2024.3.2",
+    """Check that CUDA's libraries were copied once each, and linked in the image."""
+    paths = (root / "opt/cuda-libs").iterdir()
+    entries = {path.name: str(path.readlink()) if path.is_symlink() else "file" for path in paths}
+    expected = {
+        "libcudnn.so.9.3.0": "file", "libcudnn.so.9": "libcudnn.so.9.3.0",
+        "libcudnn_graph.so.9.3.0": "file", "libcudnn_graph.so.9": "libcudnn_graph.so.9.3.0",
+        "libcupti.so.2024.3.2": "file", "libcupti.so.12": "libcupti.so.2024.3.2",
     }  # fmt: skip
-    expect(links == wanted, links)
+    check(entries == expected, entries)
 
 
-def weigh(root: Path) -> None:
-    """Where the bytes are."""
-    places = ["opt/venv", "opt/model", "opt/jetson-ft", "opt/cuda-libs", "usr", "var", "."]
-    for place in places:
+def print_sizes(root: Path) -> None:
+    """Print the sizes of the image's folders and of its largest Python packages."""
+    for place in ("opt/venv", "opt/model", "opt/jetson-ft", "opt/cuda-libs", "usr", "var", "."):
         size = int(run("du", "-s", "--block-size=1M", root / place).split()[0])
         print(f"    {size:6,} MiB  /{place.strip('.')}")
     site = next((root / "opt/venv/lib").glob("python*")) / "site-packages"
-    sizes = run("du", "-s", "--block-size=1M", *site.iterdir())
-    parts = sorted((line.split("\t") for line in sizes.splitlines()), key=lambda p: -int(p[0]))
-    print("    of the packages: " + ", ".join(f"{Path(p).name} {n} MiB" for n, p in parts[:8]))
+    lines = run("du", "-s", "--block-size=1M", *site.iterdir()).splitlines()
+    sizes = sorted((line.split("\t") for line in lines), key=lambda pair: -int(pair[0]))
+    print("    packages: " + ", ".join(f"{Path(path).name} {size} MiB" for size, path in sizes[:8]))
 
 
 def main(arch: str, keep: bool) -> None:
-    lacking = [name for name in ("buildah", "debootstrap", "unshare") if not shutil.which(name)]
-    if os.geteuid() != 0 or lacking:
-        raise Failure(
-            "needs root, buildah and debootstrap.\n  fix:   sudo apt install buildah debootstrap, "
-            "then sudo make image-test"
-        )
+    missing = [name for name in ("buildah", "debootstrap", "unshare") if not shutil.which(name)]
+    if os.geteuid() != 0 or missing:
+        fix = "sudo apt install buildah debootstrap, then sudo make image-test"
+        raise Failure(f"needs root, buildah and debootstrap.\n  fix:   {fix}")
     if arch != run("dpkg", "--print-architecture").strip():
-        global PATIENCE
-        PATIENCE = 20
+        global slowdown
+        slowdown = 20
     CACHE.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="work-", dir=CACHE))
+    print(f"Images and logs: {work}" + ("" if keep else " (deleted at the end)"))
     builder = Builder(work, arch)
     try:
-        with step(f"stand-in for NVIDIA's bases: {SUITE}, {arch}"):
-            builder.image_of(stand_in(arch), "localhost/base")
-        with step("build, asking for CUDA: refused"):
-            is_refused(builder)
+        with step(f"substitute for NVIDIA's base images: {SUITE}, {arch}"):
+            builder.commit_folder(base_folder(arch), BASE)
+        with step("build that requires CUDA: refused"):
+            try:
+                builder.build("localhost/refused", "--target", "build")
+            except Failure as failure:
+                check("is a CPU build" in str(failure), failure)
+            else:
+                raise Failure("the build accepted a CPU build of torch")
         with step("build"):
-            builder.build("localhost/jetson-ft", REQUIRE_CUDA="0")
-        root, config = builder.unpacked("localhost/jetson-ft")
+            builder.build(IMAGE, REQUIRE_CUDA="0")
+        root, config = builder.mount(IMAGE)
         check_libraries(root)
-        weigh(root)
-        try_image(root, config, work)
+        print_sizes(root)
+        check_image(root, config, work)
     finally:
-        if keep:
-            print(f"kept: {work}")
-        else:
+        if not keep:
             shutil.rmtree(work, ignore_errors=True)
-    print(
-        "skipped: CUDA (REQUIRE_CUDA=0, empty libraries), bitsandbytes from source "
-        "(BNB_SOURCE=wheel), NVIDIA's container runtime; see docs/docker.md."
-    )
+    print("skipped: CUDA, bitsandbytes from source, NVIDIA's container runtime; see docs/docker.md")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", default="amd64", choices=TRIPLET)
-    parser.add_argument("--keep", action="store_true", help="leave images and logs for a look")
+    parser.add_argument("--keep", action="store_true", help="keep the images and the logs")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
-        inside(json.loads(arguments.inside))
+        enter_container(json.loads(arguments.inside))
     start = time.monotonic()
     try:
         main(arguments.arch, arguments.keep)
     except Failure as failure:
-        sys.exit(f"\nimage-test: {failure}")
+        sys.exit(f"image-test: {failure}")
     print(f"image-test: {time.monotonic() - start:.0f} s")
