@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# apt.sh PACKAGE…: installs them from APT_MIRROR, where one is given, and leaves no lists behind.
+# apt.sh PACKAGE…: install packages, from APT_MIRROR if it is set, and delete apt's lists and logs.
 set -euo pipefail
 
 if [ -n "${APT_MIRROR:-}" ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# bitsandbytes.sh PACKAGE-FOLDER: puts CUDA kernels for this board's GPU in place of the published
-# package's, which imports on an Orin and fails at its first 4-bit weight.
+# bitsandbytes.sh PACKAGE-FOLDER: replace the published package's CUDA kernels by kernels for this
+# board's GPU. On an Orin the published package imports, but fails at the first 4-bit weight.
 set -euo pipefail
 
 package=$1
@@ -16,7 +16,7 @@ esac
 bash "$(dirname "$0")/apt.sh" ca-certificates cmake g++ git make
 git clone --quiet --depth 1 --branch "$BNB_VERSION" "$BNB_REPO" bitsandbytes
 
-# nvcc takes up to 2 GB a process: on a board of 8 GB, one for each core ends in "Killed".
+# nvcc takes up to 2 GB a process: with one process a core, a board of 8 GB runs out of memory.
 jobs=$(($(awk '/^MemAvailable:/ { print $2 }' "${MEMINFO:-/proc/meminfo}") / 2000000))
 cores=$(nproc)
 jobs=$((jobs < 1 ? 1 : jobs > cores ? cores : jobs))

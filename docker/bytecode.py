@@ -1,21 +1,21 @@
-"""Bytecode for the modules that the program loads: nobody can write it where the image runs.
+"""Compile the modules that the program loads: at run time the image's files can't be written.
 
-All of a package's would be three times as much, most of it never read. It doesn't look at the
-sources' dates, as those are all the same in the image.
+Compiling all modules would take three times the space. The bytecode does not depend on the dates of
+the source files, which are all the same in the image.
 """
 
 import py_compile
 import sys
 from importlib import import_module
 
-TOUR = [
+MODULES = [
     "jetson_ft.runs.pipeline", "jetson_ft.runs.supervisor", "jetson_ft.runs.chat_worker",
     "jetson_ft.webui.page", "jetson_ft.webui.routes", "jetson_ft.console",
     "jetson_ft.chat_terminal", "bitsandbytes", "datasets", "peft", "uvicorn",
     "transformers.models.llama.modeling_llama", "transformers.models.phi.modeling_phi",
 ]  # fmt: skip
 
-for name in TOUR:
+for name in MODULES:
     import_module(name)
 files = {str(getattr(module, "__file__", "")) for module in list(sys.modules.values())}
 files = {file for file in files if file.startswith("/opt/") and file.endswith(".py")}

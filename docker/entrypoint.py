@@ -1,9 +1,9 @@
 #!/opt/venv/bin/python -IS
-"""What the container runs: `jetson-ft` with the arguments given, and no run is lost at its end.
+"""Run `jetson-ft` as the container's first program; when the container stops, checkpoint all runs.
 
-A run's supervisor outlives the page that started it, but not the container: when its first process
-ends, the kernel kills the rest. So `docker stop`, which tells that first process alone, is passed
-on here to every supervisor; each leaves a checkpoint, and only then does this process end.
+A run's supervisor outlives the page that started it, but not the container: when the first process
+ends, the kernel kills all others. `docker stop` sends SIGTERM to the first process only. So this
+program sends it on to every supervisor and waits until they have written their checkpoints.
 """
 
 from __future__ import annotations
@@ -20,35 +20,34 @@ SUPERVISOR = b"jetson_ft.runs.supervisor"
 
 
 def supervisors() -> list[int]:
-    """Process numbers of this container's supervisors, wherever their runs lie."""
-    here, found = Path("/proc/self/ns/mnt").readlink(), []
+    """Return the process ids of all supervisors in this container."""
+    namespace, pids = Path("/proc/self/ns/mnt").readlink(), []
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone meanwhile, or another user's
-            is_one = SUPERVISOR in (process / "cmdline").read_bytes().split(b"\0")
-            # With --pid=host, those of other containers and of the board itself show too.
-            if is_one and (process / "ns/mnt").readlink() == here:
-                found.append(int(process.name))
-    return found
+        with suppress(OSError):  # it has ended, or belongs to another user
+            is_supervisor = SUPERVISOR in (process / "cmdline").read_bytes().split(b"\0")
+            # With --pid=host, processes of the board and of other containers are listed too.
+            if is_supervisor and (process / "ns/mnt").readlink() == namespace:
+                pids.append(int(process.name))
+    return pids
 
 
 def stop_runs() -> None:
-    """Asks for checkpoints and waits for them; Docker's stop timeout is the limit."""
-    told: set[int] = set()
+    """Stop all runs and wait for their checkpoints; Docker's stop timeout is the limit."""
+    signalled: set[int] = set()
     while alive := supervisors():
-        for number in set(alive) - told:
+        for pid in set(alive) - signalled:
             with suppress(ProcessLookupError):
-                os.kill(number, signal.SIGTERM)
-        told.update(alive)
+                os.kill(pid, signal.SIGTERM)
+        signalled.update(alive)
         time.sleep(0.1)
 
 
 class Stop(Exception):
-    """`docker stop`."""
+    """`docker stop` sent SIGTERM."""
 
 
 def main(command: list[str]) -> int:
-    """Runs it; returns its exit code, 128 and more for a signal, as a shell does."""
-
+    """Run the command; return its exit code, or 128 plus the signal, as a shell does."""
     program = subprocess.Popen(command)
 
     def interrupt(*_: object) -> None:
@@ -63,7 +62,7 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         code = program.wait()
-        time.sleep(0.5)  # a run that has just finished needs no stop: its supervisor is leaving
+        time.sleep(0.5)  # the supervisor of a run that has just finished ends by itself
         stop_runs()
     except Stop:
         print("stopping; runs are writing their checkpoints", flush=True)
@@ -71,7 +70,7 @@ def main(command: list[str]) -> int:
         stop_runs()
         try:
             code = program.wait(5)
-        except subprocess.TimeoutExpired:  # a page waits for browsers that stay connected
+        except subprocess.TimeoutExpired:  # the page waits for connected browsers
             program.kill()
             code = program.wait()
     return code if code >= 0 else 128 - code

@@ -1,33 +1,33 @@
 #!/usr/bin/env bash
-# Runs the image on this board, with what a container can't see by itself.
+# Run the image on this board, with the board's devices, groups and address.
 #   docker/run.sh [webui]                  the page, for this board alone; HOST=0.0.0.0: the network
 #   docker/run.sh train RECIPE …, chat …   any other jetson-ft command
-#   docker/run.sh --env >docker/.env       the same findings, for docker/compose.yaml
-# Asks for IMAGE, HOST, PORT, HF_ENDPOINT, HF_TOKEN and DOCKER (podman) in the environment.
+#   docker/run.sh --env >docker/.env       print the same settings for docker/compose.yaml
+# Variables: IMAGE, HOST, PORT, HF_ENDPOINT, HF_TOKEN, DOCKER (e.g. podman).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 image=${IMAGE:-jetson-ft:jp6}
 host=${HOST:-127.0.0.1}
 port=${PORT:-7860}
-root=${SYSTEM_ROOT:-} # the tests' stand-in for /
+root=${SYSTEM_ROOT:-} # tests set it in place of /
 
-# Made here: Docker would make them root's, and the container runs as you.
+# If Docker created these folders they would belong to root, but the container runs as this user.
 mkdir -p data runs
 user=${SUDO_UID:-$(id -u)}:${SUDO_GID:-$(id -g)}
 [ "$(id -u)" != 0 ] || chown "$user" data runs
 
-# In the link, every address stands for the one that others in the network reach.
+# If the page listens on all addresses, its link shows the first one.
 address=$host
 if [ "$host" = 0.0.0.0 ]; then
     read -r address _ < <(hostname -I 2>/dev/null || true) || true
 fi
 reached_as=${address:-127.0.0.1}:$port
 
-# By number: the image has no such groups. Without video and render, CUDA fails with error 801.
+# Groups by number: the image has no such names. Without video and render, CUDA fails with 801.
 gid() { getent group "$1" | cut -d: -f3; }
 
-# The device tree is masked in containers; jetson_ft.device.probe looks for this copy too.
+# Containers can't read the device tree; jetson_ft.device.probe also reads this copy.
 model=
 if [ -r "$root/proc/device-tree/model" ]; then
     model=$PWD/runs/.nv_jetson_model
@@ -39,7 +39,7 @@ jtop=
 [ ! -S "$root/run/jtop.sock" ] || jtop=/run/jtop.sock
 
 if [ "${1:-}" = --env ]; then
-    echo "# Made by docker/run.sh --env: this board and this user, for docker/compose.yaml."
+    echo "# Made by docker/run.sh --env for this board and user; read by docker/compose.yaml."
     echo "IMAGE=$image"
     echo "PUBLISH=$host"
     echo "PORT=$port"
@@ -64,7 +64,7 @@ options+=(--env HF_TOKEN)
 if [ -n "$tegra_release" ]; then
     options+=(--runtime nvidia --volume "$tegra_release:$tegra_release:ro")
 else
-    echo "No Jetson here (/etc/nv_tegra_release is missing): without a GPU." >&2
+    echo "This is no Jetson (/etc/nv_tegra_release is missing): the container has no GPU." >&2
 fi
 [ -z "$model" ] || options+=(--volume "$model:/tmp/nv_jetson_model:ro")
 [ -z "$jtop" ] || options+=(--volume "$jtop:$jtop")
@@ -75,6 +75,6 @@ done
 if [ "${1:-webui}" = webui ]; then
     options+=(--name jetson-ft --publish "$host:$port:7860" --env "JETSON_FT_REACHED_AS=$reached_as")
 else
-    options+=(--no-healthcheck) # it asks for the page
+    options+=(--no-healthcheck) # it requests the page
 fi
 exec "${DOCKER:-docker}" run "${options[@]}" "$image" "$@"

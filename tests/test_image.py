@@ -1,9 +1,8 @@
-"""The container image's pieces, without a container: `make image-test` tries them together."""
+"""The container image's files one by one; `make image-test` builds and runs the image."""
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import re
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
 
 
-def load(name: str) -> ModuleType:
+def load_script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"docker_{name}", DOCKER / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -30,15 +30,16 @@ def load(name: str) -> ModuleType:
     return module
 
 
-check: Any = load("check")
-Fake = Callable[[str, str], None]
+check: Any = load_script("check")
+FakeProgram = Callable[[str, str], None]
+RunScript = Callable[..., list[str]]
 
 
 # --- the Dockerfile ---
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
-    """(instruction, what stands behind it), comments left out and lines joined."""
+    """Return (instruction, arguments) pairs, without comments and with lines joined."""
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     return [
@@ -52,72 +53,71 @@ DOCKERFILE = instructions((DOCKER / "Dockerfile").read_text())
 
 
 def arguments() -> dict[str, str]:
-    """The arguments and their defaults, as given before the first stage."""
+    """Return the build arguments with their defaults, which are all before the first stage."""
     first = [kind for kind, _ in DOCKERFILE].index("FROM")
     pairs = (rest.partition("=") for kind, rest in DOCKERFILE[:first] if kind == "ARG")
     return {name: value.strip('"') for name, _, value in pairs}
 
 
-def test_each_argument_has_its_default_on_top_and_a_use() -> None:
-    used = " ".join(rest for kind, rest in DOCKERFILE if kind != "ARG")
-    used += "".join(path.read_text() for path in [*DOCKER.glob("*.sh"), DOCKER / "check.py"])
-    for name in arguments():
-        by_builders = name == "PIP_INDEX_URL"  # pip reads it
-        assert by_builders or re.search(rf"\b{name}\b", used), name
+def test_every_argument_has_its_default_on_top_and_is_used() -> None:
+    text = " ".join(rest for kind, rest in DOCKERFILE if kind != "ARG")
+    text += "".join(path.read_text() for path in [*DOCKER.glob("*.sh"), DOCKER / "check.py"])
+    for name in arguments().keys() - {"PIP_INDEX_URL"}:  # pip reads it
+        assert re.search(rf"\b{name}\b", text), name
     first = [kind for kind, _ in DOCKERFILE].index("FROM")
     for kind, rest in DOCKERFILE[first:]:
         for name in rest.split() if kind == "ARG" else []:
-            assert name in arguments(), f"{name} has a default in a stage, out of sight"
+            assert name in arguments(), f"{name} has its default inside a stage"
 
 
-def test_an_argument_is_known_where_it_is_used() -> None:
-    """An ARG holds for its own stage alone; elsewhere it is silently empty."""
-    known: set[str] = set()
+def test_used_argument_is_declared_in_its_stage() -> None:
+    """An ARG is valid in its own stage only; elsewhere it is silently empty."""
+    declared: set[str] = set()
     for kind, rest in DOCKERFILE:
         if kind == "FROM":
-            known = set()
+            declared = set()
         elif kind == "ARG":
-            known |= {name.partition("=")[0] for name in rest.split()}
+            declared |= {name.partition("=")[0] for name in rest.split()}
         else:
-            wanted = set(re.findall(r"\$\{?([A-Z_]+)", rest)) & set(arguments())
-            assert wanted <= known, f"{kind} {rest[:60]}: {wanted - known}"
+            used = set(re.findall(r"\$\{?([A-Z_]+)", rest)) & set(arguments())
+            assert used <= declared, f"{kind} {rest[:60]}: {used - declared}"
 
 
-def test_every_base_is_an_argument() -> None:
+def test_base_images_are_arguments() -> None:
     bases = [rest.split()[0] for kind, rest in DOCKERFILE if kind == "FROM"]
     assert bases == ["${BASE_IMAGE}", "${RUNTIME_IMAGE}"]
 
 
-def test_every_install_is_followed_by_the_look_at_torch() -> None:
+def test_every_install_is_followed_by_check_of_torch() -> None:
     installs = [rest for kind, rest in DOCKERFILE if kind == "RUN" and "pip install" in rest]
     assert len(installs) == 3
     for number, text in enumerate(installs):
-        behind = text.rpartition("pip install")[2]
-        assert re.search(r"&& python check\.py( |$)", behind), text
+        rest = text.rpartition("pip install")[2]
+        assert re.search(r"&& python check\.py( |$)", rest), text
         assert number == 0 or "--constraint torch.txt" in text
     scripts = [rest for kind, rest in DOCKERFILE if kind == "RUN" and "bitsandbytes.sh" in rest]
     assert all(text.endswith("&& python check.py") for text in scripts) and scripts
     last = max(number for number, (kind, _) in enumerate(DOCKERFILE) if kind == "RUN")
     assert "check.py --load" in DOCKERFILE[last][1]
     users = [rest for kind, rest in DOCKERFILE[:last] if kind == "USER"]
-    assert users == [dict(DOCKERFILE)["USER"]]  # it is looked at by whom it will run as
+    assert users == [dict(DOCKERFILE)["USER"]]  # the check runs as the image's user
 
 
-def test_the_defaults_are_those_of_the_set_up_and_the_pins() -> None:
+def test_argument_defaults_match_setup_and_pins() -> None:
     pins = (ROOT / arguments()["CONSTRAINTS"]).read_text()
     assert f"torch=={arguments()['TORCH_VERSION']}\n" in pins
     assert f"bitsandbytes=={arguments()['BNB_VERSION']}\n" in pins
     assert f'"{arguments()["TORCH_INDEX"]}"' in (ROOT / "scripts" / "setup.py").read_text()
 
 
-def test_a_profile_sets_known_arguments_and_files() -> None:
+def test_profile_sets_declared_arguments_and_existing_files() -> None:
     lines = (DOCKER / "jp7.env").read_text().splitlines()
     given = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
     assert given.keys() <= arguments().keys()
     assert (ROOT / given["CONSTRAINTS"]).exists()
 
 
-def test_the_image_runs_as_nobody_in_particular_under_an_init() -> None:
+def test_image_runs_as_plain_user_under_init() -> None:
     last = dict(DOCKERFILE)
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last["USER"])
     assert last["ENTRYPOINT"].startswith('["/usr/bin/tini", "--", ')
@@ -128,30 +128,30 @@ def test_the_image_runs_as_nobody_in_particular_under_an_init() -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "cuda", "packages", "wanted", "said"),
+    ("version", "cuda", "packages", "arguments", "message"),
     [
         ("2.8.0", "12.6", ["numpy"], {}, ""),
         ("2.8.0+cu126", "12.6", [], {"TORCH_VERSION": "2.8.0"}, ""),
         ("2.8.0", "", [], {}, "2.8.0 is a CPU build"),
         ("2.8.0", "", [], {"REQUIRE_CUDA": "1"}, "2.8.0 is a CPU build"),
         ("2.8.0", "", [], {"REQUIRE_CUDA": "0"}, ""),
-        ("2.9.0", "12.6", [], {"TORCH_VERSION": "2.8.0"}, "2.8.0 was asked for"),
-        ("2.8.0", "12.6", ["nvidia-cudnn-cu12"], {}, "nvidia-cudnn-cu12 would be loaded"),
+        ("2.9.0", "12.6", [], {"TORCH_VERSION": "2.8.0"}, "2.8.0 was requested"),
+        ("2.8.0", "12.6", ["nvidia-cudnn-cu12"], {}, "nvidia-cudnn-cu12 would replace"),
         ("2.8.0", "12.6", ["nvidia-cudnn-cu12"], {"TORCH_DEPS": "1"}, ""),
     ],
 )
-def test_torch_is_as_asked_for_or_the_build_ends(
-    version: str, cuda: str, packages: list[str], wanted: dict[str, str], said: str
+def test_unrequested_torch_ends_build_with_fix(
+    version: str, cuda: str, packages: list[str], arguments: dict[str, str], message: str
 ) -> None:
-    if not said:
-        check.check_torch(version, cuda, packages, wanted)
+    if not message:
+        check.check_torch(version, cuda, packages, arguments)
         return
-    with pytest.raises(check.Unfit, match=re.escape(said)) as raised:
-        check.check_torch(version, cuda, packages, wanted)
-    assert "fix:" in str(raised.value)
+    with pytest.raises(check.CheckFailed, match=re.escape(message)) as error:
+        check.check_torch(version, cuda, packages, arguments)
+    assert "fix:" in str(error.value)
 
 
-def test_torchs_build_is_read_off_its_files(tmp_path: Path) -> None:
+def test_torch_build_is_read_from_its_files(tmp_path: Path) -> None:
     (tmp_path / "version.py").write_text(
         "__all__ = ['__version__', 'cuda']\n__version__ = '2.8.0'\n"
         "cuda: Optional[str] = '12.6'\nhip: Optional[str] = None\n"
@@ -171,28 +171,28 @@ LDD = """
 """
 
 
-def test_the_drivers_libraries_may_be_missing_and_no_others() -> None:
-    assert check.missing(LDD) == ["libcudnn.so.9", "libcudart.so.12"]
+def test_only_driver_libraries_may_be_missing() -> None:
+    assert check.missing_libraries(LDD) == ["libcudnn.so.9", "libcudart.so.12"]
 
 
-def test_a_missing_library_is_named_with_who_needs_it(tmp_path: Path, fake: Fake) -> None:
+def test_missing_library_is_named_with_its_user(tmp_path: Path, fake: FakeProgram) -> None:
     fake("ldd", f"echo '{LDD}'")
     library = tmp_path / "libtorch_cuda.so"
     library.touch()
-    with pytest.raises(check.Unfit, match=r"libcudnn\.so\.9 \(for libtorch_cuda\.so\)"):
+    with pytest.raises(check.CheckFailed, match=r"libcudnn\.so\.9 \(for libtorch_cuda\.so\)"):
         check.check_libraries([library])
-    with pytest.raises(check.Unfit, match="missing"):
+    with pytest.raises(check.CheckFailed, match="missing"):
         check.check_libraries([tmp_path / "libbitsandbytes_cuda126.so"])
     fake("ldd", "echo '\tlibcuda.so.1 => not found'")
     check.check_libraries([library])
 
 
-# --- the shell scripts, with stand-ins for the programs they call ---
+# --- the shell scripts, with fakes for the programs that they call ---
 
 
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    """Puts a shell script on PATH in a program's place."""
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeProgram:
+    """Return a function that puts a shell script on PATH in place of a program."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -205,8 +205,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
 
 
 @pytest.fixture
-def board(tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Runs a copy of docker/run.sh as on a Jetson; returns what `docker` was given."""
+def board(tmp_path: Path, fake: FakeProgram, monkeypatch: pytest.MonkeyPatch) -> RunScript:
+    """Return a function that runs docker/run.sh as on a Jetson and returns docker's arguments."""
     clone, system = tmp_path / "clone", tmp_path / "system"
     (clone / "docker").mkdir(parents=True)
     (clone / "docker/run.sh").write_text((DOCKER / "run.sh").read_text())
@@ -223,42 +223,36 @@ def board(tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch) -> Callab
     monkeypatch.setenv("SYSTEM_ROOT", str(system))
 
     def run(*words: str, **environment: str) -> list[str]:
-        done = subprocess.run(
-            ["bash", str(clone / "docker/run.sh"), *words],
-            capture_output=True, text=True, env={**os.environ, **environment}, check=True,
-        )  # fmt: skip
-        return done.stdout.splitlines()
+        command = ["bash", str(clone / "docker/run.sh"), *words]
+        env = {**os.environ, **environment}
+        return subprocess.check_output(command, env=env, text=True).splitlines()
 
     return run
 
 
-def pairs(words: list[str]) -> set[tuple[str, str]]:
-    return set(itertools.pairwise(words))
-
-
-def test_the_page_is_for_this_board_alone(board: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_page_is_published_on_this_board_only(board: RunScript, tmp_path: Path) -> None:
     words = board()
-    found = pairs(words)
+    options = set(pairwise(words))
     assert words[0] == "run" and words[-1] == "jetson-ft:jp6"
-    assert ("--publish", "127.0.0.1:7860:7860") in found
-    assert ("--env", "JETSON_FT_REACHED_AS=127.0.0.1:7860") in found
-    assert {("--group-add", "44"), ("--group-add", "110"), ("--runtime", "nvidia")} <= found
-    assert ("--stop-timeout", "120") in found
+    assert ("--publish", "127.0.0.1:7860:7860") in options
+    assert ("--env", "JETSON_FT_REACHED_AS=127.0.0.1:7860") in options
+    assert {("--group-add", "44"), ("--group-add", "110"), ("--runtime", "nvidia")} <= options
+    assert ("--stop-timeout", "120") in options
     runs = tmp_path / "clone/runs"
-    assert ("--volume", f"{runs}:/srv/runs") in found
-    assert ("--volume", f"{runs}/.nv_jetson_model:/tmp/nv_jetson_model:ro") in found
+    assert ("--volume", f"{runs}:/srv/runs") in options
+    assert ("--volume", f"{runs}/.nv_jetson_model:/tmp/nv_jetson_model:ro") in options
     assert (runs / ".nv_jetson_model").read_bytes().startswith(b"NVIDIA Jetson Orin Nano")
     assert not any("jtop" in word for word in words)
-    assert ("--user", f"{os.getuid()}:{os.getgid()}") in found
+    assert ("--user", f"{os.getuid()}:{os.getgid()}") in options
 
 
-def test_for_the_network_the_link_names_this_machine(board: Callable[..., list[str]]) -> None:
-    found = pairs(board("webui", HOST="0.0.0.0", PORT="8000"))
-    assert ("--publish", "0.0.0.0:8000:7860") in found
-    assert ("--env", "JETSON_FT_REACHED_AS=192.168.1.7:8000") in found
+def test_page_for_network_names_this_machine_in_link(board: RunScript) -> None:
+    options = set(pairwise(board("webui", HOST="0.0.0.0", PORT="8000")))
+    assert ("--publish", "0.0.0.0:8000:7860") in options
+    assert ("--env", "JETSON_FT_REACHED_AS=192.168.1.7:8000") in options
 
 
-def test_other_commands_publish_nothing(board: Callable[..., list[str]]) -> None:
+def test_other_command_publishes_no_port(board: RunScript) -> None:
     words = board("train", "quickstart-zh", "--set", "data.train=it's mine.json")
     assert words[-5:] == [
         "jetson-ft:jp6", "train", "quickstart-zh", "--set", "data.train=it's mine.json",
@@ -267,44 +261,40 @@ def test_other_commands_publish_nothing(board: Callable[..., list[str]]) -> None
     assert "--publish" not in words and "--name" not in words
 
 
-def test_without_a_jetson_no_runtime_is_asked_for(
-    board: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_machine_without_jetson_gets_no_runtime(board: RunScript, tmp_path: Path) -> None:
     (tmp_path / "system/etc/nv_tegra_release").unlink()
     assert "--runtime" not in board()
 
 
 @pytest.mark.parametrize(("number", "host"), [(0, "127.0.0.1"), (1, "0.0.0.0")])
-def test_the_lines_to_paste_start_what_the_script_starts(
-    board: Callable[..., list[str]], tmp_path: Path, number: int, host: str
+def test_readme_commands_match_run_script(
+    board: RunScript, tmp_path: Path, number: int, host: str
 ) -> None:
     lines = re.findall(r"^mkdir .*docker run .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     script = board(HOST=host)
-    done = subprocess.run(
-        ["bash", "-c", lines[number]], cwd=tmp_path / "clone",
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    command = ["bash", "-c", lines[number]]
+    output = subprocess.check_output(command, cwd=tmp_path / "clone", text=True)
     long = {"-v": "--volume", "-p": "--publish", "-u": "--user", "-e": "--env"}
-    pasted = pairs([long.get(word, word) for word in done.stdout.splitlines()])
-    wanted = {(key, value) for key, value in pairs(script) if key.startswith("--")}
-    wanted = {pair for pair in wanted if not pair[1].startswith("--") and pair[1] != "HF_TOKEN"}
-    # What takes more than a line: the files that are there on some boards alone.
-    wanted = {pair for pair in wanted if not pair[1].endswith(":ro")}
+    pasted = set(pairwise([long.get(word, word) for word in output.splitlines()]))
+    expected = {(key, value) for key, value in set(pairwise(script)) if key.startswith("--")}
+    expected = {pair for pair in expected if not pair[1].startswith("--") and pair[1] != "HF_TOKEN"}
+    # Without the files that exist only on some boards.
+    expected = {pair for pair in expected if not pair[1].endswith(":ro")}
     if host == "127.0.0.1":
-        wanted.remove(("--env", "JETSON_FT_REACHED_AS=127.0.0.1:7860"))  # the image's own
-    assert len(wanted) >= 9 and wanted <= pasted, wanted - pasted
+        expected.remove(("--env", "JETSON_FT_REACHED_AS=127.0.0.1:7860"))  # the image's default
+    assert len(expected) >= 9 and expected <= pasted, expected - pasted
 
 
-def test_compose_gets_what_was_found(board: Callable[..., list[str]]) -> None:
+def test_env_option_prints_every_variable_of_compose(board: RunScript) -> None:
     lines = board("--env", HOST="0.0.0.0")
     given = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
     assert given["RENDER_GID"] == "110" and given["REACHED_AS"] == "192.168.1.7:7860"
     text = (DOCKER / "compose.yaml").read_text()
-    asked = set(re.findall(r"\$\{(\w+)", text))
-    assert asked - {"HF_ENDPOINT", "HF_TOKEN"} == given.keys()
+    used = set(re.findall(r"\$\{(\w+)", text))
+    assert used - {"HF_ENDPOINT", "HF_TOKEN"} == given.keys()
 
 
-def test_compose_and_run_give_a_run_the_same_time_to_stop() -> None:
+def test_compose_and_run_script_have_same_stop_timeout() -> None:
     service = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["jetson-ft"]
     seconds = service["stop_grace_period"].removesuffix("s")
     assert f"--stop-timeout {seconds} " in (DOCKER / "run.sh").read_text()
@@ -312,19 +302,19 @@ def test_compose_and_run_give_a_run_the_same_time_to_stop() -> None:
 
 
 @pytest.fixture
-def kernels(tmp_path: Path, fake: Fake) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """docker/bitsandbytes.sh with stand-ins for apt, git, cmake and CUDA's tools."""
+def kernels(tmp_path: Path, fake: FakeProgram) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs docker/bitsandbytes.sh with fakes of apt, git, cmake and CUDA."""
     package = tmp_path / "package"
     package.mkdir()
     for name in ("cpu", "cuda118", "cuda126"):
         (package / f"libbitsandbytes_{name}.so").write_text("published")
     source = "bitsandbytes/bitsandbytes"
     fake("apt-get", "exit 0")
-    fake("rm", 'case "$*" in *"/var/"*) ;; *) exec /bin/rm "$@";; esac')  # apt.sh's lists
+    fake("rm", 'case "$*" in *"/var/"*) ;; *) exec /bin/rm "$@";; esac')  # keep apt's lists
     fake("git", f'echo "$*" >git.txt; mkdir -p {source}')
     fake("cmake", f'echo "$*" >>cmake.txt; echo built >{source}/libbitsandbytes_cuda126.so')
     fake("nproc", "echo 6")
-    fake("install", 'exec cp "$4" "$5"')  # install -m 644 -s: nothing to strip in a text
+    fake("install", 'exec cp "$4" "$5"')  # install -s can't strip a text file
 
     def run(free_kb: int, source: str = "source", arch: str = "87") -> Any:
         (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {free_kb} kB\n")
@@ -342,7 +332,7 @@ def kernels(tmp_path: Path, fake: Fake) -> Callable[..., subprocess.CompletedPro
 
 
 @pytest.mark.parametrize(("free_kb", "jobs"), [(900_000, 1), (6_500_000, 3), (60_000_000, 6)])
-def test_kernels_are_built_within_memory_and_put_in_place(
+def test_kernels_are_built_within_memory_and_installed(
     kernels: Any, tmp_path: Path, free_kb: int, jobs: int
 ) -> None:
     done = kernels(free_kb)
@@ -357,101 +347,99 @@ def test_kernels_are_built_within_memory_and_put_in_place(
     }  # fmt: skip
 
 
-def test_kernels_for_another_gpu_end_the_build(kernels: Any, tmp_path: Path) -> None:
+def test_kernels_for_another_gpu_end_build(kernels: Any, tmp_path: Path) -> None:
     done = kernels(8_000_000, arch="110")
     assert done.returncode == 1 and "no kernels for sm_110" in done.stderr
     assert (tmp_path / "package/libbitsandbytes_cuda118.so").exists()
 
 
-def test_the_published_wheel_stays_and_a_slip_is_told(kernels: Any, tmp_path: Path) -> None:
+def test_published_wheel_is_kept_and_unknown_source_fails(kernels: Any, tmp_path: Path) -> None:
     assert kernels(8_000_000, source="wheel").returncode == 0
     assert not (tmp_path / "git.txt").exists()
     done = kernels(8_000_000, source="weel")
     assert done.returncode == 1 and "BNB_SOURCE=weel" in done.stderr
 
 
-# --- the container's first program, in a mount namespace of its own as in a container ---
+# --- entrypoint.py, in a mount namespace of its own as in a container ---
 
-STAND_IN = """
+FAKE_SUPERVISOR = """
 import signal, sys, time
 from pathlib import Path
 
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
 Path(sys.argv[1], "up").touch()
-end = time.monotonic() + 30  # where nobody tells it
+end = time.monotonic() + 30  # without a signal
 while not stopped and time.monotonic() < end:
     time.sleep(0.02)
 time.sleep(0.5)  # the rest of the step
 if not stopped:
-    sys.exit("nobody told it to stop")
+    sys.exit("no SIGTERM")
 Path(sys.argv[1], "checkpoint").touch()
 """
 
 
-def contained(folder: Path, program: str) -> subprocess.Popen[str]:
-    """The entrypoint with `program` as its jetson-ft; a supervisor's stand-in runs beside it."""
+def start_entrypoint(folder: Path, program: str) -> subprocess.Popen[str]:
+    """Start the entrypoint with `program` as its jetson-ft, beside a fake supervisor.
+
+    Return once the program has created the file `page`, or has ended.
+    """
     (folder / "bin").mkdir()
     (folder / "bin/jetson-ft").write_text(f"#!{sys.executable}\n{program}")
     (folder / "bin/jetson-ft").chmod(0o755)
-    (folder / "stand_in.py").write_text(STAND_IN)
-    beside = f"{sys.executable} stand_in.py {folder} jetson_ft.runs.supervisor"
+    (folder / "supervisor.py").write_text(FAKE_SUPERVISOR)
+    supervisor = f"{sys.executable} supervisor.py {folder} jetson_ft.runs.supervisor"
     entrypoint = f"{sys.executable} -IS {DOCKER}/entrypoint.py webui"
     wait = "while [ ! -e up ]; do sleep 0.05; done"
-    script = f"setsid {beside} & {wait}; exec {entrypoint}"
-    spaces = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--mount"]
-    if subprocess.call([*spaces, "true"], stderr=subprocess.DEVNULL):
+    unshare = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--mount"]
+    if subprocess.call([*unshare, "true"], stderr=subprocess.DEVNULL):
         pytest.skip("this system allows no namespaces")
-    return subprocess.Popen(
-        [*spaces, "sh", "-c", script], cwd=folder, stdout=subprocess.PIPE, text=True,
-        stdin=subprocess.DEVNULL, env={**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"},
+    process = subprocess.Popen(
+        [*unshare, "sh", "-c", f"setsid {supervisor} & {wait}; exec {entrypoint}"],
+        cwd=folder, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"},
     )  # fmt: skip
+    while not (folder / "page").exists() and process.poll() is None:
+        time.sleep(0.02)
+    return process
 
 
-def test_docker_stop_waits_for_the_checkpoint(tmp_path: Path) -> None:
-    bystander = subprocess.Popen(  # of another container: not to be told
+def test_sigterm_waits_for_checkpoint_of_this_container_only(tmp_path: Path) -> None:
+    other = subprocess.Popen(  # as in another container: must not be stopped
         [sys.executable, "-c", "import time; time.sleep(60)", "jetson_ft.runs.supervisor"]
     )
     try:
-        made = contained(tmp_path, "import time\nopen('page', 'w')\ntime.sleep(60)")
-        while not (tmp_path / "page").exists():
-            assert made.poll() is None
-            time.sleep(0.02)
-        made.send_signal(signal.SIGTERM)
-        assert made.wait(20) == 128 + signal.SIGTERM
+        process = start_entrypoint(tmp_path, "import time\nopen('page', 'w')\ntime.sleep(60)")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
         assert (tmp_path / "checkpoint").exists()
-        assert bystander.poll() is None
+        assert other.poll() is None
     finally:
-        bystander.kill()
-        bystander.wait()
+        other.kill()
+        other.wait()
 
 
-def test_when_the_page_ends_by_itself_its_runs_are_stopped_too(tmp_path: Path) -> None:
-    made = contained(tmp_path, "import sys\nsys.exit(7)")
-    assert made.wait(20) == 7
+def test_exit_of_page_stops_runs(tmp_path: Path) -> None:
+    process = start_entrypoint(tmp_path, "import sys\nsys.exit(7)")
+    assert process.wait(20) == 7
     assert (tmp_path / "checkpoint").exists()
 
 
-def test_without_a_terminal_ctrl_c_reaches_the_program(tmp_path: Path) -> None:
-    patient = "import time\ntry:\n    open('page', 'w')\n    time.sleep(60)\n"
-    made = contained(tmp_path, patient + "except KeyboardInterrupt:\n    raise SystemExit(3)\n")
-    while not (tmp_path / "page").exists():
-        assert made.poll() is None
-        time.sleep(0.02)
-    made.send_signal(signal.SIGINT)
-    assert made.wait(20) == 3
+def test_sigint_without_terminal_reaches_program(tmp_path: Path) -> None:
+    program = "import time\ntry:\n    open('page', 'w')\n    time.sleep(60)\n"
+    program += "except KeyboardInterrupt:\n    raise SystemExit(3)\n"
+    process = start_entrypoint(tmp_path, program)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 3
     assert (tmp_path / "checkpoint").exists()
 
 
 @pytest.mark.slow
-def test_a_program_that_stays_is_ended(tmp_path: Path) -> None:
+def test_program_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     stubborn = (
         "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nopen('page', 'w')\ntime.sleep(60)"
     )
-    made = contained(tmp_path, stubborn)
-    while not (tmp_path / "page").exists():
-        assert made.poll() is None
-        time.sleep(0.02)
-    made.send_signal(signal.SIGTERM)
-    assert made.wait(20) == 128 + signal.SIGKILL
+    process = start_entrypoint(tmp_path, stubborn)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 128 + signal.SIGKILL
     assert (tmp_path / "checkpoint").exists()
