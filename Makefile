@@ -1,4 +1,4 @@
-# `make` alone lists the targets. Everything lives in .venv/ (tests: .venv-compat/ too).
+# `make` alone lists the targets. All packages are installed in .venv/ (tests: .venv-compat/ too).
 
 PYTHON ?= python3
 DOCKER ?= docker
@@ -9,16 +9,15 @@ PYTEST := -m pytest -n 2 --dist worksteal
 .PHONY: help setup setup-dev setup-compat finetune chat webui test test-fast test-all test-compat \
 	lint lock lock-check clean docker-build docker-run docker-finetune image-test
 
-# $(call quote,TEXT): one word for the shell, whatever is in it.
+# $(call quote,TEXT): TEXT as one word of the shell.
 quote = '$(subst ','\'',$(1))'
 
-# $(call part,NAME,COMMAND): a heading, the command, its seconds; fails where the command does.
-define part
+# $(call timed,NAME,COMMAND): run a command between a heading and its seconds; fail if it fails.
+define timed
 	@echo; echo "== $(1)"; start=$$(date +%s); $(2) && echo "== $(1): $$(($$(date +%s) - start)) s"
 endef
 
-# A thread for each test process: threads that wait for each other's turn make torch several times
-# slower.
+# One thread for each test process: with more threads than cores, torch is several times slower.
 test-all test-fast test-compat: export OMP_NUM_THREADS = 1
 
 help: ## this list
@@ -30,7 +29,7 @@ setup: ## everything into .venv/ (TORCH_INDEX=URL: torch from there, remembered)
 setup-dev:
 	@$(PYTHON) scripts/setup.py --extras dev
 
-# `exec`: no shell stays between make and the program, so Ctrl-C is the program's to answer.
+# `exec`: without a shell between make and the program, the program handles Ctrl-C.
 finetune: setup ## fine-tune (RECIPE=recipes/NAME.yaml, SET="lora.rank=32 train.epochs=1")
 	@exec $(BIN)/jetson-ft train$(if $(RECIPE), $(call quote,$(RECIPE)))$(foreach set,$(SET), --set $(call quote,$(set)))
 
@@ -40,7 +39,7 @@ chat: setup ## talk with the newest adapter (RUN=NAME: with that run's)
 webui: setup ## the page on http://127.0.0.1:7860 (HOST=0.0.0.0: for the network, with a token)
 	@exec $(BIN)/jetson-ft webui$(if $(HOST), --host $(call quote,$(HOST)))
 
-# PROFILE names a file of arguments; ARGS gives more, as ARGS="PIP_INDEX_URL=https://…".
+# PROFILE names a file of build arguments; ARGS adds some: ARGS="PIP_INDEX_URL=https://…".
 docker-build: export IMAGE ?= jetson-ft:$(or $(PROFILE),jp6)
 docker-build: ## the container image (PROFILE=jp7: JetPack 7, ARGS="NAME=VALUE …": docs/docker.md)
 	@exec $(DOCKER) build --file docker/Dockerfile --tag "$$IMAGE" \
@@ -57,10 +56,10 @@ docker-run: ## the page from the image (HOST=0.0.0.0: for the network, with a to
 docker-finetune: ## fine-tune in the image (RECIPE=NAME, SET="lora.rank=32 train.epochs=1")
 	@exec docker/run.sh train$(if $(RECIPE), $(call quote,$(RECIPE)))$(foreach set,$(SET), --set $(call quote,$(set)))
 
-image-test: ## build the image on a stand-in for NVIDIA's bases and use it (root, buildah; ARCH=arm64)
+image-test: ## build the image on a substitute for NVIDIA's bases and use it (root, buildah; ARCH=arm64)
 	@exec $(PYTHON) scripts/image_test.py $(if $(ARCH),--arch $(call quote,$(ARCH)))
 
-# The pins wait for the package index, the types for the processor, packages for the disk: all at once.
+# In parallel: one target waits for the package index, one for the processor, one for the disk.
 test: setup-dev ## everything CI runs
 	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint lock-check setup-compat
 	@$(MAKE) --no-print-directory --jobs=1 test-all test-compat
@@ -69,28 +68,28 @@ setup-compat:
 	@$(PYTHON) scripts/setup.py --extras dev --compat
 
 test-fast: setup-dev ## the tests that take seconds
-	$(call part,fast tests,$(BIN)/python $(PYTEST) -m "not slow")
+	$(call timed,fast tests,$(BIN)/python $(PYTEST) -m "not slow")
 
 test-all: setup-dev
-	$(call part,tests,$(BIN)/python $(PYTEST))
+	$(call timed,tests,$(BIN)/python $(PYTEST))
 
-# What can be tried at length has been by then: here other packages are what is new.
+# Only the packages differ from test-all, so fewer random examples are enough.
 test-compat: setup-compat ## the fast tests once more with JetPack 6's packages (transformers 5.20.2, numpy 1.26)
-	$(call part,fast tests with JetPack 6's packages,.venv-compat/bin/python $(PYTEST) -m "not slow" --hypothesis-profile=brief)
+	$(call timed,fast tests with JetPack 6's packages,.venv-compat/bin/python $(PYTEST) -m "not slow" --hypothesis-profile=brief)
 
 lint: setup-dev ## style, types, import directions, Dockerfile
-	$(call part,ruff,$(BIN)/ruff check && $(BIN)/ruff format --check)
-	$(call part,mypy,$(BIN)/mypy)
-	$(call part,import directions,$(BIN)/lint-imports --no-logo)
-	$(call part,Dockerfile and shell scripts,$(BIN)/hadolint docker/Dockerfile && $(if $(filter x86_64,$(shell uname -m)),$(BIN)/shellcheck docker/*.sh .ci/run,true))
+	$(call timed,ruff,$(BIN)/ruff check && $(BIN)/ruff format --check)
+	$(call timed,mypy,$(BIN)/mypy)
+	$(call timed,import directions,$(BIN)/lint-imports --no-logo)
+	$(call timed,Dockerfile and shell scripts,$(BIN)/hadolint docker/Dockerfile && $(if $(filter x86_64,$(shell uname -m)),$(BIN)/shellcheck docker/*.sh .ci/run,true))
 
-# Needs uv alone: where the pins are broken, set-up can't be finished before they are mended.
-lock: ## pin every package anew in constraints/ (UPGRADE=1: the newest that fit)
+# Needs only uv: with broken pins, `make setup` fails until they are fixed.
+lock: ## update the pins in constraints/ (UPGRADE=1: the newest versions that fit)
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q uv -c constraints/cpu.txt; }
 	@$(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
 
 lock-check: setup-dev
-	$(call part,pins,$(BIN)/python scripts/lock.py --check)
+	$(call timed,pins,$(BIN)/python scripts/lock.py --check)
 
 clean: ## remove the environments and caches (runs/ and downloaded models stay)
 	@rm -rf .venv .venv-compat .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info

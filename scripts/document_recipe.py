@@ -1,6 +1,6 @@
-"""Write docs/recipe.md's table of keys and docs/recipe.schema.json from the schema.
+"""Write docs/recipe.md's table of keys and docs/recipe.schema.json from the recipe's schema.
 
-With `--check` write nothing and fail if they are not what the schema says.
+With `--check`, write nothing and fail if one of them is out of date.
 """
 
 import sys
@@ -13,8 +13,8 @@ PAGE, SCHEMA = ROOT / "docs" / "recipe.md", ROOT / "docs" / "recipe.schema.json"
 BEGIN, END = "<!-- keys: made by scripts/document_recipe.py -->\n", "<!-- end of keys -->"
 
 
-def table() -> str:
-    """One row a key: name, type, default, meaning."""
+def key_table() -> str:
+    """Return a Markdown table with a row for each key: name, type, default, meaning."""
     lines = ["| key | values | default | what it does |", "|---|---|---|---|"]
     for name, field in recipe.fields():
         values = recipe.type_name(field.annotation).replace("|", "\\|")
@@ -24,23 +24,19 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def page() -> str:
-    """The page with its table made anew."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return before + BEGIN + "\n" + table() + "\n" + END + after
-
-
 def main() -> None:
-    """Writes or checks both files."""
+    """Write or check both files."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    page = f"{before}{BEGIN}\n{key_table()}\n{END}{after}"
     stale = []
-    for path, text in ((PAGE, page()), (SCHEMA, recipe.json_schema())):
+    for path, text in ((PAGE, page), (SCHEMA, recipe.json_schema())):
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:
                 path.write_text(text, encoding="utf-8")
     if stale and "--check" in sys.argv:
-        sys.exit(f"{', '.join(stale)}: not what the schema says. Run {sys.argv[0]}.")
+        sys.exit(f"{', '.join(stale)}: out of date with the schema.\n  fix:   {sys.argv[0]}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Write `constraints/*.txt`, or with `--check` say whether they still hold.
+"""Write `constraints/*.txt`, or check with `--check` that they are up to date.
 
-Pins already there are preferences: a new release of something fails nothing, a pin that can no
-longer be had, or that pyproject.toml has outgrown, does. Every pin has a wheel: nothing is ever
-compiled on a board.
+Existing pins are preferences. So the check passes when a package has a new release, and fails when
+a pinned version is gone or no longer fits pyproject.toml. Every pin has a wheel: no board compiles.
 """
 
 import argparse
@@ -18,19 +17,19 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = """\
 # {title}
-# Made by `make lock` (uv pip compile {shown}); checked by `make test`. Don't edit.
+# Made by `make lock` (uv pip compile {options}); checked by `make test`. Don't edit.
 # NVIDIA's packages are left out: the torch build that `make setup` takes brings its own or none.
 """
-# torch's CUDA side; which of it is wanted, and where from, differs from machine to machine.
-LEFT_OUT = re.compile(r"(nvidia|triton|cuda)[-=]")
+# torch's CUDA packages: which are needed, and from where, differs between machines.
+EXCLUDED = re.compile(r"(nvidia|triton|cuda)[-=]")
 
 
 class Lock(NamedTuple):
     file: str
     title: str
-    options: str
-    given: str  # what pyproject.toml leaves open and this environment fixes
-    tools: str = ""  # what builds the project when it is installed, pinned too
+    options: str  # of `uv pip compile`
+    constraints: str  # what this environment fixes and pyproject.toml leaves open
+    build_packages: str = ""  # what builds the project on install
 
 
 LOCKS = [
@@ -51,57 +50,53 @@ LOCKS = [
 ]
 
 
-def resolve(lock: Lock, old: str) -> str:
+def resolve(lock: Lock, pins: str) -> str:
+    """Return the file's new text; uv keeps the given pins as far as it can."""
     with tempfile.TemporaryDirectory() as folder:
-        pins, given, tools = (Path(folder, name) for name in ("pins.txt", "given.txt", "tools.txt"))
-        pins.write_text(old)  # uv keeps what it finds here, as far as it can
-        given.write_text(lock.given)
-        tools.write_text(lock.tools)
-        uv = [sys.executable, "-m", "uv", "pip", "compile", "--quiet"]
-        inputs = ["pyproject.toml", str(tools)]
-        form = ["--no-header", "--no-annotate", "--only-binary", ":all:", "--constraints"]
-        run = subprocess.run(
-            [*uv, *inputs, *lock.options.split(), *form, str(given), "--output-file", str(pins)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if run.returncode:
+        names = "pins.txt", "constraints.txt", "build.txt"
+        output, constraints, build = (Path(folder, name) for name in names)
+        output.write_text(pins)
+        constraints.write_text(lock.constraints)
+        build.write_text(lock.build_packages)
+        uv = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", *lock.options.split()]
+        uv += ["--no-header", "--no-annotate", "--only-binary", ":all:"]
+        uv += ["--constraints", str(constraints), "--output-file", str(output)]
+        process = subprocess.run(
+            [*uv, "pyproject.toml", str(build)],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if process.returncode:
             sys.exit(
-                f"{lock.file}: the pins can't all be met:\n{run.stderr.rstrip()}\n"
+                f"{lock.file}: no versions meet all requirements:\n{process.stderr.rstrip()}\n"
                 "  fix:   change pyproject.toml or `LOCKS` in scripts/lock.py, then `make lock`;\n"
                 "         if the package index wasn't reached, try again (uv reads UV_INDEX_URL)."
             )
-        lines = pins.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if not LEFT_OUT.match(line)]
-    return HEADER.format(title=lock.title, shown=lock.options) + "".join(kept)
-
-
-def text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+        lines = output.read_text().splitlines(keepends=True)
+    header = HEADER.format(title=lock.title, options=lock.options)
+    return header + "".join(line for line in lines if not EXCLUDED.match(line))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a change")
-    parser.add_argument("--upgrade", action="store_true", help="forget the pins there are")
+    parser.add_argument("--upgrade", action="store_true", help="ignore the existing pins")
     arguments = parser.parse_args()
-    olds = [text(ROOT / lock.file) for lock in LOCKS]
-    with ThreadPoolExecutor() as pool:  # each waits for the index most of its time
-        news = list(pool.map(resolve, LOCKS, ["" if arguments.upgrade else old for old in olds]))
+    paths = [ROOT / lock.file for lock in LOCKS]
+    old_texts = [path.read_text() if path.exists() else "" for path in paths]
+    with ThreadPoolExecutor() as pool:  # each mostly waits for the index
+        pins = ["" if arguments.upgrade else text for text in old_texts]
+        new_texts = list(pool.map(resolve, LOCKS, pins))
     changed = []
-    for lock, old, new in zip(LOCKS, olds, news, strict=True):
-        difference = "".join(
-            difflib.unified_diff(old.splitlines(True), new.splitlines(True), lock.file, "resolved")
-        )
-        print(difference or f"{lock.file}: {sum('==' in line for line in new.splitlines())} pins")
-        changed += [lock.file] if difference else []
+    for path, old, new in zip(paths, old_texts, new_texts, strict=True):
+        file = str(path.relative_to(ROOT))
+        lines = [text.splitlines(keepends=True) for text in (old, new)]
+        difference = "".join(difflib.unified_diff(*lines, file, "resolved"))
+        print(difference or f"{file}: {sum('==' in line for line in lines[1])} pins")
+        changed += [file] if difference else []
         if not arguments.check:
-            (ROOT / lock.file).write_text(new)
+            path.write_text(new)
     if changed and arguments.check:
-        files = " and ".join(changed)
-        sys.exit(f"{files}: no longer what pyproject.toml asks for.\n  fix:   make lock")
+        sys.exit(f"{' and '.join(changed)}: out of date with pyproject.toml.\n  fix:   make lock")
 
 
 if __name__ == "__main__":
