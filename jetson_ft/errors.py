@@ -1,39 +1,110 @@
-"""The one exception a person is meant to read.
+"""Texts for people, and the exceptions that carry them.
 
-Everything that can go wrong through input, a machine or a network is raised as
-`UserError`; the faces (command line, page) print it as it is. Any other exception is
-a fault of this program.
+Everything that can go wrong through input, a machine or a network is raised as a `UserError`; the
+user interfaces (command line, page) print it as it is. Any other exception is a fault of this
+program.
+Templates and values are kept apart, so that `jetson_ft.i18n` can put a text into another language.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+def _(text: str) -> str:
+    """Mark a text for the catalogues of `jetson_ft.i18n`; return it unchanged."""
+    return text
+
+
+@dataclass(frozen=True)
+class Message:
+    """A text with values in it.
+
+    Args:
+        template: English, in the syntax of `str.format` with named fields only.
+        values: the fields' values; a value may be a `Message` itself.
+    """
+
+    template: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.format()
+
+    def format(self, translate: Callable[[str], str] = str) -> str:
+        """Return the text; its own and nested templates pass through `translate`."""
+        values = {
+            name: value.format(translate) if isinstance(value, Message) else value
+            for name, value in self.values.items()
+        }
+        return translate(self.template).format(**values)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `from_json` takes, for texts that other processes show."""
+        return asdict(self)  # of nested messages too
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Message:
+        """Return the message that `as_json` described."""
+        values = {
+            name: cls.from_json(value) if isinstance(value, dict) else value
+            for name, value in data["values"].items()
+        }
+        return cls(data["template"], values)
+
+
+def messages_as_json(**messages: Message) -> dict[str, Any]:
+    """Return the English text of each, and under `messages` what `Message.from_json` takes."""
+    texts = {name: str(message) for name, message in messages.items()}
+    return {**texts, "messages": {name: message.as_json() for name, message in messages.items()}}
+
+
+def joined(messages: list[Message], separator: str = "") -> Message:
+    """Return one message that shows several in a row."""
+    fields = {f"part{number}": message for number, message in enumerate(messages)}
+    return Message(separator.join(f"{{{name}}}" for name in fields), fields)
 
 
 class UserError(Exception):
-    """Says what is wrong, where, and how to mend it, in one message.
+    """What is wrong, where, and how to fix it, in one message.
 
     Args:
-        what: the fault, a full sentence.
-        where: the file, key or address concerned; may be empty.
-        fix: what the person can do about it; may be empty.
+        what: the fault, a full sentence; a template for `values`, or a `Message`.
+        where: the file, key or address concerned, not a template; may be empty.
+        fix: what the person can do about it; a template for `values`, or a `Message`; may be empty.
+        values: fields of both templates.
     """
 
-    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
-        self.what, self.where, self.fix = what, where, fix
-        super().__init__(what, where, fix)
+    def __init__(
+        self, what: str | Message, where: str | Message = "", fix: str | Message = "", **values: Any
+    ) -> None:
+        self.what = what if isinstance(what, Message) else Message(what, values)
+        self.where = where if isinstance(where, Message) else Message("{where}", {"where": where})
+        self.fix = fix if isinstance(fix, Message) else Message(fix, values)
+        super().__init__(self.what, self.where, self.fix)
 
     def __str__(self) -> str:
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        if self.fix:
-            lines.append(f"  fix:   {self.fix}")
+        return self.format()
+
+    def format(self, translate: Callable[[str], str] = str) -> str:
+        """Return the error as lines of text, in the language of `translate`."""
+        lines = [self.what.format(translate)]
+        if where := self.where.format(translate):
+            lines.append(f"  {translate(_('where:')):6} {where}")
+        if fix := self.fix.format(translate):
+            lines.append(f"  {translate(_('fix:')):6} {fix}")
         return "\n".join(lines)
 
-    def as_json(self) -> dict[str, str]:
-        """For other programs, and for faces that put it into another language."""
-        return {"what": self.what, "where": self.where, "fix": self.fix}
+    def as_json(self) -> dict[str, Any]:
+        """Return the English texts, and under `messages` what `from_json` takes."""
+        return messages_as_json(what=self.what, where=self.where, fix=self.fix)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> UserError:
+        """Return the error of another process that `as_json` described."""
+        return UserError(**{k: Message.from_json(value) for k, value in data["messages"].items()})
 
 
 @dataclass(frozen=True)
@@ -42,10 +113,13 @@ class Problem:
 
     key: str
     line: int
-    message: str
+    message: Message
 
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.message}" if self.line else self.message
+    def as_message(self) -> Message:
+        """Return the text with the line in front, where there is one."""
+        if not self.line:
+            return self.message
+        return Message(_("line {line}: {message}"), {"line": self.line, "message": self.message})
 
 
 class RecipeError(UserError):
@@ -53,10 +127,8 @@ class RecipeError(UserError):
 
     def __init__(self, problems: list[Problem], where: str) -> None:
         self.problems = problems
-        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-        listed = "\n".join(f"  - {problem}" for problem in problems)
-        super().__init__(
-            f"The recipe has {count}:\n{listed}",
-            where,
-            "`jetson-ft recipe schema` lists every key; docs/recipe.md explains them.",
-        )
+        several = _("The recipe has {count} mistakes:\n  - {problems}")
+        what = several if len(problems) > 1 else _("The recipe has a mistake:\n  - {problems}")
+        fix = _("`jetson-ft recipe schema` lists every key; docs/recipe.md explains them.")
+        listed = joined([problem.as_message() for problem in problems], "\n  - ")
+        super().__init__(what, where, fix, count=len(problems), problems=listed)
