@@ -3,6 +3,7 @@
 With `--check`, write nothing and fail if one of them is out of date.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,10 +16,10 @@ BEGIN, END = "<!-- keys: made by scripts/document_recipe.py -->\n", "<!-- end of
 
 def key_table() -> str:
     """Return a Markdown table with a row for each key: name, type, default, meaning."""
-    lines = ["| key | values | default | what it does |", "|---|---|---|---|"]
-    for name, field in recipe.fields():
-        values = recipe.type_name(field.annotation).replace("|", "\\|")
-        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
+    for name, field in recipe.fields().items():
+        values = str(recipe.type_name(field.annotation)).replace("|", "\\|")
+        default = field.default if isinstance(field.default, str) else json.dumps(field.default)
         help_text = field.description.replace("|", "\\|")
         lines.append(f"| `{name}` | {values} | `{default}` | {help_text} |")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The YAML reader: scalars as people mean them, lines, and refusals that name their line."""
+"""The YAML reader: values, line numbers, and what it refuses."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jetson_ft import strict_yaml
+from jetson_ft.recipe import strict_yaml
 
 
 def read(text: str) -> Any:
-    value, _, problems = strict_yaml.load(text)
-    assert not problems, [str(problem) for problem in problems]
+    value, _, problems = strict_yaml.parse_yaml(text)
+    assert not problems, [str(problem.message) for problem in problems]
     return value
 
 
 def refusal(text: str) -> str:
-    """The one problem of a text that is not read at all."""
-    value, _, problems = strict_yaml.load(text)
+    """The one problem of a text that can't be read at all."""
+    value, _, problems = strict_yaml.parse_yaml(text)
     assert value is None
     assert len(problems) == 1
-    return str(problems[0])
+    return str(problems[0].as_message())
 
 
 @pytest.mark.parametrize(
@@ -39,49 +39,49 @@ def refusal(text: str) -> str:
         ("'1e-4'", "1e-4"), ('"true"', "true"), ("中文 text", "中文 text"), ("-.", "-."),
     ],
 )  # fmt: skip
-def test_scalars_are_what_people_mean(text: str, value: Any) -> None:
-    found = read(f"key: {text}")["key"]
-    assert (found, type(found)) == (value, type(value))
+def test_scalar_has_the_value_of_yaml_1_2(text: str, value: Any) -> None:
+    value_read = read(f"key: {text}")["key"]
+    assert (value_read, type(value_read)) == (value, type(value))
 
 
-def test_not_a_number_is_one() -> None:
+def test_nan_is_read() -> None:
     assert math.isnan(read("key: .nan")["key"])
 
 
-def test_an_empty_text_is_an_empty_mapping() -> None:
+def test_empty_text_is_an_empty_mapping() -> None:
     assert read("") == read("# a comment\n") == {}
     assert read("key:") == {"key": None}
 
 
-def test_keys_are_text_whatever_they_look_like() -> None:
+def test_keys_are_always_text() -> None:
     assert read("1: a\ntrue: b\n1.0: c\n") == {"1": "a", "true": "b", "1.0": "c"}
 
 
-def test_the_merge_key_of_yaml_1_1_is_an_ordinary_key() -> None:
+def test_merge_key_of_yaml_1_1_is_an_ordinary_key() -> None:
     assert read("<<: {a: 1}\nb: 2") == {"<<": {"a": 1}, "b": 2}
 
 
 def test_every_key_and_item_has_its_line() -> None:
     text = "# comment\nmodel: a\n\nlora:\n  rank: 8\n  targets:\n  - q\n  - v\ndata: {train: x}\n"
-    _, lines, _ = strict_yaml.load(text)
+    _, lines, _ = strict_yaml.parse_yaml(text)
     assert lines == {
         ("model",): 2, ("lora",): 4, ("lora", "rank"): 5, ("lora", "targets"): 6,
         ("lora", "targets", 0): 7, ("lora", "targets", 1): 8, ("data",): 9, ("data", "train"): 9,
     }  # fmt: skip
 
 
-def test_every_duplicate_is_named_with_both_lines_and_the_first_one_counts() -> None:
-    value, _, problems = strict_yaml.load("a: 1\nb:\n  c: 1\n  c: 2\na: 2\na: 3\n")
+def test_duplicate_key_is_reported_with_both_lines_and_the_first_value_counts() -> None:
+    value, _, problems = strict_yaml.parse_yaml("a: 1\nb:\n  c: 1\n  c: 2\na: 2\na: 3\n")
     assert value == {"a": 1, "b": {"c": 1}}
-    assert [(problem.key, str(problem)) for problem in problems] == [
+    assert [(problem.key, str(problem.as_message())) for problem in problems] == [
         ("b.c", "line 4: duplicate key `b.c` (first on line 3)"),
         ("a", "line 5: duplicate key `a` (first on line 1)"),
         ("a", "line 6: duplicate key `a` (first on line 1)"),
     ]
 
 
-def test_equal_keys_are_duplicates_however_they_are_quoted() -> None:
-    _, _, problems = strict_yaml.load("a: 1\n'a': 2\n")
+def test_equal_keys_with_other_quotes_are_duplicates() -> None:
+    _, _, problems = strict_yaml.parse_yaml("a: 1\n'a': 2\n")
     assert [problem.line for problem in problems] == [2]
 
 
@@ -101,12 +101,12 @@ def test_equal_keys_are_duplicates_however_they_are_quoted() -> None:
         ("a: *gone", "line 1: anchors and aliases"),
     ],
 )
-def test_what_is_no_plain_recipe_is_refused_with_its_line(text: str, words: str) -> None:
+def test_yaml_beyond_plain_values_is_refused_with_its_line(text: str, words: str) -> None:
     assert words in refusal(text)
 
 
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? "])
-def test_deep_nesting_is_refused_before_anything_is_built(opening: str) -> None:
+def test_deep_nesting_is_refused_before_parsing(opening: str) -> None:
     text = "key:\n  " + opening * 5000
     assert refusal(text) == f"line 2: nested deeper than {strict_yaml.MAX_DEPTH} levels"
 
@@ -123,18 +123,18 @@ def test_sixteen_levels_are_read() -> None:
     assert value == 1
 
 
-def test_a_very_long_text_is_refused_at_once() -> None:
+def test_very_long_text_is_refused_at_once() -> None:
     assert "longer than 100,000 characters" in refusal("a: 1\n" * 20_001)
     assert refusal("x: [" + "1, " * 1_000_000)
 
 
-def test_the_longest_text_is_read_in_seconds() -> None:
+def test_longest_text_is_read_in_seconds() -> None:
     started = time.process_time()
     read("- a\n" * (strict_yaml.MAX_CHARACTERS // 4))
     assert time.process_time() - started < 5
 
 
-def test_numbers_of_thousands_of_digits_do_no_harm() -> None:
+def test_number_of_thousands_of_digits_is_read_or_stays_text() -> None:
     assert read("a: " + "9" * 4000)["a"] == 10**4000 - 1
     assert read("a: " + "9" * 5000)["a"] == "9" * 5000
 
@@ -142,7 +142,7 @@ def test_numbers_of_thousands_of_digits_do_no_harm() -> None:
 @settings(deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_is_read_or_refused(text: str) -> None:
-    value, _, problems = strict_yaml.load(text)
+    value, _, problems = strict_yaml.parse_yaml(text)
     assert value is not None or problems or read(text) is None
 
 
@@ -155,8 +155,8 @@ _YAML_LIKE = st.lists(st.sampled_from(_TOKENS), max_size=40).map("".join)
 
 @settings(deadline=None)
 @given(_YAML_LIKE)
-def test_anything_that_looks_like_yaml_is_read_or_refused(text: str) -> None:
-    value, _, problems = strict_yaml.load(text)
+def test_any_yaml_tokens_are_read_or_refused(text: str) -> None:
+    value, _, problems = strict_yaml.parse_yaml(text)
     assert all(problem.line >= 0 for problem in problems)
     assert value is not None or problems or read(text) is None
 
@@ -173,22 +173,22 @@ _TREES = st.recursive(
 
 @settings(deadline=None)
 @given(_TREES)
-def test_what_is_dumped_is_read_back(value: Any) -> None:
-    assert read(strict_yaml.dump({"key": value})) == {"key": value}
+def test_dumped_value_is_read_back(value: Any) -> None:
+    assert read(strict_yaml.dump_yaml({"key": value})) == {"key": value}
 
 
 @settings(deadline=None)
 @given(_LEAVES)
-def test_other_readers_take_what_is_dumped_alike(value: Any) -> None:
-    assert yaml.safe_load(strict_yaml.dump({"key": value})) == {"key": value}
+def test_dumped_value_is_the_same_for_other_readers(value: Any) -> None:
+    assert yaml.safe_load(strict_yaml.dump_yaml({"key": value})) == {"key": value}
 
 
 @pytest.mark.parametrize(
     "text", ["1e-4", "08", "no", "on", "0x10", "12:30", "~", "", "null", "=", "1_0"]
 )
-def test_text_that_looks_like_something_else_is_quoted(text: str) -> None:
-    assert yaml.safe_load(strict_yaml.dump({"key": text})) == {"key": text}
-    assert read(strict_yaml.dump({"key": text})) == {"key": text}
+def test_text_that_looks_like_another_type_is_quoted(text: str) -> None:
+    assert yaml.safe_load(strict_yaml.dump_yaml({"key": text})) == {"key": text}
+    assert read(strict_yaml.dump_yaml({"key": text})) == {"key": text}
 
 
 @pytest.mark.parametrize(
@@ -199,12 +199,12 @@ def test_text_that_looks_like_something_else_is_quoted(text: str) -> None:
         ("*.json", "*.json"), ("runs #2", "runs #2"), ("C:/x", "C:/x"), ("%a", "%a"), ("@x", "@x"),
     ],
 )  # fmt: skip
-def test_an_overriding_value_is_a_scalar_a_list_or_the_text_itself(text: str, value: Any) -> None:
-    found = strict_yaml.scalar(text)
-    assert (found, type(found)) == (value, type(value))
+def test_override_is_a_scalar_a_list_or_the_text_itself(text: str, value: Any) -> None:
+    parsed = strict_yaml.parse_scalar(text)
+    assert (parsed, type(parsed)) == (value, type(value))
 
 
 @settings(deadline=None)
 @given(st.text(max_size=60))
-def test_any_overriding_text_has_a_value(text: str) -> None:
-    assert not isinstance(strict_yaml.scalar(text), dict)
+def test_any_override_has_a_value(text: str) -> None:
+    assert not isinstance(strict_yaml.parse_scalar(text), dict)
