@@ -1,109 +1,109 @@
-"""The model hub: listing and fetching files, and plain words for its refusals.
+"""The model hub: list and download files, and report its errors in plain words.
 
-Downloads go to huggingface_hub's cache (`HF_HOME`) and honour `HF_ENDPOINT` (a mirror),
-`HF_TOKEN` (gated models) and `HF_HUB_OFFLINE`. The client takes up a cut-off download only
-within one call; weights are big and nets on the workbench bad, so large files are fetched here,
-into a `.part` file beside the cache's own, and go on where the last attempt ended.
+Downloads go to huggingface_hub's cache (`HF_HOME`) and use `HF_ENDPOINT` (a mirror), `HF_TOKEN`
+(gated models) and `HF_HUB_OFFLINE`. The client resumes a cut-off download only within one call.
+Weights are large and networks unreliable, so large files are downloaded here, into a `.part` file
+beside the cache's own, and each call resumes where the last one ended.
 """
 
 from __future__ import annotations
 
 import fcntl
 import io
+import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fnmatch import fnmatch
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Literal
 
-from jetson_ft.errors import UserError
-from jetson_ft.paths import disk_error, sha256_file
+from jetson_ft.errors import UserError, _
+from jetson_ft.files import disk_error, sha256_file
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["model", "dataset"]
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-_WORKS_OFFLINE = (
-    "What works offline: `model: embedded` with `data.train: bundled`, any local folder or file, "
-    "and what was downloaded before (copy HF_HOME from another machine)."
+_NETWORK_FIX = _(
+    "Check the network; a mirror is set with HF_ENDPOINT=https://… and a token for gated "
+    "repositories with HF_TOKEN. A cut-off download resumes where it stopped. These work offline: "
+    "`model: embedded` with `data.train: bundled`, any local folder or file, and earlier downloads "
+    "(copy HF_HOME from another machine)."
 )
-_ON = ("1", "ON", "YES", "TRUE")  # as the client reads HF_HUB_OFFLINE
+_HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2")  # modules of the client's errors
 
-Tell = Callable[[str, int, int, float | None], None]
-_TOLD_EVERY = 2.0  # seconds
-_tell: ContextVar[Tell | None] = ContextVar("tell", default=None)
+DownloadCallback = Callable[[str, int, int, float | None], None]
+_REPORT_SECONDS = 2.0
+_callback: ContextVar[DownloadCallback | None] = ContextVar("download_callback", default=None)
 
 
 @contextmanager
-def telling(tell: Tell) -> Iterator[None]:
-    """Within it, `tell` hears how far a large file has come.
+def download_progress(callback: DownloadCallback) -> Iterator[None]:
+    """Call `callback` every two seconds while a large file is downloaded in this context.
 
-    It is given the file's name, bytes here, bytes in all, and seconds left (None: not known
-    yet). What it raises ends the download; the part that is here stays.
+    Its arguments are the file's name, the bytes downloaded, the bytes in all, and the seconds left
+    (None: not known yet). An exception that it raises ends the download; a later one resumes.
     """
-    token = _tell.set(tell)
+    token = _callback.set(callback)
     try:
         yield
     finally:
-        _tell.reset(token)
+        _callback.reset(token)
 
 
 def endpoint() -> str:
-    """The hub's address, or the mirror named by `HF_ENDPOINT`."""
+    """Return the Hub's address, or the mirror's that `HF_ENDPOINT` sets."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
 def list_files(repo: str, kind: Kind) -> list[str]:
-    """Paths of the files in a repository; from the local cache when the hub is out of reach."""
-    from huggingface_hub import HfApi
+    """Return the paths of a repository's files; of the cached ones if the Hub can't be reached."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError
 
     with hub_errors(repo, kind):
-        # Asked first, since the client would retry for half a minute before it gives up.
+        # Checked first, since the client retries for half a minute before it gives up.
         if reachable():
             return sorted(HfApi().list_repo_files(repo, repo_type=kind))
-        if cached := cached_files(repo, kind):
-            return cached
-        raise ConnectionError("no answer")
-
-
-def cached_files(repo: str, kind: Kind) -> list[str]:
-    """Paths of the files of a repository that were downloaded before."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
-    except IncompleteSnapshotError as error:  # usual: only the files that we need are fetched
-        folder = Path(error.snapshot_path)
-    except LocalEntryNotFoundError:
-        return []
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        try:
+            folder = Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
+        except IncompleteSnapshotError as error:  # usual: only the files that we need are fetched
+            folder = Path(error.snapshot_path)
+        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        if not files:
+            raise ConnectionError("no answer")
+        return sorted(files)
 
 
 def downloaded_models() -> list[str]:
-    """Models whose weights lie in the hub's cache, by their ids."""
+    """Return the ids of the models whose weights are in the local cache."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
-        found = scan_cache_dir().repos
-    except (CacheNotFound, OSError, ValueError):  # a damaged cache hides no more than this list
+        repos = scan_cache_dir().repos
+    except (CacheNotFound, OSError, ValueError):  # with a damaged cache the list is just empty
         return []
-    models = (repo for repo in found if repo.repo_type == "model")
-    return sorted(repo.repo_id for repo in models if _has_weights(repo))
-
-
-def _has_weights(repo: Any) -> bool:
-    files = (file for revision in repo.revisions for file in revision.files)
-    return any(file.file_name.endswith(".safetensors") for file in files)
+    names = set()
+    for repo in repos:
+        files = (file for revision in repo.revisions for file in revision.files)
+        if repo.repo_type == "model" and any(f.file_name.endswith(".safetensors") for f in files):
+            names.add(repo.repo_id)
+    return sorted(names)
 
 
 def fetch(repo: str, kind: Kind, patterns: list[str]) -> Path:
-    """Downloads the files that match (shell patterns) and returns the folder they lie in.
+    """Download the files that match the shell patterns and return the folder they are in.
 
-    With the hub out of reach, the files that were downloaded before, if they are all there.
+    If the Hub can't be reached, the local cache must have them all.
+
+    Raises:
+        UserError: as `hub_errors`, or a downloaded file is damaged.
     """
     from huggingface_hub import snapshot_download
 
@@ -111,155 +111,134 @@ def fetch(repo: str, kind: Kind, patterns: list[str]) -> Path:
         online = reachable()
         if online:
             _fetch_large_files(repo, kind, patterns)
-        return Path(
-            snapshot_download(
-                repo, repo_type=kind, allow_patterns=patterns, local_files_only=not online
-            )
-        )
+        options: dict[str, Any] = {"allow_patterns": patterns, "local_files_only": not online}
+        return Path(snapshot_download(repo, repo_type=kind, **options))
 
 
-def _fetch_large_files(repo: str, kind: Kind, patterns: list[str]) -> None:
-    """Puts what the hub keeps as LFS files into the cache, where the client will find them."""
-    from huggingface_hub import HfApi, constants, hf_hub_url
-    from huggingface_hub.file_download import repo_folder_name
-
-    about: Any = HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
-    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
-    for file in about.siblings:
-        matches = any(fnmatch(file.rfilename, pattern) for pattern in patterns)
-        blob = cache / "blobs" / file.lfs.sha256 if matches and file.lfs else None
-        if blob and not blob.exists() and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
-            url = hf_hub_url(repo, file.rfilename, repo_type=kind, revision=about.sha)
-            blob.parent.mkdir(parents=True, exist_ok=True)
-            _resume(url, blob, file.rfilename, file.size)
-
-
-class _Growing(io.BufferedWriter):
-    """The part of a file that is here, telling how it grows."""
+class _PartFile(io.BufferedWriter):
+    """The downloaded part of a file; reports its growth to the callback."""
 
     def __init__(self, path: Path, name: str, size: int) -> None:
         super().__init__(io.FileIO(path, "ab"))
-        self._of, self._size, self._began_with = name, size, self.tell()
-        self._began = self._told = time.monotonic()
+        self._name, self._size, self._start = name, size, self.tell()
+        self._started = self._reported = time.monotonic()
 
     def write(self, data: Any) -> int:
+        """Append the data; report at intervals."""
         written = super().write(data)
-        now, tell = time.monotonic(), _tell.get()
-        if tell and now - self._told >= _TOLD_EVERY:
-            self._told, here = now, self.tell()
-            rate = (here - self._began_with) / (now - self._began)
-            tell(self._of, here, self._size, (self._size - here) / rate if rate else None)
+        now, callback = time.monotonic(), _callback.get()
+        if callback and now - self._reported >= _REPORT_SECONDS:
+            self._reported, done = now, self.tell()
+            rate = (done - self._start) / (now - self._started)
+            callback(self._name, done, self._size, (self._size - done) / rate if rate else None)
         return written
 
 
-def _resume(url: str, blob: Path, name: str, size: int) -> None:
-    """Fetches the rest of a file; it gets its name (its SHA-256) once it is whole."""
-    from huggingface_hub.file_download import http_get
+def _fetch_large_files(repo: str, kind: Kind, patterns: list[str]) -> None:
+    """Download LFS files into the cache, where the client then finds them.
+
+    A file gets its name there, its SHA-256, once it is whole.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_url
+    from huggingface_hub.file_download import http_get, repo_folder_name
     from huggingface_hub.utils._headers import build_hf_headers
 
-    part = blob.with_suffix(".part")
-    with _Growing(part, name, size) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if blob.exists():  # another process was faster
-            return
-        http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size)
-        file.flush()
-        if sha256_file(part) != blob.name:
-            part.unlink()
-            what = "A download arrived damaged and was thrown away."
-            raise UserError(what, url, "Start it again.")
-        part.replace(blob)
+    info: Any = HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
+    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
+    for file in info.siblings:
+        matches = any(fnmatch(file.rfilename, pattern) for pattern in patterns)
+        blob = cache / "blobs" / file.lfs.sha256 if matches and file.lfs else None
+        if not blob or blob.exists() or file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+            continue
+        url = hf_hub_url(repo, file.rfilename, repo_type=kind, revision=info.sha)
+        part = blob.with_suffix(".part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with _PartFile(part, file.rfilename, file.size) as output:
+            fcntl.flock(output, fcntl.LOCK_EX)
+            if blob.exists():  # another process has downloaded it
+                continue
+            sizes = {"resume_size": output.tell(), "expected_size": file.size}
+            http_get(url, output, headers=build_hf_headers(), **sizes)
+            output.flush()
+            if sha256_file(part) != blob.name:
+                part.unlink()
+                what = _("A download was damaged and has been deleted.")
+                raise UserError(what, url, _("Download it again."))
+            part.replace(blob)
 
 
 def reachable(timeout: float = 3.0) -> bool:
-    """Whether the hub answers at all within `timeout` seconds; asks nothing else of it."""
-    if told_offline():
-        return False
-    answers: SimpleQueue[bool] = SimpleQueue()
-    # In a thread, because looking up a name and trying its addresses one by one can take minutes.
-    Thread(target=lambda: answers.put(_answers(timeout)), daemon=True).start()
-    try:
-        return answers.get(timeout=timeout)
-    except Empty:
-        return False
-
-
-def told_offline() -> bool:
-    """Whether the environment forbids asking."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _ON
-
-
-def _answers(timeout: float) -> bool:
+    """Return whether the Hub answers at all within `timeout` seconds."""
     import urllib.error
     import urllib.request
 
-    try:
-        request = urllib.request.Request(endpoint(), method="HEAD")  # noqa: S310 - the hub's
-        urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
-    except urllib.error.HTTPError:
-        return True
-    except Exception:  # no network has too many faces to list them
+    if is_offline():
         return False
-    return True
+    answered = Event()
+
+    def connect() -> None:
+        try:
+            request = urllib.request.Request(endpoint(), method="HEAD")  # noqa: S310 - the Hub's
+            urllib.request.urlopen(request, timeout=timeout).close()  # noqa: S310
+        except urllib.error.HTTPError:
+            pass
+        except Exception as error:  # a missing network raises too many types to list
+            logger.debug("%s: %r", endpoint(), error)
+            return
+        answered.set()
+
+    # In a thread, because looking up a name and trying its addresses one by one can take minutes.
+    thread = Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return answered.is_set()
+
+
+def is_offline() -> bool:
+    """Return whether `HF_HUB_OFFLINE` forbids network access; its values are the client's."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 @contextmanager
 def hub_errors(repo: str, kind: Kind) -> Iterator[None]:
-    """Turns whatever the hub's client raises about `repo` into one plain `UserError`."""
-    from huggingface_hub import errors
+    """Raise any error of the Hub's client about `repo` as one plain `UserError`."""
+    from huggingface_hub import constants, errors
 
-    noun = "data set" if kind == "dataset" else "model"
-    where = f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+    status = 0
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"The {noun} '{repo}' is gated.",
-            where,
-            "Accept its terms on that page, then set HF_TOKEN to an access token of yours.",
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(
-            f"The hub knows no {noun} '{repo}', or it is private.",
-            where,
-            "Check the spelling; for a private or gated one set HF_TOKEN. "
-            "A local folder or file is named by its path.",
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise _refused(error.response.status_code, noun, repo, where) from error
-    except OSError as error:
-        # The client's network errors are OSErrors too; a full or read-only disk is not theirs.
-        if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
-            raise disk_error(_disk_place(error), error) from error
-        raise _out_of_reach(noun, repo, where) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
-            raise _out_of_reach(noun, repo, where) from error
-        raise
+        if isinstance(error, errors.GatedRepoError):
+            what = _("'{repo}' is gated on the Hub.")
+            fix = _("Accept its terms on that page, then set HF_TOKEN to an access token of yours.")
+        elif isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+            what = _("Model '{repo}' not found on the Hub, or it is private.")
+            if kind == "dataset":
+                what = _("Data set '{repo}' not found on the Hub, or it is private.")
+            fix = _(
+                "Check the spelling; for a private or gated repository set HF_TOKEN. For a local "
+                "folder or file, write its path."
+            )
+        elif isinstance(error, errors.HfHubHTTPError):
+            status = error.response.status_code
+            what = _("'{repo}' can't be downloaded: the Hub answered with error {status}.")
+            fix = _("Try again later, or set a mirror with HF_ENDPOINT=https://…")
+            if status in (401, 403):
+                fix = _("Check HF_TOKEN, or unset it: the Hub refuses it.")
+        elif _is_network_error(error):
+            what, fix = _("'{repo}' can't be downloaded: the Hub can't be reached."), _NETWORK_FIX
+            if is_offline():
+                what = _("'{repo}' can't be downloaded: HF_HUB_OFFLINE is set.")
+        elif isinstance(error, OSError):
+            raise disk_error(Path(error.filename or constants.HF_HOME), error) from error
+        else:
+            raise
+        where = f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"
+        raise UserError(what, where, fix, repo=repo, status=status) from error
 
 
-def _disk_place(error: OSError) -> Path:
-    from huggingface_hub import constants
-
-    return Path(error.filename or constants.HF_HOME)
-
-
-def _refused(status: int, noun: str, repo: str, where: str) -> UserError:
-    return UserError(
-        f"The hub answered with error {status}, so the {noun} '{repo}' can't be fetched.",
-        where,
-        "Check HF_TOKEN, or unset it: the hub doesn't take it."
-        if status in (401, 403)
-        else "Try again later, or set a mirror with HF_ENDPOINT=https://…",
-    )
-
-
-def _out_of_reach(noun: str, repo: str, where: str) -> UserError:
-    reason = "HF_HUB_OFFLINE is set" if told_offline() else "The hub is out of reach"
-    return UserError(
-        f"{reason}, so the {noun} '{repo}' can't be fetched.",
-        where,
-        "Check the network; a mirror is set with HF_ENDPOINT=https://… and a token for gated "
-        "repositories with HF_TOKEN. A cut-off download goes on where it stopped. "
-        + _WORKS_OFFLINE,
-    )
+def _is_network_error(error: Exception) -> bool:
+    """Return whether an error is of the network; the client's are OSErrors without an errno."""
+    if isinstance(error, OSError):
+        return error.errno is None or isinstance(error, ConnectionError | TimeoutError)
+    return type(error).__module__.partition(".")[0] in _HTTP_CLIENTS

@@ -1,4 +1,4 @@
-"""The hub: a local server that answers as it does, asked through the real client."""
+"""The hub: the real client with a local server."""
 
 from __future__ import annotations
 
@@ -24,11 +24,7 @@ COMMIT = "a" * 40
 BIG = bytes(range(256)) * 4096  # 1 MiB, kept as LFS
 FILES = {"config.json": b'{"model_type": "phi"}', "README.md": b"# x", "model.safetensors": BIG}
 CUT = 700_000
-_REFUSALS = {
-    "gated": (401, "GatedRepo"),
-    "missing": (404, "RepoNotFound"),
-    "forbidden": (403, ""),
-}
+_REFUSALS = {"gated": (401, "GatedRepo"), "missing": (404, "RepoNotFound"), "forbidden": (403, "")}
 
 # Run in a process of its own, since the client reads HF_ENDPOINT when it is imported.
 CLIENT = """
@@ -41,10 +37,10 @@ answers = []
 for name, *args in json.loads(sys.argv[1]):
     started = time.monotonic()
     try:
-        found = {"value": getattr(hub, name)(*args)}
+        answer = {"value": getattr(hub, name)(*args)}
     except UserError as error:
-        found = {"what": error.what, "where": error.where, "fix": error.fix}
-    answers.append({**found, "seconds": time.monotonic() - started})
+        answer = error.as_json()
+    answers.append({**answer, "seconds": time.monotonic() - started})
 print(json.dumps(answers, default=str))
 """
 
@@ -119,7 +115,7 @@ class FakeHub(ThreadingHTTPServer):
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def asked_for(self, name: str) -> list[dict[str, str]]:
+    def requests_for(self, name: str) -> list[dict[str, str]]:
         """Headers of the requests for a file's content."""
         return [
             headers
@@ -172,7 +168,7 @@ def start(
     )
 
 
-def ask(address: str, home: Path, *calls: Any, **more: str) -> list[dict[str, Any]]:
+def run_client(address: str, home: Path, *calls: Any, **more: str) -> list[dict[str, Any]]:
     with start(address, home, *calls, **more) as client:
         try:
             out, errors = client.communicate(timeout=20)
@@ -192,73 +188,73 @@ def closed_port() -> str:
 FETCH = ("fetch", "o/n", "model", ["*.safetensors", "config.json"])
 
 
-def test_files_are_listed_and_those_that_match_are_fetched(server: FakeHub, tmp_path: Path) -> None:
-    listed, fetched = ask(server.address, tmp_path, ("list_files", "o/n", "model"), FETCH)
+def test_files_are_listed_and_matching_ones_downloaded(server: FakeHub, tmp_path: Path) -> None:
+    listed, fetched = run_client(server.address, tmp_path, ("list_files", "o/n", "model"), FETCH)
     assert listed["value"] == sorted(FILES)
     folder = Path(fetched["value"])
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         name: FILES[name] for name in ("config.json", "model.safetensors")
     }
     assert not list(tmp_path.rglob("*.part"))
-    assert len(server.asked_for("model.safetensors")) == 1
-    assert not server.asked_for("README.md")
+    assert len(server.requests_for("model.safetensors")) == 1
+    assert not server.requests_for("README.md")
 
 
-TOLD = """
+PROGRESS = """
 import json, sys
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 18
 from jetson_ft import hub
-hub._TOLD_EVERY, told = 0.0, []
+hub._REPORT_SECONDS, calls = 0.0, []
 class Enough(Exception): pass
-def tell(*news):
-    told.append(news)
-    if len(told) == 2: raise Enough
+def callback(*arguments):
+    calls.append(arguments)
+    if len(calls) == 2: raise Enough
 for _ in range(2):
     try:
-        with hub.telling(tell): hub.fetch("o/n", "model", ["*.safetensors"])
-    except Enough: told.append(None)
-print(json.dumps(told))
+        with hub.download_progress(callback): hub.fetch("o/n", "model", ["*.safetensors"])
+    except Enough: calls.append(None)
+print(json.dumps(calls))
 """
 
 
-def test_a_download_is_told_of_and_ended_from_outside(server: FakeHub, tmp_path: Path) -> None:
-    with start(server.address, tmp_path, script=TOLD) as client:
+def test_progress_callback_can_end_the_download(server: FakeHub, tmp_path: Path) -> None:
+    with start(server.address, tmp_path, script=PROGRESS) as client:
         out, errors = client.communicate(timeout=60)
     assert client.returncode == 0, errors
     first, second, ended, *later = json.loads(out)
     assert ended is None and second[1] == 2 << 18
-    assert [news[1] for news in later] == [3 << 18, 4 << 18], "the second goes on where one ended"
+    assert [call[1] for call in later] == [3 << 18, 4 << 18], "the second resumes"
     for name, done, total, left in (first, second, *later):
         assert name == "model.safetensors" and 0 < done <= total == len(BIG) and left >= 0
 
 
-def test_models_whose_weights_lie_here_are_listed(server: FakeHub, tmp_path: Path) -> None:
+def test_models_with_cached_weights_are_listed(server: FakeHub, tmp_path: Path) -> None:
     listed, config = ("downloaded_models",), ("fetch", "o/n", "model", ["config.json"])
-    answers = ask(server.address, tmp_path, listed, config, listed, FETCH, listed)
+    answers = run_client(server.address, tmp_path, listed, config, listed, FETCH, listed)
     assert [answer["value"] for answer in answers[::2]] == [[], [], ["o/n"]]
 
 
 def test_the_token_is_sent(server: FakeHub, tmp_path: Path) -> None:
-    ask(server.address, tmp_path, FETCH, HF_TOKEN="hf_secret")
+    run_client(server.address, tmp_path, FETCH, HF_TOKEN="hf_secret")
     sent = [headers.get("authorization") for _, path, headers in server.requests if "o/n" in path]
     assert sent
     assert set(sent) == {"Bearer hf_secret"}
 
 
-def test_what_was_fetched_works_without_the_hub(server: FakeHub, tmp_path: Path) -> None:
-    ask(server.address, tmp_path, FETCH)
+def test_cached_files_work_without_the_hub(server: FakeHub, tmp_path: Path) -> None:
+    run_client(server.address, tmp_path, FETCH)
     more = ("fetch", "o/n", "model", ["*"])
-    listed, fetched, incomplete = ask(
+    listed, fetched, incomplete = run_client(
         closed_port(), tmp_path, ("list_files", "o/n", "model"), FETCH, more
     )
     assert listed["value"] == ["config.json", "model.safetensors"]
     assert (Path(fetched["value"]) / "model.safetensors").read_bytes() == BIG
-    assert "The hub is out of reach" in incomplete["what"]
+    assert "the Hub can't be reached" in incomplete["what"]
 
 
-def test_refusals_are_told_apart(server: FakeHub, tmp_path: Path) -> None:
-    gated, missing, forbidden, impossible = ask(
+def test_each_refusal_has_its_message(server: FakeHub, tmp_path: Path) -> None:
+    gated, missing, forbidden, impossible = run_client(
         server.address,
         tmp_path,
         ("list_files", "o/gated", "model"),
@@ -266,55 +262,57 @@ def test_refusals_are_told_apart(server: FakeHub, tmp_path: Path) -> None:
         ("list_files", "o/forbidden", "model"),
         ("list_files", "o/n--x", "model"),
     )
-    assert gated["what"] == "The model 'o/gated' is gated."
+    assert gated["what"] == "'o/gated' is gated on the Hub."
     assert "HF_TOKEN" in gated["fix"]
-    assert missing["what"] == "The hub knows no data set 'o/missing', or it is private."
+    assert missing["what"] == "Data set 'o/missing' not found on the Hub, or it is private."
     assert "HF_TOKEN" in missing["fix"]
     assert missing["where"] == f"{server.address}/datasets/o/missing"
     assert "answered with error 403" in forbidden["what"]
     assert "HF_TOKEN" in forbidden["fix"]
-    assert "knows no model 'o/n--x'" in impossible["what"]
+    assert "Model 'o/n--x' not found" in impossible["what"]
 
 
-def test_a_hub_out_of_reach_says_so_and_what_works_offline(tmp_path: Path) -> None:
+def test_unreachable_hub_is_reported_with_what_works_offline(tmp_path: Path) -> None:
     address = closed_port()
-    answers = ask(
+    answers = run_client(
         address, tmp_path, ("list_files", "o/x", "model"), ("fetch", "o/x", "model", ["*"])
     )
     for answer in answers:
-        assert answer["what"] == "The hub is out of reach, so the model 'o/x' can't be fetched."
+        assert answer["what"] == "'o/x' can't be downloaded: the Hub can't be reached."
         assert answer["where"] == f"{address}/o/x"
         for words in (
             "HF_ENDPOINT",
             "HF_TOKEN",
-            "What works offline: `model: embedded`",
+            "These work offline: `model: embedded`",
             "HF_HOME",
         ):
             assert words in answer["fix"]
         assert answer["seconds"] < 10
 
 
-def test_an_impossible_name_is_refused_plainly_without_the_hub(tmp_path: Path) -> None:
-    (answer,) = ask(closed_port(), tmp_path, ("list_files", "o/n--x", "model"))
-    assert "knows no model" in answer["what"]
+def test_impossible_name_is_refused_without_the_hub(tmp_path: Path) -> None:
+    (answer,) = run_client(closed_port(), tmp_path, ("list_files", "o/n--x", "model"))
+    assert "not found" in answer["what"]
 
 
-def test_being_told_to_stay_offline_is_named(server: FakeHub, tmp_path: Path) -> None:
-    (answer,) = ask(server.address, tmp_path, ("list_files", "o/n", "model"), HF_HUB_OFFLINE="1")
-    assert answer["what"].startswith("HF_HUB_OFFLINE is set")
+def test_offline_setting_is_reported(server: FakeHub, tmp_path: Path) -> None:
+    (answer,) = run_client(
+        server.address, tmp_path, ("list_files", "o/n", "model"), HF_HUB_OFFLINE="1"
+    )
+    assert "HF_HUB_OFFLINE is set" in answer["what"]
     assert not server.requests
 
 
 @pytest.mark.slow
-def test_a_hub_that_accepts_and_never_answers_takes_seconds(tmp_path: Path) -> None:
+def test_hub_that_never_answers_takes_seconds(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as hole:
         address = f"http://127.0.0.1:{hole.getsockname()[1]}"
-        (answer,) = ask(address, tmp_path, ("fetch", "o/x", "model", ["*"]))
-    assert "out of reach" in answer["what"]
+        (answer,) = run_client(address, tmp_path, ("fetch", "o/x", "model", ["*"]))
+    assert "can't be reached" in answer["what"]
     assert answer["seconds"] < 10
 
 
-def test_a_killed_download_goes_on_where_it_stopped(server: FakeHub, tmp_path: Path) -> None:
+def test_killed_download_resumes(server: FakeHub, tmp_path: Path) -> None:
     server.stall = True
     with start(server.address, tmp_path, FETCH) as client:
         try:
@@ -324,57 +322,55 @@ def test_a_killed_download_goes_on_where_it_stopped(server: FakeHub, tmp_path: P
             client.kill()
     kept = part.stat().st_size
     server.stall = False
-    (fetched,) = ask(server.address, tmp_path, FETCH)
+    (fetched,) = run_client(server.address, tmp_path, FETCH)
     assert (Path(fetched["value"]) / "model.safetensors").read_bytes() == BIG
-    assert server.asked_for("model.safetensors")[-1]["Range"] == f"bytes={kept}-"
+    assert server.requests_for("model.safetensors")[-1]["Range"] == f"bytes={kept}-"
     assert not list(tmp_path.rglob("*.part"))
 
 
 def _wait_for_part(home: Path, size: int) -> list[Path]:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
-        found = [path for path in home.rglob("*.part") if path.stat().st_size >= size]
-        if found:
-            return found
+        parts = [path for path in home.rglob("*.part") if path.stat().st_size >= size]
+        if parts:
+            return parts
         time.sleep(0.02)
-    raise AssertionError("nothing was kept")
+    raise AssertionError("no part was kept")
 
 
-def test_a_download_cut_off_within_a_call_is_taken_up_by_itself(
-    server: FakeHub, tmp_path: Path
-) -> None:
+def test_download_cut_off_within_a_call_resumes(server: FakeHub, tmp_path: Path) -> None:
     server.stall = True
     server.released.set()  # the connection closes instead of standing still
-    (fetched,) = ask(server.address, tmp_path, FETCH)
+    (fetched,) = run_client(server.address, tmp_path, FETCH)
     assert (Path(fetched["value"]) / "model.safetensors").read_bytes() == BIG
-    first, second = server.asked_for("model.safetensors")
+    first, second = server.requests_for("model.safetensors")
     assert "Range" not in first
     assert int(second["Range"].removeprefix("bytes=").rstrip("-")) >= CUT // 2
 
 
-def test_a_damaged_download_is_thrown_away(server: FakeHub, tmp_path: Path) -> None:
+def test_damaged_download_is_deleted(server: FakeHub, tmp_path: Path) -> None:
     server.contents["model.safetensors"] = BIG[:-1] + b"x"
-    (answer,) = ask(server.address, tmp_path, FETCH)
-    assert "arrived damaged" in answer["what"]
+    (answer,) = run_client(server.address, tmp_path, FETCH)
+    assert "download was damaged" in answer["what"]
     assert not [
         path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 9999
     ]
     server.contents.clear()
-    (fetched,) = ask(server.address, tmp_path, FETCH)
+    (fetched,) = run_client(server.address, tmp_path, FETCH)
     assert (Path(fetched["value"]) / "model.safetensors").read_bytes() == BIG
 
 
-def test_a_place_that_cant_hold_the_download_is_named(server: FakeHub, tmp_path: Path) -> None:
+def test_cache_that_cant_be_written_is_reported(server: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (answer,) = ask(server.address, tmp_path / "file" / "hf", FETCH)
-    assert answer["what"] == "A file stands where a folder is needed."
+    (answer,) = run_client(server.address, tmp_path / "file" / "hf", FETCH)
+    assert answer["what"] == "Expected a folder, found a file."
     assert str(tmp_path / "file") in answer["where"]
 
 
-# In this process: the address and whether somebody answers there.
+# In this process: the address, and whether it answers.
 
 
-def test_the_address_is_the_mirror_where_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_is_the_mirror_if_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example/")
     assert hub.endpoint() == "https://mirror.example"
     monkeypatch.setenv("HF_ENDPOINT", "")
@@ -388,7 +384,7 @@ def online(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("online")
-def test_a_hub_is_reachable_when_it_answers_anything(
+def test_hub_that_answers_anything_is_reachable(
     server: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", server.address)
@@ -403,15 +399,13 @@ def test_a_hub_is_reachable_when_it_answers_anything(
 @pytest.mark.parametrize(
     "address", ["http://127.0.0.1:1", "nonsense", "http://[", "http://\u4e2d "]
 )
-def test_a_wrong_address_is_out_of_reach(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_address_is_not_reachable(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", address)
     assert not hub.reachable()
 
 
 @pytest.mark.usefixtures("online")
-def test_a_name_lookup_that_hangs_takes_no_longer_than_allowed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_name_lookup_that_hangs_ends_at_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     hung = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: hung.wait(20))
     started = time.monotonic()
@@ -420,12 +414,12 @@ def test_a_name_lookup_that_hangs_takes_no_longer_than_allowed(
     hung.set()
 
 
-def test_other_faults_are_not_dressed_up_as_the_network() -> None:
+def test_other_exceptions_pass_unchanged() -> None:
     with pytest.raises(ZeroDivisionError), hub.hub_errors("o/n", "model"):
         _ = 1 / 0
 
 
-def test_a_full_disk_is_not_called_the_network(tmp_path: Path) -> None:
+def test_full_disk_is_not_reported_as_the_network(tmp_path: Path) -> None:
     full = OSError(28, "No space left on device", str(tmp_path / "blob"))
     with pytest.raises(UserError, match="disk is full"), hub.hub_errors("o/n", "model"):
         raise full

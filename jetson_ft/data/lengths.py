@@ -1,11 +1,9 @@
-"""How long rows are, as a histogram: all that planning needs to know of them."""
+"""Row lengths as a histogram: what planning needs of a data set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-from jetson_ft.data import tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -14,10 +12,10 @@ _GROUPS = 40
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """Rows sorted by length, in groups of equal size.
+class LengthHistogram:
+    """Rows sorted by length, in groups of equal size; lengths in tokens.
 
-    `groups` has the mean tokens and the mean supervised tokens of a row in each.
+    `groups` has for each group the mean tokens and the mean supervised tokens of a row.
     """
 
     rows: int
@@ -26,7 +24,7 @@ class Lengths:
 
     @property
     def mean(self) -> float:
-        """Tokens of a row."""
+        """Mean tokens per row."""
         return sum(size for size, _ in self.groups) / len(self.groups)
 
     @property
@@ -36,46 +34,47 @@ class Lengths:
 
     @property
     def supervised(self) -> float:
-        """Share of the tokens that are learnt."""
-        return sum(learnt for _, learnt in self.groups) / sum(size for size, _ in self.groups)
+        """Share of the tokens that are supervised."""
+        return sum(part for _, part in self.groups) / sum(size for size, _ in self.groups)
 
     @property
-    def row_of_a_token(self) -> float:
-        """Tokens of the row that a token stands in, over all tokens: E[n²] / E[n]."""
+    def token_weighted_mean_length(self) -> float:
+        """Mean tokens of the row that a token is in, over all tokens: E[n²] / E[n]."""
         return sum(size**2 for size, _ in self.groups) / sum(size for size, _ in self.groups)
 
-    def cut(self, max_length: int) -> Lengths:
-        """With rows cut at `max_length`: what is cut off is of the answer."""
+    def cut(self, max_length: int) -> LengthHistogram:
+        """Return the histogram after truncation at `max_length`, as if only answers were cut."""
         groups = tuple(
-            (min(size, max_length), max(0.0, learnt - max(0.0, size - max_length)))
-            for size, learnt in self.groups
+            (min(size, max_length), max(0.0, supervised - max(0.0, size - max_length)))
+            for size, supervised in self.groups
         )
         return replace(self, longest=min(self.longest, max_length), groups=groups)
 
 
-def of(encoded: Dataset) -> Lengths:
-    """The lengths of tokenised rows (as `data.tokens` writes them)."""
-    return from_counts(tokens.token_counts(encoded), tokens.supervised_counts(encoded))
+def measure_lengths(encoded: Dataset) -> LengthHistogram:
+    """Return the histogram of rows that `tokenize_rows` has encoded."""
+    columns = encoded.with_format("numpy")
+    return lengths_from_counts(columns["length"][:], columns["supervised"][:])
 
 
-def from_counts(sizes: Any, learnt: Any) -> Lengths:
-    """From the tokens and the supervised tokens of each row, in the same order."""
+def lengths_from_counts(sizes: Any, supervised: Any) -> LengthHistogram:
+    """Return the histogram of the tokens and supervised tokens of each row, in the same order."""
     import numpy as np
 
-    sizes, learnt = np.asarray(sizes, float), np.asarray(learnt, float)
+    sizes, supervised = np.asarray(sizes, float), np.asarray(supervised, float)
     order = np.argsort(sizes, kind="stable")
     groups = np.array_split(order, min(_GROUPS, len(order)))
-    return Lengths(
+    return LengthHistogram(
         rows=len(sizes),
         longest=int(sizes.max()),
-        groups=tuple((float(sizes[g].mean()), float(learnt[g].mean())) for g in groups),
+        groups=tuple((float(sizes[g].mean()), float(supervised[g].mean())) for g in groups),
     )
 
 
-# By rows and by the model whose tokenizer counted, for planning without either at hand.
-KNOWN = {
-    # 1,000 rows drawn from the set were counted; it has about 51 thousand.
-    ("llamafactory/alpaca_zh", "microsoft/phi-1_5"): Lengths(51_000, 1082, (
+# By `data.train` and `model`, whose tokenizer counted; for planning without reading either.
+KNOWN_LENGTHS = {
+    # Counted over 1,000 rows drawn from about 51 thousand.
+    ("llamafactory/alpaca_zh", "microsoft/phi-1_5"): LengthHistogram(51_000, 1082, (
         (49, 21), (66, 29), (77, 34), (86, 40), (96, 54), (108, 61), (116, 69), (125, 78),
         (134, 83), (148, 102), (164, 116), (180, 120), (194, 149), (215, 159), (235, 182),
         (252, 209), (274, 225), (296, 235), (315, 256), (338, 294), (360, 307), (380, 331),
@@ -83,7 +82,7 @@ KNOWN = {
         (618, 570), (651, 612), (683, 636), (716, 678), (751, 701), (778, 739), (806, 760),
         (835, 794), (874, 831), (923, 883), (989, 943),
     )),
-    ("bundled", "embedded"): Lengths(690, 553, (
+    ("bundled", "embedded"): LengthHistogram(690, 553, (
         (114, 48), (155, 82), (183, 102), (192, 115), (200, 120), (206, 131), (209, 128),
         (213, 139), (216, 138), (220, 139), (223, 145), (226, 149), (231, 146), (235, 154),
         (239, 159), (242, 158), (245, 162), (248, 168), (251, 165), (254, 167), (258, 176),

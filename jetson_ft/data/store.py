@@ -1,8 +1,8 @@
-"""Rows kept as messages on disk: read once, memory-mapped from then on.
+"""Rows on disk as messages, the report about them, and the held-out split.
 
-The first reading of a source writes an Arrow file into the cache, under a key made of the
-content's hash and the settings; later ones map it. Every row that was left out is counted,
-with its reason and its place. `split` keeps the held-out rows apart from the training rows.
+The first reading of a source writes an Arrow file into the cache; its key has the content's hash
+and the settings. Later readings memory-map it. Every row that is left out is counted, with its
+reason and its place.
 """
 
 from __future__ import annotations
@@ -17,36 +17,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jetson_ft.data import formats
-from jetson_ft.data.formats import Layout, Message, RowError
-from jetson_ft.data.read import (
-    Broken,
-    FileInfo,
-    Source,
-    bundled_heldout,
-    file_sha256,
-    read_rows,
-    resolve,
-    shown,
-)
-from jetson_ft.errors import UserError
-from jetson_ft.paths import cache_dir, read_json, staged, write_json
+from jetson_ft.data.formats import ChatMessage, RowError
+from jetson_ft.data.readers import read_rows
+from jetson_ft.data.sources import BUNDLED_HELDOUT, Source, resolve_source
+from jetson_ft.errors import Message, UserError, _, joined
+from jetson_ft.files import cache_dir, cached_sha256, printable, read_json, staged, write_json
+from jetson_ft.recipe import DataRecipe, Layout
 
 if TYPE_CHECKING:
     import datasets
 
-STORE_VERSION = 1
+_VERSION = 3  # increase when the columns or the report change
 
-_ROWS_LOOKED_AT = 100  # to tell the layout
-_PLACES_KEPT = 20
+_DETECTION_ROWS = 100  # that decide about the layout
+_MAX_PLACES = 20  # kept of the rows left out for one reason
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22
 
-_Row = tuple[int, str, dict[str, Any] | Broken]  # number, place, value
-_Kept = tuple[int, int, list[Message]]  # number, hash, messages
+_UsableRow = tuple[int, int, list[ChatMessage]]  # number, hash, messages
 
 
 @dataclass
 class ReadReport:
-    """What was read from a source and what became of it."""
+    """What was read from a source, and what is usable.
+
+    `dropped` has the rows left out by their reason in English: `count`, the first places (`where`,
+    English), and both as `errors.Message.as_json` gives them (`message`, `places`).
+    """
 
     files: list[dict[str, Any]]
     container: str
@@ -60,258 +56,226 @@ class ReadReport:
     empty_answers: int = 0
     characters: dict[str, int] = field(default_factory=lambda: {"question": 0, "answer": 0})
 
-    def drop(self, reason: str, place: str) -> None:
-        """Counts a row that can't be used; the first places are kept."""
-        entry = self.dropped.setdefault(reason, {"count": 0, "where": []})
+    def drop(self, reason: Message, place: Message) -> None:
+        """Count a row that is left out."""
+        empty = {"count": 0, "where": [], "message": reason.as_json(), "places": []}
+        entry = self.dropped.setdefault(str(reason), empty)
         entry["count"] += 1
-        self.empty_answers += reason == formats.NO_ANSWER
-        if len(entry["where"]) < _PLACES_KEPT:
-            entry["where"].append(place)
-
-    def keep(self, messages: list[Message]) -> None:
-        """Counts a row that is used."""
-        self.rows_kept += 1
-        for message in messages:
-            side = "answer" if message["role"] == "assistant" else "question"
-            self.characters[side] += len(message["content"])
+        self.empty_answers += reason.template == formats.NO_ANSWER
+        if len(entry["where"]) < _MAX_PLACES:
+            entry["where"].append(str(place))
+            entry["places"].append(place.as_json())
 
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """How training and held-out rows were told apart."""
+    """The result of `split_rows`, for reports."""
 
     train: ReadReport
     heldout: ReadReport | None  # None: the rows come from the end of the training source
     heldout_from: str
     train_rows: int
     heldout_rows: int
-    left_out: int  # train rows left out because they stand in the held-out set
+    left_out: int  # training rows left out because they are in the held-out set too
 
 
-def read(
-    source: Source, *, layout: str = "auto", encoding: str = "auto", bad_rows: str = "refuse"
+def read_source(
+    source: Source, *, layout: str = "auto", encoding: str = "auto", on_invalid: str = "error"
 ) -> tuple[datasets.Dataset, ReadReport]:
-    """The usable rows of a source, memory-mapped, with the columns `row` and `messages`.
-
-    Args:
-        layout: `alpaca`, `sharegpt`, `messages`, or `auto`.
-        encoding: of text files, or `auto`.
-        bad_rows: `refuse` a source with unusable rows, or `skip` and count them.
+    """Return the usable rows of a source, memory-mapped, with the columns `row` and `messages`.
 
     Raises:
-        UserError: the source can't be read, has unusable rows (`refuse`) or no usable one.
+        UserError: the source can't be read, or has no usable row, or has unusable ones and
+            `on_invalid` is `error` and not `skip`.
     """
-    stored, report = _stored(source, layout, encoding, bad_rows)
-    return stored.remove_columns("hash"), report
+    rows, report = _read_cached(source, layout, encoding, on_invalid)
+    return rows.remove_columns("hash"), report
 
 
-def split(
-    train: Source,
-    heldout: int | str,
-    *,
-    layout: str = "auto",
-    encoding: str = "auto",
-    bad_rows: str = "refuse",
-) -> tuple[datasets.Dataset, datasets.Dataset, SplitInfo]:
-    """Training and held-out rows; no conversation is in both.
+def split_rows(data: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset, SplitInfo]:
+    """Return training and held-out rows; no conversation is in both.
 
-    Args:
-        heldout: a number of rows from the end of `train`, a name as `resolve` takes it, or
-            `auto` (the bundled set for bundled data, else the last min(60, 10 %) rows).
+    Raises:
+        UserError: as `read_source`, or no training row is left.
     """
     import numpy as np
 
-    rows, report = _stored(train, layout, encoding, bad_rows)
-    other = _heldout_source(train, heldout)
-    if other:
-        learnt = rows
-        held, held_report = _stored(other, "auto", "auto", bad_rows)
+    rows, report = _read_cached(
+        resolve_source(data.train), data.format, data.encoding, data.on_invalid
+    )
+    source = heldout_report = None
+    if data.heldout == "bundled" or (data.heldout == "auto" and data.train == "bundled"):
+        source = Source("bundled held-out rows", (BUNDLED_HELDOUT,))
+    elif isinstance(data.heldout, str) and data.heldout != "auto":
+        source = resolve_source(data.heldout)
+    if source:
+        train_rows = rows
+        heldout_rows, heldout_report = _read_cached(source, "auto", "auto", data.on_invalid)
     else:
-        count = _heldout_count(len(rows), heldout, train.name)
-        learnt = rows.select(range(len(rows) - count))
-        held, held_report = rows.select(range(len(rows) - count, len(rows))), None
-    remaining = np.flatnonzero(~np.isin(_hashes(learnt), _hashes(held)))
+        count = data.heldout if isinstance(data.heldout, int) else max(1, min(60, len(rows) // 10))
+        if count >= len(rows):
+            raise UserError(
+                _("No training row is left: {heldout} of {rows} rows are to be held out."),
+                data.train,
+                _("Add rows, or set `data.heldout` to a smaller number or a file."),
+                heldout=count,
+                rows=len(rows),
+            )
+        train_rows = rows.select(range(len(rows) - count))
+        heldout_rows = rows.select(range(len(rows) - count, len(rows)))
+    remaining = np.flatnonzero(~np.isin(_hashes(train_rows), _hashes(heldout_rows)))
     if not len(remaining):
         raise UserError(
-            "No training row is left: every one stands in the held-out set too.",
-            train.name,
-            "Name other rows, or fewer, as `data.heldout`.",
+            _("No training row is left: every one is in the held-out set too."),
+            data.train,
+            _("Set `data.heldout` to other rows, or to fewer."),
         )
     info = SplitInfo(
         train=report,
-        heldout=held_report,
-        heldout_from=other.name if other else f"the end of {train.name}",
+        heldout=heldout_report,
+        heldout_from=source.name if source else f"the end of {data.train}",
         train_rows=len(remaining),
-        heldout_rows=len(held),
-        left_out=len(learnt) - len(remaining),
+        heldout_rows=len(heldout_rows),
+        left_out=len(train_rows) - len(remaining),
     )
-    return learnt.select(remaining).remove_columns("hash"), held.remove_columns("hash"), info
-
-
-def _heldout_source(train: Source, heldout: int | str) -> Source | None:
-    """Where the held-out rows come from; None: the end of the training source."""
-    if heldout == "bundled" or (heldout == "auto" and train.kind == "bundled"):
-        return Source("bundled", "bundled held-out rows", (bundled_heldout(),))
-    return None if isinstance(heldout, int) or heldout == "auto" else resolve(heldout)
-
-
-def _heldout_count(rows: int, heldout: int | str, name: str) -> int:
-    if isinstance(heldout, int) and heldout >= rows:
-        what = f"No training row would remain: {heldout} rows are to be held out of {rows}."
-        raise UserError(what, name, "Set `data.heldout` to a smaller number, or to a file.")
-    if rows < 2:
-        what = "A single row can't be both trained on and measured with."
-        raise UserError(what, name, "Add rows, or name other ones as `data.heldout`.")
-    return heldout if isinstance(heldout, int) else max(1, min(60, rows // 10))
+    train_rows = train_rows.select(remaining).remove_columns("hash")
+    return train_rows, heldout_rows.remove_columns("hash"), info
 
 
 def _hashes(rows: datasets.Dataset) -> Any:
-    """The column as an array; of a whole or sliced data set, not of picked rows."""
+    """Return the column as an array; `rows` must be whole or a slice, not picked rows."""
     return rows.data.column("hash").to_numpy()
 
 
-# The cache
-
-
-def _stored(
-    source: Source, layout: str, encoding: str, bad_rows: str
+def _read_cached(
+    source: Source, layout: str, encoding: str, on_invalid: str
 ) -> tuple[datasets.Dataset, ReadReport]:
-    """The rows, with their hashes, from the cache; written first where they are not in it."""
+    """Return the rows with their hashes from the cache; write them first if they are missing."""
+    import datasets
     import numpy as np
 
-    sums = [file_sha256(path) for path in source.files]
+    sums = [cached_sha256(path) for path in source.files]
     suffixes = [path.suffix for path in source.files]  # they take part in the detection
-    parts = [STORE_VERSION, sums, suffixes, layout, encoding, bad_rows]
+    parts = [_VERSION, sums, suffixes, layout, encoding, on_invalid]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    stem = cache_dir("data") / key
-    arrow, told = stem.with_suffix(".arrow"), stem.with_suffix(".json")
-    if found := _cached(arrow, told):
-        rows, report = found
+    rows_file = cache_dir("data") / f"{key}.arrow"
+    report_file = rows_file.with_suffix(".json")
+    try:
+        report = ReadReport(**read_json(report_file))
+        rows = open_arrow(rows_file, report.rows_kept)
+    except (UserError, TypeError):  # missing or damaged
+        rows = None
+    if rows:
         for entry, path in zip(report.files, source.files, strict=True):
-            entry["path"] = shown(str(path))  # equal content may have been read from elsewhere
+            entry["path"] = printable(str(path))  # equal content may be from another file
         return rows, report
-    report = _write(source, layout, encoding, bad_rows, arrow)
-    if [file_sha256(path) for path in source.files] != sums:
-        arrow.unlink()
-        raise UserError("The data changed while it was read.", source.name, "Start again.")
-    rows = _map(arrow)
+    report = _write_cache(source, layout, encoding, on_invalid, rows_file)
+    if [cached_sha256(path) for path in source.files] != sums:
+        rows_file.unlink()
+        raise UserError(_("The data changed while it was read."), source.name, _("Start again."))
+    rows = datasets.Dataset.from_file(str(rows_file))
     report.duplicates = len(rows) - len(np.unique(_hashes(rows)))
-    write_json(told, asdict(report))
+    write_json(report_file, asdict(report))
     return rows, report
 
 
-def _cached(arrow: Path, told: Path) -> tuple[datasets.Dataset, ReadReport] | None:
-    """What an earlier reading left, unless it is incomplete or damaged."""
+def open_arrow(path: Path, count: int) -> datasets.Dataset | None:
+    """Return the rows of an Arrow file; None if it is missing, incomplete or damaged."""
+    import datasets
     import pyarrow as pa
 
-    if not told.is_file():  # written last
-        return None
     try:
-        rows, report = _map(arrow), ReadReport(**read_json(told))
-    except (UserError, TypeError, ValueError, pa.ArrowException, OSError):
+        rows = datasets.Dataset.from_file(str(path))
+    except (pa.ArrowException, OSError):
         return None
-    return (rows, report) if len(rows) == report.rows_kept else None
+    return rows if len(rows) == count else None
 
 
-def _map(arrow: Path) -> datasets.Dataset:
-    import datasets
-
-    return datasets.Dataset.from_file(str(arrow))
-
-
-# Reading
-
-
-def _write(source: Source, layout: str, encoding: str, bad_rows: str, arrow: Path) -> ReadReport:
-    """Reads the source into the file, or raises and leaves nothing."""
+def _write_cache(
+    source: Source, layout: str, encoding: str, on_invalid: str, path: Path
+) -> ReadReport:
+    """Read the source into the file; after an error there is no file."""
     import pyarrow as pa
 
     message = pa.struct([("role", pa.string()), ("content", pa.string())])
     schema = pa.schema(
         [("row", pa.int64()), ("hash", pa.uint64()), ("messages", pa.list_(message))]
     )
-    found = _layout(source, encoding) if layout == "auto" else cast(Layout, layout)
-    files: list[FileInfo] = []
-    report = ReadReport([], "", found, "", "")
-    with staged(arrow) as file:
+    chosen = _detect_layout(source, encoding) if layout == "auto" else cast(Layout, layout)
+    report = ReadReport([], "", chosen, "", "")
+    with staged(path) as file:
         with pa.ipc.new_stream(file, schema) as writer:
-            for batch in _batches(_usable(_rows(source, encoding, files), found, report)):
+            for batch in _batches(_usable_rows(source, chosen, encoding, report)):
                 writer.write_batch(pa.record_batch(list(zip(*batch, strict=True)), schema=schema))
-        _judge(report, bad_rows, source.name)
-    report.files = [asdict(info) | {"path": shown(str(info.path))} for info in files]
-    report.container = ", ".join(dict.fromkeys(info.container for info in files))
-    report.encoding = ", ".join(dict.fromkeys(info.encoding for info in files if info.encoding))
-    sums = [info.sha256 for info in files]
-    joined = hashlib.sha256("\n".join(sums).encode()).hexdigest()
-    report.sha256 = sums[0] if len(sums) == 1 else joined
+        _check_dropped(report, on_invalid, source.name)
+    sums = [info["sha256"] for info in report.files]
+    combined = hashlib.sha256("\n".join(sums).encode()).hexdigest()
+    report.sha256 = sums[0] if len(sums) == 1 else combined
+    report.container = ", ".join(dict.fromkeys(info["container"] for info in report.files))
+    names = dict.fromkeys(info["encoding"] for info in report.files)
+    report.encoding = ", ".join(name for name in names if name)  # Parquet has none
     return report
 
 
-def _rows(source: Source, encoding: str, files: list[FileInfo]) -> Iterator[_Row]:
-    """The rows of all files, numbered through; notes each file that was opened in `files`."""
-    number = 0
-    for path in source.files:
-        info, rows = read_rows(path, encoding)
-        files.append(info)
-        prefix = f"{shown(path.name)} " if len(source.files) > 1 else ""
-        for row in rows:
-            number += 1
-            place = f"line {row.line}" if row.line else f"row {row.number}"
-            yield number, prefix + place, row.value
-
-
-def _layout(source: Source, encoding: str) -> Layout:
-    """The layout most of the first readable rows have."""
-    values = (value for *_, value in _rows(source, encoding, []) if isinstance(value, dict))
-    first = next(values, None)
-    if first is None:
-        return "messages"  # any will do: reading tells what is broken
-    looked_at = itertools.chain([first], itertools.islice(values, _ROWS_LOOKED_AT - 1))
-    seen = Counter(layout for value in looked_at if (layout := formats.detect(value)))
-    if seen:
-        return seen.most_common(1)[0][0]
-    keys = ", ".join(f"`{shown(str(key))[:40]}`" for key in list(first)[:10])
+def _detect_layout(source: Source, encoding: str) -> Layout:
+    """Return the layout that most of the first readable rows have."""
+    rows = itertools.chain.from_iterable(read_rows(path, encoding)[1] for path in source.files)
+    values = (row.value for row in rows if isinstance(row.value, dict))
+    first_rows = list(itertools.islice(values, _DETECTION_ROWS))
+    if not first_rows:
+        return "messages"  # any will do: the reading reports what is malformed
+    counts = Counter(layout for row in first_rows if (layout := formats.detect_layout(row)))
+    if counts:
+        return counts.most_common(1)[0][0]
     raise UserError(
-        f"The rows have no known layout; the first one has {keys or 'no fields'}.",
+        _("The rows have no known layout; the first one has {keys}."),
         source.name,
-        "Name the fields `instruction` and `output` (or `prompt` and `response`, `question` and "
-        "`answer`), or give `conversations` (ShareGPT) or `messages` (OpenAI).",
+        _(
+            "Name the fields `instruction` and `output` (or `prompt` and `response`, `question` "
+            "and `answer`), or give `conversations` (ShareGPT) or `messages` (OpenAI)."
+        ),
+        keys=", ".join(f"`{printable(str(key))[:40]}`" for key in list(first_rows[0])[:10]) or "{}",
     )
 
 
-def _usable(rows: Iterator[_Row], layout: Layout, report: ReadReport) -> Iterator[_Kept]:
-    """The rows as messages; those that can't be used go into the report."""
-    for number, place, value in rows:
-        report.rows_read += 1
-        try:
-            messages = _messages(value, layout)
-        except RowError as error:
-            report.drop(str(error), place)
-        else:
-            report.keep(messages)
-            yield number, _hash(messages), messages
+def _usable_rows(
+    source: Source, layout: Layout, encoding: str, report: ReadReport
+) -> Iterator[_UsableRow]:
+    """Yield the rows of all files as messages, numbered through; fill in the report."""
+    for path in source.files:
+        info, rows = read_rows(path, encoding)
+        report.files.append(asdict(info) | {"path": printable(str(path))})
+        for row in rows:
+            report.rows_read += 1
+            try:
+                if isinstance(row.value, RowError):
+                    raise row.value
+                messages = formats.to_messages(row.value, layout)
+            except RowError as error:
+                reason = error.reason
+                other = formats.detect_layout(row.value) if isinstance(row.value, dict) else None
+                if other and other != layout:
+                    template = _("layout `{other}` among rows of layout `{layout}`")
+                    reason = Message(template, {"other": other, "layout": layout})
+                template = _("line {line}") if row.line else _("row {row}")
+                place = Message(template, {"line": row.line, "row": row.number})
+                if len(source.files) > 1:
+                    name = printable(path.name)
+                    place = Message("{file} {place}", {"file": name, "place": place})
+                report.drop(reason, place)
+                continue
+            report.rows_kept += 1
+            for message in messages:
+                side = "answer" if message["role"] == "assistant" else "question"
+                report.characters[side] += len(message["content"])
+            text = json.dumps(messages, ensure_ascii=False).encode()
+            digest = hashlib.blake2b(text, digest_size=8).digest()
+            yield report.rows_read, int.from_bytes(digest, "little"), messages
 
 
-def _messages(value: dict[str, Any] | Broken, layout: Layout) -> list[Message]:
-    if isinstance(value, Broken):
-        raise RowError(value.reason)
-    try:
-        return formats.normalise(value, layout)
-    except RowError:
-        other = formats.detect(value)
-        if other and other != layout:
-            raise RowError(f"laid out as `{other}` among rows of `{layout}`") from None
-        raise
-
-
-def _hash(messages: list[Message]) -> int:
-    text = json.dumps(messages, ensure_ascii=False)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _batches(rows: Iterator[_Kept]) -> Iterator[list[_Kept]]:
-    """Groups small enough for the memory, be the rows many or long."""
-    batch: list[_Kept] = []
+def _batches(rows: Iterator[_UsableRow]) -> Iterator[list[_UsableRow]]:
+    """Yield batches whose rows and characters are bounded, as memory is."""
+    batch: list[_UsableRow] = []
     characters = 0
     for row in rows:
         batch.append(row)
@@ -323,21 +287,25 @@ def _batches(rows: Iterator[_Kept]) -> Iterator[list[_Kept]]:
         yield batch
 
 
-def _judge(report: ReadReport, bad_rows: str, name: str) -> None:
-    """Raises if rows are unusable and that is not to be overlooked, or if all are."""
-    if report.rows_kept and (bad_rows == "skip" or not report.dropped):
+def _check_dropped(report: ReadReport, on_invalid: str, name: str) -> None:
+    """Raise a UserError if rows are unusable and may not be skipped, or if all are unusable."""
+    if report.rows_kept and (on_invalid == "skip" or not report.dropped):
         return
-    unusable = report.rows_read - report.rows_kept
-    listed = "".join(f"\n  - {_told(*dropped)}" for dropped in report.dropped.items())
+    reasons = []
+    for entry in report.dropped.values():
+        reason, count = Message.from_json(entry["message"]), entry["count"]
+        places = [Message.from_json(place) for place in entry["places"]]
+        if count > len(places):
+            places.append(Message("…"))
+        values = {"reason": reason, "count": count, "places": joined(places, ", ")}
+        reasons.append(Message(_("{reason}: {count} ({places})"), values))
     raise UserError(
-        f"{unusable} of {report.rows_read} rows can't be used:{listed}",
+        _("{unusable} of {rows} rows can't be used:\n  - {reasons}"),
         name,
-        "Mend the rows, or leave them out with `--set data.bad_rows=skip`."
+        _("Fix the rows, or leave them out with `--set data.on_invalid=skip`.")
         if report.rows_kept
-        else "Mend the rows.",
+        else _("Fix the rows."),
+        unusable=report.rows_read - report.rows_kept,
+        rows=report.rows_read,
+        reasons=joined(reasons, "\n  - "),
     )
-
-
-def _told(reason: str, entry: dict[str, Any]) -> str:
-    places = [*entry["where"], *["…"] * (entry["count"] > len(entry["where"]))]
-    return f"{reason}: {entry['count']} ({', '.join(places)})"

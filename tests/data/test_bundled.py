@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jetson_ft.data.formats import normalise
-from jetson_ft.data.read import bundled_heldout
+from jetson_ft.data.formats import to_messages
+from jetson_ft.data.sources import BUNDLED_HELDOUT
 
 Row = dict[str, Any]
 KINDS = {
@@ -24,7 +23,7 @@ KINDS = {
 
 @cache
 def rows(name: str) -> list[Row]:
-    path = Path(bundled_heldout()).with_name(f"zh_{name}.jsonl")
+    path = BUNDLED_HELDOUT.with_name(f"zh_{name}.jsonl")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -32,7 +31,7 @@ def everything() -> list[Row]:
     return [*rows("train"), *rows("heldout")]
 
 
-def said(row: Row, role: str) -> str:
+def text_of(row: Row, role: str) -> str:
     return "\n".join(m["content"] for m in row["messages"] if m["role"] == role)
 
 
@@ -40,7 +39,7 @@ def grams(text: str, size: int) -> frozenset[str]:
     return frozenset(text[at : at + size] for at in range(len(text) - size + 1))
 
 
-def shared(mine: frozenset[str], other: frozenset[str]) -> float:
+def overlap(mine: frozenset[str], other: frozenset[str]) -> float:
     """Share of the smaller one's n-grams that the other has too."""
     return len(mine & other) / max(1, min(len(mine), len(other)))
 
@@ -48,9 +47,11 @@ def shared(mine: frozenset[str], other: frozenset[str]) -> float:
 def too_close(
     pairs: Iterator[tuple[Row, Row]], role: str, size: int, limit: float
 ) -> list[tuple[str, str, float]]:
-    known = {row["id"]: grams(said(row, role), size) for row in everything()}
-    found = ((a["id"], b["id"], shared(known[a["id"]], known[b["id"]])) for a, b in pairs)
-    return [each for each in found if each[2] >= limit]
+    known = {row["id"]: grams(text_of(row, role), size) for row in everything()}
+    pairs_with_overlap = (
+        (a["id"], b["id"], overlap(known[a["id"]], known[b["id"]])) for a, b in pairs
+    )
+    return [each for each in pairs_with_overlap if each[2] >= limit]
 
 
 def test_there_are_enough_rows() -> None:
@@ -71,7 +72,7 @@ def test_all_ten_kinds_are_there(name: str) -> None:
 
 def test_every_row_is_a_conversation() -> None:
     for row in everything():
-        assert normalise(row, "messages") == row["messages"], row["id"]
+        assert to_messages(row, "messages") == row["messages"], row["id"]
         assert all(m["content"] == m["content"].strip() for m in row["messages"]), row["id"]
 
 
@@ -91,17 +92,17 @@ def test_the_characters_are_simplified() -> None:
 
 def test_every_answer_is_chinese_except_a_translation_or_code() -> None:
     for row in everything():
-        answer = said(row, "assistant")
+        answer = text_of(row, "assistant")
         assert any("\u4e00" <= c <= "\u9fff" for c in answer), row["id"]
         assert "\ufffd" not in answer, row["id"]
 
 
 @pytest.mark.parametrize(("role", "size"), [("user", 5), ("assistant", 6)])
 def test_no_heldout_row_paraphrases_a_training_row(role: str, size: int) -> None:
-    # The issue's measure: the share of the held-out row's n-grams that a training row has.
-    training = [(row["id"], grams(said(row, role), size)) for row in rows("train")]
+    # Measured as the share of the held-out row's n-grams that a training row has.
+    training = [(row["id"], grams(text_of(row, role), size)) for row in rows("train")]
     for row in rows("heldout"):
-        mine = grams(said(row, role), size)
+        mine = grams(text_of(row, role), size)
         for number, other in training:
             assert len(mine & other) < 0.15 * max(1, len(mine)), (row["id"], number)
 
@@ -116,4 +117,4 @@ def test_no_two_answers_are_nearly_the_same() -> None:
 
 def test_no_heldout_conversation_is_a_training_one() -> None:
     pairs = product(rows("train"), rows("heldout"))
-    assert [(a["id"], b["id"]) for a, b in pairs if said(a, "user") == said(b, "user")] == []
+    assert [(a["id"], b["id"]) for a, b in pairs if text_of(a, "user") == text_of(b, "user")] == []

@@ -1,12 +1,16 @@
-"""Layouts are told apart, and every unusable row gets a reason that can be counted."""
+"""Layouts are detected, and every unusable row gets a reason that can be counted."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from jetson_ft.data.formats import Layout, RowError, detect, normalise
+from jetson_ft import recipe
+from jetson_ft.cli import data as cli_data
+from jetson_ft.data.formats import LAYOUTS, RowError, detect_layout, to_messages
+from jetson_ft.recipe import Layout
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -68,16 +72,16 @@ SYSTEM = {"role": "system", "content": "s"}
         ),
     ],
 )
-def test_detected_and_normalised(
+def test_row_of_each_layout_is_detected_and_converted(
     value: dict[str, Any], layout: Layout, messages: list[dict[str, str]]
 ) -> None:
-    assert detect(value) == layout
-    assert normalise(value, layout) == messages
+    assert detect_layout(value) == layout
+    assert to_messages(value, layout) == messages
 
 
 @pytest.mark.parametrize("value", [{}, {"text": "a"}, {"instruction": "q"}, {"output": "a"}])
-def test_unknown_layout(value: dict[str, Any]) -> None:
-    assert detect(value) is None
+def test_row_of_unknown_layout_is_not_detected(value: dict[str, Any]) -> None:
+    assert detect_layout(value) is None
 
 
 @pytest.mark.parametrize(
@@ -100,15 +104,15 @@ def test_unknown_layout(value: dict[str, Any]) -> None:
         ),
         (
             {"instruction": "q", "output": "a", "history": [["q", None]]},
-            "`history` holds what is not text",
+            "`history` has an item that is not text",
         ),
         ({"instruction": "q", "output": "a\ufffd"}, "damaged text"),
         ({"instruction": "\ud83d", "output": "a"}, "damaged text"),
     ],
 )
-def test_unusable_pairs(value: dict[str, Any], reason: str) -> None:
+def test_unusable_columns_have_a_reason(value: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError, match=f"^{reason}"):
-        normalise(value, "alpaca")
+        to_messages(value, "alpaca")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_unusable_pairs(value: dict[str, Any], reason: str) -> None:
         (None, "`messages` is not a list"),
         ([], "no messages"),
         ([SYSTEM], "no messages"),
-        (["q", "a"], "`messages` holds what is not an object"),
+        (["q", "a"], "`messages` has an item that is not an object"),
         ([USER], "the last message is not the assistant's"),
         ([USER, ASSISTANT, USER], "the last message is not the assistant's"),
         ([ASSISTANT], "user and assistant do not alternate"),
@@ -136,11 +140,19 @@ def test_unusable_pairs(value: dict[str, Any], reason: str) -> None:
         ([{"role": "user", "content": [{"type": "text"}]}, ASSISTANT], "field `text` missing"),
     ],
 )
-def test_unusable_conversations(turns: Any, reason: str) -> None:
+def test_unusable_conversation_has_a_reason(turns: Any, reason: str) -> None:
     with pytest.raises(RowError, match=f"^{reason}"):
-        normalise({"messages": turns}, "messages")
+        to_messages({"messages": turns}, "messages")
 
 
-def test_missing_list_is_named() -> None:
+def test_missing_list_is_reported() -> None:
     with pytest.raises(RowError, match="field `conversations` missing"):
-        normalise({}, "sharegpt")
+        to_messages({}, "sharegpt")
+
+
+def test_every_layout_of_the_recipe_is_converted_and_documented() -> None:
+    assert set(LAYOUTS) == set(get_args(recipe.Layout))
+    options = get_args(get_type_hints(cli_data.inspect)["layout"])  # a copy: no pydantic for help
+    assert options == ("auto", *get_args(recipe.Layout))
+    page = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert all(f"\n| `{name}` | " in page for name in LAYOUTS)

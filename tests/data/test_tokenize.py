@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from jetson_ft.data import tokens
-from jetson_ft.data.template import END, encode
-from jetson_ft.data.tokens import token_counts, tokenise
+from jetson_ft.data import tokenize
+from jetson_ft.data.chat_template import END, encode
+from jetson_ft.data.tokenize import token_counts, tokenize_rows
 from jetson_ft.errors import UserError
-from jetson_ft.models.load import load_tokenizer
-from jetson_ft.models.resolve import Base
-from jetson_ft.paths import cache_dir
+from jetson_ft.files import cache_dir
+from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.loading import load_tokenizer
 
 # 3, 20 and 60 tokens, since the tokenizer's are bytes.
 ANSWERS = ["好", "a" * 20, "天地玄黄" * 5]
@@ -30,15 +31,14 @@ def rows_of(answers: list[str]) -> Dataset:
     return Dataset.from_list(rows)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path))
+@pytest.fixture
+def cache() -> Path:
     return cache_dir("tokens")
 
 
 @pytest.fixture
 def chat(tiny_llama: Path) -> Any:
-    return load_tokenizer(Base("tiny", tiny_llama))
+    return load_tokenizer(BaseModelFiles("tiny", tiny_llama))
 
 
 @pytest.fixture
@@ -48,56 +48,56 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def encode_nothing(*_: Any) -> None:
         raise AssertionError("encoded")
 
-    monkeypatch.setattr(tokens, "encode", encode_nothing)
+    monkeypatch.setattr(tokenize, "encode", encode_nothing)
 
 
 def full_lengths(tokenizer: Any, rows: Dataset) -> list[int]:
     return [len(encode(tokenizer, row["messages"]).ids) for row in rows]
 
 
-def test_rows_keep_their_numbers_and_are_encoded_as_the_template_says(chat: Any) -> None:
+def test_rows_keep_their_numbers_and_are_encoded_with_the_template(chat: Any) -> None:
     rows = rows_of(ANSWERS)
-    found, report = tokenise(rows, "sum", chat, 1000)
+    encoded, report = tokenize_rows(rows, "sum", chat, 1000)
     expected = [encode(chat, row["messages"]) for row in rows]
-    assert found["row"][:] == [10, 11, 12]
-    assert found["input_ids"][:] == [e.ids for e in expected]
-    assert found["parts"][:] == [e.parts for e in expected]
-    assert found["answer_characters"][:] == [1, 20, 20]
-    assert token_counts(found).tolist() == full_lengths(chat, rows)
-    assert token_counts(found).dtype == np.int64
-    assert "messages" not in found.column_names
+    assert encoded["row"][:] == [10, 11, 12]
+    assert encoded["input_ids"][:] == [e.ids for e in expected]
+    assert encoded["segments"][:] == [e.segments for e in expected]
+    assert encoded["answer_characters"][:] == [1, 20, 20]
+    assert token_counts(encoded).tolist() == full_lengths(chat, rows)
+    assert token_counts(encoded).dtype == np.int64
+    assert "messages" not in encoded.column_names
     assert (report.rows, report.dropped, report.truncated) == (3, {}, 0)
 
 
 def test_the_report_counts_tokens_and_lengths(chat: Any) -> None:
     rows = rows_of(ANSWERS)
     lengths = full_lengths(chat, rows)
-    _, report = tokenise(rows, "sum", chat, 1000)
+    _, report = tokenize_rows(rows, "sum", chat, 1000)
     assert report.tokens == sum(lengths)
     assert report.supervised_tokens == (3 + 1) + (20 + 1) + (60 + 1)  # bytes, and the end token
     assert report.tokens_per_character == round(sum(lengths) / (1 + 20 + 20 + 3 * 2), 3)
     assert report.lengths["p50"] == lengths[1] and report.lengths["max"] == lengths[2]
-    assert report.as_json()["from_cache"] is False
+    assert report.from_cache is False
 
 
 # The cache
 
 
-def test_a_second_start_encodes_nothing(
+def test_second_call_encodes_nothing(
     chat: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    first, told = tokenise(rows_of(ANSWERS), "sum", chat, 30)
+    first, report = tokenize_rows(rows_of(ANSWERS), "sum", chat, 30)
     request.getfixturevalue("no_encoding")
-    second, told_again = tokenise(rows_of(ANSWERS), "sum", chat, 30)
+    second, second_report = tokenize_rows(rows_of(ANSWERS), "sum", chat, 30)
     assert second.to_list() == first.to_list()
-    assert told_again.as_json() == told.as_json() | {"from_cache": True}
+    assert second_report == replace(report, from_cache=True)
 
 
-@pytest.mark.parametrize("changed", ["rows", "max_length", "over_length", "template", "vocabulary"])
-def test_whatever_the_ids_depend_on_makes_another_key(
+@pytest.mark.parametrize("changed", ["rows", "max_length", "truncation", "template", "vocabulary"])
+def test_change_of_what_the_ids_depend_on_encodes_again(
     chat: Any, tiny_phi: Path, changed: str, request: pytest.FixtureRequest
 ) -> None:
-    tokenise(rows_of(ANSWERS), "sum", chat, 90)
+    tokenize_rows(rows_of(ANSWERS), "sum", chat, 90)
     request.getfixturevalue("no_encoding")
     if changed == "template":
         chat.chat_template += " "
@@ -106,88 +106,90 @@ def test_whatever_the_ids_depend_on_makes_another_key(
     arguments = {
         "rows_sha256": "other" if changed == "rows" else "sum",
         "max_length": 91 if changed == "max_length" else 90,
-        "over_length": "drop" if changed == "over_length" else "truncate",
+        "truncation": "drop" if changed == "truncation" else "truncate",
     }
     with pytest.raises(AssertionError, match="encoded"):
-        tokenise(rows_of(ANSWERS), tokenizer=chat, **arguments)
+        tokenize_rows(rows_of(ANSWERS), tokenizer=chat, **arguments)
 
 
-@pytest.mark.parametrize("spoilt", ["empty", "half", "other rows"])
-def test_a_spoilt_cache_file_is_written_anew(chat: Any, cache: Path, spoilt: str) -> None:
-    good, _ = tokenise(rows_of(ANSWERS * 50), "sum", chat, 1000)
+@pytest.mark.parametrize("damage", ["empty", "half", "other rows"])
+def test_damaged_cache_is_written_again(chat: Any, cache: Path, damage: str) -> None:
+    good, _ = tokenize_rows(rows_of(ANSWERS * 50), "sum", chat, 1000)
     (file,) = cache.glob("*.arrow")
     content = file.read_bytes()
     file.unlink()
-    if spoilt == "other rows":
+    if damage == "other rows":
         good.select(range(7)).save_to_disk(cache / "other")
         next((cache / "other").glob("*.arrow")).rename(file)
     else:
-        file.write_bytes(content[: len(content) // 2 if spoilt == "half" else 0])
-    found, report = tokenise(rows_of(ANSWERS * 50), "sum", chat, 1000)
-    assert found.to_list() == good.to_list()
+        file.write_bytes(content[: len(content) // 2 if damage == "half" else 0])
+    encoded, report = tokenize_rows(rows_of(ANSWERS * 50), "sum", chat, 1000)
+    assert encoded.to_list() == good.to_list()
     assert not report.from_cache
 
 
-def test_a_refused_row_leaves_nothing_in_the_cache(chat: Any, cache: Path) -> None:
+def test_refused_row_writes_nothing_to_the_cache(chat: Any, cache: Path) -> None:
     chat.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(UserError, match="refuses a conversation: no"):
-        tokenise(rows_of(ANSWERS), "sum", chat, 1000)
+        tokenize_rows(rows_of(ANSWERS), "sum", chat, 1000)
     assert list(cache.iterdir()) == []
 
 
 # Rows that are too long
 
 
-def test_a_long_row_is_cut_and_counted(chat: Any) -> None:
+def test_long_row_is_truncated_and_counted(chat: Any) -> None:
     rows = rows_of(ANSWERS)
     whole = encode(chat, rows[2]["messages"])
     limit = len(whole.ids) - 10
-    found, report = tokenise(rows, "sum", chat, limit)
-    assert found[2]["input_ids"] == whole.ids[:limit]
-    assert END not in found[2]["parts"]
+    encoded, report = tokenize_rows(rows, "sum", chat, limit)
+    assert encoded[2]["input_ids"] == whole.ids[:limit]
+    assert END not in encoded[2]["segments"]
     assert (report.rows, report.truncated, report.dropped) == (3, 1, {})
     assert report.lengths["max"] == limit + 10
-    assert report.tokens == sum(token_counts(found))
+    assert report.tokens == sum(token_counts(encoded))
 
 
-def test_characters_of_a_cut_answer_are_those_that_its_tokens_hold(chat: Any) -> None:
+def test_truncated_answer_counts_the_characters_of_its_tokens(chat: Any) -> None:
     rows = rows_of(["天地玄黄" * 5])
     layout = 2  # the end token and a line break
     limit = len(encode(chat, rows[0]["messages"]).ids) - layout - 4  # 56 bytes: 18 whole characters
-    found, _ = tokenise(rows, "sum", chat, limit)
-    assert found["answer_characters"][:] == [18]
+    encoded, _ = tokenize_rows(rows, "sum", chat, limit)
+    assert encoded["answer_characters"][:] == [18]
 
 
-def test_only_learnt_answers_have_their_characters_counted(chat: Any) -> None:
+def test_only_answers_trained_on_have_their_characters_counted(chat: Any) -> None:
     chat.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'user' or loop.last %}{{ m['content'] }}"
         "{% else %}(an answer){% endif %}{{ eos_token }}{% endfor %}"
     )
     turns = [("user", "a"), ("assistant", "bb"), ("user", "c"), ("assistant", "ddd")]
     messages = [{"role": role, "content": content} for role, content in turns]
-    found, _ = tokenise(Dataset.from_list([{"row": 1, "messages": messages}]), "x", chat, 100)
-    assert found["answer_characters"][:] == [3]
+    encoded, _ = tokenize_rows(
+        Dataset.from_list([{"row": 1, "messages": messages}]), "x", chat, 100
+    )
+    assert encoded["answer_characters"][:] == [3]
 
 
-def test_a_row_whose_answer_lies_behind_the_cut_is_dropped(chat: Any) -> None:
+def test_row_whose_answer_is_cut_off_is_dropped(chat: Any) -> None:
     long = [{"role": "user", "content": "Q" * 200}, {"role": "assistant", "content": "A"}]
     rows = Dataset.from_list([*rows_of(["short"]), {"row": 5, "messages": long}])
-    found, report = tokenise(rows, "sum", chat, 100)
-    assert found["row"][:] == [10]
+    encoded, report = tokenize_rows(rows, "sum", chat, 100)
+    assert encoded["row"][:] == [10]
     assert (report.rows, report.dropped) == (1, {"no answer within max_length": 1})
-    assert report.tokens == len(found[0]["input_ids"])
+    assert report.tokens == len(encoded[0]["input_ids"])
 
 
-def test_long_rows_are_dropped_where_that_is_wanted(chat: Any) -> None:
+def test_long_rows_are_dropped_with_truncation_drop(chat: Any) -> None:
     limit = full_lengths(chat, rows_of(ANSWERS))[1]
-    found, report = tokenise(rows_of(ANSWERS), "sum", chat, limit, "drop")
-    assert found["row"][:] == [10, 11]
+    encoded, report = tokenize_rows(rows_of(ANSWERS), "sum", chat, limit, "drop")
+    assert encoded["row"][:] == [10, 11]
     assert (report.dropped, report.truncated) == ({"longer than max_length": 1}, 0)
 
 
-def test_where_no_row_is_left_the_error_says_how_long_they_are(chat: Any) -> None:
+def test_no_row_left_is_refused_with_the_median_length(chat: Any) -> None:
     median = full_lengths(chat, rows_of(ANSWERS))[1]
-    with pytest.raises(UserError, match="No row is left to learn from") as caught:
-        tokenise(rows_of(ANSWERS), "sum", chat, 5)
-    assert caught.value.where == "data.max_length = 5"
-    assert f"{median} tokens in the median" in caught.value.fix
+    with pytest.raises(UserError, match="No row is left to train on") as caught:
+        tokenize_rows(rows_of(ANSWERS), "sum", chat, 5)
+    assert str(caught.value.where) == "data.max_length = 5"
+    assert f"median row has {median} tokens" in str(caught.value.fix)

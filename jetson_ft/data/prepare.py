@@ -1,0 +1,66 @@
+"""Prepare a run's data: read, split and tokenize the rows; every step is cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from jetson_ft.data import store, tokenize
+from jetson_ft.recipe import DataRecipe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """A run's rows, tokenized, and the report for data.json and report.json."""
+
+    tokenizer: Any
+    train: Dataset
+    heldout: Dataset
+    heldout_messages: Dataset
+    report: dict[str, Any]
+
+    @property
+    def heldout_characters(self) -> int:
+        """Characters of all held-out answers."""
+        return int(sum(self.heldout["answer_characters"]))
+
+
+def prepare_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> PreparedRows:
+    """Return the training and held-out rows as token ids.
+
+    Raises:
+        UserError: the data can't be read or split, or no row is usable.
+    """
+    train, heldout, split = store.split_rows(data)
+    # Equal for two runs that train and evaluate on the same rows.
+    parts = [
+        split.train.sha256, split.heldout.sha256 if split.heldout else data.heldout,
+        data.format, data.encoding, data.on_invalid,
+    ]  # fmt: skip
+    sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    train_ids, train_report = tokenize.tokenize_rows(
+        train, f"{sha256}-train", tokenizer, data.max_length, data.truncation
+    )
+    heldout_ids, heldout_report = tokenize.tokenize_rows(
+        heldout, f"{sha256}-heldout", tokenizer, data.max_length
+    )
+    kept = set(heldout_ids["row"])
+    indices = [index for index, number in enumerate(heldout["row"]) if number in kept]
+    return PreparedRows(
+        tokenizer=tokenizer,
+        train=train_ids,
+        heldout=heldout_ids,
+        heldout_messages=heldout.select(indices),
+        report={
+            "sha256": sha256,
+            "train": asdict(train_report),
+            "heldout": asdict(heldout_report),
+            "read": asdict(split),
+        },
+    )

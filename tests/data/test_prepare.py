@@ -1,0 +1,46 @@
+"""Prepared rows: split, tokenized, and identified by content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from row_files import as_jsonl, write
+
+from jetson_ft.data.prepare import prepare_rows
+from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.loading import load_tokenizer
+from jetson_ft.recipe import DataRecipe
+
+
+@pytest.fixture
+def tokenizer(tiny_llama: Path) -> Any:
+    return load_tokenizer(BaseModelFiles("tiny", tiny_llama))
+
+
+def rows_file(folder: Path, name: str) -> str:
+    answers = ["a", "b", "c", "d"]
+    questions = ["q", "q", "q" * 200, "q"]  # the third has no answer within 100 tokens
+    rows = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    return str(write(folder, name, as_jsonl(rows)))
+
+
+def test_heldout_messages_are_those_of_the_heldout_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    data = DataRecipe(train=rows_file(tmp_path, "a.jsonl"), heldout=2, max_length=100)
+    rows = prepare_rows(data, tokenizer)
+    assert rows.train["row"][:] == [1, 2]
+    assert rows.heldout["row"][:] == rows.heldout_messages["row"][:] == [4]
+    assert rows.heldout_characters == 1
+    assert rows.report["heldout"]["dropped"] == {"no answer within max_length": 1}
+
+
+def test_sha256_is_the_same_for_equal_content_and_settings(tmp_path: Path, tokenizer: Any) -> None:
+    one, two = (rows_file(tmp_path, name) for name in ("a.jsonl", "b.jsonl"))
+    recipes = [
+        DataRecipe(train=one, heldout=1),
+        DataRecipe(train=two, heldout=1),
+        DataRecipe(train=two, heldout=2),
+    ]
+    sums = [prepare_rows(data, tokenizer).report["sha256"] for data in recipes]
+    assert sums[0] == sums[1] != sums[2]
