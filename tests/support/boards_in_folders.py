@@ -1,4 +1,4 @@
-"""Machines as files in a folder: what Linux and JetPack show of them, for tests without a board."""
+"""Machines as the files that Linux and JetPack show of them, for tests without a board."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Board:
-    """What differs from module to module and from JetPack to JetPack."""
+    """What differs between modules and between versions of JetPack."""
 
-    model: str  # as the device tree names it; empty: no Jetson
+    model: str  # in the device tree; empty: not a Jetson
     release: str  # first line of /etc/nv_tegra_release
     memory: int  # MiB
     rails: dict[str, tuple[int, int]]  # millivolts, milliamperes
     gpu: str = "17000000.gpu"  # the GPU's folder below devfreq
-    load: str = "sys/devices/platform/gpu.0/load"
+    load: str = "sys/devices/platform/gpu.0/load"  # its load
     modes: dict[int, str] = field(default_factory=dict)
     mode: int = 0
-    line: str = ""  # of tegrastats
+    line: str = ""  # that tegrastats writes
 
 
 NANO = Board(
@@ -70,8 +70,8 @@ AGX = Board(
 LAPTOP = Board("", "", 16000, {})
 
 
-class Folder:
-    """A machine's `/`."""
+class FakeMachine:
+    """A folder that stands for `/`; `path` arguments of tests stand for PATH."""
 
     def __init__(self, root: Path, board: Board) -> None:
         self.root, self.board = root, board
@@ -79,18 +79,18 @@ class Folder:
                    f"MemAvailable: {board.memory * 1024 * 3 // 4} kB\n")  # fmt: skip
         self.write("proc/swaps", "Filename\tType\tSize\tUsed\tPriority\n")
         if board.model:
-            self._jetson()
+            self._write_jetson()
 
-    def write(self, place: str, text: str) -> Path:
-        """One file; like the kernel's, never seen half-written."""
-        path = self.root / place
+    def write(self, name: str, text: str) -> Path:
+        """Write a file atomically, because the kernel's files are never half-written."""
+        path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.new")
         new.write_bytes(text.encode())
         new.replace(path)
         return path
 
-    def _jetson(self) -> None:
+    def _write_jetson(self) -> None:
         board = self.board
         self.write("proc/device-tree/model", board.model + "\0")
         self.write("etc/nv_tegra_release", board.release + "\nTARGET_USERSPACE_LIB_DIR=nvidia\n")
@@ -102,35 +102,9 @@ class Folder:
             self.write(f"dev/{node}", "").chmod(0o660)
         self.gpu(load=970, mhz=1015)
         self.heat({"cpu": 61.5, "gpu": 62.125, "tj": 62.5})
-        self._power()
-
-    def gpu(self, load: int, mhz: int) -> None:
-        """Load in thousandths, and clock; with their range."""
-        self.write(self.board.load, f"{load}\n")
-        for name, value in (("cur", mhz), ("min", 306), ("max", 1020)):
-            self.write(f"sys/class/devfreq/{self.board.gpu}/{name}_freq", f"{value * 10**6}\n")
-
-    def heat(self, zones: dict[str, float]) -> None:
-        """Thermal zones; one more of a unit that sleeps, as boards have."""
-        for number, (name, value) in enumerate({**zones, "cv0": -256.0}.items()):
-            zone = f"sys/class/thermal/thermal_zone{number}"
-            self.write(f"{zone}/type", f"{name}-thermal\n")
-            self.write(f"{zone}/temp", f"{round(value * 1000)}\n")
-
-    def alert(self, unit: str, state: int) -> None:
-        """The firmware's word on a unit's clocks."""
-        self.write("sys/class/thermal/cooling_device3/type", f"{unit}-throttle-alert\n")
-        self.write("sys/class/thermal/cooling_device3/cur_state", f"{state}\n")
-
-    def over_current(self, *counts: int) -> None:
-        """Counters oc1, oc2, oc3."""
-        for number, count in enumerate(counts, 1):
-            self.write(f"sys/class/hwmon/hwmon0/oc{number}_event_cnt", f"{count}\n")
-
-    def _power(self) -> None:
         chip = "sys/class/hwmon/hwmon1"
         self.write(f"{chip}/name", "ina3221\n")
-        for number, (name, (volts, amperes)) in enumerate(self.board.rails.items(), 1):
+        for number, (name, (volts, amperes)) in enumerate(board.rails.items(), 1):
             self.write(f"{chip}/in{number}_label", f"{name}\n")
             self.write(f"{chip}/in{number}_input", f"{volts}\n")
             self.write(f"{chip}/curr{number}_input", f"{amperes}\n")
@@ -138,13 +112,36 @@ class Folder:
         self.write("sys/class/hwmon/hwmon0/name", "soctherm_oc\n")
         self.over_current(0, 0, 0)
 
+    def gpu(self, load: int, mhz: int) -> None:
+        """Set load (thousandths) and clock."""
+        self.write(self.board.load, f"{load}\n")
+        for name, value in (("cur", mhz), ("min", 306), ("max", 1020)):
+            self.write(f"sys/class/devfreq/{self.board.gpu}/{name}_freq", f"{value * 10**6}\n")
+
+    def heat(self, zones: dict[str, float]) -> None:
+        """Set the thermal zones, and add one of a sleeping unit, as boards have."""
+        for number, (name, value) in enumerate({**zones, "cv0": -256.0}.items()):
+            zone = f"sys/class/thermal/thermal_zone{number}"
+            self.write(f"{zone}/type", f"{name}-thermal\n")
+            self.write(f"{zone}/temp", f"{round(value * 1000)}\n")
+
+    def alert(self, unit: str, state: int) -> None:
+        """Set whether the firmware lowers the clocks of a unit."""
+        self.write("sys/class/thermal/cooling_device3/type", f"{unit}-throttle-alert\n")
+        self.write("sys/class/thermal/cooling_device3/cur_state", f"{state}\n")
+
+    def over_current(self, *counts: int) -> None:
+        """Set the counters oc1, oc2, oc3."""
+        for number, count in enumerate(counts, 1):
+            self.write(f"sys/class/hwmon/hwmon0/oc{number}_event_cnt", f"{count}\n")
+
     def program(self, name: str, body: str) -> str:
-        """A shell script as a program; the PATH it is found by."""
+        """Write a shell script as a program; return its folder, for PATH."""
         path = self.write(f"usr/bin/{name}", f"#!/bin/sh\n{body}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return os.fspath(path.parent)
 
     def tegrastats(self, *lines: str) -> str:
-        """tegrastats that says these lines and then waits; the PATH it is found by."""
-        said = "\n".join(f"echo '{line}'" for line in lines or (self.board.line,))
-        return self.program("tegrastats", f"{said}\nexec sleep 60")
+        """Write a tegrastats that prints these lines and then waits; return its folder."""
+        commands = "\n".join(f"echo '{line}'" for line in lines or (self.board.line,))
+        return self.program("tegrastats", f"{commands}\nexec sleep 60")

@@ -1,0 +1,1 @@
+"""Load, clock, memory, temperature and power of this machine. Start with `source`."""
