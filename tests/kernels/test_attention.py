@@ -11,9 +11,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from jetson_ft.models import attention
-from jetson_ft.models.attention import NAME, packed, packed_attention, supports_packing
-from jetson_ft.models.packing import Pack, pack
+from jetson_ft.kernels import attention
+from jetson_ft.kernels.attention import (
+    PACKED_ATTENTION,
+    packed_attention,
+    supports_packing,
+    use_packed_attention,
+)
+from jetson_ft.kernels.packing import Pack, pack_rows
 
 LENGTHS = [5, 1, 9, 3]
 SMALL: dict[str, Any] = {
@@ -23,22 +28,22 @@ SMALL: dict[str, Any] = {
 
 
 def random_rows() -> list[dict[str, Any]]:
-    """Rows of random ids whose tokens are all learnt."""
+    """Rows of random ids whose tokens are all trained on."""
     ids = torch.randint(3, 259, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "parts": torch.ones(len(row))} for row in ids.split(LENGTHS)]
+    return [{"input_ids": row, "segments": torch.ones(len(row))} for row in ids.split(LENGTHS)]
 
 
-def alike_rows() -> list[dict[str, Any]]:
-    """The same, each behind three tokens that all have and none learns."""
-    opening = torch.tensor([5, 6, 7])
+def rows_with_prefix() -> list[dict[str, Any]]:
+    """Return `random_rows`, each after the same three tokens, which are not trained on."""
+    shared_prefix = torch.tensor([5, 6, 7])
     return [
         {name: torch.cat([first, row[name]]) for name, first in
-         (("input_ids", opening), ("parts", torch.zeros(3)))}
+         (("input_ids", shared_prefix), ("segments", torch.zeros(3)))}
         for row in random_rows()
     ]  # fmt: skip
 
 
-ROWS = pytest.mark.parametrize("rows", [random_rows(), alike_rows()], ids=["apart", "alike"])
+ROWS = pytest.mark.parametrize("rows", [random_rows(), rows_with_prefix()], ids=["apart", "prefix"])
 
 
 @pytest.fixture(params=["tiny_phi", "tiny_llama"])
@@ -54,22 +59,22 @@ def build(config: PreTrainedConfig) -> Any:
 
 @torch.no_grad()
 def alone(model: Any, rows: Any = None) -> torch.Tensor:
-    """Logits of each row given alone, one behind the other; of an opening, the first row's."""
+    """Return the logits of each row given alone; of a shared prefix, the first row's."""
     rows = rows or random_rows()
     logits = [model(row["input_ids"][None]).logits[0] for row in rows]
-    opening = pack(rows).opening
-    return torch.cat([logits[0], *(own[opening:] for own in logits[1:])])
+    shared_prefix = pack_rows(rows).shared_prefix
+    return torch.cat([logits[0], *(own[shared_prefix:] for own in logits[1:])])
 
 
 @torch.no_grad()
 def together(model: Any, rows: Any = None) -> torch.Tensor:
-    found: Pack = pack(rows or random_rows())
-    with packed(model):
+    pack: Pack = pack_rows(rows or random_rows())
+    with use_packed_attention(model):
         return model(
-            input_ids=found.input_ids,
-            position_ids=found.position_ids,
-            row_lengths=found.row_lengths,
-            opening=found.opening,
+            input_ids=pack.input_ids,
+            position_ids=pack.position_ids,
+            row_lengths=pack.row_lengths,
+            shared_prefix=pack.shared_prefix,
             use_cache=False,
         ).logits[0]
 
@@ -79,24 +84,24 @@ def together(model: Any, rows: Any = None) -> torch.Tensor:
 def test_packed_rows_give_the_logits_of_each_row_alone(
     model: Any, blocks: bool, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_takes_blocks", lambda _: blocks)
+    monkeypatch.setattr(attention, "_BLOCKWISE_DEVICES", ("cpu",) if blocks else ())
     assert torch.allclose(together(model, rows), alone(model, rows), atol=1e-5)
 
 
-def test_the_rows_alike_do_share_their_opening() -> None:
-    assert pack(alike_rows()).opening == 3
-    assert pack(random_rows()).opening == 0
+def test_rows_with_a_prefix_share_it() -> None:
+    assert pack_rows(rows_with_prefix()).shared_prefix == 3
+    assert pack_rows(random_rows()).shared_prefix == 0
 
 
 def test_without_packed_attention_rows_influence_each_other(model: Any) -> None:
     # Why packed attention exists: an all-ones mask, as data collators make one, lets a row
-    # see those before it. Only the first row, which has none before it, stays as it is.
-    found = pack(random_rows())
+    # attend to those before it. Only the first row is unaffected.
+    pack = pack_rows(random_rows())
     with torch.no_grad():
         leaking = model(
-            input_ids=found.input_ids,
-            position_ids=found.position_ids,
-            attention_mask=torch.ones_like(found.input_ids),
+            input_ids=pack.input_ids,
+            position_ids=pack.position_ids,
+            attention_mask=torch.ones_like(pack.input_ids),
         ).logits[0]
     difference = (leaking - alone(model)).abs().amax(1)
     assert model.config._attn_implementation == "sdpa"
@@ -104,20 +109,20 @@ def test_without_packed_attention_rows_influence_each_other(model: Any) -> None:
     assert float(difference[LENGTHS[0] :].min()) > 1e-3
 
 
-def test_packed_attention_is_left_behind_as_it_was_found(model: Any) -> None:
-    with pytest.raises(KeyError), packed(model):
-        assert model.config._attn_implementation == NAME
+def test_leaving_packed_attention_restores_the_models_own(model: Any) -> None:
+    with pytest.raises(KeyError), use_packed_attention(model):
+        assert model.config._attn_implementation == PACKED_ATTENTION
         raise KeyError
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_packed_attention_without_bounds_is_refused(model: Any) -> None:
-    with packed(model), pytest.raises(ValueError, match="without row bounds"):
+    with use_packed_attention(model), pytest.raises(ValueError, match="without row_lengths"):
         model(torch.tensor([[5, 6, 7]]))
 
 
 @ROWS
-def test_a_sliding_window_holds_inside_a_row(rows: Any) -> None:
+def test_a_sliding_window_applies_within_a_row(rows: Any) -> None:
     narrow, wide = (
         build(
             transformers.MistralConfig(
@@ -134,30 +139,30 @@ def test_a_sliding_window_holds_inside_a_row(rows: Any) -> None:
     assert not torch.allclose(together(narrow, rows), alone(wide, rows), atol=1e-1)
 
 
-def test_a_position_sees_itself_and_what_the_window_leaves() -> None:
+def test_a_position_attends_to_itself_and_its_window() -> None:
     length, window = 6, 3
-    query = torch.zeros(1, 1, length, length)  # equal scores: the mean of what is seen
+    query = torch.zeros(1, 1, length, length)  # equal scores: the mean of the values attended to
     value = torch.eye(length)[None, None]
-    seen, _ = packed_attention(
+    attended, _ = packed_attention(
         None, query, query, value, None, row_lengths=[length], sliding_window=window
     )
     expected = torch.ones(length, length).tril().triu(1 - window)
-    assert torch.equal(seen[0, :, 0] > 0, expected > 0)
+    assert torch.equal(attended[0, :, 0] > 0, expected > 0)
 
 
-def test_packing_is_used_with_phi_and_llama(model: Any) -> None:
+def test_phi_and_llama_support_packing(model: Any) -> None:
     assert supports_packing(model)
     assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("format", [torch.bfloat16, torch.float16])
-def test_rounding_does_not_forbid_packing(model: Any, format: torch.dtype) -> None:
+def test_low_precision_supports_packing(model: Any, format: torch.dtype) -> None:
     assert supports_packing(model.to(format))
 
 
 GROUPED: dict[str, Any] = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2}
-# Distances in place of positions, attention of their own, states that run on from row to row,
-# capped scores, sinks, masks made in the layer.
+# Distances in place of positions, attention that can't be replaced, states that continue from row
+# to row, capped scores, sinks, masks made in the layer.
 CANNOT = {
     "Gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=8),
     "GPT-OSS": lambda: transformers.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4),
@@ -201,7 +206,7 @@ def test_a_mask_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", CANNOT)
-def test_packing_is_not_used_where_rows_would_see_each_other(name: str) -> None:
+def test_a_model_whose_rows_affect_each_other_does_not_support_packing(name: str) -> None:
     model = build(CANNOT[name]())
     before = model.config._attn_implementation
     assert not supports_packing(model)

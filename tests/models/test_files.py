@@ -1,4 +1,4 @@
-"""From a model's name to its files, and what is refused before anything of it is read."""
+"""A model's name is resolved to files; unsafe ones are refused before they are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_gguf import write_gguf
 from jetson_ft import hub
 from jetson_ft.errors import UserError
 from jetson_ft.models import embedded
-from jetson_ft.models.resolve import Base, resolve
+from jetson_ft.models.files import BaseModelFiles, resolve_model
 
 
 @pytest.fixture
@@ -30,47 +30,45 @@ def set_config(folder: Path, **changes: Any) -> None:
 # Folders and files
 
 
-def test_a_folder_is_found_by_its_path(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve(str(copy)) == Base(str(copy), copy)
+def test_a_folder_is_resolved_by_its_path(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_model(str(copy)) == BaseModelFiles(str(copy), copy)
     monkeypatch.chdir(copy.parent)
-    assert resolve("copy") == Base("copy", copy)
+    assert resolve_model("copy") == BaseModelFiles("copy", copy)
     monkeypatch.setenv("HOME", str(copy.parent))
-    assert resolve("~/copy").folder == copy
+    assert resolve_model("~/copy").folder == copy
 
 
-def test_embedded_is_the_model_that_comes_along(
-    copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(embedded, "folder", lambda: copy)
-    assert resolve("embedded") == Base("embedded", copy)
+def test_embedded_is_the_bundled_model(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "embedded_folder", lambda: copy)
+    assert resolve_model("embedded") == BaseModelFiles("embedded", copy)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "./a b", "x.gguf", "../up/and/away"])
 def test_an_unknown_name_is_refused_with_what_may_be_given(name: str) -> None:
-    with pytest.raises(UserError, match="There is no such model") as caught:
-        resolve(name)
-    assert caught.value.where == name
-    assert "`embedded`" in caught.value.fix
+    with pytest.raises(UserError, match="Model not found") as caught:
+        resolve_model(name)
+    assert str(caught.value.where) == name
+    assert "`embedded`" in str(caught.value.fix)
 
 
-def test_a_single_gguf_file_is_taken(tmp_path: Path) -> None:
+def test_a_single_gguf_file_is_used(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
-    assert resolve(str(tmp_path)) == Base(str(tmp_path), tmp_path, "tiny.gguf")
-    assert resolve(str(file)) == Base(str(file), tmp_path, "tiny.gguf")
+    assert resolve_model(str(tmp_path)) == BaseModelFiles(str(tmp_path), tmp_path, "tiny.gguf")
+    assert resolve_model(str(file)) == BaseModelFiles(str(file), tmp_path, "tiny.gguf")
 
 
-def test_of_several_gguf_files_one_has_to_be_named(tmp_path: Path) -> None:
+def test_several_gguf_files_are_refused_with_their_names(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match="Several GGUF files") as caught:
-        resolve(str(tmp_path))
-    assert caught.value.fix == "Name one: a.gguf, b.gguf."
-    assert resolve(str(tmp_path / "b.gguf")).gguf_file == "b.gguf"
+        resolve_model(str(tmp_path))
+    assert str(caught.value.fix) == "Name one: a.gguf, b.gguf."
+    assert resolve_model(str(tmp_path / "b.gguf")).gguf_file == "b.gguf"
 
 
 def test_safetensors_are_preferred_to_gguf(copy: Path) -> None:
     (copy / "x.gguf").touch()
-    assert resolve(str(copy)).gguf_file is None
+    assert resolve_model(str(copy)).gguf_file is None
 
 
 # What is refused
@@ -80,50 +78,50 @@ def test_safetensors_are_preferred_to_gguf(copy: Path) -> None:
 def test_pickled_weights_are_refused(copy: Path, name: str) -> None:
     (copy / "model.safetensors").rename(copy / name)
     with pytest.raises(UserError, match="pickled weights only") as caught:
-        resolve(str(copy))
-    assert caught.value.where == str(copy)
-    assert "safetensors" in caught.value.fix
+        resolve_model(str(copy))
+    assert str(caught.value.where) == str(copy)
+    assert "safetensors" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [("model.safetensors", "No weights lie there"), ("config.json", "config.json is missing")],
+    [("model.safetensors", "No weights found"), ("config.json", "config.json is missing")],
 )
 def test_a_missing_file_is_named(copy: Path, missing: str, message: str) -> None:
     (copy / missing).unlink()
     with pytest.raises(UserError, match=message):
-        resolve(str(copy))
+        resolve_model(str(copy))
 
 
-def test_without_weights_the_rest_is_enough(copy: Path) -> None:
+def test_weights_may_be_missing_when_not_needed(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
-    assert resolve(str(copy), weights=False).folder == copy
+    assert resolve_model(str(copy), weights=False).folder == copy
 
 
-def test_an_adapter_is_no_base(copy: Path) -> None:
+def test_an_adapter_is_refused_as_base(copy: Path) -> None:
     # transformers would load whatever base this file names, unchecked.
     (copy / "adapter_config.json").write_text('{"base_model_name_or_path": "somebody/else"}')
-    with pytest.raises(UserError, match="An adapter lies there"):
-        resolve(str(copy))
+    with pytest.raises(UserError, match="Expected a base model, found an adapter"):
+        resolve_model(str(copy))
 
 
 def test_auto_map_is_ignored_where_transformers_has_the_class(copy: Path) -> None:
     # As in older copies of Phi-1.5.
     set_config(copy, auto_map={"AutoModelForCausalLM": "modeling_phi.PhiForCausalLM"})
-    assert resolve(str(copy)).folder == copy
+    assert resolve_model(str(copy)).folder == copy
 
 
 def test_an_architecture_that_needs_its_own_code_is_refused(copy: Path) -> None:
     set_config(copy, auto_map={"AutoConfig": "evil.Config"}, model_type="mixformer-sequential")
     with pytest.raises(UserError, match='"mixformer-sequential" needs code from its repository'):
-        resolve(str(copy))
+        resolve_model(str(copy))
 
 
 def test_a_damaged_config_is_named(copy: Path) -> None:
     (copy / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON") as caught:
-        resolve(str(copy))
-    assert caught.value.where == str(copy / "config.json")
+        resolve_model(str(copy))
+    assert str(caught.value.where) == str(copy / "config.json")
 
 
 # The hub
@@ -152,60 +150,62 @@ def offer(monkeypatch: pytest.MonkeyPatch, source: Path, *files: str) -> FakeHub
     return fake
 
 
-def test_a_hub_id_is_fetched_once_over(
+def test_a_hub_id_is_downloaded(
     tiny_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     files = ["config.json", "model-1.safetensors", "model-2.safetensors"]
     others = ["consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin"]
     fake = offer(monkeypatch, tiny_phi, *files, *others)
-    assert resolve("owner/name") == Base("owner/name", tiny_phi)
+    assert resolve_model("owner/name") == BaseModelFiles("owner/name", tiny_phi)
     assert [f for f in fake.fetched if "*" not in f and "." in f and "safetensors" in f] == files[
         1:
     ]
     assert "*.json" in fake.fetched and not any(f.endswith(".bin") for f in fake.fetched)
-    resolve("owner/name", weights=False)
+    resolve_model("owner/name", weights=False)
     assert not any("safetensors" in f for f in fake.fetched)
 
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [("pytorch_model.bin", "pickled weights only"), ("m.gguf", "No weights lie there")],
+    [("pytorch_model.bin", "pickled weights only"), ("m.gguf", "No weights found")],
 )
-def test_a_hub_id_without_safetensors_is_refused_before_anything_is_fetched(
+def test_a_hub_id_without_safetensors_is_refused_before_a_download(
     tiny_phi: Path, monkeypatch: pytest.MonkeyPatch, file: str, message: str
 ) -> None:
     fake = offer(monkeypatch, tiny_phi, "config.json", file)
     with pytest.raises(UserError, match=message) as caught:
-        resolve("owner/name")
-    assert caught.value.where == "owner/name"
+        resolve_model("owner/name")
+    assert str(caught.value.where) == "owner/name"
     assert fake.fetched == []
 
 
 # Fingerprints
 
 
-def test_a_fingerprint_tells_weights_apart_wherever_they_differ(tmp_path: Path) -> None:
+def test_fingerprints_differ_wherever_weights_differ(tmp_path: Path) -> None:
     content = bytearray(400_000)
-    found = set()
+    fingerprints = set()
     for place in (None, 0, len(content) // 2, len(content) - 1):
         changed = bytearray(content)
         if place is not None:
             changed[place] = 1
         (tmp_path / "model.safetensors").write_bytes(changed)
-        found.add(Base("x", tmp_path).fingerprint())
+        fingerprints.add(BaseModelFiles("x", tmp_path).fingerprint())
     (tmp_path / "model.safetensors").write_bytes(content + b"\0")
-    found.add(Base("x", tmp_path).fingerprint())
-    assert len(found) == 5
+    fingerprints.add(BaseModelFiles("x", tmp_path).fingerprint())
+    assert len(fingerprints) == 5
 
 
-def test_a_fingerprint_is_of_the_weights_alone(copy: Path, tiny_phi: Path) -> None:
+def test_a_fingerprint_depends_on_the_weights_alone(copy: Path, tiny_phi: Path) -> None:
     (copy / "README.md").write_text("other")
-    assert Base("a", copy).fingerprint() == Base("b", tiny_phi).fingerprint()
+    assert BaseModelFiles("a", copy).fingerprint() == BaseModelFiles("b", tiny_phi).fingerprint()
 
 
-def test_of_a_gguf_file_that_file_is_the_fingerprint(tmp_path: Path) -> None:
+def test_a_gguf_model_has_the_fingerprint_of_its_file(tmp_path: Path) -> None:
     for name, seed in (("a.gguf", 0), ("b.gguf", 1)):
         write_gguf(tmp_path / name, seed)
-    first, second = (Base("x", tmp_path, name).fingerprint() for name in ("a.gguf", "b.gguf"))
+    first, second = (
+        BaseModelFiles("x", tmp_path, name).fingerprint() for name in ("a.gguf", "b.gguf")
+    )
     assert first != second

@@ -13,22 +13,28 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from jetson_ft.adapter import (
+    BASE_FILE,
+    attach_adapter,
+    load_adapter,
+    read_adapter_config,
+    save_adapter,
+)
 from jetson_ft.errors import UserError
-from jetson_ft.models.adapter import BASE_FILE, attach, check_folder, describe_base, load, save
-from jetson_ft.models.load import Weights, load_model, load_tokenizer
-from jetson_ft.models.resolve import Base
+from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.loading import WeightFormat, load_model, load_tokenizer
 from jetson_ft.recipe import LoraRecipe
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
 @pytest.fixture
-def phi(tiny_phi: Path) -> Base:
-    return Base("tiny", tiny_phi)
+def phi(tiny_phi: Path) -> BaseModelFiles:
+    return BaseModelFiles("tiny", tiny_phi)
 
 
-def model_of(base: Base) -> Any:
-    return load_model(base, Weights("fp32"), "cpu")
+def model_of(base: BaseModelFiles) -> Any:
+    return load_model(base, WeightFormat("fp32"), "cpu")
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -36,9 +42,9 @@ def logits(model: Any) -> torch.Tensor:
         return torch.Tensor(model(IDS).logits)
 
 
-def perturbed(base: Base, **lora: Any) -> Any:
+def perturbed(base: BaseModelFiles, **lora: Any) -> Any:
     """An adapter whose weights are not the starting ones."""
-    model = attach(model_of(base), LoraRecipe(rank=4, **lora), seed=0).eval()
+    model = attach_adapter(model_of(base), LoraRecipe(rank=4, **lora), seed=0).eval()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -47,10 +53,10 @@ def perturbed(base: Base, **lora: Any) -> Any:
 
 
 @pytest.fixture
-def saved(phi: Base, tmp_path: Path) -> Path:
+def saved(phi: BaseModelFiles, tmp_path: Path) -> Path:
     """A saved adapter."""
     folder = tmp_path / "adapter"
-    save(perturbed(phi), load_tokenizer(phi), phi, folder)
+    save_adapter(perturbed(phi), load_tokenizer(phi), phi, folder)
     return folder
 
 
@@ -64,15 +70,15 @@ def adapted(model: Any) -> list[str]:
 # Put on
 
 
-def test_a_fresh_adapter_changes_nothing(phi: Base) -> None:
+def test_a_fresh_adapter_changes_nothing(phi: BaseModelFiles) -> None:
     base = model_of(phi)
     before = logits(base)
-    assert torch.equal(logits(attach(base, LoraRecipe(rank=4), seed=0)), before)
+    assert torch.equal(logits(attach_adapter(base, LoraRecipe(rank=4), seed=0)), before)
 
 
-def test_the_seed_decides_the_first_weights(phi: Base) -> None:
+def test_the_seed_determines_the_first_weights(phi: BaseModelFiles) -> None:
     weights = [
-        torch.cat([p.flatten() for n, p in attach(
+        torch.cat([p.flatten() for n, p in attach_adapter(
             model_of(phi), LoraRecipe(rank=4), seed=seed).named_parameters() if "lora_A" in n])
         for seed in (0, 0, 1)
     ]  # fmt: skip
@@ -80,11 +86,11 @@ def test_the_seed_decides_the_first_weights(phi: Base) -> None:
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_all_linear_layers_but_the_head_get_an_adapter(phi: Base) -> None:
-    found = adapted(attach(model_of(phi), LoraRecipe(rank=4), seed=0))
+def test_all_linear_layers_but_the_head_get_an_adapter(phi: BaseModelFiles) -> None:
+    layers = adapted(attach_adapter(model_of(phi), LoraRecipe(rank=4), seed=0))
     ends = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense",
             "mlp.fc1", "mlp.fc2"}  # fmt: skip
-    assert sorted(found) == sorted(f"layers.{layer}.{end}" for layer in (0, 1) for end in ends)
+    assert sorted(layers) == sorted(f"layers.{layer}.{end}" for layer in (0, 1) for end in ends)
 
 
 @pytest.mark.parametrize(
@@ -96,9 +102,12 @@ def test_all_linear_layers_but_the_head_get_an_adapter(phi: Base) -> None:
     ],
 )
 def test_targets_are_names_or_ends_of_paths(
-    phi: Base, targets: str | list[str], layers: list[str]
+    phi: BaseModelFiles, targets: str | list[str], layers: list[str]
 ) -> None:
-    assert adapted(attach(model_of(phi), LoraRecipe(rank=4, targets=targets), seed=0)) == layers
+    assert (
+        adapted(attach_adapter(model_of(phi), LoraRecipe(rank=4, target_modules=targets), seed=0))
+        == layers
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,100 +121,111 @@ def test_targets_are_names_or_ends_of_paths(
     ],
 )
 def test_unknown_targets_are_named_with_the_nearest(
-    phi: Base, targets: str | list[str], what: str, fix: str
+    phi: BaseModelFiles, targets: str | list[str], what: str, fix: str
 ) -> None:
     with pytest.raises(UserError) as caught:
-        attach(model_of(phi), LoraRecipe(rank=4, targets=targets), seed=0)
-    assert caught.value.what.endswith(what)
-    assert caught.value.where == "lora.targets"
-    assert fix in caught.value.fix
+        attach_adapter(model_of(phi), LoraRecipe(rank=4, target_modules=targets), seed=0)
+    assert str(caught.value.what).endswith(what)
+    assert str(caught.value.where) == "lora.target_modules"
+    assert fix in str(caught.value.fix)
 
 
-def test_an_adapter_counts_alpha_over_rank_or_over_its_root(phi: Base) -> None:
+def test_the_scaling_is_alpha_over_rank_or_over_its_root(phi: BaseModelFiles) -> None:
     for rslora, scale in ((False, 6 / 4), (True, 6 / 2)):
         recipe = LoraRecipe(rank=4, alpha=6, rslora=rslora)
-        model = attach(model_of(phi), recipe, seed=0)
+        model = attach_adapter(model_of(phi), recipe, seed=0)
         layer = model.base_model.model.model.layers[0].mlp.fc1
         assert layer.scaling["default"] == pytest.approx(scale)
 
 
-def test_dora_learns_magnitudes_too(phi: Base) -> None:
-    model = attach(model_of(phi), LoraRecipe(rank=4, dora=True), seed=0)
+def test_dora_trains_magnitudes_too(phi: BaseModelFiles) -> None:
+    model = attach_adapter(model_of(phi), LoraRecipe(rank=4, dora=True), seed=0)
     assert any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
 
 
 # Saved and loaded
 
 
-@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"rslora": True}, {"targets": ["fc1"]}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"dora": True}, {"rslora": True}, {"target_modules": ["fc1"]}]
+)
 def test_a_saved_adapter_loads_with_plain_peft(
-    phi: Base, tmp_path: Path, kind: dict[str, Any]
+    phi: BaseModelFiles, tmp_path: Path, kind: dict[str, Any]
 ) -> None:
     model = perturbed(phi, **kind)
-    save(model, load_tokenizer(phi), phi, tmp_path)
+    save_adapter(model, load_tokenizer(phi), phi, tmp_path)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(phi.folder), tmp_path)
     assert torch.equal(logits(plain.eval()), logits(model))
     assert not torch.allclose(logits(model), logits(model_of(phi)), atol=1e-3)
 
 
-def test_the_folder_carries_tokenizer_template_and_base(phi: Base, saved: Path) -> None:
+def test_a_saved_folder_has_tokenizer_template_and_base(phi: BaseModelFiles, saved: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(saved)
     assert tokenizer.chat_template == load_tokenizer(phi).chat_template
-    assert json.loads((saved / BASE_FILE).read_text()) == describe_base(phi)
-    assert describe_base(phi)["fingerprint"] == phi.fingerprint()
+    assert json.loads((saved / BASE_FILE).read_text()) == {
+        "name": phi.name, "folder": str(phi.folder), "fingerprint": phi.fingerprint()
+    }  # fmt: skip
     assert not list(saved.glob("*.bin"))
 
 
-def test_an_adapter_is_loaded_as_it_was_saved_and_not_for_training(phi: Base, saved: Path) -> None:
-    found = load(model_of(phi), phi, saved)
-    assert torch.equal(logits(found), logits(perturbed(phi)))
-    assert not found.training and not any(p.requires_grad for p in found.parameters())
+def test_a_loaded_adapter_equals_the_saved_one_in_evaluation_mode(
+    phi: BaseModelFiles, saved: Path
+) -> None:
+    loaded = load_adapter(model_of(phi), phi, saved)
+    assert torch.equal(logits(loaded), logits(perturbed(phi)))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_the_same_base_in_another_place_is_the_same(phi: Base, saved: Path, tmp_path: Path) -> None:
-    moved = Base("elsewhere", Path(shutil.copytree(phi.folder, tmp_path / "moved")))
-    assert torch.equal(logits(load(model_of(moved), moved, saved)), logits(perturbed(phi)))
+def test_the_same_base_in_another_folder_is_accepted(
+    phi: BaseModelFiles, saved: Path, tmp_path: Path
+) -> None:
+    moved = BaseModelFiles("elsewhere", Path(shutil.copytree(phi.folder, tmp_path / "moved")))
+    assert torch.equal(logits(load_adapter(model_of(moved), moved, saved)), logits(perturbed(phi)))
 
 
-def other_base(phi: Base, tmp_path: Path) -> Base:
+def other_base(phi: BaseModelFiles, tmp_path: Path) -> BaseModelFiles:
     """The same architecture with other weights."""
     model = model_of(phi)
     model.lm_head.weight.data += 1
     model.save_pretrained(tmp_path / "other")
-    return Base("other", tmp_path / "other")
+    return BaseModelFiles("other", tmp_path / "other")
 
 
-def test_another_base_is_refused_with_both_names(phi: Base, saved: Path, tmp_path: Path) -> None:
+def test_another_base_is_refused_with_both_names(
+    phi: BaseModelFiles, saved: Path, tmp_path: Path
+) -> None:
     other = other_base(phi, tmp_path)
     with pytest.raises(UserError) as caught:
-        load(model_of(other), other, saved)
-    ours, its = phi.fingerprint()[:12], other.fingerprint()[:12]
-    assert f"another base: tiny ({ours}), not other ({its})" in caught.value.what
-    assert caught.value.fix == "Load it with `--model tiny`."
+        load_adapter(model_of(other), other, saved)
+    own, others = phi.fingerprint()[:12], other.fingerprint()[:12]
+    assert f"another base: tiny ({own}), not other ({others})" in str(caught.value.what)
+    assert str(caught.value.fix) == "Load it with `--model tiny`."
 
 
-def test_of_a_foreign_adapter_the_name_of_the_base_is_compared(phi: Base, saved: Path) -> None:
+def test_a_foreign_adapter_for_another_base_name_is_refused(
+    phi: BaseModelFiles, saved: Path
+) -> None:
     (saved / BASE_FILE).unlink()
-    load(model_of(phi), phi, saved)  # names the folder
+    load_adapter(model_of(phi), phi, saved)  # names the folder
     file = saved / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"base_model_name_or_path": "somebody/else"}))
     with pytest.raises(UserError, match="another base: somebody/else, not tiny") as caught:
-        load(model_of(phi), phi, saved)
-    assert "--model somebody/else" in caught.value.fix
+        load_adapter(model_of(phi), phi, saved)
+    assert "--model somebody/else" in str(caught.value.fix)
 
 
 def test_pickled_weights_are_refused(saved: Path) -> None:
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
     with pytest.raises(UserError, match="pickled weights are refused") as caught:
-        check_folder(saved)
-    assert caught.value.where == str(saved)
+        read_adapter_config(saved)
+    assert str(caught.value.where) == str(saved)
 
 
-def test_a_folder_without_adapter_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No adapter lies there") as caught:
-        check_folder(tmp_path)
-    assert caught.value.where == str(tmp_path)
+def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No adapter found") as caught:
+        read_adapter_config(tmp_path)
+    assert str(caught.value.where) == str(tmp_path)
 
 
 def cut(folder: Path) -> None:
@@ -231,11 +251,11 @@ def set_config(**changes: Any) -> Callable[[Path], None]:
     ],
 )
 def test_a_damaged_adapter_is_refused_in_one_line(
-    phi: Base, saved: Path, spoil: Callable[[Path], None], message: str
+    phi: BaseModelFiles, saved: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
     spoil(saved)
     with pytest.raises(UserError, match=f"doesn't fit the model tiny, or is damaged: .*{message}"):
-        load(model_of(phi), phi, saved)
+        load_adapter(model_of(phi), phi, saved)
 
 
 def gradients(model: Any) -> torch.Tensor:
@@ -245,12 +265,12 @@ def gradients(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_measuring_before_training_leaves_the_gradients_as_they_are(
+def test_an_evaluation_before_training_does_not_change_gradients(
     wide_phi: Path, quantize: str
 ) -> None:
-    base = Base("wide", wide_phi)
+    base = BaseModelFiles("wide", wide_phi)
     fresh, measured = (
-        attach(load_model(base, Weights("bf16", quantize), "cpu"), LoraRecipe(), 0)
+        attach_adapter(load_model(base, WeightFormat("bf16", quantize), "cpu"), LoraRecipe(), 0)
         for _ in range(2)
     )
     measured.eval()

@@ -1,4 +1,4 @@
-"""Fused layers give what the model's own give, and nothing else is touched."""
+"""Fused layers give what the model's own give; no other layer is replaced."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from jetson_ft.models.fused import _RMSNorm, _SwiGLU, fuse
+from jetson_ft.kernels import fused_layers
+from jetson_ft.kernels.families import LayerFamily
+from jetson_ft.kernels.fused_layers import _RMSNorm, _SwiGLU, fuse_layers
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -20,7 +22,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 def grads(model: Any) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(IDS).logits.square().mean().backward()
-    # Norms are frozen in training: their own gradient isn't made.
+    # Norms are frozen in training and get no gradient.
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None and p.ndim > 1}
 
 
@@ -31,16 +33,18 @@ def grads(model: Any) -> dict[str, torch.Tensor]:
         ("tiny_phi", {"layer_norm": 3, "gelu_tanh": 2, "rotary": 2}),
     ],
 )
-def test_logits_and_gradients_stay(
+def test_fused_logits_and_gradients_are_the_models_own(
     folder: str, expected: dict[str, int], request: pytest.FixtureRequest
 ) -> None:
     path: Path = request.getfixturevalue(folder)
-    own, mine = (AutoModelForCausalLM.from_pretrained(path) for _ in range(2))
-    assert fuse(mine) == expected
+    own, fused = (AutoModelForCausalLM.from_pretrained(path) for _ in range(2))
+    assert fuse_layers(fused) == expected
     with torch.no_grad():
-        assert torch.allclose(mine(IDS).logits, own(IDS).logits, atol=1e-5)
-    for (name, found), theirs in zip(grads(mine).items(), grads(own).values(), strict=True):
-        assert torch.allclose(found, theirs, rtol=1e-3, atol=1e-7), name
+        assert torch.allclose(fused(IDS).logits, own(IDS).logits, atol=1e-5)
+    for (name, actual), expected_gradient in zip(
+        grads(fused).items(), grads(own).values(), strict=True
+    ):
+        assert torch.allclose(actual, expected_gradient, rtol=1e-3, atol=1e-7), name
 
 
 def test_gradients_are_checked_numerically() -> None:
@@ -55,15 +59,15 @@ def test_gradients_are_checked_numerically() -> None:
 def test_a_norm_keeps_the_dtype_and_computes_in_fp32(dtype: torch.dtype) -> None:
     norm = LlamaRMSNorm(64).to(dtype)
     x = (100 * torch.randn(4, 64)).to(dtype).requires_grad_()  # its squares overflow fp16
-    mine, _ = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
-    assert mine.dtype == dtype
-    assert torch.allclose(mine.float(), norm(x).float(), rtol=0.01)
-    (gradient,) = torch.autograd.grad(mine.float().sum(), x)
+    fused, _ = _RMSNorm.apply(x, norm.weight, norm.variance_epsilon)
+    assert fused.dtype == dtype
+    assert torch.allclose(fused.float(), norm(x).float(), rtol=0.01)
+    (gradient,) = torch.autograd.grad(fused.float().sum(), x)
     assert gradient.dtype == dtype
     assert bool(gradient.isfinite().all())
 
 
-def test_a_module_of_that_name_that_computes_something_else_is_left() -> None:
+def test_a_module_of_a_known_name_that_computes_otherwise_is_not_replaced() -> None:
     class OtherRMSNorm(LlamaRMSNorm):
         def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
             return super().forward(hidden_states) + 1
@@ -74,4 +78,19 @@ def test_a_module_of_that_name_that_computes_something_else_is_left() -> None:
     OtherGELU.__name__ = "NewGELUActivation"
     OtherGELU.forward = lambda self, x: x  # type: ignore[method-assign]
     model = torch.nn.ModuleList([OtherRMSNorm(16), OtherGELU()])
-    assert fuse(model) == {}
+    assert fuse_layers(model) == {}
+
+
+def test_two_matching_families_apply_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return fused_layers.rms_norm(module, x)
+
+    monkeypatch.setattr(fused_layers, "other_rms_norm", other_rms_norm, raising=False)
+    families = tuple(
+        LayerFamily(name, "norm", lambda kind: "Norm" in kind.class_name, name)
+        for name in ("rms_norm", "other_rms_norm")
+    )
+    monkeypatch.setattr(fused_layers, "FAMILIES", families)
+    norm: Any = LlamaRMSNorm(16)
+    assert fuse_layers(torch.nn.ModuleList([norm])) == {"rms_norm": 1}
+    assert norm.forward.__func__ is fused_layers.rms_norm

@@ -1,0 +1,150 @@
+"""Attach the LoRA adapter to a base model, save it, and load it for the right base only."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jetson_ft.errors import UserError, _
+from jetson_ft.files import disk_errors, read_json, write_json
+from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.recipe import LoraRecipe
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+BASE_FILE = "base.json"
+
+
+def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) -> PeftModel:
+    """Attach a new adapter (fp32 for any base) to the model, in place.
+
+    Args:
+        fused: with the layers of `kernels.lora_linear`; else with PEFT's own.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from jetson_ft.kernels.lora_linear import register_layers
+
+    targets = lora.target_modules
+    if targets != "all-linear":
+        # A list even for a single name: PEFT takes a string for a pattern.
+        targets = [targets] if isinstance(targets, str) else targets
+        _check_targets(model, targets)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes (0.50) repacks nf4 weights at the first evaluation on a CPU. The
+            # packed form has no backward pass: a model that is evaluated before training would
+            # silently get no gradient through its frozen layers.
+            module.support_avx512bf16_for_cpu = False
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        task_type="CAUSAL_LM",
+    )
+    if fused:
+        register_layers(config)
+    return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def _check_targets(model: Any, wanted: list[str]) -> None:
+    """Check that each name is the end of a linear layer's path, at a dot, as in PEFT."""
+    import torch
+
+    paths = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    unknown = [name for name in wanted if not any(f".{p}".endswith(f".{name}") for p in paths)]
+    if unknown:
+        near: list[str] = []
+        for name in unknown:
+            near += difflib.get_close_matches(name.rsplit(".", 1)[-1], linear, 1)
+        fix = _("It has: {linear}; or write all-linear.")
+        raise UserError(
+            _("The model has no linear layer named {unknown}."),
+            "lora.target_modules",
+            _("Did you mean {near}? It has: {linear}; or write all-linear.") if near else fix,
+            unknown=", ".join(unknown),
+            near=", ".join(near),
+            linear=", ".join(linear),
+        )
+
+
+def save_adapter(model: Any, tokenizer: Any, base: BaseModelFiles, folder: Path) -> None:
+    """Write adapter, tokenizer and base, as plain `PeftModel.from_pretrained` loads them."""
+    with disk_errors(folder):
+        model.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+        stored = {"name": base.name, "folder": str(base.folder), "fingerprint": base.fingerprint()}
+        write_json(folder / BASE_FILE, stored)
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Return the adapter's configuration; `UserError` for no adapter or a pickled one."""
+    config_file = folder / "adapter_config.json"
+    if not config_file.is_file():
+        raise UserError(_("No adapter found."), str(folder), _("Name a run, or a PEFT folder."))
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            _("The adapter has no adapter_model.safetensors; pickled weights are refused."),
+            str(folder),
+            _("Save it again with PEFT's `save_pretrained`, which writes safetensors."),
+        )
+    return dict(read_json(config_file))
+
+
+def load_adapter(model: Any, base: BaseModelFiles, folder: Path) -> PeftModel:
+    """Attach a saved adapter to the model, in evaluation mode.
+
+    Raises:
+        UserError: no adapter, a pickled one, or one trained for another base.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    _check_base(base, folder, read_adapter_config(folder))
+    try:
+        return PeftModel.from_pretrained(model, folder).eval()
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            _("The adapter doesn't fit the model {model}, or is damaged: {error}"),
+            str(folder),
+            model=base.name,
+            error=" ".join(line.strip() for line in str(error).splitlines()[:2]),
+        ) from error
+
+
+def _check_base(base: BaseModelFiles, folder: Path, config: dict[str, Any]) -> None:
+    """Compare fingerprints; for adapters of other programs only the base's name is known."""
+    what = _("This adapter was made for another base: {name}, not {model}.")
+    if (folder / BASE_FILE).is_file():
+        stored = read_json(folder / BASE_FILE)
+        trained_for, fingerprint = str(stored.get("fingerprint")), base.fingerprint()
+        if trained_for != fingerprint:
+            raise UserError(
+                what,
+                str(folder),
+                _("Load it with `--model {base}`."),
+                name=f"{stored.get('name')} ({trained_for[:12]})",
+                model=f"{base.name} ({fingerprint[:12]})",
+                base=stored.get("name"),
+            )
+        return
+    name = config.get("base_model_name_or_path")
+    if name and name not in (base.name, str(base.folder)):
+        raise UserError(
+            what,
+            str(folder),
+            _(
+                "Load it with `--model {name}`; if both are the same model, write {model} as "
+                "base_model_name_or_path into its adapter_config.json."
+            ),
+            name=name,
+            model=base.name,
+        )
