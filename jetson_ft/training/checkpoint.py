@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there: staged, hashed, synced, renamed, then rotated.
+"""Checkpoints that are complete or absent: staged, hashed, synced, renamed, then rotated.
 
-`checkpoints/step-N/` holds the adapter (PEFT format), the optimizer's state and the random
-generators as safetensors, two JSON files with the counters, and `manifest.json` with the
-SHA-256 of each file. A folder whose manifest doesn't hold is passed over for the one before.
+`checkpoints/step-N/` holds the adapter (PEFT format), the optimizer's state as safetensors, the
+counters (`state.json`), and `manifest.json` with the SHA-256 of each file. A folder whose files
+differ from its manifest is skipped for the one before.
 """
 
 from __future__ import annotations
@@ -12,79 +12,48 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jetson_ft.errors import UserError
-from jetson_ft.paths import disk_errors, read_json, sha256_file, sync_folder, write_json
+from jetson_ft.errors import Message, UserError, _
+from jetson_ft.files import disk_errors, read_json, sha256_file, sync_folder, write_json
+from jetson_ft.training.state import TrainState
 
-MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-(\d+)")
-
-
-@dataclass
-class Progress:
-    """The counters of a run; all that a resumed run must know besides the tensors."""
-
-    step: int = 0
-    total_steps: int | None = None  # None until `max_minutes` has become a number of steps
-    settled_for: list[float] | None = None  # epochs, max_steps, max_minutes behind that number
-    eval_every: int | None = None
-    tokens: int = 0
-    supervised_tokens: int = 0
-    rows: int = 0
-    train_seconds: float = 0.0  # in optimizer steps alone
-    energy_joules: float | None = 0.0  # likewise; None: not known of every step
-    best_step: int | None = None
-    best_loss: float | None = None
-    evals_without_gain: int = 0
-    stopped_early: bool = False
-
-    def take(self, seconds: float, joules: float | None) -> None:
-        """The time and the energy of one more step."""
-        self.train_seconds += seconds
-        if self.energy_joules is not None:
-            self.energy_joules = None if joules is None else self.energy_joules + joules
-
-    @property
-    def complete(self) -> bool:
-        """Whether no step is left to make."""
-        return self.stopped_early or (
-            self.total_steps is not None and self.step >= self.total_steps
-        )
+MANIFEST, STATE_FILE, OPTIMIZER_FILE = "manifest.json", "state.json", "optimizer.safetensors"
+_NAME = re.compile(r"step-\d+")
 
 
-def folders(home: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    if not home.is_dir():
-        return []
-    found = [path for path in home.iterdir() if path.is_dir() and _STEP.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+def list_checkpoints(home: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    folders = (path for path in home.glob("step-*") if path.is_dir())
+    return sorted((path for path in folders if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step a checkpoint folder was made at."""
-    found = _STEP.fullmatch(folder.name)
-    if not found:
-        raise ValueError(f"not a checkpoint folder: {folder}")
-    return int(found.group(1))
+    """Return the step that a checkpoint folder was made at."""
+    return int(folder.name.removeprefix("step-"))
 
 
-def write(home: Path, progress: Progress, save_files: Callable[[Path], None]) -> Path:
-    """Makes `home/step-N` out of what `save_files` puts into the folder it is given.
+def write_checkpoint(home: Path, state: TrainState, save_files: Callable[[Path], None]) -> Path:
+    """Make `home/step-N` of the files that `save_files(folder)` writes, and the counters.
 
-    Raises:
-        UserError: disk full or not writable; older checkpoints are untouched then.
+    On an error (`UserError`: disk full or not writable) older checkpoints stay as they are.
     """
-    target = home / f"step-{progress.step}"
+    target = home / f"step-{state.step}"
     staging = home / f".{target.name}.tmp"
     with disk_errors(home), safetensors_errors():
         home.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         try:
-            _fill(staging, progress, save_files)
+            save_files(staging)
+            write_json(staging / STATE_FILE, asdict(state))
+            files = sorted(path for path in staging.iterdir() if path.is_file())
+            for path in files:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            write_json(staging / MANIFEST, {path.name: sha256_file(path) for path in files})
             if target.exists():
                 shutil.rmtree(target)
             staging.replace(target)
@@ -97,120 +66,88 @@ def write(home: Path, progress: Progress, save_files: Callable[[Path], None]) ->
 
 @contextmanager
 def safetensors_errors() -> Iterator[None]:
-    """Makes an `OSError` again of what safetensors says about a full disk and the like."""
+    """Turn safetensors' errors about a full disk and the like back into `OSError`."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if not found:
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if not match:
             raise
-        raise OSError(int(found[1]), str(error)) from error
+        raise OSError(int(match[1]), str(error)) from error
 
 
-def _fill(staging: Path, progress: Progress, save_files: Callable[[Path], None]) -> None:
-    save_files(staging)
-    write_json(staging / "progress.json", asdict(progress))
-    files = sorted(path for path in staging.iterdir() if path.is_file())
-    for path in files:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    write_json(staging / MANIFEST, {path.name: sha256_file(path) for path in files})
-
-
-def fault(folder: Path) -> str | None:
-    """Why a checkpoint can't be used, naming the file; None if it is intact."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return f"{path} is missing"
+def find_fault(folder: Path) -> Message | None:
+    """Return why a checkpoint can't be used, naming the file; None if it is intact."""
+    path, fault = folder / MANIFEST, ""
     try:
-        for name, digest in read_json(path).items():
+        hashes = read_json(path) if path.is_file() else {MANIFEST: ""}
+        for name, digest in hashes.items():
             path = folder / name
             if not path.is_file():
-                return f"{path} is missing"
-            if sha256_file(path) != digest:
-                return f"{path} is damaged (its SHA-256 differs from the manifest's)"
+                fault = _("{path} is missing")
+            elif sha256_file(path) != digest:
+                fault = _("{path} is damaged (its SHA-256 differs from the manifest's)")
+            if fault:
+                break
     except (UserError, ValueError, AttributeError):
-        return f"{path} is damaged (it can't be read)"
-    return None
+        fault = _("{path} is damaged (it can't be read)")
+    return Message(fault, {"path": str(path)}) if fault else None
 
 
-def newest_intact(home: Path) -> tuple[Path | None, list[str]]:
-    """The newest usable checkpoint, and what was wrong with newer ones. Sweeps staging."""
-    for left_over in home.glob(".step-*.tmp"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    faults: list[str] = []
-    for folder in reversed(folders(home)):
-        reason = fault(folder)
-        if reason is None:
+def newest_intact(home: Path) -> tuple[Path | None, list[Message]]:
+    """Return the newest usable checkpoint and the faults of newer ones; delete staging folders."""
+    for staging in home.glob(".step-*.tmp"):
+        shutil.rmtree(staging, ignore_errors=True)
+    faults: list[Message] = []
+    for folder in reversed(list_checkpoints(home)):
+        fault = find_fault(folder)
+        if fault is None:
             return folder, faults
-        faults.append(reason)
+        faults.append(fault)
     return None, faults
 
 
-def read_progress(folder: Path) -> Progress:
-    """The counters stored in a checkpoint."""
-    return Progress(**read_json(folder / "progress.json"))
+def read_state(folder: Path) -> TrainState:
+    """Return the counters stored in a checkpoint."""
+    return TrainState(**read_json(folder / STATE_FILE))
 
 
-def rotate(home: Path, keep: int, progress: Progress) -> None:
-    """Deletes all but the `keep` newest checkpoints and the best one.
-
-    Those beyond `progress.step` go too: an earlier attempt left them damaged.
-    """
-    newest = [path for path in folders(home) if step_of(path) <= progress.step][-keep:]
-    for folder in folders(home):
-        if folder not in newest and step_of(folder) != progress.best_step:
+def delete_old_checkpoints(home: Path, keep: int, state: TrainState) -> None:
+    """Delete all but the best and the `keep` newest; also damaged ones, beyond `state.step`."""
+    newest = [path for path in list_checkpoints(home) if step_of(path) <= state.step][-keep:]
+    for folder in list_checkpoints(home):
+        if folder not in newest and step_of(folder) != state.best_step:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def save_tensors(path: Path, tensors: dict[str, Any]) -> None:
-    """Named tensors as safetensors."""
+def save_optimizer(optimizer: Any, folder: Path) -> None:
+    """Write the optimizer's state of each parameter, flat: `<parameter number>.<name>`."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    tensors: dict[str, Any] = {}
+    for number, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"{number}.{name}": value.contiguous() for name, value in entry.items()}
+    save_file(tensors, folder / OPTIMIZER_FILE)
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """The tensors of a file written by `save_tensors`, on the CPU."""
+def load_optimizer(optimizer: Any, folder: Path) -> None:
+    """Restore what `save_optimizer` wrote; hyperparameters stay the optimizer's own."""
     from safetensors.torch import load_file
 
-    return dict(load_file(path))
-
-
-def optimizer_tensors(optimizer: Any) -> dict[str, Any]:
-    """The optimizer's per-parameter state, flat: `<parameter number>.<name>`."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": value for number, entry in state.items()
-            for name, value in entry.items()}  # fmt: skip
-
-
-def restore_optimizer(optimizer: Any, tensors: dict[str, Any]) -> None:
-    """Puts back what `optimizer_tensors` took; hyperparameters stay the optimizer's own."""
     state: dict[int, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        number, _, name = key.partition(".")
+    for key, value in load_file(folder / OPTIMIZER_FILE).items():
+        number, name = key.split(".", 1)
         state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
     )
 
 
-def random_states() -> dict[str, Any]:
-    """States of torch's random generators; the only ones that training draws from."""
-    import torch
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Put a checkpoint's adapter weights into a model that has such an adapter."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
 
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Puts back what `random_states` took, as far as this machine has the generator."""
-    import torch
-
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))

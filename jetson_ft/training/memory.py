@@ -1,5 +1,4 @@
-"""How much memory this process has taken at most, how much it could take, and when it wasn't
-enough."""
+"""Peak memory, available memory, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -8,11 +7,10 @@ from dataclasses import replace
 
 import psutil
 
-from jetson_ft.device.probe import Device
-from jetson_ft.errors import UserError
+from jetson_ft.hardware.detect import Device
 
-# The three forms it takes on a Jetson, and the CPU's.
-_SIGNS = (
+# In names and texts of exceptions: CUDA's three forms on a Jetson, and the CPU's.
+_OOM_SIGNS = (
     "OutOfMemoryError",
     "CUDA out of memory",
     "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
@@ -21,24 +19,16 @@ _SIGNS = (
 )
 
 
-class OutOfMemory(UserError):
-    """Training needed more than there was; `again`: it is to be tried once more, with less."""
-
-    def __init__(self, what: str, where: str, fix: str, again: bool = False) -> None:
-        super().__init__(what, where, fix)
-        self.again = again
-
-
 def is_out_of_memory(error: BaseException) -> bool:
-    """In any of its forms."""
+    """Return whether the error is one of the forms that a lack of memory takes."""
     text = f"{type(error).__name__}: {error}"
-    return isinstance(error, MemoryError) or any(sign in text for sign in _SIGNS)
+    return isinstance(error, MemoryError) or any(sign in text for sign in _OOM_SIGNS)
 
 
-def with_own(device: Device, processes: int = 1) -> Device:
-    """This machine with what this process holds counted as free: a plan is for all of it.
+def with_own_memory(device: Device, processes: int = 1) -> Device:
+    """Return the device with this process's own memory counted as available, as plans cover it.
 
-    Of a memory that several processes share, each gets its part; a GPU's own is not shared.
+    Memory that `processes` share is divided; a GPU's own isn't shared.
     """
     if not device.shares_memory:
         return device
@@ -47,7 +37,7 @@ def with_own(device: Device, processes: int = 1) -> Device:
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Peak bytes: allocated on the GPU by torch, or resident in RAM for a CPU run."""
+    """Return peak bytes: allocated on the GPU by torch, or resident in RAM for a CPU run."""
     if device == "cuda":
         import torch
 

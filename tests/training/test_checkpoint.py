@@ -15,7 +15,7 @@ import pytest
 
 from jetson_ft.errors import UserError
 from jetson_ft.training import checkpoint
-from jetson_ft.training.checkpoint import Progress
+from jetson_ft.training.state import TrainState
 
 
 def two_files(folder: Path) -> None:
@@ -24,7 +24,7 @@ def two_files(folder: Path) -> None:
 
 
 def save(home: Path, step: int) -> Path:
-    return checkpoint.write(home, Progress(step=step), two_files)
+    return checkpoint.write_checkpoint(home, TrainState(step=step), two_files)
 
 
 def listing(home: Path) -> list[str]:
@@ -32,24 +32,28 @@ def listing(home: Path) -> list[str]:
 
 
 def test_what_was_written_is_intact_and_read_back(tmp_path: Path) -> None:
-    progress = Progress(step=7, total_steps=9, settled_for=[1.5, 0, 4.0], best_loss=0.25)
-    folder = checkpoint.write(tmp_path / "home", progress, two_files)
+    progress = TrainState(step=7, total_steps=9, length_limits=[1.5, None, 4.0], best_loss=0.25)
+    folder = checkpoint.write_checkpoint(tmp_path / "home", progress, two_files)
     assert folder == tmp_path / "home" / "step-7"
-    assert checkpoint.fault(folder) is None
-    assert checkpoint.read_progress(folder) == progress
+    assert checkpoint.find_fault(folder) is None
+    assert checkpoint.read_state(folder) == progress
     assert checkpoint.newest_intact(tmp_path / "home") == (folder, [])
 
 
-def test_folders_are_sorted_by_number_and_strangers_are_left_out(tmp_path: Path) -> None:
+def test_checkpoints_are_sorted_by_step_and_other_files_ignored(tmp_path: Path) -> None:
     for step in (10, 9, 100):
         save(tmp_path, step)
     (tmp_path / "step-x").mkdir()
     (tmp_path / "step-8").write_text("a file")
-    assert [checkpoint.step_of(path) for path in checkpoint.folders(tmp_path)] == [9, 10, 100]
-    assert checkpoint.folders(tmp_path / "nowhere") == []
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [
+        9,
+        10,
+        100,
+    ]
+    assert checkpoint.list_checkpoints(tmp_path / "nowhere") == []
 
 
-FILES = ["weights", "optimizer", "progress.json", checkpoint.MANIFEST]
+FILES = ["weights", "optimizer", checkpoint.STATE_FILE, checkpoint.MANIFEST]
 
 
 def remove(path: Path) -> None:
@@ -73,27 +77,27 @@ def test_damage_is_named_and_the_one_before_is_used(
 ) -> None:
     before, newest = save(tmp_path, 1), save(tmp_path, 2)
     damage(newest / name)
-    found, faults = checkpoint.newest_intact(tmp_path)
-    assert found == before
-    assert len(faults) == 1 and str(newest / name) in faults[0]
-    assert ("missing" if damage is remove else "damaged") in faults[0]
+    intact, faults = checkpoint.newest_intact(tmp_path)
+    assert intact == before
+    assert len(faults) == 1 and str(newest / name) in str(faults[0])
+    assert ("missing" if damage is remove else "damaged") in str(faults[0])
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"x"', "{"])
 def test_a_manifest_that_is_no_manifest_is_a_fault(tmp_path: Path, text: str) -> None:
     folder = save(tmp_path, 1)
     (folder / checkpoint.MANIFEST).write_text(text)
-    assert str(folder / checkpoint.MANIFEST) in str(checkpoint.fault(folder))
+    assert str(folder / checkpoint.MANIFEST) in str(checkpoint.find_fault(folder))
 
 
-def test_nothing_intact_is_said_with_every_reason(tmp_path: Path) -> None:
+def test_without_an_intact_checkpoint_every_fault_is_returned(tmp_path: Path) -> None:
     for step in (1, 2):
         remove(save(tmp_path, step) / "weights")
-    found, faults = checkpoint.newest_intact(tmp_path)
-    assert found is None and len(faults) == 2
+    newest, faults = checkpoint.newest_intact(tmp_path)
+    assert newest is None and len(faults) == 2
 
 
-def test_staging_is_swept(tmp_path: Path) -> None:
+def test_staging_folders_are_deleted(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     (tmp_path / ".step-2.tmp").mkdir()
     (tmp_path / ".step-2.tmp" / "weights").write_bytes(b"half")
@@ -127,11 +131,11 @@ def killed_at_line(number: int, work: Callable[[], Any]) -> bool:
 
 def save_and_rotate(home: Path, step: int) -> None:
     save(home, step)
-    checkpoint.rotate(home, 1, Progress(step=step, best_step=1))
+    checkpoint.delete_old_checkpoints(home, 1, TrainState(step=step, best_step=1))
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_line_of_a_save_costs_no_checkpoint(
+def test_a_kill_at_any_line_of_a_save_loses_no_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the rotation after it; every place is tried, one process each."""
@@ -142,16 +146,16 @@ def test_a_kill_at_any_line_of_a_save_costs_no_checkpoint(
         home = tmp_path / str(line)
         shutil.copytree(tmp_path / "model", home)
         killed = killed_at_line(line, lambda home=home: save_and_rotate(home, 3))  # type: ignore[misc]
-        found, faults = checkpoint.newest_intact(home)
-        assert found in (home / "step-2", home / "step-3") and faults == []
-        assert checkpoint.fault(home / "step-1") is None, "the best one"
+        newest, faults = checkpoint.newest_intact(home)
+        assert newest in (home / "step-2", home / "step-3") and faults == []
+        assert checkpoint.find_fault(home / "step-1") is None, "the best one"
         assert not list(home.glob(".*"))
         if not killed:
             break
     assert line > 40 and listing(home) == ["step-1", "step-3"]
 
 
-def test_all_is_on_the_disk_before_it_gets_its_name(
+def test_all_files_are_synced_before_the_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power cut keeps what was synced, and a rename only once its folder is."""
@@ -178,7 +182,7 @@ def test_all_is_on_the_disk_before_it_gets_its_name(
 
 
 @pytest.mark.parametrize("name", ["weights", "optimizer"])
-def test_full_disk_is_said_and_older_ones_stay(tmp_path: Path, name: str) -> None:
+def test_a_full_disk_is_reported_and_older_checkpoints_stay(tmp_path: Path, name: str) -> None:
     before = save(tmp_path, 1)
 
     def fail(folder: Path) -> None:
@@ -187,12 +191,12 @@ def test_full_disk_is_said_and_older_ones_stay(tmp_path: Path, name: str) -> Non
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / name))
 
     with pytest.raises(UserError, match="disk is full") as caught:
-        checkpoint.write(tmp_path, Progress(step=2), fail)
-    assert str(tmp_path) in caught.value.where
+        checkpoint.write_checkpoint(tmp_path, TrainState(step=2), fail)
+    assert str(tmp_path) in str(caught.value.where)
     assert checkpoint.newest_intact(tmp_path) == (before, []) and listing(tmp_path) == ["step-1"]
 
 
-def test_full_disk_is_understood_in_the_words_of_safetensors(tmp_path: Path) -> None:
+def test_a_full_disk_is_recognised_in_safetensors_errors(tmp_path: Path) -> None:
     from safetensors import SafetensorError
 
     def fail(folder: Path) -> None:
@@ -201,25 +205,26 @@ def test_full_disk_is_understood_in_the_words_of_safetensors(tmp_path: Path) -> 
         )
 
     with pytest.raises(UserError, match="disk is full"):
-        checkpoint.write(tmp_path, Progress(step=2), fail)
+        checkpoint.write_checkpoint(tmp_path, TrainState(step=2), fail)
     assert listing(tmp_path) == []
 
 
-def test_a_real_refusal_of_safetensors_becomes_plain(tmp_path: Path) -> None:
+def test_a_real_write_error_of_safetensors_becomes_plain(tmp_path: Path) -> None:
     """A limit on file size stands in for the full disk; safetensors itself says it."""
     import resource
 
     import torch
+    from safetensors.torch import save_file
 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
         with pytest.raises(UserError, match="File too large"):
-            checkpoint.write(
+            checkpoint.write_checkpoint(
                 tmp_path,
-                Progress(step=1),
-                lambda folder: checkpoint.save_tensors(folder / "x", {"a": torch.zeros(1 << 16)}),
+                TrainState(step=1),
+                lambda folder: save_file({"a": torch.zeros(1 << 16)}, folder / "x"),
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -227,14 +232,14 @@ def test_a_real_refusal_of_safetensors_becomes_plain(tmp_path: Path) -> None:
     assert listing(tmp_path) == []
 
 
-def test_other_faults_of_safetensors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_safetensors_errors_are_unchanged(tmp_path: Path) -> None:
     from safetensors import SafetensorError
 
     def fail(folder: Path) -> None:
         raise SafetensorError("shapes differ")
 
     with pytest.raises(SafetensorError):
-        checkpoint.write(tmp_path, Progress(step=2), fail)
+        checkpoint.write_checkpoint(tmp_path, TrainState(step=2), fail)
 
 
 # --- rotation --------------------------------------------------------------------------------
@@ -249,8 +254,8 @@ def test_rotation_keeps_the_newest_and_the_best(
 ) -> None:
     for step in range(1, 6):
         save(tmp_path, step)
-    checkpoint.rotate(tmp_path, keep, Progress(step=5, best_step=best))
-    assert [checkpoint.step_of(path) for path in checkpoint.folders(tmp_path)] == left
+    checkpoint.delete_old_checkpoints(tmp_path, keep, TrainState(step=5, best_step=best))
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == left
 
 
 def test_damaged_newer_ones_never_push_a_good_one_out(tmp_path: Path) -> None:
@@ -259,7 +264,7 @@ def test_damaged_newer_ones_never_push_a_good_one_out(tmp_path: Path) -> None:
     for step in (20, 30):
         flip(tmp_path / f"step-{step}" / "weights")
     good = save(tmp_path, 2)
-    checkpoint.rotate(tmp_path, 2, Progress(step=2, best_step=1))
+    checkpoint.delete_old_checkpoints(tmp_path, 2, TrainState(step=2, best_step=1))
     assert checkpoint.newest_intact(tmp_path) == (good, [])
     assert listing(tmp_path) == ["step-1", "step-2"]
 
@@ -267,7 +272,7 @@ def test_damaged_newer_ones_never_push_a_good_one_out(tmp_path: Path) -> None:
 # --- tensors ---------------------------------------------------------------------------------
 
 
-def test_optimizer_goes_on_as_if_never_saved(tmp_path: Path) -> None:
+def test_a_restored_optimizer_continues_as_if_never_saved(tmp_path: Path) -> None:
     import torch
 
     def optimizer() -> Any:
@@ -281,20 +286,10 @@ def test_optimizer_goes_on_as_if_never_saved(tmp_path: Path) -> None:
 
     first, adam = optimizer()
     step(first, adam)
-    checkpoint.save_tensors(tmp_path / "x", checkpoint.optimizer_tensors(adam))
+    checkpoint.save_optimizer(adam, tmp_path)
     second, again = optimizer()
     second.data.copy_(first.data)
-    checkpoint.restore_optimizer(again, checkpoint.load_tensors(tmp_path / "x"))
+    checkpoint.load_optimizer(again, tmp_path)
     for pair in ((first, adam), (second, again)):
         step(*pair)
     assert torch.equal(first, second)
-
-
-def test_random_generator_goes_on_where_it_was(tmp_path: Path) -> None:
-    import torch
-
-    checkpoint.save_tensors(tmp_path / "x", checkpoint.random_states())
-    expected = torch.rand(5)
-    torch.rand(3)
-    checkpoint.restore_random_states(checkpoint.load_tensors(tmp_path / "x"))
-    assert torch.equal(torch.rand(5), expected)

@@ -27,6 +27,7 @@ class Scenario:
     split: bool = False  # the layers among all
     recompute: bool = False
     capacity: int = 2048  # tokens of a micro-batch
+    capacity_step: int = 0  # more for each further rank
 
     def acts(self, act: str, rank: int) -> bool:
         """Whether that is this process's part."""
@@ -37,7 +38,7 @@ def work(scenario: Scenario, rank: int, size: int, port: int) -> None:
     """As the launcher would start it."""
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
     elsewhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
-                 "JETSON_FT_PATIENCE": 4, "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+                 "JETSON_FT_DIST_TIMEOUT": 4, "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     os.environ.update({key: str(value) for key, value in (place | elsewhere).items()})
     left = Path(scenario.home) / f"rank-{rank}.json"
     try:
@@ -49,22 +50,24 @@ def work(scenario: Scenario, rank: int, size: int, port: int) -> None:
 
 def _train(scenario: Scenario, rank: int) -> dict[str, Any]:
     import torch
+    from safetensors.torch import save_file
 
-    from jetson_ft.models import adapter, load
-    from jetson_ft.models.resolve import Base
-    from jetson_ft.recipe import LoraRecipe, Recipe
-    from jetson_ft.runs.pipeline import prepare_rows
-    from jetson_ft.training import checkpoint, group, sharding
+    from jetson_ft import adapter
+    from jetson_ft.data.prepare import prepare_rows
+    from jetson_ft.models import loading
+    from jetson_ft.models.files import BaseModelFiles
+    from jetson_ft.recipe import DataRecipe, LoraRecipe
+    from jetson_ft.training import distributed
 
     torch.set_num_threads(1)
-    joined = group.join()
-    base = Base("tiny", Path(scenario.model))
-    data = {"train": scenario.rows, "heldout": 6}
-    rows = prepare_rows(Recipe.model_validate({"model": scenario.model, "data": data}), base)
+    joined = distributed.connect()
+    base = BaseModelFiles("tiny", Path(scenario.model))
+    data = DataRecipe(train=scenario.rows, heldout=6)
+    rows = prepare_rows(data, loading.load_tokenizer(base))
     bench = _benches().Bench(base.folder, rows)
-    model = load.load_model(base, load.Weights("fp32"), "cpu")
+    model = loading.load_model(base, loading.WeightFormat("fp32"), "cpu")
     seed = scenario.seed if rank in scenario.ranks else 0
-    model = adapter.attach(model, LoraRecipe(rank=4), seed)
+    model = adapter.attach_adapter(model, LoraRecipe(rank=4), seed)
     home = Path(scenario.home) / "checkpoints"
     asked = iter(range(1, 10_000))
 
@@ -72,15 +75,16 @@ def _train(scenario: Scenario, rank: int) -> dict[str, Any]:
         return next(asked) == 3 and _act(scenario, rank, model)
 
     if scenario.split:
-        sharding.split(model, joined, "cpu")
-    job = bench.job(home, stop, scenario.capacity, scenario.recompute, **scenario.train)
+        distributed.shard_layers(model, joined, "cpu")
+    capacity = scenario.capacity + rank * scenario.capacity_step
+    job = bench.job(home, stop, capacity, scenario.recompute, **scenario.train)
     plan = replace(job.plan, shards=joined.size if scenario.split else 1)
-    job = replace(job, group=joined, plan=plan)
-    with joined.copy_of_firsts(Path(scenario.resume) if scenario.resume else None) as folder:
-        progress = bench.fit(model, job, folder)
+    job = replace(job, dist=joined, plan=plan)
+    with joined.broadcast_directory(Path(scenario.resume) if scenario.resume else None) as folder:
+        progress = bench.train(model, job, folder)
     kept = sum(_bytes_here(parameter) for parameter in model.parameters())
     weights = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
-    checkpoint.save_tensors(Path(scenario.home) / f"rank-{rank}.safetensors", weights)
+    save_file(weights, Path(scenario.home) / f"rank-{rank}.safetensors")
     return {"events": bench.events, "progress": vars(progress), "bytes": kept}
 
 
@@ -102,7 +106,7 @@ def _act(scenario: Scenario, rank: int, model: Any) -> bool:
 
 def _benches() -> Any:
     """This folder's conftest, which pytest imports under a name that others have too."""
-    path = Path(__file__).with_name("conftest.py")
+    path = Path(__file__).parents[1] / "training" / "conftest.py"
     spec = importlib.util.spec_from_file_location("training_conftest", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

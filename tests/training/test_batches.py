@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jetson_ft.recipe import Recipe, TrainRecipe
-from jetson_ft.training.schedule import (
+from jetson_ft.training.batches import (
     choose_eval_every,
+    lr_multiplier,
     plan_steps,
-    rate_factor,
-    share,
+    rows_of_rank,
     steps_within,
 )
 
@@ -58,7 +58,7 @@ def test_seeds_and_epochs_differ_in_order() -> None:
         seed: plan_steps([10] * 50, train(seed=seed, epochs=2.0, tokens_per_step=500))
         for seed in (0, 1)
     }
-    orders = [step.tolist() for found in steps.values() for step in found]
+    orders = [step.tolist() for epoch in steps.values() for step in epoch]
     assert len(orders) == 4 and len({tuple(order) for order in orders}) == 4
 
 
@@ -116,12 +116,12 @@ def test_minutes_to_steps(
 
 
 def factors(total: int | None, **values: Any) -> list[float]:
-    return [rate_factor(step, total, train(**values)) for step in range(total or 12)]
+    return [lr_multiplier(step, total, train(**values)) for step in range(total or 12)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_rate_rises_over_the_warmup_from_above_zero(schedule: str) -> None:
-    rising = factors(20, schedule=schedule, warmup_steps=4)[:5]
+    rising = factors(20, lr_scheduler=schedule, warmup_steps=4)[:5]
     assert rising == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
@@ -131,9 +131,9 @@ def test_rate_rises_over_the_warmup_from_above_zero(schedule: str) -> None:
      ("constant", 1.0, 1.0)],
 )  # fmt: skip
 def test_rate_falls_as_asked(schedule: str, middle: float, last: float) -> None:
-    found = factors(10, schedule=schedule, warmup_steps=0)
-    assert (found[0], found[5], found[9]) == pytest.approx((1.0, middle, last))
-    assert found == sorted(found, reverse=True) and found[-1] > 0
+    rates = factors(10, lr_scheduler=schedule, warmup_steps=0)
+    assert (rates[0], rates[5], rates[9]) == pytest.approx((1.0, middle, last))
+    assert rates == sorted(rates, reverse=True) and rates[-1] > 0
 
 
 def test_rate_stays_up_until_the_length_is_known() -> None:
@@ -141,7 +141,7 @@ def test_rate_stays_up_until_the_length_is_known() -> None:
 
 
 def test_rate_is_never_negative_beyond_the_end() -> None:
-    assert rate_factor(99, 10, train(schedule="linear")) == 0.0
+    assert lr_multiplier(99, 10, train(lr_scheduler="linear")) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,8 @@ def test_rate_is_never_negative_beyond_the_end() -> None:
 def test_measurements_cost_about_a_tenth(
     step_tokens: list[int], heldout: int, total: int, every: int
 ) -> None:
-    assert choose_eval_every(step_tokens, heldout, total) == every
+    assert choose_eval_every(train(), step_tokens, heldout, total) == every
+    assert choose_eval_every(train(eval_every=7), step_tokens, heldout, total) == 7
 
 
 # --- shares of several processes -----------------------------------------------------------------
@@ -166,7 +167,7 @@ def test_measurements_cost_about_a_tenth(
 
 @given(st.lists(st.integers(1, 900), max_size=40), st.integers(1, 5))
 def test_every_row_of_a_step_is_one_processs(lengths: list[int], size: int) -> None:
-    shares = [share(lengths, rank, size) for rank in range(size)]
+    shares = [rows_of_rank(lengths, rank, size) for rank in range(size)]
     assert sorted(place for part in shares for place in part) == list(range(len(lengths)))
     loads = [sum(lengths[place] for place in part) for part in shares]
     # Who was given a row had the fewest tokens before it.
@@ -174,4 +175,4 @@ def test_every_row_of_a_step_is_one_processs(lengths: list[int], size: int) -> N
 
 
 def test_a_process_alone_takes_all_in_their_order() -> None:
-    assert share([3, 9, 5], 0, 1) == [0, 1, 2]
+    assert rows_of_rank([3, 9, 5], 0, 1) == [0, 1, 2]

@@ -1,0 +1,259 @@
+"""Predict peak memory and time of a training run from a model's dimensions; nothing is loaded.
+
+Memory, for micro-batches of T tokens:
+
+    weights + 18 to 20 bytes per LoRA parameter + activations kept, per token x T
+        + the largest of what exists for a moment (transient) + the process itself
+
+Time: floating-point operations over the machine's rate for matrix products, times the share
+of that rate which training reaches.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jetson_ft.data.lengths import LengthHistogram, measure_lengths
+from jetson_ft.data.prepare import PreparedRows
+from jetson_ft.data.tokenize import token_counts
+from jetson_ft.hardware.detect import Device
+from jetson_ft.kernels.families import head_chunk_rows, saved_tensors
+from jetson_ft.models import catalog
+from jetson_ft.models.dims import ModelDims
+from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.loading import WeightFormat
+from jetson_ft.recipe import LoraRecipe, Recipe, TrainRecipe
+from jetson_ft.training import batches
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Constants that can't be counted from a model's dimensions. Bytes, tokens, shares of one."""
+
+    micro_batches: dict[int, tuple[int, ...]]  # tokens, fastest first, by bytes of a number
+    process: int  # Python with its libraries, in the memory that the plan is for
+    context: int  # the GPU's driver and libraries
+    attention_outputs_kept: int  # tensors of attention's result that a layer keeps
+    efficiency: dict[int, float]  # share of the matrix rate reached, by bytes of a number
+    quantized: dict[str, float]  # factor on the efficiency, by weight format
+
+
+# Each value and where it comes from.
+COST_MODELS = {
+    "cpu": CostModel(
+        # 1,024 is no faster in fp32 (docs/measurements/speed-fp32.md), a little in bf16.
+        micro_batches={4: (512, 384, 256), 2: (768, 512, 384, 256)},
+        process=640 * 10**6,  # fitted: benchmarks/plan_accuracy.py, rows `fit`, and runs of minutes
+        context=0,
+        attention_outputs_kept=1,
+        efficiency={4: 0.55, 2: 0.43},  # docs/measurements/plan-speed.md
+        quantized={"none": 1.0, "int8": 0.95, "nf4": 0.95},  # as fast, within the noise there
+    ),
+    "cuda": CostModel(
+        micro_batches=dict.fromkeys((4, 2), (4096, 2048, 1024, 512)),
+        process=900 * 10**6,  # measured on a machine without a GPU
+        context=600 * 2**20,  # usual for a CUDA process with cuBLAS
+        # Row by row: PyTorch's kernels keep theirs, beside the packed one.
+        attention_outputs_kept=2,
+        # Guessed, from 0.16 seen with unfused code on an Orin NX 16GB.
+        efficiency=dict.fromkeys((4, 2), 0.25),
+        quantized={"none": 1.0, "int8": 0.8, "nf4": 0.9},  # nf4: LitGPT's table for an A100
+    ),
+}
+
+MARGIN = 0.05  # chosen: share of the free memory that is kept free
+# Bytes per attention score (fp32); an upper bound, as a CPU holds one block of queries at a time.
+_SCORE_BYTES = 4
+_LORA_BYTES = 16  # fp32: weight, gradient, and AdamW's two moments
+_NF4_BLOCK = 64  # weights that share a scale (QLoRA: Dettmers et al. 2023, section 3)
+_NF4_SUPER_BLOCK = 256  # scales that share one, when they are quantized to a byte too
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the memory and time of a training run depend on, beside the device."""
+
+    dims: ModelDims
+    weights: WeightFormat
+    lora: LoraRecipe
+    train: TrainRecipe
+    lengths: LengthHistogram  # of the training rows, cut at `max_length`
+    heldout_tokens: float
+    shards: int = 1  # processes that the frozen layers are split among
+
+    @property
+    def lora_parameters(self) -> int:
+        """Weights of all adapter matrices."""
+        return self.dims.lora_parameters(self.lora.rank, self.lora.target_modules)
+
+    @property
+    def tokens_in_step(self) -> float:
+        """Mean tokens of a step: the row that reaches `tokens_per_step` adds half of its own."""
+        return self.train.tokens_per_step + self.lengths.token_weighted_mean_length / 2
+
+
+def describe_workload(
+    recipe: Recipe, weights: WeightFormat, base: BaseModelFiles, rows: PreparedRows
+) -> Workload:
+    """Return a recipe's workload; of the model only the config is read."""
+    return Workload(
+        dims=catalog.model_dims(base),
+        weights=weights,
+        lora=recipe.lora,
+        train=recipe.train,
+        lengths=measure_lengths(rows.train),
+        heldout_tokens=float(token_counts(rows.heldout).sum()),
+    )
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def predict_memory(
+    workload: Workload, device: Device, tokens: int, checkpointing: bool
+) -> dict[str, int]:
+    """Return the peak bytes by part; on a GPU torch counts neither `process` nor `context`."""
+    costs, dims = COST_MODELS[device.kind], workload.dims
+    number = workload.weights.bytes_per_number
+    whole = weight_bytes(dims, workload.weights)
+    weights: float = whole
+    if workload.shards > 1:  # this process's part, and two layers that are gathered at a time
+        linear = dims.linear_parameters
+        split = linear / workload.shards + 2 * linear / dims.layers
+        weights = number * (dims.parameters - linear + min(linear, split))
+    # Beside the fp32 tensors, a copy in the run's precision.
+    adapter = (_LORA_BYTES + number) * workload.lora_parameters
+    # What is counted is what was measured: benchmarks/plan_accuracy.py, rows `fit`.
+    kept = layer_bytes(workload, costs.attention_outputs_kept)
+    layer_transient = _SCORE_BYTES * dims.heads * workload.lengths.longest**2
+    if checkpointing:  # one layer's activations exist for a moment, all layers' inputs throughout
+        layer_transient += kept * tokens
+        inputs = dims.hidden
+        if workload.weights.quantize == "int8":  # bitsandbytes' layers hold their inputs as well
+            inputs += dims.norms_per_layer * dims.hidden
+            inputs += dims.heads * dims.head_dim + dims.intermediate
+        kept = number * inputs
+    activations = dims.layers * kept * tokens
+    transient = max(layer_transient, head_bytes(workload, tokens, device.kind))
+    if workload.weights.quantize != "none":  # one matrix at a time, dequantized to be multiplied
+        transient += number * max(linear.inputs * linear.outputs for linear in dims.linears)
+    # A sharded model is first loaded whole, before anything else needs memory.
+    loading = max(0, whole - weights - adapter - activations - transient)
+    parts = {
+        "weights": weights,
+        "adapter": adapter,
+        "activations": activations,
+        "transient": transient + loading,
+        "process": process_bytes(device),
+        "context": costs.context,
+    }
+    return {name: math.ceil(size) for name, size in parts.items()}
+
+
+def chat_memory(dims: ModelDims, weights: WeightFormat, device: Device) -> int:
+    """Return the bytes of a process that chats with this model; the margin covers the KV cache."""
+    process = process_bytes(device) + COST_MODELS[device.kind].context
+    return math.ceil((weight_bytes(dims, weights) + process) * (1 + MARGIN))
+
+
+def process_bytes(device: Device) -> int:
+    """Return the bytes of Python with its libraries, in the memory that the plan is for."""
+    return COST_MODELS[device.kind].process if device.shares_memory else 0
+
+
+def weight_bytes(dims: ModelDims, weights: WeightFormat) -> int:
+    """Return the bytes of the frozen weights; only linear layers below the head are quantized."""
+    number = weights.bytes_per_number
+    linear = dims.linear_parameters
+    rest = number * (dims.parameters - linear)
+    if weights.quantize == "int8":  # and an fp32 scale for each row
+        return rest + linear + sum(4 * layer.count * layer.outputs for layer in dims.linears)
+    if weights.quantize == "nf4":
+        scale = 1 + 4 / _NF4_SUPER_BLOCK if weights.double_quantize else 4
+        return rest + math.ceil(linear * (0.5 + scale / _NF4_BLOCK))
+    return rest + number * linear
+
+
+def layer_bytes(workload: Workload, attention_outputs_kept: int) -> int:
+    """Return the bytes that one layer keeps per token for backward; its linear layers keep none."""
+    dims, lora = workload.dims, workload.lora
+    hidden, inside = saved_tensors(dims, recompute=workload.weights.quantize != "int8")
+    numbers = hidden * dims.hidden + inside * dims.intermediate
+    # Query, key and value, and attention's results; then x Aᵀ of each adapter.
+    numbers += dims.head_dim * ((1 + attention_outputs_kept) * dims.heads + 2 * dims.kv_heads)
+    adapted = dims.adapted(lora.target_modules)
+    numbers += lora.rank * sum(linear.count for linear in adapted) // dims.layers
+    size = workload.weights.bytes_per_number * numbers
+    if lora.dropout or lora.dora:  # each adapter's own input, in fp32
+        size += 4 * (sum(linear.count * linear.inputs for linear in adapted) // dims.layers)
+    return size
+
+
+def head_bytes(workload: Workload, tokens: int, kind: str) -> int:
+    """Return the bytes of the logits that exist at one time and of the head's input gradients.
+
+    Logits become probabilities in fp32, those of a smaller arithmetic a few rows at a time.
+    """
+    dims, number = workload.dims, workload.weights.bytes_per_number
+    rows, softmax_rows = head_chunk_rows(dims.vocabulary, number, kind)
+    logits = number * min(tokens, rows) + (4 * min(tokens, softmax_rows) if number < 4 else 0)
+    return logits * dims.vocabulary + tokens * dims.hidden * number
+
+
+# --- time --------------------------------------------------------------------------------------
+
+
+def flops_per_token(workload: Workload, checkpointing: bool) -> float:
+    """Return the FLOPs per token of a training step.
+
+    A frozen matrix is multiplied forward and backward by the input's gradient, an adapter's once
+    more for its own; causal attention sees half the row, and its backward pass repeats the forward
+    one. Recomputing adds a forward pass of the body.
+    """
+    extra = 1 if checkpointing else 0
+    return _flops(workload, linear=2 + extra, lora=3 + extra, attention=3.5 + extra, head=2)
+
+
+def _flops(
+    workload: Workload, *, linear: float, lora: float, attention: float, head: float
+) -> float:
+    """Return the FLOPs per token where each part is multiplied that many times."""
+    dims, lengths = workload.dims, workload.lengths
+    attention_width = dims.layers * dims.heads * dims.head_dim
+    return (
+        2 * dims.linear_parameters * linear
+        + 2 * workload.lora_parameters * lora
+        + 2 * attention_width * lengths.token_weighted_mean_length * attention
+        + 2 * dims.embedding_parameters * lengths.supervised * head  # supervised tokens alone
+    )
+
+
+def predict_seconds(workload: Workload, kind: str, flops: float, checkpointing: bool) -> float:
+    """Return the training time with the held-out evaluations; early stopping is not foreseen.
+
+    `kind` is the device's, `flops` its rate for matrix products in FLOP/s. `max_minutes` bounds the
+    training steps, as in a run.
+    """
+    costs, train, heldout = COST_MODELS[kind], workload.train, workload.heldout_tokens
+    weights = workload.weights
+    share = costs.efficiency[weights.bytes_per_number] * costs.quantized[weights.quantize]
+    rate = flops * share
+    speed = rate / flops_per_token(workload, checkpointing)
+    tokens = tokens_to_train(workload)
+    if train.max_minutes:
+        tokens = min(tokens, 60 * train.max_minutes * speed)
+    size = workload.tokens_in_step
+    steps = max(1, round(tokens / size))
+    every = batches.choose_eval_every(train, [round(size)] * steps, round(heldout), steps)
+    evaluations = 1 + math.ceil(steps / every)  # before training, at intervals, at the end
+    forward = _flops(workload, linear=1, lora=1, attention=1, head=1)
+    return tokens / speed + evaluations * heldout * forward / rate
+
+
+def tokens_to_train(workload: Workload) -> float:
+    """Return the tokens of all epochs, or of `max_steps` where these are fewer."""
+    tokens = workload.train.epochs * workload.lengths.tokens
+    if workload.train.max_steps:
+        tokens = min(tokens, workload.train.max_steps * workload.tokens_in_step)
+    return tokens
