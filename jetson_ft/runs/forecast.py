@@ -1,165 +1,144 @@
-"""What a recipe would take in memory and time, here and on boards that are not here."""
+"""What a run will read and need, without training: its rows, steps, memory and time.
+
+Memory and time are predicted for this machine and for every known board.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from typing import Any
 
-from jetson_ft.data import lengths
-from jetson_ft.data.lengths import Lengths
-from jetson_ft.device import boards, probe
-from jetson_ft.device.probe import Device
-from jetson_ft.errors import UserError
-from jetson_ft.models import resolve, shapes
-from jetson_ft.models.load import Weights
+from jetson_ft.data import lengths, sources, store, tokenize
+from jetson_ft.data.chat_template import CONTEXT, encode
+from jetson_ft.data.formats import ChatMessage
+from jetson_ft.data.lengths import LengthHistogram
+from jetson_ft.data.prepare import prepare_rows
+from jetson_ft.errors import Message, UserError, _, joined
+from jetson_ft.hardware import boards, detect
+from jetson_ft.hardware.detect import Device
+from jetson_ft.models import catalog, files, loading
+from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs.pipeline import prepare_rows, weights_of, work_of
+from jetson_ft.training import memory, planner
+from jetson_ft.training.batches import plan_steps
+from jetson_ft.training.cost_model import COST_MODELS, Workload, describe_workload
+from jetson_ft.training.planner import Plan
 
-if TYPE_CHECKING:
-    from jetson_ft.training.planner import Plan, Work
-
-HERE = "this machine"
+THIS_MACHINE = "this machine"
 _BUNDLED_HELDOUT, _AUTO_HELDOUT = 66, 60  # rows
 
-Works = Callable[[Weights], "Work"]  # the work depends on how a device keeps the weights
+PreviewSegments = list[tuple[str, bool]]  # text, and whether it is trained on
+WorkloadFor = Callable[[WeightFormat], Workload]
+
+
+@dataclass(frozen=True)
+class DeviceForecast:
+    """A device and the plan that fits it."""
+
+    name: str  # a board's, or `THIS_MACHINE`
+    device: str
+    precision: str
+    memory_bytes: int  # free for the run
+    least_memory_bytes: int  # of the smallest plan
+    fits: bool
+    plan: Plan | None  # None: nothing fits
+    would_fit: list[dict[str, Any]]  # `settings` that fit, with their `peak_memory_bytes`
+
+    @property
+    def is_this_machine(self) -> bool:
+        return self.name == THIS_MACHINE
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """One device and the plan that fits it; sizes in bytes."""
-
-    name: str  # a board's, or `HERE`
-    device: str
-    precision: str
-    memory: int  # free for the run
-    least_memory: int  # that any plan takes
-    plan: Plan | None  # None: nothing fits
-    remedies: list[tuple[str, int]]  # settings that would fit, with their peaks
-
-    @property
-    def is_here(self) -> bool:
-        """Whether it is this machine's."""
-        return self.name == HERE
-
-    def as_json(self) -> dict[str, Any]:
-        """For `plan --json`."""
-        return {
-            "name": self.name,
-            "device": self.device,
-            "precision": self.precision,
-            "memory_bytes": self.memory,
-            "fits": self.plan is not None,
-            "least_memory_bytes": self.least_memory,
-            "plan": self.plan.as_json() if self.plan else None,
-            "would_fit": [
-                {"settings": settings, "peak_memory_bytes": peak}
-                for settings, peak in self.remedies
-            ],
-        }
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """The forecasts for a recipe and what they rest on."""
-
-    devices: list[Forecast]
+    devices: list[DeviceForecast]
     sources: list[str]  # of the model's dimensions and of the rows' lengths
     assumptions: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """For `plan --json`."""
-        return {
-            "schema": 1,
-            "devices": [device.as_json() for device in self.devices],
-            "sources": self.sources,
-            "assumptions": self.assumptions,
-        }
+        """Return the object that `plan --json` prints."""
+        return {"schema": 1, **asdict(self)}
 
 
-def outlook(recipe: Recipe, board: str | None = None) -> Outlook:
-    """Plans the recipe for one board, or for this machine and for every board.
-
-    Raises:
-        UserError: no board is called so; or the model or rows are neither known nor in reach.
-    """
-    chosen = [boards.find(board)] if board else list(boards.BOARDS.values())
-    works, sources = _works(recipe)
-    here = [] if board else [forecast_here(works, recipe)]
-    there = [_forecast_board(works, recipe, one) for one in chosen]
-    return Outlook([*here, *there], sources, _assumptions())
-
-
-def forecast_here(works: Works, recipe: Recipe) -> Forecast:
-    """For this machine, whose arithmetic is timed for a moment."""
-    from jetson_ft.training import memory
-
-    device = probe.probe()
-    flops = probe.measure_flops(device.kind, device.precision(recipe.precision))
-    return _forecast(HERE, works(weights_of(recipe, device)), memory.with_own(device), flops)
-
-
-def _forecast_board(works: Works, recipe: Recipe, board: boards.Board) -> Forecast:
-    device = board.device()
-    work = works(weights_of(recipe, device))
-    return _forecast(board.name, work, device, board.flops(work.weights.precision))
+def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
+    """Plan the recipe for one board, or for this machine and for every board."""
+    workload_for, origins = _workload_for(recipe)
+    devices = [] if board else [forecast_here(workload_for, recipe)]
+    for entry in [boards.find_board(board)] if board else boards.BOARDS.values():
+        device = entry.device()
+        workload = workload_for(weight_format(recipe, device))
+        flops = entry.flops(workload.weights.precision)
+        devices.append(_forecast(entry.name, workload, device, flops))
+    efficiency = COST_MODELS["cuda"].efficiency[2]
+    assumptions = [
+        f"Boards reach {efficiency:.0%} of their FP16 peak in training (assumed).",
+        "That peak is inferred from cores and clock: 16 operations per core and cycle.",
+        "An 8 GB module has 5.2 GB for a run; other sizes by a rule from that one.",
+        "Early stopping is not foreseen; writing replies for the comparison is not counted.",
+        "Predicted; no board has run this yet.",
+        "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
+    ]
+    return Forecast(devices, origins, assumptions)
 
 
-def _forecast(name: str, work: Work, device: Device, flops: float) -> Forecast:
-    from jetson_ft.training import planner
+def forecast_here(workload_for: WorkloadFor, recipe: Recipe) -> DeviceForecast:
+    """Return the forecast for this machine; its FLOP/s are measured for a moment."""
+    device = detect.detect_device()
+    flops = detect.measure_flops(device.kind, device.precision(recipe.precision))
+    workload = workload_for(weight_format(recipe, device))
+    return _forecast(THIS_MACHINE, workload, memory.with_own_memory(device), flops)
 
-    plan = planner.best(work, device, flops)
-    return Forecast(
+
+def _forecast(name: str, workload: Workload, device: Device, flops: float) -> DeviceForecast:
+    plan = planner.best_plan(workload, device, flops)
+    suggestions = [] if plan else planner.suggestions(workload, device)
+    return DeviceForecast(
         name=name,
         device=device.board or device.name,
-        precision=str(work.weights),
-        memory=device.memory_available,
-        least_memory=planner.least_memory(work, device),
+        precision=str(workload.weights),
+        memory_bytes=device.memory_available,
+        least_memory_bytes=planner.least_memory(workload, device),
+        fits=plan is not None,
         plan=plan,
-        remedies=[] if plan else planner.remedies(work, device),
+        would_fit=[{"settings": text, "peak_memory_bytes": peak} for text, peak in suggestions],
     )
 
 
-# --- what the forecasts rest on ------------------------------------------------------------------
+# --- sources -----------------------------------------------------------------------------------
 
 
-def _works(recipe: Recipe) -> tuple[Works, list[str]]:
-    """From what is built in where that is enough, else from the model's config and the rows."""
-    from jetson_ft.training.planner import Work
-
-    shape = shapes.KNOWN.get(recipe.model)
-    found = lengths.KNOWN.get((recipe.data.train, recipe.model))
-    if shape is None or found is None:
-        return _works_of_files(recipe)
-    train, heldout = _split(recipe, found)
-
-    def works(weights: Weights) -> Work:
-        return Work(shape, weights, recipe.lora, recipe.train, train, heldout * train.mean)
-
-    return works, [
-        f"model: built-in dimensions of {recipe.model}; no file was read",
-        f"rows: built-in lengths of {recipe.data.train}, {found.rows:,} rows; no file was read",
-    ]
-
-
-def _works_of_files(recipe: Recipe) -> tuple[Works, list[str]]:
+def _workload_for(recipe: Recipe) -> tuple[WorkloadFor, list[str]]:
+    """Return the workload by built-in dimensions and lengths, or by files; and its sources."""
+    dims = catalog.KNOWN_DIMS.get(recipe.model)
+    known = lengths.KNOWN_LENGTHS.get((recipe.data.train, recipe.model))
+    if dims and known:
+        train, heldout = _split(recipe, known)
+        others = recipe.lora, recipe.train, train, heldout * train.mean
+        return lambda weights: Workload(dims, weights, *others), [
+            f"model: built-in dimensions of {recipe.model}; no file was read",
+            f"rows: built-in lengths of {recipe.data.train}, {known.rows:,} rows; no file was read",
+        ]
     try:
-        base = resolve.resolve(recipe.model, weights=False)
-        rows = prepare_rows(recipe, base)
+        base = files.resolve_model(recipe.model, weights=False)
+        rows = prepare_rows(recipe.data, loading.load_tokenizer(base))
     except UserError as error:
-        known = "; ".join(f"{data} with {model}" for data, model in lengths.KNOWN)
-        fix = f"{error.fix} Planned without any file: {known}.".strip()
-        raise UserError(error.what, error.where, fix) from error
-    return lambda weights: work_of(recipe, weights, base, rows), [
+        planned = "; ".join(f"{data} with {model}" for data, model in lengths.KNOWN_LENGTHS)
+        fix = Message(_("Planned without any file: {known}."), {"known": planned})
+        fixes = [error.fix, fix] if str(error.fix) else [fix]
+        raise UserError(error.what, error.where, joined(fixes, " ")) from error
+    return lambda weights: describe_workload(recipe, weights, base, rows), [
         f"model: config of {recipe.model}; no weights were read",
-        f"rows: {len(rows.train):,} read from {recipe.data.train} and tokenised",
+        f"rows: {len(rows.train):,} read from {recipe.data.train} and tokenized",
     ]
 
 
-def _split(recipe: Recipe, known: Lengths) -> tuple[Lengths, int]:
-    """Rows to learn, and how many are held out; of a held-out file the size is guessed.
+def _split(recipe: Recipe, known: LengthHistogram) -> tuple[LengthHistogram, int]:
+    """Return the lengths of the training rows, and the number of held-out rows.
 
-    Rows over the length count as cut where they would be dropped: a little too many tokens.
+    The number of rows in a held-out file is an estimate. All rows above the length limit count as
+    truncated, also those that would be dropped.
     """
     data = recipe.data
     rows = known.cut(data.max_length)
@@ -172,14 +151,90 @@ def _split(recipe: Recipe, known: Lengths) -> tuple[Lengths, int]:
     return replace(rows, rows=rows.rows - count), count
 
 
-def _assumptions() -> list[str]:
-    from jetson_ft.training.planner import COSTS
+# --- dry run and inspection -------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class DryRun:
+    """A recipe's rows, tokens and steps."""
+
+    recipe: Recipe
+    rows: dict[str, Any]
+    steps: int
+    tokens: int  # over all planned steps
+    rows_per_step: float
+    forecast: DeviceForecast  # of this machine
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that `train --dry-run --json` prints."""
+        return {"schema": 1, **asdict(self), "recipe": self.recipe.model_dump()}
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Read and tokenize the rows as a run would, and plan its steps; load no weights."""
+    base = files.resolve_model(recipe.model, weights=False)
+    rows = prepare_rows(recipe.data, loading.load_tokenizer(base))
+    lengths = tokenize.token_counts(rows.train)
+    steps = plan_steps(lengths, recipe.train)
+    forecast = forecast_here(lambda weights: describe_workload(recipe, weights, base, rows), recipe)
+    return DryRun(
+        recipe=recipe,
+        rows=rows.report,
+        steps=len(steps),
+        tokens=int(sum(lengths[step].sum() for step in steps)),
+        rows_per_step=sum(map(len, steps)) / max(1, len(steps)),
+        forecast=forecast,
+    )
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The report of reading a source of rows, and some rows as a model reads them."""
+
+    read: dict[str, Any]
+    model: str
+    max_length: int
+    tokens: dict[str, Any]
+    previews: list[PreviewSegments]
+
+
+def inspect_data(
+    name: str,
+    model: str = "embedded",
+    max_length: int = 1024,
+    samples: int = 3,
+    layout: str = "auto",
+    encoding: str = "auto",
+) -> Inspection:
+    """Read and tokenize every row; unusable ones are counted, not refused.
+
+    Args:
+        name: a source, as `data.train` names it.
+        model: the one whose tokenizer is used.
+        max_length: tokens at which a row is truncated.
+        samples: number of rows to preview, evenly spread.
+    """
+    rows, read_report = store.read_source(
+        sources.resolve_source(name), layout=layout, encoding=encoding, on_invalid="skip"
+    )
+    tokenizer = loading.load_tokenizer(files.resolve_model(model, weights=False))
+    key = f"{read_report.sha256}-{read_report.layout}-{encoding}-inspect"
+    _tokens, token_report = tokenize.tokenize_rows(rows, key, tokenizer, max_length)
+    chosen = [number * len(rows) // samples for number in range(min(samples, len(rows)))]
+    return Inspection(
+        read=asdict(read_report),
+        model=model,
+        max_length=max_length,
+        tokens=asdict(token_report),
+        previews=[preview_segments(tokenizer, rows[index]["messages"]) for index in chosen],
+    )
+
+
+def preview_segments(tokenizer: Any, messages: list[ChatMessage]) -> PreviewSegments:
+    """Return a row as the model reads it: stretches of text, trained on or context."""
+    encoded = encode(tokenizer, messages)
+    tokens = zip(encoded.ids, encoded.segments, strict=True)
     return [
-        f"Boards reach {COSTS['cuda'].efficiency[2]:.0%} of their FP16 peak in training (assumed).",
-        "That peak is inferred from cores and clock: 16 operations a core and cycle.",
-        "An 8 GB module has 5.2 GB for a run; other sizes by a rule from that one.",
-        "Early stopping is not foreseen; writing replies for the comparison is not counted.",
-        "Predicted; no board has run this yet.",
-        "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
+        (tokenizer.decode([token for token, _segment in group]), is_trained)
+        for is_trained, group in groupby(tokens, key=lambda pair: pair[1] != CONTEXT)
     ]

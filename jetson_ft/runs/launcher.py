@@ -1,123 +1,126 @@
 """Several processes for one run: `python -m jetson_ft.runs.launcher RUN`, in the worker's place.
 
-torch's elastic launcher starts this machine's processes and meets the other machines'. None is
-started again: a run that lost one ends, and goes on from its last checkpoint when resumed.
-The exit codes are the worker's.
+torch's elastic launcher starts this machine's processes and connects to the other machines'. A run
+that loses a process ends; it can be resumed. The exit codes are the worker's.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from jetson_ft.device.probe import usable_cores
-from jetson_ft.errors import UserError
-from jetson_ft.runs import ending, processes
-from jetson_ft.runs.processes import Processes
-from jetson_ft.runs.rundir import EventLog, Run
+from jetson_ft.errors import Message, UserError, _
+from jetson_ft.events import Failed, PhaseStarted
+from jetson_ft.hardware.detect import usable_cores
+from jetson_ft.runs import exit_status
+from jetson_ft.runs.processes import DistributedConfig, own_address, read_distributed_config
+from jetson_ft.runs.store import EventLog, Run
 
-_MEETING_SECONDS = 900  # for the other machines to come
+_RENDEZVOUS_SECONDS = 900  # to wait for the other machines
 
 
 def main(run: Run) -> int:
-    """Until all of this machine's processes have ended."""
-    wanted = processes.of(run)
-    threading.Thread(target=_leave_if_stopped, args=(run,), daemon=True).start()
+    """Run this machine's processes until all have ended; return the exit code."""
+    config = read_distributed_config(run)
+    signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_if_stopped, args=(run,), daemon=True).start()
     log = EventLog(run, run.state().attempt)
-    if wanted.nnodes > 1:
-        log.emit("phase", name="meeting", detail=f"{wanted.nnodes} machines, {wanted.rendezvous}")
+    if config.nnodes > 1:
+        detail = f"{config.nnodes} machines, {config.rendezvous}"
+        log.emit(PhaseStarted(name="meeting", detail=detail))
     try:
-        _launch(run, wanted)
+        # In the main thread torch would replace the signal handlers, and end the workers itself.
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(_launch, run, config).result()
     except Exception as error:
         traceback.print_exc()
-        word = ending.last_word(run)
-        # The launcher ends all when one is lost, which the first process takes for a stop.
-        if word not in (None, ending.EXIT_STOPPED):
-            return word
-        said = explain(error, wanted)
-        log.emit("error", what=said.what, where=said.where, fix=said.fix)
-        return ending.EXIT_REFUSED
-    return ending.last_word(run) or 0
+        code = exit_status.recorded_exit_code(run)
+        # When a process is lost, torch ends the others; rank 0 records that as a stop.
+        if code not in (None, exit_status.EXIT_STOPPED):
+            return code
+        log.emit(Failed(**explain_error(error, config).as_json()))
+        return exit_status.EXIT_REFUSED
+    return exit_status.recorded_exit_code(run) or 0
 
 
-def _launch(run: Run, wanted: Processes) -> None:
+def _launch(run: Run, config: DistributedConfig) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    _prepare_environment(wanted)
-    alone = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
-    meeting = {"rdzv_backend": "static", "rdzv_endpoint": wanted.rendezvous}
-    config = LaunchConfig(
-        min_nodes=wanted.nnodes,
-        max_nodes=wanted.nnodes,
-        nproc_per_node=wanted.nproc_per_node,
-        run_id="jetson-ft" if wanted.nnodes > 1 else run.name,
-        rdzv_configs={"rank": wanted.node_rank, "timeout": _MEETING_SECONDS},
-        local_addr=processes.own_address(wanted.host),
+    address = config.rendezvous or "127.0.0.1:0"
+    own = own_address(address.rpartition(":")[0].strip("[]"))
+    _set_environment(config, own)
+    launch_config = LaunchConfig(
+        min_nodes=config.nnodes,
+        max_nodes=config.nnodes,
+        nproc_per_node=config.nproc_per_node,
+        run_id="jetson-ft" if config.nnodes > 1 else run.name,
+        rdzv_backend="static" if config.nnodes > 1 else "c10d",
+        rdzv_endpoint=address if config.nnodes > 1 else "127.0.0.1:0",
+        rdzv_configs={"rank": config.node_rank, "timeout": _RENDEZVOUS_SECONDS},
+        local_addr=own,
         max_restarts=0,
-        **(meeting if wanted.nnodes > 1 else alone),
     )
-    elastic_launch(config, sys.executable)("-m", "jetson_ft.runs.worker", str(run.path))
+    elastic_launch(launch_config, sys.executable)("-m", "jetson_ft.runs.worker", str(run.path))
 
 
-def _prepare_environment(wanted: Processes) -> None:
-    """For the processes: their share of the cores, and the network that leads to the others.
+def _set_environment(config: DistributedConfig, own: str) -> None:
+    """Set the processes' share of the cores, and the network interface with the own address.
 
-    Left alone, gloo takes the address that the machine's own name stands for, which on Debian
+    By default gloo takes the address that the machine's own name resolves to, which on Debian
     and Ubuntu is one that no other machine can reach.
     """
-    name = _interface(processes.own_address(wanted.host))
-    if name:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-    cores = max(1, usable_cores() // wanted.nproc_per_node)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == own for entry in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            break
+    cores = max(1, usable_cores() // config.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
-def _interface(address: str) -> str | None:
-    for name, found in psutil.net_if_addrs().items():
-        if any(one.address.partition("%")[0] == address for one in found):
-            return name
-    return None
-
-
-def _leave_if_stopped(run: Run) -> None:
-    """Ends the wait for other machines when asked to; later the worker sees to it itself."""
+def _exit_if_stopped(run: Run) -> None:
+    """End the wait for other machines on request; once the worker runs, it obeys the request."""
     while not psutil.Process().children():
         if run.stop_requested():
-            os._exit(ending.EXIT_STOPPED)
+            os._exit(exit_status.EXIT_STOPPED)
         threading.Event().wait(0.25)
 
 
-def explain(error: Exception, wanted: Processes) -> UserError:
-    """What the launcher says, for a person."""
+def explain_error(error: Exception, config: DistributedConfig) -> UserError:
+    """Return the error of torch's launcher as an error for people."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from jetson_ft.training.group import lost
+    from jetson_ft.training.distributed import lost_ranks_error
 
     if isinstance(error, UserError):
         return error
     if isinstance(error, ChildFailedError):
         rank, failure = error.get_first_failure()
-        here = f"machine {wanted.node_rank} ({socket.gethostname()})"
-        return lost([f"{rank} on {here}"], _end_of(failure))
+        code = failure.exitcode
+        here = f"machine {config.node_rank} ({socket.gethostname()})"
+        cause = Message(_("ended with code {code}; see log.txt"), {"code": code})
+        if code < 0:
+            cause = Message(_("ended by signal {signal}"), {"signal": -code})
+        return lost_ranks_error([(rank, here)], cause)
     return UserError(
-        f"The {wanted.nnodes} machines did not come together: {error}",
-        wanted.rendezvous or "",
-        "Start `jetson-ft train` on every machine within a quarter of an hour, each with its own "
-        "--node-rank; the address must be machine 0's and the port open.",
+        _("The {count} machines could not connect to each other: {error}"),
+        config.rendezvous or "",
+        _(
+            "Start `jetson-ft train` on every machine within a quarter of an hour, each with its "
+            "own --node-rank; the address must be machine 0's and the port open."
+        ),
+        count=config.nnodes,
+        error=str(error),
     )
-
-
-def _end_of(failure: Any) -> str:
-    code = failure.exitcode
-    return f"ended by signal {-code}" if code < 0 else f"ended with code {code}; see log.txt"
 
 
 if __name__ == "__main__":

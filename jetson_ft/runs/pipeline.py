@@ -1,246 +1,187 @@
-"""The way through the house: recipe -> rows -> tokens -> plan -> model and adapter ->
-training -> adapter -> comparison -> report. Runs inside the worker process."""
+"""One attempt at a run, inside the worker process. Read `Pipeline._finetune` from top to bottom:
+recipe -> rows -> tokens -> plan -> model and adapter -> training -> comparison -> report.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import Any
 
-from jetson_ft import hub
-from jetson_ft.data import lengths, read, store, tokens
-from jetson_ft.device import probe
-from jetson_ft.device.monitor import Monitor
-from jetson_ft.device.probe import Device
-from jetson_ft.device.telemetry import Telemetry
-from jetson_ft.errors import UserError
-from jetson_ft.models import adapter, libraries, load, resolve, shapes
-from jetson_ft.models.load import Weights
-from jetson_ft.models.resolve import Base
-from jetson_ft.paths import disk_errors, read_json, write_json
+from jetson_ft import adapter, events, hub
+from jetson_ft.data import tokenize
+from jetson_ft.data.prepare import PreparedRows, prepare_rows
+from jetson_ft.errors import Message, UserError, _
+from jetson_ft.events import Emit
+from jetson_ft.files import disk_errors, read_json, write_json
+from jetson_ft.hardware import detect
+from jetson_ft.hardware.detect import Device
+from jetson_ft.hardware.monitor import Monitor
+from jetson_ft.hardware.sensors.source import Telemetry
+from jetson_ft.kernels import attention
+from jetson_ft.kernels.packing import make_packs
+from jetson_ft.models import fast_import, files, loading
+from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import report, shortage
-from jetson_ft.runs.jobs import check_only_longer
-from jetson_ft.runs.rundir import Log, Run
-from jetson_ft.training.group import Group
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from jetson_ft.training.checkpoint import Progress
-    from jetson_ft.training.planner import Plan, Work
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Data of a run, read and tokenised."""
-
-    tokenizer: Any
-    train: Dataset
-    heldout: Dataset
-    heldout_messages: Dataset
-    report: dict[str, Any]  # for data.json and report.json
-
-    @property
-    def heldout_characters(self) -> int:
-        """Characters of all held-out answers."""
-        return int(sum(self.heldout["answer_characters"]))
-
-
-def prepare_rows(recipe: Recipe, base: Base) -> Rows:
-    """Reads, splits and tokenises; everything is cached by content."""
-    tokenizer = load.load_tokenizer(base)
-    data = recipe.data
-    train, heldout, split = store.split(
-        read.resolve(data.train),
-        data.heldout,
-        layout=data.format,
-        encoding=data.encoding,
-        bad_rows=data.bad_rows,
-    )
-    identity = _identity(recipe, split)
-    train_ids, train_report = tokens.tokenise(
-        train, f"{identity}-train", tokenizer, data.max_length, data.over_length
-    )
-    heldout_ids, heldout_report = tokens.tokenise(
-        heldout, f"{identity}-heldout", tokenizer, data.max_length
-    )
-    about = {
-        "sha256": identity,
-        "train": train_report.as_json(),
-        "heldout": heldout_report.as_json(),
-        "read": asdict(split),
-    }
-    return Rows(tokenizer, train_ids, heldout_ids, _those(heldout, heldout_ids), about)
-
-
-def work_of(recipe: Recipe, weights: Weights, base: Base, rows: Rows) -> Work:
-    """The training as the planner sees it; of the model only its config is read."""
-    from jetson_ft.training.planner import Work
-
-    return Work(
-        shape=shapes.of(base),
-        weights=weights,
-        lora=recipe.lora,
-        train=recipe.train,
-        lengths=lengths.of(rows.train),
-        heldout_tokens=float(tokens.token_counts(rows.heldout).sum()),
-    )
-
-
-def weights_of(recipe: Recipe, device: Device) -> Weights:
-    """How the device would keep the recipe's frozen weights."""
-    return Weights(device.precision(recipe.precision), recipe.quantize, recipe.double_quantize)
-
-
-def _identity(recipe: Recipe, split: store.SplitInfo) -> str:
-    """Tells whether two runs would train and measure on the same rows."""
-    data = recipe.data
-    parts = [
-        split.train.sha256, split.heldout.sha256 if split.heldout else data.heldout,
-        data.format, data.encoding, data.bad_rows,
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _those(rows: Dataset, kept: Dataset) -> Dataset:
-    """The rows whose numbers are among the kept ones."""
-    numbers = set(kept["row"])
-    return rows.select([index for index, number in enumerate(rows["row"]) if number in numbers])
+from jetson_ft.runs import oom
+from jetson_ft.runs.manager import check_only_longer
+from jetson_ft.runs.report import summary
+from jetson_ft.runs.store import SCHEMA, Run
+from jetson_ft.training import batches, checkpoint, memory, planner
+from jetson_ft.training.cost_model import Workload, describe_workload
+from jetson_ft.training.distributed import DistributedContext, shard_layers
+from jetson_ft.training.planner import Plan
+from jetson_ft.training.state import TrainState
 
 
 class _Stopped(Exception):
-    """Somebody asked the run to stop; what is worth keeping is in a checkpoint."""
+    """A stop was requested; what is worth keeping is in a checkpoint."""
 
 
 class Pipeline:
-    """One attempt at a run."""
+    """One attempt at a run; `stop_requested` is called between phases and after each step."""
 
     def __init__(
-        self, run: Run, log: Log, stop_requested: Callable[[], bool], group: Group | None = None
+        self,
+        run: Run,
+        emit: Emit,
+        stop_requested: Callable[[], bool],
+        dist: DistributedContext | None = None,
     ) -> None:
-        self.run, self.log = run, log
+        self.run, self.emit, self.stop_requested = run, emit, stop_requested
         self.recipe = run.recipe()
-        self.stop_requested = stop_requested
-        self.group = group or Group()
-        self.monitor = self._monitor()
-
-    def _monitor(self) -> Monitor:
-        """Of this machine, by its first process."""
-        if not self.group.leads:
-            return Monitor()
-        return Monitor(Telemetry(gpus=self.group.local_size), self.log.emit)
-
-    @contextmanager
-    def phase(self, name: str, detail: str = "") -> Iterator[None]:
-        """Announces a phase, and how long it took; a run asked to stop begins no more."""
-        if self.group.any(self.stop_requested()):
-            raise _Stopped
-        started = time.monotonic()
-        self.log.emit("phase", name=name, detail=detail)
-        yield
-        self.log.emit("phase_end", name=name, seconds=round(time.monotonic() - started, 3))
+        self.dist = dist or DistributedContext()
+        self.monitor = Monitor()
+        if self.dist.is_local_main:  # one for each machine
+            self.monitor = Monitor(Telemetry(gpus=self.dist.local_size), emit)
 
     def finetune(self) -> bool:
-        """Everything from the recipe to the report.
-
-        Returns:
-            Whether it came to its end; False when it was asked to stop.
-        """
+        """Do everything from the recipe to the report; return False when a stop was requested."""
         try:
-            with self.monitor, hub.telling(self._on_download):
+            with self.monitor, hub.download_progress(self._on_download):
                 self._finetune()
         except _Stopped:
             return False
         return True
 
-    def _on_download(self, file: str, done: int, total: int, left: float | None) -> None:
-        if self.group.size == 1 and self.stop_requested():  # others would wait for this one
-            raise _Stopped
-        self.log.emit("download", file=file, done=done, total=total, seconds_left=left)
-
     def _finetune(self) -> None:
+        recipe, dist, emit = self.recipe, self.dist, self.emit
         with self.phase("libraries"):
-            libraries.load("datasets", "jetson_ft.training.trainer")
-            from jetson_ft.models import fused
+            fast_import.import_libraries("datasets", "jetson_ft.training.loop")
+            from jetson_ft.kernels.fused_layers import fuse_layers
         with self.phase("device"):
-            device = probe.probe()
-            weights = weights_of(self.recipe, device)
-            self._announce_processes()
-            self.log.emit("device", device=device.as_json(), precision=weights.precision)
-        with self.phase("model files", self.recipe.model):
-            base = resolve.resolve(self.recipe.model)
-        with self.phase("data", self.recipe.data.train):
-            rows = self._rows(base)
-            self._check_same_on_all(weights, base, rows)
-            self.log.emit("data", **rows.report)
+            device = detect.detect_device()
+            weights = weight_format(recipe, device)
+            if dist.size > 1:
+                emit(events.ProcessesConnected(
+                    rank=dist.rank, size=dist.size, hosts=dist.hosts, backend=dist.backend
+                ))  # fmt: skip
+            emit(events.DeviceDetected(device=asdict(device), precision=weights.precision))
+        with self.phase("model files", recipe.model):
+            base = files.resolve_model(recipe.model)
+        with self.phase("data", recipe.data.train):
+            rows = self._prepare_rows(base)
+            self._assert_same_on_all_ranks(weights, base, rows)
+            emit(events.DataPrepared(**rows.report))
         with self.phase("plan"):
-            work = shortage.within_grant(self.run, work_of(self.recipe, weights, base, rows))
-            plan = self._plan(work, device)
+            workload = describe_workload(recipe, weights, base, rows)
+            workload = oom.limit_memory(self.run, workload)
+            plan = self._choose_plan(workload, device)
         with self.phase("model", f"{base.name} as {weights}"):
-            model = load.load_model(base, weights, device.kind)
-            model = adapter.attach(model, self.recipe.lora, self.recipe.train.seed)
-            self.log.emit("weights", bytes=load.bytes_per_part(model), fused=fused.fuse(model))
-        with shortage.told(self.run, work, device, self.group):
-            progress = self._train(model, rows, base, device, plan)
-        if plan.shards == 1:  # else each is needed to the last reply
-            if not self.group.is_first:
+            model = loading.load_model(base, weights, device.kind)
+            model = adapter.attach_adapter(model, recipe.lora, recipe.train.seed)
+            fused = fuse_layers(model)
+            emit(events.WeightsLoaded(bytes=loading.bytes_per_part(model), fused=fused))
+        with oom.explain_oom(self.run, workload, device, dist):
+            if plan.shards > 1:
+                with self.phase("splitting", f"the layers among {plan.shards} processes"):
+                    shard_layers(model, dist, device.kind)
+            packing = attention.supports_packing(model)
+            if not packing:  # no row is longer than the planned micro-batch
+                plan = replace(plan, micro_batch_tokens=0)  # one row each
+            state = self._train(model, rows, device, plan, packing)
+            if not state.is_complete:
+                raise _Stopped
+            self._export_adapter(model, rows, base, plan, state)
+        if plan.shards == 1:  # sharded: all ranks must take part in the comparison
+            if not dist.is_main:
                 return
-            self.group = self.group.leave()
-        with self.phase("comparison", "base and adapter on the held-out rows"), self.group.passes():
-            found = self._compare(model, rows, progress)
-        if not self.group.is_first:
+            self.dist = dist = dist.close()
+        detail = "base and adapter on the held-out rows"
+        with self.phase("comparison", detail), dist.collective_errors():
+            comparison = self._compare(model, rows, plan, state.best_step)
+        if not dist.is_main:
             return
-        self.group = self.group.leave()
+        self.dist = dist.close()
         with self.phase("report"):
-            self.monitor.stop()  # its last word belongs into the report
-            report.write(self.run, self._facts(device, weights, rows, progress, found))
+            self.monitor.stop()  # its last event belongs into the report
+            report = summary.build_report(
+                self.run,
+                plan,
+                state,
+                memory.peak_memory_bytes(device.kind),
+                precision=str(weights),
+                data_sha256=rows.report["sha256"],
+                data={key: rows.report[key] for key in ("train", "heldout")},
+                device=asdict(device),
+                **comparison,
+            )
+            summary.write_report(self.run, report)
 
-    def _rows(self, base: Base) -> Rows:
-        """Made by each machine's first process; the others wait, and find them in the cache."""
-        rows = prepare_rows(self.recipe, base) if self.group.leads else None
-        if rows:
-            self._check_same_lesson(rows)
-        self.group.wait()
-        return rows or prepare_rows(self.recipe, base)
+    @contextmanager
+    def phase(self, name: str, detail: str = "") -> Iterator[None]:
+        """Emit the start and the end of a phase; raise `_Stopped` if a stop was requested."""
+        if self.dist.any_rank(self.stop_requested()):
+            raise _Stopped
+        started = time.monotonic()
+        self.emit(events.PhaseStarted(name=name, detail=detail))
+        yield
+        self.emit(events.PhaseEnded(name=name, seconds=round(time.monotonic() - started, 3)))
 
-    def _check_same_lesson(self, rows: Rows) -> None:
-        """Refuses other rows or settings than the run began with (recipe.yaml can be edited)."""
+    def _on_download(self, file: str, done: int, total: int, left: float | None) -> None:
+        if self.dist.size == 1 and self.stop_requested():  # other ranks would wait for this one
+            raise _Stopped
+        self.emit(events.Download(file=file, done=done, total=total, seconds_left=left))
+
+    def _warn(self, template: str, fault: Message | None) -> None:
+        self.emit(events.Warned.of_message(Message(template, {"fault": fault})))
+
+    def _prepare_rows(self, base: BaseModelFiles) -> PreparedRows:
+        """Prepare the rows on each machine's first rank; the others take them from the cache."""
+        tokenizer = loading.load_tokenizer(base)
+        if not self.dist.is_local_main:
+            self.dist.barrier()
+            return prepare_rows(self.recipe.data, tokenizer)
+        rows = prepare_rows(self.recipe.data, tokenizer)
         path = self.run.path / "data.json"
-        if path.exists():
-            began = read_json(path)
-            check_only_longer(self.run, Recipe.model_validate(began["recipe"]), self.recipe)
-            if began["sha256"] != rows.report["sha256"]:
+        if path.exists():  # of the last attempt; recipe.yaml may have been edited since
+            last = read_json(path)
+            check_only_longer(self.run, Recipe.model_validate(last["recipe"]), self.recipe)
+            if last["sha256"] != rows.report["sha256"]:
                 raise UserError(
-                    "The data has changed since this run began; "
-                    "going on would train on other rows.",
+                    _("The data has changed since this run began."),
                     self.recipe.data.train,
-                    "Put the old file back, or start a new run.",
+                    _("Put the old file back, or start a new run."),
                 )
         write_json(path, {**rows.report, "recipe": self.recipe.model_dump()})
+        self.dist.barrier()
+        return rows
 
-    def _announce_processes(self) -> None:
-        if self.group.size > 1:
-            group = self.group
-            self.log.emit(
-                "processes", rank=group.rank, size=group.size,
-                hosts=group.hosts, backend=group.backend,
-            )  # fmt: skip
-
-    def _check_same_on_all(self, weights: Weights, base: Base, rows: Rows) -> None:
-        """Other paths are fine, other contents are not."""
-        own = {"output": "", "model": "", "data": self.recipe.data.model_copy(
-            update={"train": "", "heldout": ""})}  # fmt: skip
-        counts = tokens.token_counts(rows.train).tobytes()
-        self.group.agree(
+    def _assert_same_on_all_ranks(
+        self, weights: WeightFormat, base: BaseModelFiles, rows: PreparedRows
+    ) -> None:
+        """Refuse machines that would train something else; paths may differ."""
+        recipe = self.recipe.model_copy(deep=True)
+        recipe.output_dir = recipe.model = recipe.data.train = recipe.data.heldout = ""
+        counts = tokenize.token_counts(rows.train).tobytes()
+        self.dist.assert_same_on_all_ranks(
             {
-                "the recipe": self.recipe.model_copy(update=own).to_yaml(),
+                "the recipe": recipe.to_yaml(),
                 "the rows": rows.report["sha256"],
                 "the rows' tokens": hashlib.sha256(counts).hexdigest(),
                 "the model": base.fingerprint(),
@@ -248,172 +189,119 @@ class Pipeline:
             }
         )
 
-    # --- training ----------------------------------------------------------------------
+    def _choose_plan(self, workload: Workload, device: Device) -> Plan:
+        """Choose a plan that fits every rank, before the model is loaded.
 
-    def _plan(self, work: Work, device: Device) -> Plan:
-        """Refuses what can't fit before the model is loaded.
-
-        Where it fits whole into some process no more, all share the frozen layers.
+        Where some rank can't hold the whole model, all ranks share the frozen layers.
         """
-        from jetson_ft.training import memory, planner
+        dist = self.dist
+        flops = detect.measure_flops(device.kind, workload.weights.precision) * dist.size
+        free = memory.with_own_memory(device, dist.local_size)
+        whole = planner.best_plan(workload, free, flops)
+        if not dist.any_rank(whole is None):
+            assert whole
+            return whole
+        if workload.weights.quantize == "none" and dist.can_shard(device.kind):
+            workload = replace(workload, shards=dist.size)
+        return planner.min_memory_plan(dist.gather(planner.choose_plan(workload, free, flops)))
 
-        flops = probe.measure_flops(device.kind, work.weights.precision) * self.group.size
-        free = memory.with_own(device, self.group.local_size)
-        whole = planner.best(work, free, flops)
-        if not self.group.any(whole is None):
-            return whole or planner.choose(work, free, flops)
-        if work.weights.quantize == "none" and self.group.can_split(device.kind):
-            work = replace(work, shards=self.group.size)
-        return planner.frugal(self.group.gather(planner.choose(work, free, flops)))
+    def _train(
+        self, model: Any, rows: PreparedRows, device: Device, plan: Plan, packing: bool
+    ) -> TrainState:
+        """Train from the newest intact checkpoint, or return the state of a complete run."""
+        from jetson_ft.kernels.lm_head_loss import chunked_lm_head
+        from jetson_ft.training import loop
 
-    def _train(self, model: Any, rows: Rows, base: Base, device: Device, plan: Plan) -> Progress:
-        """Trains, or takes up what an earlier attempt has finished."""
-        from jetson_ft.training import sharding, trainer
-
-        newest = self._newest_checkpoint() if self.group.is_first else None
-        if plan.shards > 1:
-            with self.phase("splitting", f"the layers among {plan.shards} processes"):
-                sharding.split(model, self.group, device.kind)
-        job = self._job(model, rows, device, plan)
-        self.monitor.wait_for_first()
-        with self.group.copy_of_firsts(newest) as resume:
-            progress = self._fit(model, job, resume)
-        if not progress.complete:
-            raise _Stopped
-        if self.group.is_first:
-            self._export(model, rows, base, progress)
-        if plan.shards > 1:  # all of them compare with what was exported
-            self.group.align(trainer.trained(model))
-        return progress
-
-    def _newest_checkpoint(self) -> Path | None:
-        from jetson_ft.training import checkpoint
-
-        newest, faults = checkpoint.newest_intact(self.run.checkpoints)
-        for fault in faults:
-            self.log.emit("warning", message=f"{fault}; the checkpoint before it is used")
-        return newest
-
-    def _fit(self, model: Any, job: Any, newest: Path | None) -> Progress:
-        from jetson_ft.models import attention
-        from jetson_ft.models.loss import without_head
-        from jetson_ft.training import trainer
-
-        with self.phase("training"), without_head(model):
-            packing = job.plan.micro_batch_tokens > 0
-            with attention.packed(model) if packing else nullcontext():
-                return trainer.fit(model, job, newest)
-
-    def _job(self, model: Any, rows: Rows, device: Device, plan: Plan) -> Any:
-        from jetson_ft.models import attention
-        from jetson_ft.models.packing import packs
-        from jetson_ft.training import trainer
-
-        packing = attention.supports_packing(model)
-        if not packing:
-            plan = replace(plan, micro_batch_tokens=0)  # each row alone; none is longer
-        counts = tokens.token_counts(rows.train)
-        self._announce(plan, counts, packing)
-        return trainer.Job(
+        newest = None
+        if self.dist.is_main:
+            newest, faults = checkpoint.newest_intact(self.run.checkpoints)
+            for fault in faults:
+                self._warn(_("{fault}; the checkpoint before it is used"), fault)
+        job = loop.TrainingJob(
             train_rows=rows.train,
-            train_tokens=counts,
-            heldout_packs=list(packs(list(rows.heldout), plan.micro_batch_tokens)),
-            heldout_tokens=int(tokens.token_counts(rows.heldout).sum()),
+            train_tokens=tokenize.token_counts(rows.train),
+            heldout_rows=list(rows.heldout),
             heldout_characters=rows.heldout_characters,
             recipe=self.recipe.train,
             plan=plan,
             checkpoints=self.run.checkpoints,
             device=device.kind,
-            emit=self.log.emit,
+            emit=self.emit,
             stop_requested=self.stop_requested,
-            group=self.group,
+            dist=self.dist,
             monitor=self.monitor,
             max_temperature=self.recipe.device.max_temperature_c,
         )
+        steps = len(batches.plan_steps(job.train_tokens, job.recipe))
+        if self.dist.is_local_main:
+            # What the last attempt wrote stays: `memory_limit_gb` of a run that shrinks.
+            content = {**self.run.plan(), "schema": SCHEMA, **plan.as_json(), "steps": steps}
+            write_json(self.run.path / "plan.json", content)
+        self.emit(events.Planned(**plan.as_json(), steps_at_most=steps, packing=packing))
+        self.monitor.wait_for_reading()
+        packed_attention = attention.use_packed_attention(model) if packing else nullcontext()
+        with (
+            self.dist.broadcast_directory(newest) as resume,
+            self.phase("training"),
+            chunked_lm_head(model),
+            packed_attention,
+        ):
+            return loop.train(model, job, resume)
 
-    def _announce(self, plan: Plan, counts: Any, packing: bool) -> None:
-        from jetson_ft.training.schedule import plan_steps
+    def _export_adapter(
+        self, model: Any, rows: PreparedRows, base: BaseModelFiles, plan: Plan, state: TrainState
+    ) -> None:
+        """Write the best checkpoint's weights as the run's adapter."""
+        from jetson_ft.training import loop
 
-        steps = len(plan_steps(counts, self.recipe.train))
-        if self.group.leads:
-            shortage.write_plan(self.run, plan, steps)
-        self.log.emit("plan", **plan.as_json(), steps_at_most=steps, packing=packing)
+        if self.dist.is_main:
+            best = self.run.checkpoints / f"step-{state.best_step}"
+            fault = checkpoint.find_fault(best)
+            if state.best_step is None or fault:
+                self._warn(_("{fault}; the adapter is the last step's instead"), fault)
+            else:
+                checkpoint.load_adapter_weights(model, best)
+                self.emit(events.BestSelected(step=state.best_step, heldout_loss=state.best_loss))
+            model.eval()
+            staging = self.run.path / ".adapter.tmp"
+            with disk_errors(self.run.path), checkpoint.safetensors_errors():
+                shutil.rmtree(staging, ignore_errors=True)
+                adapter.save_adapter(model, rows.tokenizer, base, staging)
+                shutil.rmtree(self.run.adapter, ignore_errors=True)
+                staging.replace(self.run.adapter)
+        if plan.shards > 1:  # every rank compares with what was exported
+            self.dist.broadcast_parameters(loop.trainable_parameters(model))
 
-    def _export(self, model: Any, rows: Rows, base: Base, progress: Progress) -> None:
-        """Takes the best checkpoint's weights and writes them as the adapter."""
-        from jetson_ft.training import checkpoint, trainer
+    def _compare(
+        self, model: Any, rows: PreparedRows, plan: Plan, best_step: int | None
+    ) -> dict[str, Any]:
+        from jetson_ft.inference import compare
+        from jetson_ft.kernels.lm_head_loss import Score
 
-        best = self.run.checkpoints / f"step-{progress.best_step}"
-        fault = checkpoint.fault(best)
-        if fault:
-            self.log.emit("warning", message=f"{fault}; the adapter is the last step's instead")
-        else:
-            trainer.load_adapter(model, best)
-            self.log.emit("best", step=progress.best_step, heldout_loss=progress.best_loss)
-        model.eval()
-        staging = self.run.path / ".adapter.tmp"
-        with disk_errors(self.run.path), checkpoint.safetensors_errors():
-            shutil.rmtree(staging, ignore_errors=True)
-            adapter.save(model, rows.tokenizer, base, staging)
-            shutil.rmtree(self.run.adapter, ignore_errors=True)
-            staging.replace(self.run.adapter)
-
-    # --- comparison and report -----------------------------------------------------------
-
-    def _compare(self, model: Any, rows: Rows, progress: Progress) -> dict[str, Any]:
-        from jetson_ft.inference import evaluate
-        from jetson_ft.models.packing import packs
-
-        plan = read_json(self.run.path / "plan.json")
+        # Training has measured the base (step 0), and the exported weights.
+        scores: dict[int | None, Score] = {
+            event.step: Score(event.heldout_loss, event.bits_per_char)
+            for event in self.run.events()
+            if isinstance(event, events.Evaluated)
+            and event.heldout_loss is not None
+            and event.bits_per_char is not None
+        }
+        before, after = scores.get(0), scores.get(best_step)
         model.config.use_cache = True
-        return evaluate.compare(
+        return compare.compare_adapter(
             model,
             rows.tokenizer,
             list(rows.heldout_messages["messages"]),
-            list(packs(list(rows.heldout), plan["micro_batch_tokens"])),
+            list(make_packs(list(rows.heldout), plan.micro_batch_tokens)),
             rows.heldout_characters,
             self.recipe.eval.max_new_tokens,
             self.recipe.eval.samples,
             self._on_compared,
-            self._measured(progress),
+            {"before": before, "after": after} if before and after else None,
         )
 
-    def _measured(self, progress: Progress) -> dict[str, Any] | None:
-        """The scores that training took of the base (step 0) and of the weights exported."""
-        from jetson_ft.models.loss import Score
-
-        found = {
-            event["step"]: Score(event["heldout_loss"], event["bits_per_char"])
-            for event in self.run.events()
-            if event["kind"] == "eval"
-        }
-        sides = {"before": found.get(0), "after": found.get(progress.best_step)}
-        return sides if all(sides.values()) else None
-
-    def _on_compared(self, side: str, part: str, done: int, of: int) -> None:
-        if self.group.any(self.stop_requested()):
+    def _on_compared(self, side: str, part: str, done: int, total: int) -> None:
+        if self.dist.any_rank(self.stop_requested()):
             raise _Stopped
         if part == "replies":
-            self.log.emit("compare", side=side, done=done, of=of)
-
-    def _facts(
-        self,
-        device: Device,
-        weights: Weights,
-        rows: Rows,
-        progress: Progress,
-        found: dict[str, Any],
-    ) -> dict[str, Any]:
-        from jetson_ft.training.memory import peak_memory_bytes
-
-        plan = read_json(self.run.path / "plan.json")
-        return {
-            "precision": str(weights),
-            "data_sha256": rows.report["sha256"],
-            "data": {key: rows.report[key] for key in ("train", "heldout")},
-            "device": device.as_json(),
-            "progress": asdict(progress),
-            "peak_memory_bytes": peak_memory_bytes(device.kind),
-            "plan": {key: plan[key] for key in ("peak_memory_bytes", "seconds")},
-            **found,
-        }
+            self.emit(events.Generated(side=side, done=done, total=total))

@@ -1,89 +1,126 @@
-"""How many processes train a run, and on how many machines: `processes.json`.
+"""The processes of a run or a chat: their number, environment, libraries and errors.
 
-No part of the recipe: which rows form a step, and so the result, doesn't depend on it.
+`processes.json` has the number of processes and machines, which doesn't affect the result and so is
+no part of the recipe. This module imports no torch.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import socket
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from jetson_ft.errors import UserError
-from jetson_ft.paths import read_json, write_json
-from jetson_ft.runs.rundir import SCHEMA, Run
+from jetson_ft.errors import Message, UserError, _
+from jetson_ft.files import read_json, write_json
+from jetson_ft.runs.store import SCHEMA, Run
+from jetson_ft.training.memory import is_out_of_memory
 
-_FILE = "processes.json"
+WORKER_ENVIRONMENT = {
+    # OpenMP threads that spin without end make training several times slower as soon as anything
+    # else runs on the machine; threads that never spin are slow to wake.
+    "GOMP_SPINCOUNT": "20000",
+    # In glibc's caches for small objects, the rests of aligned blocks keep large free blocks from
+    # being merged (glibc's bug 14581). Without these caches training on a CPU takes less memory.
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
+    # oneDNN and PyTorch's layer above it each keep kernels for the last 1,024 shapes; every
+    # micro-batch has a length of its own (docs/decisions/0009).
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "32",
+}
+_CONFIG_FILE = "processes.json"
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})")
 
 
 @dataclass(frozen=True)
-class Processes:
-    """In the words of torch's launcher."""
+class DistributedConfig:
+    """The processes of a run; the fields are named as the options of `torchrun`."""
 
     nproc_per_node: int = 1
     nnodes: int = 1
-    node_rank: int = 0  # of this machine; 0 owns checkpoints, adapter and report
+    node_rank: int = 0  # of this machine; machine 0 has checkpoints, adapter and report
     rendezvous: str | None = None  # HOST:PORT of machine 0
 
     def __post_init__(self) -> None:
         if self.nproc_per_node < 1 or self.nnodes < 1:
             raise UserError(
-                "At least one process on one machine is needed.", "--nproc-per-node, --nnodes"
+                _("At least one process on one machine is needed."), "--nproc-per-node, --nnodes"
             )
         if not 0 <= self.node_rank < self.nnodes:
             raise UserError(
-                f"There is no machine {self.node_rank} among {self.nnodes}.",
+                _("There is no machine {rank} among {count}."),
                 "--node-rank",
-                f"They are numbered from 0 to {self.nnodes - 1}.",
+                _("They are numbered from 0 to {last}."),
+                rank=self.node_rank,
+                count=self.nnodes,
+                last=self.nnodes - 1,
             )
         if self.nnodes > 1 and not _ADDRESS.fullmatch(self.rendezvous or ""):
             raise UserError(
-                "Several machines need a place to meet.",
+                _("Several machines need a rendezvous address."),
                 f"--rendezvous {self.rendezvous or ''}".strip(),
-                "Give machine 0's address and a free port, the same on all: 192.168.1.10:29500.",
+                _("Give machine 0's address and a free port, the same on all: 192.168.1.10:29500."),
             )
 
     @property
-    def several(self) -> bool:
-        """Whether a launcher is needed."""
+    def needs_launcher(self) -> bool:
+        """Whether torch's elastic launcher runs in the worker's place."""
         return self.nproc_per_node * self.nnodes > 1
 
-    @property
-    def host(self) -> str:
-        """Of the rendezvous."""
-        return (self.rendezvous or "127.0.0.1:0").rpartition(":")[0].strip("[]")
-
-    def changed(self, **given: Any) -> Processes:
-        """With what is given (not None) in place of the old."""
-        return replace(self, **{key: value for key, value in given.items() if value is not None})
+    def with_options(self, **values: Any) -> DistributedConfig:
+        """Return a copy with those of the values that aren't None."""
+        return replace(self, **{key: value for key, value in values.items() if value is not None})
 
 
-def of(run: Run) -> Processes:
-    """What the run was started, or last resumed, with."""
-    path = run.path / _FILE
-    if not path.exists():
-        return Processes()
-    known = Processes.__dataclass_fields__
-    return Processes(**{key: value for key, value in read_json(path).items() if key in known})
+def read_distributed_config(run: Run) -> DistributedConfig:
+    """Return the content of `processes.json`; one process without that file."""
+    path = run.path / _CONFIG_FILE
+    stored = read_json(path) if path.exists() else {}
+    names = {field.name for field in fields(DistributedConfig)}
+    return DistributedConfig(**{key: value for key, value in stored.items() if key in names})
 
 
-def store(run: Run, processes: Processes) -> None:
-    """For this attempt and those after it."""
-    write_json(run.path / _FILE, {"schema": SCHEMA, **asdict(processes)})
+def write_distributed_config(run: Run, config: DistributedConfig) -> None:
+    write_json(run.path / _CONFIG_FILE, {"schema": SCHEMA, **asdict(config)})
 
 
 def own_address(host: str) -> str:
-    """This machine's address as `host` sees it; nothing is sent."""
+    """Return this machine's address in the network that leads to `host`; nothing is sent."""
     try:
-        kind, _, _, _, place = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(place)
+        family, *_rest, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
             return str(probe.getsockname()[0])
     except OSError as error:
         raise UserError(
-            f"The rendezvous can't be reached: {error.strerror or error}.",
+            _("The rendezvous can't be reached: {error}."),
             host,
-            "Give the address of machine 0 in a network that all machines are in.",
+            _("Give the address of machine 0 in a network that all machines are in."),
+            error=error.strerror or str(error),
         ) from error
+
+
+def silence_libraries() -> None:
+    """Turn off progress bars, which would fill log.txt."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def explain_error(error: Exception, fix: Message) -> UserError:
+    """Return the exception as an error for people; `fix` is for a fault of this program."""
+    if isinstance(error, UserError):
+        return error
+    if is_out_of_memory(error):
+        return UserError(
+            _("Out of memory."),
+            fix=_(
+                "Close other programs, use quantize: nf4 or a smaller model; in training, lower "
+                "data.max_length or lora.rank."
+            ),
+        )
+    text = f"{type(error).__name__}: {error}"
+    return UserError(_("A fault in this program: {error}"), fix=fix, error=text)

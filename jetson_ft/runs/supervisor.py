@@ -1,7 +1,7 @@
-"""The small process beside each run: waits for its turn, starts the worker, records the end.
+"""The small process beside each run: waits for its turn, starts the worker, records its end.
 
-Run as `python -m jetson_ft.runs.supervisor RUN LOCK`, LOCK being the number of the open,
-locked file that its launcher hands over. It loads no torch.
+Run as `python -m jetson_ft.runs.supervisor RUN LOCK`; LOCK is the number of the open, locked file
+that the command hands over. It imports no torch.
 """
 
 from __future__ import annotations
@@ -11,75 +11,69 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from jetson_ft.runs import ending, processes
-from jetson_ft.runs.rundir import Run
-from jetson_ft.runs.slot import Slot
+from jetson_ft.errors import Message, _
+from jetson_ft.runs import exit_status
+from jetson_ft.runs.processes import WORKER_ENVIRONMENT, read_distributed_config
+from jetson_ft.runs.queue import QueueTicket
+from jetson_ft.runs.store import Run
 
 _POLL_SECONDS = 0.25
-WORKER_ENVIRONMENT = {
-    # OpenMP threads that spin without end while they wait make training several times slower as
-    # soon as anything else runs on the machine; those that never spin are slow to wake.
-    "GOMP_SPINCOUNT": "20000",
-    # Whatever glibc cuts off an aligned block goes into its caches for small objects, where it
-    # keeps the large free blocks on both sides from growing together (glibc's bug 14581). A
-    # training on a CPU without these caches takes a sixth less memory.
-    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
-    # oneDNN keeps a kernel for each of the last 1,024 shapes that it met, PyTorch's layer above it
-    # another 1,024, and every micro-batch has a length of its own (docs/decisions/0009).
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
-    "LRU_CACHE_CAPACITY": "32",
-}
+RunAttempt = Callable[[Run, IO[bytes]], int]  # takes the run and the machine's slot; the exit code
 
 
-def supervise(run: Run, held: IO[bytes]) -> None:
-    """From queued to the worker's end, as the owner of the run's `supervisor.lock`."""
-    # A terminated supervisor asks its worker to stop and stays to record how that went.
+def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = None) -> None:
+    """Wait for the slot, run the worker (again after `EXIT_RETRY`), record the state.
+
+    Args:
+        lock_file: the run's locked `supervisor.lock`.
+        run_attempt: makes one attempt; by default in a worker process.
+    """
+    # A terminated supervisor asks its worker to stop, and stays to record the result.
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
-    with held:
+    with lock_file:
         slot = _wait_for_turn(run)
         if slot is None:
-            _end(run, "stopped", "stopped while waiting in the queue; resumable")
+            message = Message(_("stopped while waiting in the queue; resumable"))
+            status = exit_status.ExitStatus("stopped", message, True)
         else:
             with slot:
-                _end(run, *ending.of_code(run, _work(run, slot)))
-
-
-def _end(run: Run, state: str, reason: str) -> None:
-    run.clear_stop()  # first, so that nobody sees an ended run that is asked to stop
-    run.write_state(state, reason)
+                code = _run_attempts(run, slot, run_attempt or _run_worker)
+            status = exit_status.state_for_exit_code(run, code)
+        run.clear_stop()  # first, so that no reader sees an ended run with a request to stop
+        run.write_state(*status)
 
 
 def _wait_for_turn(run: Run) -> IO[bytes] | None:
-    slot = Slot(since=run.state().updated)
-    told = False
+    """Return the slot's lock file; None: the run was asked to stop before its turn."""
+    ticket = QueueTicket(since=run.state().updated)
     while not run.stop_requested():
-        held = slot.try_take(run.path)
-        if held:
-            return held
-        if not told:
-            run.write_state("queued", "another run is training; this one starts after it")
-            told = True
+        if slot := ticket.try_take(run.path):
+            return slot
+        if not run.state().reason:
+            message = Message(_("another run is training; this one starts after it"))
+            run.write_state("queued", message)
         time.sleep(_POLL_SECONDS)
-    slot.leave()
+    ticket.cancel()
     return None
 
 
-def _work(run: Run, slot: IO[bytes]) -> int:
-    """The worker's exit code; who ran out of memory may ask for a second attempt, once."""
-    code = _watch(run, slot)
-    if code != ending.EXIT_AGAIN:
-        return code
-    if run.stop_requested():
-        return ending.EXIT_STOPPED
-    run.write_state("running", attempt=run.state().attempt + 1)
-    return _watch(run, slot)
+def _run_attempts(run: Run, slot: IO[bytes], run_attempt: RunAttempt) -> int:
+    """Return the worker's exit code; after `EXIT_RETRY`, that of one more attempt."""
+    code = run_attempt(run, slot)
+    if code == exit_status.EXIT_RETRY and run.stop_requested():
+        return exit_status.EXIT_STOPPED
+    if code == exit_status.EXIT_RETRY:
+        run.write_state("running", attempt=run.state().attempt + 1)
+        code = run_attempt(run, slot)
+    return code
 
 
-def _watch(run: Run, slot: IO[bytes]) -> int:
-    program = "launcher" if processes.of(run).several else "worker"
+def _run_worker(run: Run, slot: IO[bytes]) -> int:
+    program = "launcher" if read_distributed_config(run).needs_launcher else "worker"
     command = [sys.executable, "-m", f"jetson_ft.runs.{program}", str(run.path)]
     with open(run.path / "log.txt", "ab") as log:
         worker = subprocess.Popen(
@@ -87,14 +81,12 @@ def _watch(run: Run, slot: IO[bytes]) -> int:
             pass_fds=[slot.fileno()], env={**WORKER_ENVIRONMENT, **os.environ},
         )  # fmt: skip
     run.write_state("running")
-    told = False
     while True:
         try:
             return worker.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
-            if run.stop_requested() and not told:
-                run.write_state("stopping", "writing a checkpoint")
-                told = True
+            if run.stop_requested() and run.state().state == "running":
+                run.write_state("stopping", Message(_("writing a checkpoint")))
 
 
 if __name__ == "__main__":

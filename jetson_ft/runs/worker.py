@@ -1,12 +1,11 @@
 """The process that trains: `python -m jetson_ft.runs.worker RUN`, started by the supervisor.
 
-Exit codes: 0 finished, 1 a fault of this program, 2 refused with a plain message,
+Exit codes: 0 finished, 1 a fault of this program, 2 refused (`UserError`),
 3 stopped on request, 4 out of memory and to be started once more.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import traceback
@@ -14,86 +13,63 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jetson_ft.errors import UserError
-from jetson_ft.runs.ending import EXIT_AGAIN, EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED
-from jetson_ft.runs.rundir import EventLog, Log, Run, Silence, lock
-from jetson_ft.training import group
-from jetson_ft.training.memory import OutOfMemory, is_out_of_memory
+from jetson_ft import logs
+from jetson_ft.errors import Message, UserError, _, joined
+from jetson_ft.events import Emit, Event, Exited, Failed, Warned
+from jetson_ft.runs.exit_status import EXIT_FAILED, EXIT_REFUSED, EXIT_RETRY, EXIT_STOPPED
+from jetson_ft.runs.oom import OutOfMemory
+from jetson_ft.runs.processes import explain_error, silence_libraries
+from jetson_ft.runs.store import EventLog, Run, lock
+from jetson_ft.training import distributed
 
 
-def main(run: Run) -> int:
-    """Works on the run until it is finished, stopped or failed."""
-    leads = group.leads_its_machine()
-    held = lock(run.path / "worker.lock", patience=1.0) if leads else None
-    if leads and held is None:
+def main(run: Run, on_interrupt: Any = signal.SIG_IGN) -> int:
+    """Work on the run until it is finished, stopped or failed; return the exit code.
+
+    Args:
+        on_interrupt: handler of SIGINT; by default the command that launched it handles Ctrl-C.
+    """
+    is_local_main = distributed.is_local_main_process()
+    lock_file = lock(run.path / "worker.lock", timeout=1.0) if is_local_main else None
+    if is_local_main and lock_file is None:
         return EXIT_FAILED
     attempt = run.state().attempt
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the launcher's to translate
-    quieten()
-    log = EventLog(run, attempt) if leads else Silence()
-    launched = group.is_launched()
-    code = _work(run, log)
-    # For `jobs.settle`, should the supervisor be gone that waits for the exit code.
-    _tell(log, "end", code=code)
-    # A launcher takes any code but 0 for a fault, and ends the other processes.
-    return 0 if launched and code == EXIT_STOPPED else code
+    signal.signal(signal.SIGINT, on_interrupt)
+    silence_libraries()
+    emit = EventLog(run, attempt).emit if is_local_main else lambda _event: None
+    is_launched = distributed.is_launched()
+    code = _work(run, emit)
+    # For `manager.reconcile_state`, if the supervisor that waits for the exit code is gone.
+    _emit_last(emit, Exited(code=code))
+    # torch's launcher takes any code but 0 for a fault, and ends the other processes.
+    return 0 if is_launched and code == EXIT_STOPPED else code
 
 
-def _work(run: Run, log: Log) -> int:
+def _work(run: Run, emit: Emit) -> int:
     try:
         from jetson_ft.runs.pipeline import Pipeline
 
-        finished = Pipeline(run, log, run.stop_requested, group.join()).finetune()
+        finished = Pipeline(run, emit, run.stop_requested, distributed.connect()).finetune()
     except Exception as error:
         traceback.print_exc()
-        plain = explain(error)
-        code = _code(error)
-        if code == EXIT_AGAIN:
-            _tell(log, "warning", message=f"{plain.what} {plain.fix}")
-        else:
-            _tell(log, "error", what=plain.what, where=plain.where, fix=plain.fix)
-        return code
+        fix = _("Resume the run; if it fails again, report it with log.txt from the run's folder.")
+        explained = explain_error(error, Message(fix))
+        if isinstance(error, OutOfMemory) and error.retry:
+            _emit_last(emit, Warned.of_message(joined([explained.what, explained.fix], " ")))
+            return EXIT_RETRY
+        _emit_last(emit, Failed(**explained.as_json()))
+        is_refused = isinstance(error, UserError) and not isinstance(error, OutOfMemory)
+        return EXIT_REFUSED if is_refused else EXIT_FAILED
     return 0 if finished else EXIT_STOPPED
 
 
-def _code(error: Exception) -> int:
-    if isinstance(error, OutOfMemory):
-        return EXIT_AGAIN if error.again else EXIT_FAILED
-    return EXIT_REFUSED if isinstance(error, UserError) else EXIT_FAILED
-
-
-def _tell(log: Log, kind: str, **fields: Any) -> None:
-    """A last word; where the disk takes none, the exit code has to do."""
+def _emit_last(emit: Emit, event: Event) -> None:
+    """Emit one of the last events; if the disk takes none, the exit code has to do."""
     with suppress(UserError):
-        log.emit(kind, **fields)
-
-
-def explain(error: Exception) -> UserError:
-    """Any exception as something a person can act on."""
-    if isinstance(error, UserError):
-        return error
-    if is_out_of_memory(error):
-        return UserError(
-            "Out of memory.",
-            "training",
-            "Lower data.max_length or lora.rank, or use quantize: nf4; close other programs.",
-        )
-    return UserError(
-        f"A fault in this program: {type(error).__name__}: {error}",
-        "log.txt in the run's folder has the details",
-        "Resume the run; if it fails again, report it with that file.",
-    )
-
-
-def quieten() -> None:
-    """No progress bars into the log; our events say what goes on."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+        emit(event)
 
 
 if __name__ == "__main__":
+    logs.log_to_stderr()  # which is log.txt
     sys.exit(main(Run(Path(sys.argv[1]))))

@@ -1,4 +1,4 @@
-"""Curves as SVG: round ticks, everything inside the frame."""
+"""Curves as SVG: round ticks, all points inside the frame."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jetson_ft.runs.chart import LARGE, losses, smoothed, ticks
+from jetson_ft.runs.report.chart import LARGE, losses, smoothed, ticks
 
 values = st.floats(0, 1e6)
 
@@ -33,10 +33,10 @@ def test_ticks_enclose_the_range_and_are_few(first: float, second: float) -> Non
     low, high = sorted((first, second))
     if high - low < 1e-6 * high or high < 1e-6:
         return
-    found = ticks(low, high)
+    result = ticks(low, high)
     slack = 1e-6 * (high - low)
-    assert found[0] <= low + slack and found[-1] >= high - slack
-    assert 2 <= len(found) <= 7 and found == sorted(set(found))
+    assert result[0] <= low + slack and result[-1] >= high - slack
+    assert 2 <= len(result) <= 7 and result == sorted(set(result))
 
 
 def test_running_mean_is_centred() -> None:
@@ -47,11 +47,11 @@ def test_running_mean_is_centred() -> None:
     assert len(smoothed(spike)) == 40
 
 
-def test_few_points_are_hardly_smoothed() -> None:
+def test_two_points_are_not_smoothed() -> None:
     assert smoothed([(1.0, 5.0), (2.0, 3.0)]) == [(1.0, 5.0), (2.0, 3.0)]
 
 
-def test_nothing_to_draw_draws_nothing() -> None:
+def test_no_points_give_an_empty_chart() -> None:
     assert losses([], []) == ""
 
 
@@ -59,7 +59,7 @@ def test_nothing_to_draw_draws_nothing() -> None:
     st.lists(st.tuples(st.integers(0, 500), st.floats(0.01, 20)), max_size=30),
     st.lists(st.tuples(st.integers(0, 500), st.floats(0.01, 20)), min_size=1, max_size=5),
 )
-def test_curves_stay_inside_a_well_formed_picture(
+def test_curves_are_well_formed_and_inside_the_frame(
     train: list[tuple[int, float]], heldout: list[tuple[int, float]]
 ) -> None:
     svg = losses(train, heldout)
@@ -74,7 +74,7 @@ def test_curves_stay_inside_a_well_formed_picture(
     assert len(re.findall("<circle", svg)) == len(heldout) + (len(train) == 1)
 
 
-def test_a_lower_loss_is_drawn_lower() -> None:
+def test_lower_loss_is_drawn_lower() -> None:
     svg = losses([], [(0, 4.0), (10, 2.0)])
     (first, second) = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)
     assert float(first[0]) < float(second[0])

@@ -1,4 +1,4 @@
-"""Whole runs on the tiny Phi, in processes that are killed, stopped and deceived."""
+"""Whole runs on the tiny Phi, in processes that are killed, stopped, and given changed files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,23 @@ from typing import Any
 
 import psutil
 import pytest
-from boards_in_folders import NANO, Folder
+from boards_in_folders import NANO, FakeMachine
 
-from jetson_ft.device.boards import find
 from jetson_ft.errors import UserError
+from jetson_ft.events import (
+    Failed,
+    Generated,
+    PhaseEnded,
+    PhaseStarted,
+    Sensors,
+    Step,
+    TotalSteps,
+    Warned,
+)
+from jetson_ft.hardware.boards import find_board
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import ending, pipeline, rundir
-from jetson_ft.runs.rundir import EventLog, Run, Silence
+from jetson_ft.runs import exit_status, pipeline, store
+from jetson_ft.runs.store import EventLog, Run
 from jetson_ft.training import checkpoint
 
 
@@ -29,20 +39,20 @@ def adapter_bytes(run: Run) -> bytes:
     return (run.adapter / "adapter_model.safetensors").read_bytes()
 
 
-def losses(run: Run) -> list[float]:
-    return [event["loss"] for event in run.events() if event["kind"] == "step"]
+def losses(run: Run) -> list[float | None]:
+    return [event.loss for event in run.events() if isinstance(event, Step)]
 
 
 def errors(run: Run) -> list[str]:
-    return [event["what"] for event in run.events() if event["kind"] == "error"]
+    return [event.what for event in run.events() if isinstance(event, Failed)]
 
 
 def copy_of(run: Run, folder: Path) -> Run:
-    """A run of the same past, to be spoilt."""
+    """Return a copy of the run, to be changed."""
     return Run(Path(shutil.copytree(run.path, folder / run.name)))
 
 
-def test_a_run_leaves_all_that_it_promises(finished: Run) -> None:
+def test_finished_run_has_all_documented_files(finished: Run) -> None:
     names = {path.name for path in finished.path.iterdir()}
     assert names >= {
         "recipe.yaml", "state.json", "plan.json", "data.json", "events.jsonl", "log.txt",
@@ -51,7 +61,7 @@ def test_a_run_leaves_all_that_it_promises(finished: Run) -> None:
     assert not [name for name in names if name.endswith(".tmp")]
 
 
-def test_the_adapter_loads_with_plain_peft(finished: Run, tiny_phi: Path) -> None:
+def test_adapter_loads_with_peft(finished: Run, tiny_phi: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,7 +72,7 @@ def test_the_adapter_loads_with_plain_peft(finished: Run, tiny_phi: Path) -> Non
     assert AutoTokenizer.from_pretrained(finished.adapter).chat_template
 
 
-def test_the_same_run_twice_gives_the_same_bytes(workbench: Any, finished: Run) -> None:
+def test_same_run_twice_gives_the_same_bytes(workbench: Any, finished: Run) -> None:
     again = workbench.run("again")
     assert workbench.work(again) == 0
     assert adapter_bytes(again) == adapter_bytes(finished)
@@ -87,36 +97,39 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.slow
-def test_a_run_against_the_clock_resumes_alike_once_its_length_is_settled(workbench: Any) -> None:
+def test_timed_run_resumes_with_the_resolved_number_of_steps(workbench: Any) -> None:
     run = workbench.run("minutes", max_minutes=1e-2, epochs=30.0)
     assert workbench.work(run, "step-6") == -signal.SIGKILL
     twin = copy_of(run, workbench.root / "twins")
-    (settled,) = [event for event in run.events() if event["kind"] == "length"]
+    (settled,) = [event for event in run.events() if isinstance(event, TotalSteps)]
     for one in (run, twin):
         assert workbench.work(one) == 0
         assert losses(one) == losses(run)
-        assert checkpoint.step_of(checkpoint.folders(one.checkpoints)[-1]) == settled["total_steps"]
+        assert (
+            checkpoint.step_of(checkpoint.list_checkpoints(one.checkpoints)[-1])
+            == settled.total_steps
+        )
     assert adapter_bytes(run) == adapter_bytes(twin)
 
 
-def test_a_longer_run_goes_on(workbench: Any, finished: Run, tmp_path: Path) -> None:
-    from jetson_ft.paths import write_atomic
+def test_longer_run_continues(workbench: Any, finished: Run, tmp_path: Path) -> None:
+    from jetson_ft.files import write_atomic
 
     run = copy_of(finished, tmp_path)
     recipe = run.recipe()
     recipe.train.epochs = 2.0
     write_atomic(run.path / "recipe.yaml", recipe.to_yaml())
     assert workbench.work(run) == 0
-    made = [event["step"] for event in run.events() if event["kind"] == "step"]
+    made = [event.step for event in run.events() if isinstance(event, Step)]
     assert made == list(range(1, len(made) + 1)) and len(made) > len(losses(finished)) + 5
     report = json.loads((run.path / "report.json").read_text())
     assert report["train"]["steps"] == len(made)
 
 
-def test_the_adapter_is_the_best_checkpoints(workbench: Any) -> None:
+def test_adapter_has_the_best_checkpoints_weights(workbench: Any) -> None:
     from safetensors.torch import load_file
 
-    run = workbench.run("best", learning_rate=0.5, eval_every=1, early_stopping=1)
+    run = workbench.run("best", learning_rate=0.5, eval_every=1, early_stopping_patience=1)
     assert workbench.work(run) == 0
     report = json.loads((run.path / "report.json").read_text())["train"]
     assert report["stopped_early"] and report["best_step"] < report["steps"]
@@ -126,55 +139,58 @@ def test_the_adapter_is_the_best_checkpoints(workbench: Any) -> None:
 
 
 @pytest.mark.slow
-def test_stopped_before_training_and_in_the_comparison(workbench: Any, finished: Run) -> None:
+def test_stop_before_training_and_in_the_comparison_is_obeyed(
+    workbench: Any, finished: Run
+) -> None:
     run = workbench.run("stopped")
     run.request_stop()
-    assert workbench.work(run) == ending.EXIT_STOPPED
-    assert checkpoint.folders(run.checkpoints) == []
+    assert workbench.work(run) == exit_status.EXIT_STOPPED
+    assert checkpoint.list_checkpoints(run.checkpoints) == []
     run.clear_stop()
     assert workbench.work(run, "phase-comparison") == -signal.SIGKILL
     run.request_stop()
-    assert workbench.work(run) == ending.EXIT_STOPPED
+    assert workbench.work(run) == exit_status.EXIT_STOPPED
     run.clear_stop()
     assert workbench.work(run) == 0
     assert adapter_bytes(run) == adapter_bytes(finished)
 
 
 @pytest.mark.parametrize("part", ["tokens", "replies"])
-def test_a_stop_is_heeded_while_rows_are_measured_too(part: str, tmp_path: Path) -> None:
-    run = rundir.create(Recipe(output=str(tmp_path)), "compared")
-    pipe = pipeline.Pipeline(run, EventLog(run, 1), run.stop_requested)
+def test_stop_while_rows_are_measured_is_obeyed(part: str, tmp_path: Path) -> None:
+    run = store.create_run(Recipe(output_dir=str(tmp_path)), "compared")
+    pipe = pipeline.Pipeline(run, EventLog(run, 1).emit, run.stop_requested)
     pipe._on_compared("before", part, 1, 4)
-    told = [{"side": "before", "done": 1, "of": 4}] if part == "replies" else []
-    assert [{key: event[key] for key in ("side", "done", "of")} for event in run.events()] == told
+    expected = [("before", 1, 4)] if part == "replies" else []
+    events = [event for event in run.events() if isinstance(event, Generated)]
+    assert [(event.side, event.done, event.total) for event in events] == expected
     run.request_stop()
     with pytest.raises(pipeline._Stopped):
         pipe._on_compared("before", part, 2, 4)
 
 
-# --- the board beside it -------------------------------------------------------------------------
+# --- sensors -------------------------------------------------------------------------------------
 
 
-def test_a_boards_power_becomes_energy_in_the_report(workbench: Any, tmp_path: Path) -> None:
-    """tegrastats is found on the PATH as on a board; it says 12.02 W, at first after a while."""
-    said = f"sleep 1.5\necho '{NANO.line}'\nexec sleep 60"
-    path = Folder(tmp_path / "board", NANO).program("tegrastats", said)
+def test_power_readings_give_energy_in_the_report(workbench: Any, tmp_path: Path) -> None:
+    """A tegrastats on the PATH prints 12.02 W, the first time after 1.5 seconds."""
+    script = f"sleep 1.5\necho '{NANO.line}'\nexec sleep 60"
+    path = FakeMachine(tmp_path / "board", NANO).program("tegrastats", script)
     run = workbench.run("metered")
     assert workbench.work(run, PATH=f"{path}{os.pathsep}{os.environ['PATH']}") == 0
     report = json.loads((run.path / "report.json").read_text())
     train, sensors = report["train"], report["sensors"]
     assert train["energy_joules"] == pytest.approx(12.02 * train["seconds"], rel=0.1, abs=0.7)
     spent = train["joules_per_token"] * train["tokens"]
-    assert spent == pytest.approx(train["energy_joules"], abs=0.1)  # said to a tenth of a joule
+    assert spent == pytest.approx(train["energy_joules"], abs=0.1)  # rounded to a tenth of a joule
     assert (sensors["source"], sensors["max_temperature"]) == ("tegrastats", 62.5)
-    (*_, last) = [event for event in run.events() if event["kind"] == "sample"]
-    assert (last["watts"], last["gpu_load"], last["step"]) == (12.02, 97.0, train["steps"])
+    (*_, last) = [event for event in run.events() if isinstance(event, Sensors)]
+    assert (last.watts, last.gpu_load, last.step) == (12.02, 97.0, train["steps"])
 
 
 # --- planned before it starts ---------------------------------------------------------------------
 
 
-def test_the_plan_stands_before_training_with_its_predictions(
+def test_plan_with_predictions_is_written_before_training(
     workbench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = workbench.run("planned")
@@ -182,34 +198,36 @@ def test_the_plan_stands_before_training_with_its_predictions(
     def stop(*_: Any) -> None:
         raise pipeline._Stopped
 
-    monkeypatch.setattr(pipeline.Pipeline, "_fit", stop)
-    assert not pipeline.Pipeline(run, Silence(), lambda: False).finetune()
+    monkeypatch.setattr("jetson_ft.training.loop.train", stop)
+    assert not pipeline.Pipeline(run, lambda event: None, lambda: False).finetune()
     plan = json.loads((run.path / "plan.json").read_text())
     assert plan["peak_memory_bytes"] == sum(plan["parts"].values()) > 0
     assert plan["seconds"] > 0 and plan["micro_batch_tokens"] > 0 and not plan["checkpointing"]
 
 
-def test_what_cant_fit_is_refused_before_the_model_is_loaded(
+def test_run_that_does_not_fit_is_refused_before_the_model_is_loaded(
     workbench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    board = find("orin-nano-4gb").device()
-    monkeypatch.setattr(pipeline.probe, "probe", lambda: replace(board, memory_available=1000))
-    monkeypatch.setattr(pipeline.probe, "measure_flops", lambda *_: 1e12)
-    monkeypatch.setattr(pipeline.load, "load_model", None)
+    board = find_board("orin-nano-4gb").device()
+    monkeypatch.setattr(
+        pipeline.detect, "detect_device", lambda: replace(board, memory_available=1000)
+    )
+    monkeypatch.setattr(pipeline.detect, "measure_flops", lambda *_: 1e12)
+    monkeypatch.setattr(pipeline.loading, "load_model", None)
     with pytest.raises(UserError, match="needs about"):
-        pipeline.Pipeline(workbench.run("large"), Silence(), lambda: False).finetune()
+        pipeline.Pipeline(workbench.run("large"), lambda event: None, lambda: False).finetune()
 
 
-# --- what a resumed run must meet again --------------------------------------------------------
+# --- changed files ----------------------------------------------------------------------------
 
 
 def refused(workbench: Any, run: Run) -> str:
-    """The plain message a resumed run ends with."""
-    assert workbench.work(run) == ending.EXIT_REFUSED
+    """Return the error that ends a resumed run."""
+    assert workbench.work(run) == exit_status.EXIT_REFUSED
     return errors(run)[-1]
 
 
-def test_changed_data_is_refused(workbench: Any, rows_file: Path, tmp_path: Path) -> None:
+def test_changed_data_is_refused_on_resume(workbench: Any, rows_file: Path, tmp_path: Path) -> None:
     mine = tmp_path / "rows.json"
     shutil.copy(rows_file, mine)
     run = workbench.run("data", rows=mine)
@@ -219,7 +237,7 @@ def test_changed_data_is_refused(workbench: Any, rows_file: Path, tmp_path: Path
     mine.write_text(json.dumps(rows))
     assert "data has changed" in refused(workbench, run)
     shutil.copy(rows_file, mine)
-    assert workbench.work(run) == 0, "with the old rows back it goes on"
+    assert workbench.work(run) == 0, "with the old rows it continues"
 
 
 @pytest.mark.parametrize(
@@ -229,7 +247,7 @@ def test_changed_data_is_refused(workbench: Any, rows_file: Path, tmp_path: Path
         ("rank: 2", "rank: 4", "lora.rank: 2 -> 4"),
     ],
 )
-def test_a_recipe_edited_in_the_folder_is_refused_before_the_model_loads(
+def test_edited_recipe_is_refused_before_the_model_is_loaded(
     workbench: Any, finished: Run, tmp_path: Path, line: str, edited: str, difference: str
 ) -> None:
     run = copy_of(finished, tmp_path)
@@ -238,7 +256,9 @@ def test_a_recipe_edited_in_the_folder_is_refused_before_the_model_loads(
     (run.path / "recipe.yaml").write_text(text.replace(line, edited))
     assert difference in refused(workbench, run)
     last = run.state().attempt
-    assert "model" not in [e.get("name") for e in run.events() if e["attempt"] == last]
+    assert "model" not in [
+        e.name for e in run.events() if isinstance(e, PhaseStarted) and e.attempt == last
+    ]
 
 
 # --- damage ------------------------------------------------------------------------------------
@@ -250,33 +270,35 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
     workbench: Any, finished: Run
 ) -> None:
     run = workbench.run("damaged")
     assert workbench.work(run, "step-9") == -signal.SIGKILL
-    newest = checkpoint.folders(run.checkpoints)[-1]
+    newest = checkpoint.list_checkpoints(run.checkpoints)[-1]
     assert checkpoint.step_of(newest) == 8
     flip(newest / "optimizer.safetensors")
     assert workbench.work(run) == 0
-    (warning,) = [event["message"] for event in run.events() if event["kind"] == "warning"]
+    (warning,) = [event.message for event in run.events() if isinstance(event, Warned)]
     assert str(newest / "optimizer.safetensors") in warning
     assert adapter_bytes(run) == adapter_bytes(finished)
 
 
 @pytest.mark.slow
-def test_a_damaged_best_one_is_said_and_the_last_step_taken(workbench: Any, tmp_path: Path) -> None:
-    run = workbench.run("worse", learning_rate=0.5, eval_every=1, early_stopping=1)
+def test_damaged_best_checkpoint_is_named_and_the_last_step_is_used(
+    workbench: Any, tmp_path: Path
+) -> None:
+    run = workbench.run("worse", learning_rate=0.5, eval_every=1, early_stopping_patience=1)
     assert workbench.work(run, "phase-comparison") == -signal.SIGKILL
-    last = checkpoint.folders(run.checkpoints)[-1]
-    best = run.checkpoints / f"step-{checkpoint.read_progress(last).best_step}"
+    last = checkpoint.list_checkpoints(run.checkpoints)[-1]
+    best = run.checkpoints / f"step-{checkpoint.read_state(last).best_step}"
     flip(best / "adapter_model.safetensors")
     assert workbench.work(run) == 0
-    (warning,) = [event["message"] for event in run.events() if event["kind"] == "warning"]
+    (warning,) = [event.message for event in run.events() if isinstance(event, Warned)]
     assert str(best) in warning and "last step" in warning
 
 
-def test_a_half_made_adapter_is_made_anew(workbench: Any, finished: Run, tmp_path: Path) -> None:
+def test_incomplete_adapter_is_written_again(workbench: Any, finished: Run, tmp_path: Path) -> None:
     run = copy_of(finished, tmp_path)
     (run.adapter / "adapter_model.safetensors").unlink()
     (run.path / ".adapter.tmp").mkdir()
@@ -286,9 +308,9 @@ def test_a_half_made_adapter_is_made_anew(workbench: Any, finished: Run, tmp_pat
     assert not (run.adapter / "stale").exists() and not (run.path / ".adapter.tmp").exists()
 
 
-def test_phases_tell_their_times(finished: Run) -> None:
-    begun = [event["name"] for event in finished.events() if event["kind"] == "phase"]
-    ended = [event["name"] for event in finished.events() if event["kind"] == "phase_end"]
+def test_each_phase_starts_and_ends(finished: Run) -> None:
+    begun = [event.name for event in finished.events() if isinstance(event, PhaseStarted)]
+    ended = [event.name for event in finished.events() if isinstance(event, PhaseEnded)]
     assert begun == ended == [
         "libraries", "device", "model files", "data", "plan", "model", "training", "comparison",
         "report",
@@ -296,21 +318,21 @@ def test_phases_tell_their_times(finished: Run) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_goes_on_after_a_kill(
+def test_command_line_resumes_after_a_kill(
     workbench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Launcher, supervisor and worker as a person starts them; the worker killed half-way."""
+    """Launcher, supervisor and worker as a person starts them; the worker is killed half-way."""
     whole = workbench.run("whole", epochs=8.0)
     assert workbench.work(whole) == 0
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many threads as the bench has: same bytes
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(whole.recipe().to_yaml().replace(str(workbench.root), str(tmp_path)))
     command = [sys.executable, "-m", "jetson_ft.cli", "train"]
-    with subprocess.Popen([*command, str(recipe)], stderr=subprocess.PIPE, text=True) as launcher:
-        run = wait_for(lambda: rundir.list_runs(tmp_path))[0]
+    with subprocess.Popen([*command, str(recipe)], stderr=subprocess.PIPE, text=True) as process:
+        run = wait_for(lambda: store.list_runs(tmp_path))[0]
         os.kill(wait_for_step(run, 6), signal.SIGKILL)
-        said = launcher.stderr.read() if launcher.stderr else ""
-    assert launcher.returncode == 2 and "crashed (signal 9)" in said
+        printed = process.stderr.read() if process.stderr else ""
+    assert process.returncode == 2 and "crashed (signal 9)" in printed
     done = subprocess.run(
         [*command, "--resume", str(run.path)], capture_output=True, text=True, timeout=120
     )
@@ -320,7 +342,7 @@ def test_the_command_line_goes_on_after_a_kill(
 
 
 def wait_for_step(run: Run, step: int) -> int:
-    """The worker's process number, once it has made the step."""
+    """Return the worker's process number, once it has made the step."""
     wait_for(lambda: len(losses(run)) >= step)
     for process in psutil.process_iter(["pid", "cmdline"]):
         command = process.info["cmdline"] or []
@@ -329,11 +351,10 @@ def wait_for_step(run: Run, step: int) -> int:
     raise AssertionError("no worker")
 
 
-def wait_for(holds: Any) -> Any:
+def wait_for(condition: Any) -> Any:
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        found = holds()
-        if found:
-            return found
+        if value := condition():
+            return value
         time.sleep(0.005)
-    raise AssertionError("it never came true")
+    raise AssertionError("the condition never became true")

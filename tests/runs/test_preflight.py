@@ -1,4 +1,4 @@
-"""What is refused before a run's folder is made."""
+"""Recipes that are refused before a run's folder is made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jetson_ft.data import store
 from jetson_ft.errors import UserError
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import preflight
+from jetson_ft.runs.manager import check_recipe
 
 ROW = {"instruction": "你好", "output": "你好！"}
 
@@ -38,22 +38,24 @@ def model_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def whole_reading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the sources that were read from end to end."""
+    """Return the names of the sources that were read whole."""
     names: list[str] = []
-    read = store.read
+    read = store.read_source
     monkeypatch.setattr(
-        store, "read", lambda source, **more: (names.append(source.name), read(source, **more))[1]
+        store,
+        "read_source",
+        lambda source, **more: (names.append(source.name), read(source, **more))[1],
     )
     return names
 
 
-def test_a_sound_job_passes_after_a_glance(
+def test_usable_first_rows_pass_without_reading_the_whole_source(
     tmp_path: Path, model_folder: Path, whole_reading: list[str]
 ) -> None:
-    preflight.check(Recipe())
+    check_recipe(Recipe())
     name = rows(tmp_path / "a.jsonl", "{broken", {"x": 1}, ROW)
-    preflight.check(recipe(model=str(model_folder), train=name, heldout=name))
-    preflight.check(recipe(train=name, heldout=5))
+    check_recipe(recipe(model=str(model_folder), train=name, heldout=name))
+    check_recipe(recipe(train=name, heldout=5))
     assert whole_reading == []
 
 
@@ -61,7 +63,7 @@ def test_a_sound_job_passes_after_a_glance(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "no such data file"),
+        (None, "Data file not found"),
         ("", "0 rows"),
         ("[]", "0 rows"),
         ('{"x": 1}', "no known layout"),
@@ -70,49 +72,49 @@ def test_a_sound_job_passes_after_a_glance(
         ("\0\1\2", "encoding"),
     ],
 )
-def test_data_without_a_usable_row_is_refused(
+def test_data_without_usable_rows_is_refused(
     key: str, content: str | None, words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.jsonl"
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=words) as caught:
-        preflight.check(recipe(**{key: str(path)}))
-    assert str(path) in caught.value.where
-    assert caught.value.fix
+        check_recipe(recipe(**{key: str(path)}))
+    assert str(path) in str(caught.value.where)
+    assert str(caught.value.fix)
 
 
-def test_rows_of_another_layout_than_the_recipe_says_are_refused(tmp_path: Path) -> None:
+def test_rows_of_another_layout_than_the_recipes_are_refused(tmp_path: Path) -> None:
     name = rows(tmp_path / "a.jsonl", ROW)
-    preflight.check(recipe(train=name, format="alpaca"))
+    check_recipe(recipe(train=name, format="alpaca"))
     with pytest.raises(UserError, match="can't be used"):
-        preflight.check(recipe(train=name, format="sharegpt"))
+        check_recipe(recipe(train=name, format="sharegpt"))
 
 
 def test_the_recipes_encoding_is_used(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(ROW, ensure_ascii=False).encode("utf-16-le"))
-    preflight.check(recipe(train=str(path), encoding="utf-16-le"))
+    check_recipe(recipe(train=str(path), encoding="utf-16-le"))
     with pytest.raises(UserError, match="encoding"):
-        preflight.check(recipe(train=str(path)))
+        check_recipe(recipe(train=str(path)))
 
 
 def test_a_missing_model_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such model"):
-        preflight.check(recipe(model=str(tmp_path / "gone")))
+    with pytest.raises(UserError, match="Model not found"):
+        check_recipe(recipe(model=str(tmp_path / "gone")))
 
 
 def test_a_folder_without_weights_is_refused(model_folder: Path) -> None:
     (model_folder / "model.safetensors").rename(model_folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickled"):
-        preflight.check(recipe(model=str(model_folder)))
+        check_recipe(recipe(model=str(model_folder)))
 
 
 def test_a_model_on_a_hub_out_of_reach_is_refused() -> None:
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE|out of reach"):
-        preflight.check(recipe(model="owner/name"))
+        check_recipe(recipe(model="owner/name"))
 
 
 def test_a_data_set_on_a_hub_out_of_reach_is_refused() -> None:
-    with pytest.raises(UserError, match="data set 'owner/name'"):
-        preflight.check(recipe(train="owner/name"))
+    with pytest.raises(UserError, match="'owner/name' can't be downloaded"):
+        check_recipe(recipe(train="owner/name"))

@@ -1,4 +1,4 @@
-"""The supervisor's own duties that no other test holds."""
+"""The supervisor process and the environment it gives to the worker."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jetson_ft.runs import jobs, rundir
-from jetson_ft.runs.rundir import lock
-from jetson_ft.runs.supervisor import WORKER_ENVIRONMENT
+from jetson_ft.runs import manager, store
+from jetson_ft.runs.processes import WORKER_ENVIRONMENT
+from jetson_ft.runs.store import lock
 
 
-def test_it_loads_no_torch() -> None:
-    """It stays beside the run for hours; it must cost next to nothing."""
+def test_supervisor_imports_no_torch() -> None:
+    """It stays beside the run for hours and must take little memory."""
     code = (
         "import sys, jetson_ft.runs.supervisor as s;"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules);"
@@ -25,44 +25,44 @@ def test_it_loads_no_torch() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_stopping_is_shown_while_the_worker_still_works(shop: Any) -> None:
-    run = shop.launch("endless")
-    process = shop.worker(run)
-    # The loader cuts the tunables up in place.
+def test_stop_shows_stopping_while_the_worker_works(light_runs: Any) -> None:
+    run = light_runs.launch("endless")
+    process = light_runs.worker(run)
+    # The loader splits the tunables in place.
     given = ":" + Path(f"/proc/{process}/environ").read_text().replace("\0", ":")
     assert all(f":{name}={value}:" in given for name, value in WORKER_ENVIRONMENT.items())
     os.kill(process, 19)  # SIGSTOP: a worker busy with a long step
-    jobs.stop(run)
-    assert shop.wait(run, "stopping") == "stopping"
+    manager.stop(run)
+    assert light_runs.wait(run, "stopping") == "stopping"
     assert run.state().reason == "writing a checkpoint"
     os.kill(process, 18)  # SIGCONT
-    assert shop.wait(run, *rundir.ENDED) == "stopped"
+    assert light_runs.wait(run, *store.ENDED_STATES) == "stopped"
 
 
-def test_it_outlives_its_launcher(shop: Any) -> None:
+def test_supervisor_outlives_the_launching_session(light_runs: Any) -> None:
     """`jetson-ft train` in a terminal that is closed: the session's processes are killed."""
-    shop.root.mkdir(parents=True)
-    recipe = shop.root / "recipe.yaml"
-    recipe.write_text(shop.recipe().to_yaml())
+    light_runs.root.mkdir(parents=True)
+    recipe = light_runs.root / "recipe.yaml"
+    recipe.write_text(light_runs.recipe().to_yaml())
     code = (
-        "import os, signal, sys; from jetson_ft import recipe; from jetson_ft.runs import jobs;"
-        "print(jobs.launch(recipe.load(sys.argv[1]), 'endless').path, flush=True);"
+        "import os, signal, sys; from jetson_ft import recipe; from jetson_ft.runs import manager;"
+        "print(manager.launch(recipe.load_recipe(sys.argv[1]), 'endless').path, flush=True);"
         "os.killpg(0, signal.SIGKILL)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(recipe)],
         capture_output=True, text=True, timeout=60, start_new_session=True,
     )  # fmt: skip
-    run = rundir.find(done.stdout.strip(), shop.root)
-    shop.worker(run)
-    assert jobs.settle(run) == "running"
-    jobs.stop(run)
-    assert shop.wait(run, *rundir.ENDED) == "stopped"
+    run = store.find_run(done.stdout.strip(), light_runs.root)
+    light_runs.worker(run)
+    assert manager.reconcile_state(run) == "running"
+    manager.stop(run)
+    assert light_runs.wait(run, *store.ENDED_STATES) == "stopped"
 
 
-def test_it_hands_the_slot_but_not_its_own_lock_to_the_worker(shop: Any) -> None:
-    run = shop.launch("endless")
-    process = shop.worker(run)
+def test_worker_inherits_the_slot_and_not_the_supervisors_lock(light_runs: Any) -> None:
+    run = light_runs.launch("endless")
+    process = light_runs.worker(run)
     names = {path.readlink().name for path in Path(f"/proc/{process}/fd").iterdir()}
     assert "slot" in names and "worker.lock" in names
     assert "supervisor.lock" not in names
@@ -98,8 +98,8 @@ print(peak.split()[1])
 """
 
 
-def test_a_worker_wastes_less_memory_between_its_tensors() -> None:
-    """Blocks as a training takes them, in micro-batches of six lengths; kibibytes at the peak."""
+def test_worker_environment_lowers_the_peak_of_mixed_allocations() -> None:
+    """Allocate as training does, in micro-batches of six lengths; compare the peaks in KiB."""
     own = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     plain, ours = (
         int(subprocess.check_output([sys.executable, "-c", _LIKE_A_TRAINING], env=environment))

@@ -1,4 +1,4 @@
-"""The worker process: how it ends, and what it says to a person about it."""
+"""The worker process: its exit codes, its last events, its error messages."""
 
 from __future__ import annotations
 
@@ -10,70 +10,77 @@ from typing import Any
 
 import pytest
 
-from jetson_ft.errors import UserError
-from jetson_ft.runs import ending, rundir, worker
-from jetson_ft.runs.rundir import EventLog, Run, lock
+from jetson_ft.errors import Message, UserError
+from jetson_ft.events import Exited, Failed
+from jetson_ft.runs import exit_status, processes, store, worker
+from jetson_ft.runs.store import EventLog, Run, lock
 
 
 def work(run: Run) -> int:
-    """A worker without a supervisor; its exit code."""
+    """Run a worker without a supervisor; return its exit code."""
     command = [sys.executable, "-m", "jetson_ft.runs.worker", str(run.path)]
     return subprocess.run(command, capture_output=True, timeout=30).returncode
 
 
-def last_words(run: Run) -> list[tuple[Any, ...]]:
-    return [(e["kind"], e.get("what", e.get("code"))) for e in run.events()]
+def last_events(run: Run) -> list[tuple[Any, ...]]:
+    return [
+        (e.kind, e.what if isinstance(e, Failed) else e.code)
+        for e in run.events()
+        if isinstance(e, Failed | Exited)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("label", "code", "words"),
+    ("label", "code", "events"),
     [
-        ("plain", 0, [("end", 0)]),
-        ("refused", 2, [("error", "No such file."), ("end", 2)]),
-        ("faulty", 1, [("error", "A fault in this program: RuntimeError: boom"), ("end", 1)]),
+        ("plain", 0, [("exit", 0)]),
+        ("refused", 2, [("error", "No such file."), ("exit", 2)]),
+        ("faulty", 1, [("error", "A fault in this program: RuntimeError: boom"), ("exit", 1)]),
     ],
 )
-def test_exit_code_and_last_words(queued: Any, label: str, code: int, words: list[Any]) -> None:
+def test_exit_code_is_returned_and_is_the_last_event(
+    queued: Any, label: str, code: int, events: list[Any]
+) -> None:
     run = queued(label)
     assert work(run) == code
-    assert last_words(run) == words
+    assert last_events(run) == events
 
 
-def test_asked_to_stop_it_ends_stopped(queued: Any) -> None:
+def test_request_to_stop_ends_the_worker_stopped(queued: Any) -> None:
     run = queued("endless")
     run.request_stop()
-    assert work(run) == ending.EXIT_STOPPED
+    assert work(run) == exit_status.EXIT_STOPPED
 
 
-def test_a_second_worker_gives_way(queued: Any) -> None:
+def test_second_worker_exits_at_once(queued: Any) -> None:
     run = queued("plain")
     held = lock(run.path / "worker.lock")
-    assert work(run) == ending.EXIT_FAILED
+    assert work(run) == exit_status.EXIT_FAILED
     assert held and not (run.path / "worked-1").exists()
 
 
-def test_terminated_it_asks_itself_to_stop(shop: Any) -> None:
+def test_terminated_worker_stops_properly(light_runs: Any) -> None:
     import signal
 
-    run = shop.launch("endless")
-    os.kill(shop.worker(run), signal.SIGTERM)
-    assert shop.wait(run, *rundir.ENDED) == "stopped"
+    run = light_runs.launch("endless")
+    os.kill(light_runs.worker(run), signal.SIGTERM)
+    assert light_runs.wait(run, *store.ENDED_STATES) == "stopped"
 
 
-def test_interrupted_it_goes_on(shop: Any) -> None:
-    """Ctrl-C in the launcher's terminal is the launcher's to translate."""
+def test_interrupted_worker_continues(light_runs: Any) -> None:
+    """The command that launched the run handles Ctrl-C."""
     import signal
 
-    run = shop.launch("endless")
-    process = shop.worker(run)
+    run = light_runs.launch("endless")
+    process = light_runs.worker(run)
     os.kill(process, signal.SIGINT)
     with pytest.raises(AssertionError):
-        shop.wait(run, *rundir.ENDED, seconds=0.5)
+        light_runs.wait(run, *store.ENDED_STATES, seconds=0.5)
 
 
-def test_a_failed_run_says_why_in_its_state(shop: Any) -> None:
-    run = shop.launch("refused")
-    assert shop.wait(run, *rundir.ENDED) == "failed"
+def test_failed_run_has_the_error_as_its_reason(light_runs: Any) -> None:
+    run = light_runs.launch("refused")
+    assert light_runs.wait(run, *store.ENDED_STATES) == "failed"
     assert run.state().reason == "No such file."
     assert "Traceback" in (run.path / "log.txt").read_text()
 
@@ -88,26 +95,26 @@ def test_a_failed_run_says_why_in_its_state(shop: Any) -> None:
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
     ],
 )
-def test_every_form_of_too_little_memory_is_told_alike(error: Exception) -> None:
-    plain = worker.explain(error)
-    assert plain.what == "Out of memory."
+def test_every_out_of_memory_error_has_the_same_message(error: Exception) -> None:
+    explained = processes.explain_error(error, Message(""))
+    assert str(explained.what) == "Out of memory."
     for setting in ("data.max_length", "lora.rank", "nf4"):
-        assert setting in plain.fix
+        assert setting in str(explained.fix)
 
 
-def test_torchs_own_error_is_one_of_them() -> None:
+def test_torchs_out_of_memory_error_is_recognized() -> None:
     import torch
 
-    assert worker.is_out_of_memory(torch.OutOfMemoryError("x"))
-    assert not worker.is_out_of_memory(RuntimeError("shapes differ"))
+    assert processes.is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert not processes.is_out_of_memory(RuntimeError("shapes differ"))
 
 
-def test_a_plain_error_stays_itself() -> None:
+def test_user_error_is_not_changed() -> None:
     error = UserError("No such file.", "x", "y")
-    assert worker.explain(error) is error
+    assert processes.explain_error(error, Message("")) is error
 
 
-def test_a_full_disk_takes_no_last_word_and_changes_no_code(
+def test_full_disk_drops_the_last_event_without_an_error(
     queued: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = EventLog(queued("x"), 1)
@@ -116,4 +123,4 @@ def test_a_full_disk_takes_no_last_word_and_changes_no_code(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
-    worker._tell(log, "end", code=0)
+    worker._emit_last(log.emit, Exited(code=0))

@@ -1,4 +1,4 @@
-"""Runs in real processes: whole ones on the tiny Phi, and light ones for the life of a run."""
+"""Runs in real processes: whole ones on the tiny Phi, and light ones without training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pytest
 import whole_worker
 
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import jobs, rundir
-from jetson_ft.runs.rundir import Run
+from jetson_ft.runs import manager, store
+from jetson_ft.runs.store import Run
 
-# A worker process whose pipeline is light: everything around it is the real thing. What it
-# does is told by the run's name. Python imports a module of this name when it starts.
+# A worker process with a pipeline that doesn't train; everything around it is real. The run's name
+# says what it does. Python imports a module of this name (`sitecustomize`) when it starts.
 LIGHT_PIPELINE = """
 import os, sys
 
@@ -41,8 +41,8 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
             if "faulty" in name:
                 raise RuntimeError("boom")
             if "hungry" in name and (self.attempt == 1 or "always" in name):
-                from jetson_ft.training.memory import OutOfMemory
-                raise OutOfMemory("Out of memory.", "here", "Less.", again=True)
+                from jetson_ft.runs.oom import OutOfMemory
+                raise OutOfMemory("Out of memory.", "here", "Less.", retry=True)
             while "endless" in name and not self.stop_requested():
                 time.sleep(0.02)
             return not self.stop_requested()
@@ -53,52 +53,53 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
 """
 
 
-def wait_for(holds: Callable[[], Any], seconds: float = 15.0) -> Any:
-    """What `holds` says as soon as it says yes."""
+def wait_for(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
+    """Return the value of `condition` as soon as it is true."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        found = holds()
-        if found:
-            return found
+        if value := condition():
+            return value
         time.sleep(0.02)
-    raise AssertionError("it never came true")
+    raise AssertionError("the condition never became true")
 
 
-class Shop:
-    """Launches light runs into a folder and a queue of its own."""
+class LightRuns:
+    """Launches light runs in a folder and a queue of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "runs"
 
     def recipe(self, **train: Any) -> Recipe:
-        """A recipe whose runs lie in this shop."""
-        return Recipe.model_validate({"output": str(self.root), "train": train})
+        """Return a recipe whose runs are made in the folder."""
+        return Recipe.model_validate({"output_dir": str(self.root), "train": train})
 
     def launch(self, label: str, **train: Any) -> Run:
-        """A run whose label says what its worker does: endless, refused, faulty, or just ends."""
-        return jobs.launch(self.recipe(**train), label)
+        """Launch a run; its label says what the worker does: endless, refused, faulty, or ends."""
+        return manager.launch(self.recipe(**train), label)
 
     def wait(self, run: Run, *states: str, seconds: float = 15.0) -> str:
-        """Until the run is in one of the states, as `settle` sees it."""
-        found: str = wait_for(lambda: jobs.settle(run) in states and run.state().state, seconds)
-        return found
+        """Wait until the run's reconciled state is one of these; return it."""
+        state: str = wait_for(
+            lambda: manager.reconcile_state(run) in states and run.state().state, seconds
+        )
+        return state
 
     def worker(self, run: Run) -> int:
-        """Process number of the run's worker, once it works."""
+        """Return the process number of the run's worker, once it works."""
         attempt = run.state().attempt
         wait_for(lambda: (run.path / f"worked-{attempt}").exists())
         return int((run.path / "pid").read_text())
 
-    def until(self, holds: Callable[[], Any], seconds: float = 15.0) -> Any:
-        """What `holds` says as soon as it says yes."""
-        return wait_for(holds, seconds)
+    def until(self, condition: Callable[[], Any], seconds: float = 15.0) -> Any:
+        """Return the value of `condition` as soon as it is true."""
+        return wait_for(condition, seconds)
 
-    def told(self, run: Run) -> Any:
-        """The state of a run once it gives a reason."""
+    def state_with_reason(self, run: Run) -> Any:
+        """Return the state of a run once it has a reason."""
         return wait_for(lambda: run.state().reason and run.state())
 
     def supervisor(self, run: Run) -> psutil.Process:
-        """The run's supervisor, a child of this process."""
+        """Return the run's supervisor, a child of this process."""
 
         def find() -> psutil.Process | None:
             for child in psutil.Process().children():
@@ -112,8 +113,8 @@ class Shop:
         return process
 
     def close(self) -> None:
-        """Ends what still lives."""
-        runs = rundir.list_runs(self.root)
+        """End the runs that are still live."""
+        runs = store.list_runs(self.root)
         for run in runs:
             run.request_stop()
         for run in runs:
@@ -122,45 +123,45 @@ class Shop:
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shop]:
-    """Real supervisors and workers with a light pipeline."""
+def light_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LightRuns]:
+    """Return real supervisors and workers with a light pipeline."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(LIGHT_PIPELINE)
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
     monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
-    made = Shop(tmp_path)
-    yield made
-    made.close()
+    runs = LightRuns(tmp_path)
+    yield runs
+    runs.close()
 
 
 # --- whole runs on the tiny Phi ----------------------------------------------------------------
 
 
 class Workbench:
-    """Whole worker processes: the real pipeline, without the wait for its imports."""
+    """Runs whole worker processes: the real pipeline, without the wait for its imports."""
 
     def __init__(self, tiny_phi: Path, rows_file: Path, root: Path) -> None:
         self.context = forked.context()
         self.model, self.rows, self.root = tiny_phi, rows_file, root
 
     def run(self, label: str, rows: Path | None = None, **train: Any) -> Run:
-        """A queued run of nine steps with dropout; `train` changes that."""
+        """Return a queued run of nine steps with dropout; `train` changes settings."""
         settings = {"epochs": 1.0, "tokens_per_step": 220, "learning_rate": 1e-2, "eval_every": 4}
         recipe = Recipe.model_validate(
             {
-                "model": str(self.model), "precision": "fp32", "output": str(self.root),
+                "model": str(self.model), "precision": "fp32", "output_dir": str(self.root),
                 "data": {"train": str(rows or self.rows), "heldout": 5},
                 "lora": {"rank": 2, "dropout": 0.1}, "train": settings | train,
                 "eval": {"max_new_tokens": 6, "samples": 2},
             }
         )  # fmt: skip
-        made = rundir.create(recipe, label)
-        made.write_state("queued")
-        return made
+        run = store.create_run(recipe, label)
+        run.write_state("queued")
+        return run
 
     def work(self, run: Run, kill_at: str = "", **environment: str) -> int:
-        """One attempt in a process of its own, killed at an event if wanted; its exit code."""
+        """Run one attempt in a process, killed at an event if given; return its exit code."""
         if run.events():
             run.write_state("queued", attempt=run.state().attempt + 1)
         process = self.context.Process(
@@ -173,11 +174,11 @@ class Workbench:
 
 
 @pytest.fixture
-def queued(shop: Any) -> Any:
-    """Makes a run that waits for a worker, without starting one."""
+def queued(light_runs: LightRuns) -> Callable[[str], Run]:
+    """Return a function that makes a queued run without starting a worker."""
 
     def make(label: str) -> Run:
-        run = rundir.create(shop.recipe(), label)
+        run = store.create_run(light_runs.recipe(), label)
         run.write_state("queued")
         return run
 
@@ -188,13 +189,13 @@ def queued(shop: Any) -> Any:
 def workbench(
     tiny_phi: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Workbench:
-    """One for the session, so that the imports are paid once."""
+    """Return one for the session, so that the imports are done once."""
     return Workbench(tiny_phi, rows_file, tmp_path_factory.mktemp("whole-runs"))
 
 
 @pytest.fixture(scope="session")
 def finished(workbench: Workbench) -> Run:
-    """An uninterrupted run; tests only read it."""
+    """Return an uninterrupted run; tests only read it."""
     run = workbench.run("uninterrupted")
     assert workbench.work(run) == 0, (run.path / "log.txt").read_text()
     run.write_state("finished")

@@ -1,0 +1,54 @@
+"""Measure a finished run's base model and adapter again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jetson_ft import adapter
+from jetson_ft.data import sources, tokenize
+from jetson_ft.data.prepare import prepare_rows
+from jetson_ft.data.store import read_source
+from jetson_ft.hardware import detect
+from jetson_ft.kernels import attention
+from jetson_ft.kernels.packing import make_packs
+from jetson_ft.models import files, loading
+from jetson_ft.models.loading import weight_format
+from jetson_ft.runs.store import Run
+
+if TYPE_CHECKING:
+    from jetson_ft.inference.compare import ProgressCallback
+
+_PACK_TOKENS = 1024
+
+
+def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> dict[str, Any]:
+    """Compare base and adapter on the run's held-out rows, or on the rows of `data`.
+
+    Returns:
+        `eval` and `generation` as in report.json.
+    """
+    from jetson_ft.inference import compare
+
+    folder = run.require_adapter()
+    recipe = run.recipe()
+    base = files.resolve_model(recipe.model)
+    tokenizer = loading.load_tokenizer(base)
+    if data is None:
+        rows = prepare_rows(recipe.data, tokenizer)
+        conversations, encoded = list(rows.heldout_messages["messages"]), rows.heldout
+    else:
+        on_invalid = recipe.data.on_invalid
+        messages, report = read_source(sources.resolve_source(data), on_invalid=on_invalid)
+        key = f"{report.sha256}-{report.layout}-{on_invalid}-eval"
+        encoded, _report = tokenize.tokenize_rows(messages, key, tokenizer, recipe.data.max_length)
+        numbers = set(encoded["row"])
+        conversations = [row["messages"] for row in messages if row["row"] in numbers]
+    device = detect.detect_device()
+    model = loading.load_model(base, weight_format(recipe, device), device.kind)
+    model = adapter.load_adapter(model, base, folder)
+    pack_tokens = _PACK_TOKENS if attention.supports_packing(model) else 0
+    return compare.compare_adapter(
+        model, tokenizer, conversations, list(make_packs(list(encoded), pack_tokens)),
+        int(sum(encoded["answer_characters"])), recipe.eval.max_new_tokens, recipe.eval.samples,
+        on_progress,
+    )  # fmt: skip

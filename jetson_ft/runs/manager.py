@@ -1,0 +1,336 @@
+"""All that is done with runs as a whole: launch, resume, stop, name, delete.
+
+Each run has a small supervisor process, detached from the process that launched it. It waits until
+the machine is free, starts the worker, and records how the worker ended. One run trains at a time:
+the worker inherits the lock file of the slot, so that it stays taken if the supervisor is killed.
+
+The process that launches or resumes a run takes `supervisor.lock` and hands it to the supervisor
+that it starts. If both are dead, `reconcile_state` takes it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, cast
+
+from jetson_ft import hub
+from jetson_ft import recipe as recipes
+from jetson_ft.data import formats, readers, sources
+from jetson_ft.data import store as rows_store
+from jetson_ft.data.formats import RowError
+from jetson_ft.errors import UserError, _
+from jetson_ft.files import disk_errors, printable, staged, write_atomic, write_json
+from jetson_ft.hardware import detect
+from jetson_ft.models import files
+from jetson_ft.recipe import Layout, Recipe
+from jetson_ft.runs import exit_status, processes, store
+from jetson_ft.runs.processes import DistributedConfig
+from jetson_ft.runs.store import LIVE_STATES, SCHEMA, Run, lock
+
+# The keys that may change on resume, and only upwards: the length of a run.
+_LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
+# The keys that change how and when a step is computed, and not the result.
+_PLAN_KEYS = {"train.max_memory_gb", "train.on_oom", "device.max_temperature_c"}
+Start = Callable[[Run, IO[bytes]], None]  # takes a queued run and its locked supervisor.lock
+_PREFLIGHT_ROWS = 100  # checked of each file
+
+
+# --- before a run ------------------------------------------------------------------------------
+
+
+def default_recipe(
+    has_gpu: Callable[[], bool] = detect.has_cuda_gpu,
+    hub_reachable: Callable[[], bool] = hub.reachable,
+) -> tuple[str, str]:
+    """Return the shipped recipe to run when none is named, and a line on the reason."""
+    if not has_gpu():
+        return "quickstart-zh", "no CUDA GPU here, so the embedded model on the CPU"
+    if not hub_reachable():
+        return "quickstart-zh", f"a GPU, but {hub.endpoint()} is out of reach: the embedded model"
+    return "phi-1_5-zh-quick", "a CUDA GPU and the hub in reach: Phi-1.5, at most 60 minutes"
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise `UserError` if the model or the data don't exist, or no row can be used.
+
+    Data sets on the hub are fetched, and small files of models there.
+    """
+    if recipe.model != "embedded":
+        files.resolve_model(recipe.model, weights=Path(recipe.model).expanduser().exists())
+    data = recipe.data
+    if data.train != "bundled":
+        _check_rows(data.train, data.format, data.encoding, data.on_invalid)
+    if isinstance(data.heldout, str) and data.heldout not in ("auto", "bundled"):
+        _check_rows(data.heldout, "auto", "auto", data.on_invalid)
+
+
+def _check_rows(name: str, layout: str, encoding: str, on_invalid: str) -> None:
+    source = sources.resolve_source(name)
+    for path in source.files:
+        _report, rows = readers.read_rows(path, encoding)
+        if any(_is_usable(row.value, layout) for row in islice(rows, _PREFLIGHT_ROWS)):
+            return
+    # Reading all rows finds what is wrong with them, and raises it.
+    rows_store.read_source(source, layout=layout, encoding=encoding, on_invalid=on_invalid)
+
+
+def _is_usable(value: object, layout: str) -> bool:
+    if not isinstance(value, dict):
+        return False
+    row_layout = formats.detect_layout(value) if layout == "auto" else cast(Layout, layout)
+    try:
+        return bool(row_layout and formats.to_messages(value, row_layout))
+    except RowError:
+        return False
+
+
+# --- launch, resume, stop ----------------------------------------------------------------------
+
+
+def launch(
+    recipe: Recipe, label: str, config: DistributedConfig | None = None, start: Start | None = None
+) -> Run:
+    """Check the recipe, create the run and start its supervisor; return at once.
+
+    Args:
+        label: part of the run's name.
+        config: its processes; None: one.
+        start: starts the work instead of a supervisor (`run_in_foreground`).
+
+    Raises:
+        UserError: the run would fail at its start, or its folder can't be written.
+    """
+    check_recipe(recipe)
+    run = store.create_run(_with_absolute_paths(recipe), label)
+    try:
+        with _take_supervisor_lock(run) as lock_file:
+            processes.write_distributed_config(run, config or DistributedConfig())
+            run.write_state("queued")
+            (start or _start_supervisor)(run, lock_file)
+    except UserError:
+        if not run.events_file.exists():  # else it has trained, in this process
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    return run
+
+
+def resume(
+    run: Run,
+    overrides: Iterable[str] = (),
+    config: DistributedConfig | None = None,
+    start: Start | None = None,
+) -> Run:
+    """Continue from the last checkpoint.
+
+    Args:
+        overrides: `key=value` settings, which may only make the run longer.
+        config: the processes for this attempt and later ones; None keeps the old ones.
+        start: as for `launch`.
+
+    Raises:
+        UserError: it is running, it is finished, or an override would change its result.
+    """
+    if reconcile_state(run) in LIVE_STATES:
+        raise _is_running(run)
+    with _take_supervisor_lock(run) as lock_file:
+        old, state = run.recipe(), run.state()
+        new = recipes.parse_recipe(old.to_yaml(), str(run.path / "recipe.yaml"), overrides)
+        check_only_longer(run, old, new)
+        if state.state == "finished" and new == old:
+            raise UserError(
+                _("{run} is finished."),
+                str(run.path),
+                _("Make it longer (--set train.epochs=…), or start a new run."),
+                run=run.name,
+            )
+        if new != old:
+            write_atomic(run.path / "recipe.yaml", new.to_yaml())
+        if config:
+            processes.write_distributed_config(run, config)
+        run.clear_stop()
+        run.write_state("queued", attempt=state.attempt + 1)
+        (start or _start_supervisor)(run, lock_file)
+    return run
+
+
+def _take_supervisor_lock(run: Run) -> IO[bytes]:
+    """Return the locked `supervisor.lock`; refuse a running run."""
+    # The supervisor of a run that has just ended takes a moment to exit.
+    lock_file = lock(run.path / "supervisor.lock", timeout=2.0)
+    if lock_file and not run.is_locked("worker"):
+        return lock_file
+    if lock_file:
+        lock_file.close()
+    raise _is_running(run)
+
+
+def _is_running(run: Run) -> UserError:
+    return UserError(
+        _("{run} is running."),
+        str(run.path),
+        _("Stop it first (`jetson-ft runs stop`)."),
+        run=run.name,
+    )
+
+
+def check_only_longer(run: Run, old: Recipe, new: Recipe) -> None:
+    """Refuse a recipe with which a resumed run would have another result, or be shorter."""
+    changes = old.diff(new)
+    others = [
+        f"{key}: {before!r} -> {after!r}"
+        for key, (before, after) in changes.items()
+        if key not in _PLAN_KEYS | _LENGTH_KEYS
+    ]
+    if others:
+        raise UserError(
+            _("A resumed run must keep its settings; this would change {changes}."),
+            str(run.path),
+            _("Resume without it, or start a new run with it."),
+            changes=", ".join(others),
+        )
+    for key, (before, after) in changes.items():
+        # null means no limit
+        if key in _LENGTH_KEYS and (after or math.inf) < (before or math.inf):
+            raise UserError(
+                _("A resumed run can only become longer; {key} would fall from {old} to {new}."),
+                str(run.path),
+                _("`jetson-ft runs stop` ends a run early."),
+                key=key,
+                old=before,
+                new=after,
+            )
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe with absolute paths, to resume the run from any folder."""
+    copy = recipe.model_copy(deep=True)
+    copy.output_dir = str(Path(recipe.output_dir).expanduser().absolute())
+    for section, key in ((copy, "model"), (copy.data, "train"), (copy.data, "heldout")):
+        value = getattr(section, key)
+        if isinstance(value, str) and value not in ("embedded", "bundled", "auto"):
+            path = Path(value).expanduser()
+            if path.exists():
+                setattr(section, key, str(path.absolute()))
+    return copy
+
+
+def _start_supervisor(run: Run, lock_file: IO[bytes]) -> None:
+    """Start the supervisor with the lock inherited, so that the run never looks dead."""
+    number = lock_file.fileno()
+    command = [sys.executable, "-m", "jetson_ft.runs.supervisor", str(run.path), str(number)]
+    with disk_errors(run.path), open(run.path / "log.txt", "ab") as log:
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            pass_fds=[number], start_new_session=True,
+        )  # fmt: skip
+
+
+def stop(run: Run) -> None:
+    """Request a checkpoint and the end of a run; do nothing if it has ended."""
+    if reconcile_state(run) in LIVE_STATES:
+        run.request_stop()
+
+
+def reconcile_state(run: Run) -> str:
+    """Return the run's state, corrected where its processes died without a record."""
+    state = run.state().state
+    if state not in LIVE_STATES or run.is_live():
+        return state
+    lock_file = lock(run.path / "supervisor.lock")
+    if lock_file is None:  # another process has taken it over just now
+        return run.state().state
+    with lock_file:
+        # Read again: it may have ended properly between the first read and the lock.
+        if run.state().state in LIVE_STATES and not run.is_locked("worker"):
+            run.write_state(*exit_status.state_from_events(run))
+        return run.state().state
+
+
+def resumable_runs(root: Path) -> list[Run]:
+    """Return the runs under the root that were cut short, newest first."""
+    resumable = []
+    for run in store.list_runs(root):
+        with suppress(UserError):  # a damaged one
+            if reconcile_state(run) not in LIVE_STATES and run.state().resumable:
+                resumable.append(run)
+    return resumable
+
+
+# --- runs that have ended ----------------------------------------------------------------------
+
+
+def set_title_and_notes(run: Run, title: str | None = None, notes: str | None = None) -> None:
+    """Write the run's title and notes; None keeps the old."""
+    about = run.about()
+    for key, text, limit, too_long in (
+        ("title", title, 100, _("The title has {count:,} characters.")),
+        ("notes", notes, 20_000, _("The notes have {count:,} characters.")),
+    ):
+        if text is not None and len(text) > limit:
+            raise UserError(too_long, fix=_("At most {limit:,}."), count=len(text), limit=limit)
+        if text is not None:
+            about[key] = printable(text.strip())
+    write_json(run.path / "about.json", {"schema": SCHEMA, **about})
+
+
+def delete(run: Run) -> None:
+    """Remove the folder of a run; refuse a running one."""
+    if reconcile_state(run) in LIVE_STATES:
+        raise _is_running(run)
+    trash = run.path.with_name(f".deleted-{run.name}")
+    with disk_errors(run.path):
+        shutil.rmtree(trash, ignore_errors=True)
+        run.path.rename(trash)  # in one step, for all readers
+        shutil.rmtree(trash)
+
+
+def zip_adapter(run: Run, target: Path) -> Path:
+    """Write the finished adapter's folder as one file; return its path."""
+    run.require_adapter()
+    with staged(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(run.adapter.iterdir()):
+            archive.write(path, f"{run.name}/{path.name}")
+    return target
+
+
+# --- in this process ---------------------------------------------------------------------------
+
+
+def run_in_foreground(run: Run, lock_file: IO[bytes]) -> None:
+    """Supervise and train the run in this process, so that a debugger works.
+
+    Takes the same locks and the machine's slot, and writes the same files as a supervisor and its
+    worker. The first Ctrl-C stops the run with a checkpoint, the second one without. Only for the
+    main thread, which alone may handle signals. The environment of a worker
+    (`processes.WORKER_ENVIRONMENT`) isn't set: on a CPU it may be slower and take more memory.
+    """
+    from jetson_ft.runs import supervisor, worker
+
+    def interrupt(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run.request_stop()
+
+    def run_attempt(run: Run, slot: IO[bytes]) -> int:
+        run.write_state("running")
+        try:
+            return worker.main(run, interrupt)
+        except KeyboardInterrupt:
+            return exit_status.EXIT_STOPPED
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with lock_file:
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            supervisor.supervise(run, lock_file, run_attempt)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)

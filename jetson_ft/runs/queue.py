@@ -1,0 +1,68 @@
+"""The machine's slot for one running job, first come, first served."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import IO
+
+from jetson_ft.files import cache_dir
+from jetson_ft.runs.store import lock, try_lock
+
+
+class QueueTicket:
+    """A place in the queue for the slot: a locked file, named by the time `since` (since 1970).
+
+    The oldest ticket that is locked may take the slot.
+    """
+
+    def __init__(self, since: float) -> None:
+        self._folder = cache_dir("queue")
+        self._name = f"{int(since * 1e6):020d}-{uuid.uuid4().hex}"
+        # Locked before it is visible: one without a lock is taken for a dead process's.
+        hidden = self._folder / f".{self._name}"
+        self._ticket = lock(hidden)
+        hidden.replace(self._folder / self._name)
+
+    def try_take(self, run: Path) -> IO[bytes] | None:
+        """Return the slot's lock file, with the run's folder in it; None: not yet."""
+        if self._has_earlier_ticket():
+            return None
+        slot = lock(self._folder / "slot")
+        if slot:
+            slot.truncate(0)
+            slot.write(os.fsencode(run.absolute()))
+            slot.flush()
+            self.cancel()
+        return slot
+
+    def cancel(self) -> None:
+        """Leave the queue."""
+        (self._folder / self._name).unlink(missing_ok=True)
+        if self._ticket:
+            self._ticket.close()
+            self._ticket = None
+
+    def _has_earlier_ticket(self) -> bool:
+        for path in sorted(self._folder.glob("[0-9]*-*")):
+            if path.name >= self._name:
+                return False
+            try:
+                with open(path, "rb") as file:
+                    if not try_lock(file):
+                        return True
+            except FileNotFoundError:
+                continue
+            path.unlink(missing_ok=True)  # its owner died waiting
+        return False
+
+
+def running_run() -> Path | None:
+    """Return the folder of the run that has the machine's slot; None: it is free."""
+    path = cache_dir("queue") / "slot"
+    slot = lock(path)
+    if slot:
+        slot.close()
+        return None
+    return Path(os.fsdecode(path.read_bytes()))

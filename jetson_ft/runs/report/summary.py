@@ -1,0 +1,250 @@
+"""The result of a run: report.json for programs, report.md and report.html for people."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jetson_ft import __version__
+from jetson_ft.errors import Message, _
+from jetson_ft.events import Evaluated, Event, PauseEnded, Sensors, Step
+from jetson_ft.files import write_atomic, write_json
+from jetson_ft.i18n import duration, languages, translator
+from jetson_ft.runs.report import chart
+from jetson_ft.runs.store import Run
+
+if TYPE_CHECKING:
+    from jetson_ft.training.planner import Plan
+    from jetson_ft.training.state import TrainState
+
+SCHEMA = 1
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+# Key in report.json's `before` and `after`, name (template), format, and 1 if higher is better.
+METRICS = (
+    ("loss", _("Loss on the answers (nats per token)"), "{:.3f}", -1),
+    ("bits_per_char", _("Bits per character"), "{:.3f}", -1),
+    ("chinese_share", _("Chinese share of the replies"), "{:.0%}", 1),
+    ("stop_rate", _("Replies that end by themselves"), "{:.0%}", 1),
+    ("repetition", _("Repeated 4-grams"), "{:.0%}", -1),
+    ("chrf", "chrF", "{:.1f}", 1),
+    ("bleu", "BLEU", "{:.1f}", 1),
+)
+# By the counter's name in report.json.
+_SLOWDOWNS = {
+    "throttled_seconds": _(
+        "The board lowered its clocks because of heat, for about {count:,.0f} s."
+    ),
+    "paused_seconds": _("Training paused for {count:,.0f} s to let it cool."),
+    "oc1": _("Power: the input voltage fell too low (oc1: {count:,}); this lowers the clocks."),
+    "oc2": _("Power: the mean current rose too high (oc2: {count:,}); this lowers the clocks."),
+    "oc3": _("Power: the current peaked too high (oc3: {count:,}); this lowers the clocks."),
+}
+_ROLES = {"user": _("user"), "assistant": _("assistant"), "system": _("system")}
+
+
+def write_report(run: Run, report: dict[str, Any]) -> None:
+    """Write the three reports, from the content of report.json."""
+    write_json(run.path / "report.json", report)
+    write_atomic(run.path / "report.md", render_markdown(run.name, report))
+    write_atomic(run.path / "report.html", render_html(run.name, report, run.events()))
+
+
+def build_report(
+    run: Run, plan: Plan, state: TrainState, peak_memory_bytes: int, **parts: Any
+) -> dict[str, Any]:
+    """Return the content of `report.json` (docs/run-directory.md). Bytes, seconds, tokens.
+
+    Args:
+        peak_memory_bytes: as measured.
+        parts: the keys that run, plan and state don't give, with their values.
+    """
+    recipe, events = run.recipe(), run.events()
+    losses = [e.loss for e in events if isinstance(e, Step) and e.loss is not None]
+    last = losses[-max(1, round(len(losses) / 10)) :]
+    return {
+        "schema": SCHEMA,
+        "recipe_sha256": recipe.sha256(),
+        "model": recipe.model,
+        "versions": versions(),
+        "seed": recipe.train.seed,
+        **parts,
+        "plan": {"peak_memory_bytes": plan.peak_memory_bytes, "seconds": plan.seconds},
+        "train": {
+            "steps": state.step,
+            "best_step": state.best_step,
+            "stopped_early": state.stopped_early,
+            "rows": state.rows,
+            "tokens": state.tokens,
+            "supervised_tokens": state.supervised_tokens,
+            "seconds": round(state.train_seconds, 1),
+            "tokens_per_second": round(state.tokens / max(1e-9, state.train_seconds), 1),
+            "peak_memory_bytes": peak_memory_bytes,
+            **_energy(state),
+            "final_loss": sum(last) / len(last) if last else None,
+        },
+        "sensors": summarize_sensors(events),
+    }
+
+
+def _energy(state: TrainState) -> dict[str, float | None]:
+    joules, tokens = state.energy_joules, state.tokens
+    if joules is None or not tokens:
+        return {"energy_joules": None, "joules_per_token": None}
+    return {"energy_joules": round(joules, 1), "joules_per_token": round(joules / tokens, 6)}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this program and of the packages that affect its results."""
+    installed = {"jetson-ft": __version__}
+    for package in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed
+
+
+def summarize_sensors(events: list[Event]) -> dict[str, Any] | None:
+    """Return `sensors` of report.json, over all attempts; None where nothing was read."""
+    samples = [event for event in events if isinstance(event, Sensors)]
+    if not samples:
+        return None
+    # These two count from the start of an attempt: its last sample has the totals.
+    last = list({sample.attempt: sample for sample in samples}.values())
+    counts: Counter[str] = Counter()
+    for sample in last:
+        counts.update(sample.over_current or {})
+    temperatures = [s.temperature for s in samples if s.temperature is not None]
+    pauses = [event.seconds for event in events if isinstance(event, PauseEnded)]
+    return {
+        "source": samples[-1].source,
+        "max_temperature": max(temperatures, default=None),
+        "throttled_seconds": round(sum(s.throttled_seconds or 0.0 for s in last), 1),
+        "over_current": dict(counts),
+        "paused_seconds": round(sum(pauses), 1),
+    }
+
+
+def sensor_warnings(sensors: dict[str, Any] | None) -> list[Message]:
+    """Return the causes that slowed the board down, by `sensors` of report.json."""
+    if sensors is None:
+        return []
+    counts = sensors | sensors["over_current"]
+    return [
+        Message(text, {"count": counts[name]})
+        for name, text in _SLOWDOWNS.items()
+        if counts.get(name)
+    ]
+
+
+def metric_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the before/after table: key, name (template), formatted values, and a verdict."""
+    rows = []
+    for key, name, number, sign in METRICS:
+        before, after = report["eval"]["before"][key], report["eval"]["after"][key]
+        verdict = "better" if (after - before) * sign > 0 else "worse"
+        if abs(after - before) < 1e-9:
+            verdict = "same"
+        shown = {"before": number.format(before), "after": number.format(after)}
+        rows.append({"key": key, "name": name, **shown, "verdict": verdict})
+    return rows
+
+
+def sample_pairs(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the sample conversations, with the replies of both models."""
+    before, after = (report["eval"][side]["samples"] for side in ("before", "after"))
+    return [
+        {**old, "before": old["reply"], "after": new["reply"]}
+        for old, new in zip(before, after, strict=True)
+    ]
+
+
+def render_markdown(name: str, report: dict[str, Any]) -> str:
+    """Return the report as text for people."""
+    train = report["train"]
+    lines = [
+        f"# {name}",
+        "",
+        f"{report['model']} ({report['precision']}), {train['steps']} steps, "
+        f"{train['tokens']:,} tokens in {duration(train['seconds'])} "
+        f"({train['tokens_per_second']:,.0f} tokens/s), "
+        f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB, "
+        f"{report['device']['board'] or report['device']['name']}{energy_phrase(report)}.",
+        *(f"\n{message}" for message in sensor_warnings(report["sensors"])),
+        "",
+        f"| {report['eval']['rows']} held-out rows | base | adapter |",
+        "|---|---:|---:|",
+        *("| {name} | {before} | {after} |".format(**row) for row in metric_rows(report)),
+        "",
+    ]
+    for number, pair in enumerate(sample_pairs(report), 1):
+        lines += [f"## Pair {number}", ""]
+        lines += [_quoted(message["role"], message["content"]) for message in pair["messages"]]
+        lines += [_quoted("base", pair["before"]), _quoted("adapter", pair["after"])]
+        lines += [_quoted("given answer", pair["reference"])]
+    return "\n".join(lines) + "\n"
+
+
+def energy_phrase(report: dict[str, Any]) -> str:
+    """Return the end of a sentence on the energy; empty where it wasn't measured."""
+    train = report["train"]
+    if train.get("energy_joules") is None:  # reports of older runs don't have it
+        return ""
+    return f", {train['energy_joules']:,.0f} J ({train['joules_per_token']:.3g} J/token)"
+
+
+def _quoted(title: str, text: str) -> str:
+    body = "\n".join(f"> {line}" for line in (text or "(nothing)").splitlines())
+    return f"**{title}**\n\n{body}\n"
+
+
+def render_html(name: str, report: dict[str, Any], events: list[Event]) -> str:
+    """Return the report as one page that fetches nothing: no script, font or picture."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    train = [(e.step, e.loss) for e in events if isinstance(e, Step) and e.loss is not None]
+    heldout = [
+        (e.step, e.heldout_loss)
+        for e in events
+        if isinstance(e, Evaluated) and e.heldout_loss is not None
+    ]
+    return environment.get_template("report.html.jinja").render(
+        _=_in_every_language,
+        languages={_html_tag(language): own for language, own in languages().items()},
+        name=name,
+        report=report,
+        train=report["train"],
+        metrics=metric_rows(report),
+        pairs=sample_pairs(report),
+        chart=chart.losses(train, heldout),
+        warnings=sensor_warnings(report["sensors"]),
+        roles=_ROLES,
+        duration=duration,
+        created=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def _in_every_language(text: str | Message, **values: Any) -> Any:
+    """Return HTML with the text in each language; the page shows one of them."""
+    from markupsafe import Markup
+
+    message = text if isinstance(text, Message) else Message(text, values)
+    span = Markup('<span lang="{}">{}</span>')
+    return Markup("").join(
+        span.format(_html_tag(language), message.format(translator(language)))
+        for language in languages()
+    )
+
+
+def _html_tag(language: str) -> str:
+    return language.replace("_", "-")  # BCP 47

@@ -1,0 +1,59 @@
+"""Measuring a finished run again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jetson_ft.errors import UserError
+from jetson_ft.hardware.detect import Device
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import store
+from jetson_ft.runs.evaluate import evaluate_run
+from jetson_ft.runs.store import Run
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use fp32 on any machine."""
+    monkeypatch.setattr(Device, "precision", lambda self, wanted: "fp32")
+
+
+def ignore(side: str, part: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
+def test_evaluated_again_equals_the_runs_report(finished: Run) -> None:
+    report = json.loads((finished.path / "report.json").read_text())["eval"]
+    again = evaluate_run(finished, None, ignore)["eval"]
+    assert again["rows"] == report["rows"]
+    for side in ("before", "after"):
+        for key, value in report[side].items():
+            expected = value if key == "samples" else pytest.approx(value, rel=1e-4)
+            assert again[side][key] == expected
+
+
+def test_other_rows_are_evaluated_with_progress(finished: Run, tmp_path: Path) -> None:
+    path = tmp_path / "other.jsonl"
+    path.write_text(
+        '{"instruction": "你好", "output": "你也好"}\n' * 1
+        + '{"instruction": "x", "output": "y"}\n'
+    )
+    calls: list[Any] = []
+    result = evaluate_run(finished, str(path), lambda *call: calls.append(call))
+    assert result["eval"]["rows"] == 2
+    assert result["eval"]["after"]["samples"][0]["reference"] == "你也好"
+    assert {(side, part) for side, part, *_ in calls} == {
+        (side, part) for side in ("before", "after") for part in ("tokens", "replies")
+    }
+    assert [call[2:] for call in calls if call[1] == "replies"] == [(0, 2), (2, 2)] * 2
+
+
+def test_run_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    run = store.create_run(Recipe(output_dir=str(tmp_path)), "x")
+    run.write_state("queued")
+    with pytest.raises(UserError, match="has no adapter yet"):
+        evaluate_run(run, None, ignore)

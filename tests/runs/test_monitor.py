@@ -1,0 +1,138 @@
+"""Curves and summaries from events as they grow."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_folders import evaluated_event, step_event
+
+from jetson_ft.events import PhaseStarted
+from jetson_ft.runs import manager, monitor
+from jetson_ft.runs.monitor import Curve, RunMonitor
+from jetson_ft.runs.store import EventLog, Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    folder = tmp_path / "20260101-000000-quickstart"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("version: 1\n")
+    made = Run(folder)
+    made.write_state("finished")
+    return made
+
+
+# Curves
+
+values_by_step = st.lists(st.tuples(st.integers(0, 40), st.floats(-10, 10)))
+
+
+@given(values_by_step)
+def test_repeated_step_takes_the_new_value_and_steps_ascend(pairs: list[tuple[int, float]]) -> None:
+    curve = Curve()
+    for number, value in pairs:
+        curve.add(number, value)
+    assert curve.points() == sorted(dict(pairs).items())
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=300), st.integers(2, 40))
+def test_fewer_points_keep_minimum_and_maximum(values: list[float], at_most: int) -> None:
+    curve = Curve()
+    for number, value in enumerate(values):
+        curve.add(number, value)
+    points = curve.points(at_most)
+    assert len(points) <= max(at_most, 2)
+    assert points == sorted(points, key=lambda point: point[0])
+    assert {min(values), max(values)} <= {value for _, value in points}
+
+
+# Following
+
+
+def test_new_events_update_phase_and_curves(run: Run) -> None:
+    watcher, log = RunMonitor(), EventLog(run, 1)
+    assert watcher.progress(run).curves == {}
+    log.emit(PhaseStarted(name="training"))
+    log.emit(step_event(1, loss=3.0))
+    progress = watcher.progress(run)
+    assert progress.phase == "training" and progress.curves["loss"].points() == [(1, 3.0)]
+    log.emit(step_event(2, loss=float("nan")))
+    log.emit(step_event(3, loss=2.0))
+    log.emit(evaluated_event(3, 2.5))
+    with open(run.events_file, "a") as file:
+        file.write('{"kind": "step", "half a li')
+    progress = watcher.progress(run)
+    assert progress.curves["loss"].points() == [(1, 3.0), (3, 2.0)]
+    assert progress.curves["heldout_loss"].points() == [(3, 2.5)]
+
+
+def test_steps_of_a_later_attempt_replace_the_old_ones(run: Run) -> None:
+    watcher = RunMonitor()
+    for attempt, losses in ((1, {1: 3.0, 2: 9.0}), (2, {2: 2.0, 3: 1.0})):
+        log = EventLog(run, attempt)
+        for number, loss in losses.items():
+            log.emit(step_event(number, loss=loss))
+    assert watcher.progress(run).curves["loss"].points() == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_new_run_of_the_same_name_is_read_from_its_start(run: Run) -> None:
+    watcher = RunMonitor()
+    for number in range(5):
+        EventLog(run, 1).emit(step_event(number, loss=1.0))
+    assert len(watcher.progress(run).curves["loss"].steps) == 5
+    run.events_file.unlink()
+    EventLog(run, 1).emit(step_event(7, loss=1.0))
+    assert watcher.progress(run).curves["loss"].points() == [(7, 1.0)]
+
+
+def test_hundred_thousand_events_are_read_within_a_second(run: Run) -> None:
+    line = {"schema": 1, "t": 1.0, "attempt": 1, "kind": "step", "lr": 1e-4, "grad_norm": 0.5,
+            "tokens": 9, "tokens_per_second": 100.0, "memory": 10**9, "total_steps": 100_000,
+            "seconds_left": 1.0}  # fmt: skip
+    with open(run.events_file, "w") as file:
+        for number in range(100_000):
+            file.write(json.dumps({**line, "step": number, "loss": number % 7}) + "\n")
+    watcher = RunMonitor()
+    started = time.process_time()
+    points = watcher.progress(run).curves["loss"].points()
+    assert time.process_time() - started < 1.0 and len(points) <= 600
+    started = time.process_time()
+    watcher.progress(run)
+    assert time.process_time() - started < 0.05
+
+
+# Summaries
+
+
+def test_summary_has_the_newest_figures(run: Run) -> None:
+    log = EventLog(run, 1)
+    log.emit(PhaseStarted(name="training"))
+    log.emit(evaluated_event(0, 2.75))
+    for number in range(1, 2000):
+        log.emit(step_event(number, loss=3.0))
+    summary = RunMonitor().summary(run)
+    assert (summary.name, summary.title, summary.state.state) == (run.name, run.name, "finished")
+    assert (summary.step, summary.total_steps, summary.seconds_left) == (1999, 100, 65.0)
+    assert summary.loss == 3.0
+
+
+def test_summary_is_read_again_after_a_change(run: Run) -> None:
+    watcher = RunMonitor()
+    first = watcher.summary(run)
+    assert watcher.summary(run) is first
+    manager.set_title_and_notes(run, title="好名字", notes=" two\nlines ")
+    assert watcher.summary(run).title == "好名字"
+    assert run.about()["notes"] == "two\nlines"
+    EventLog(run, 1).emit(step_event(4, loss=1.5))
+    assert watcher.summary(run).step == 4
+
+
+def test_damaged_notes_leave_the_folders_name_as_title(run: Run) -> None:
+    for content in ("{", "[1]", '{"title": null}'):
+        (run.path / "about.json").write_text(content)
+        assert monitor.run_title(run) == run.name

@@ -1,0 +1,303 @@
+"""The run directory: names, state, locks and events, after crashes and with several writers."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from run_folders import step_event
+
+from jetson_ft.errors import Message, UserError
+from jetson_ft.events import CheckpointSaved, Event, PhaseStarted, Sensors, Step
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import store
+from jetson_ft.runs.store import EventLog, Run, last_attempt_events, lock, read_events
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    made = store.create_run(Recipe(output_dir=str(tmp_path / "runs")), "demo")
+    made.write_state("queued")
+    return made
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("label", "stem"),
+    [
+        ("demo", "demo"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("-rf", "rf"),
+        ("a b/c\x1b[31m<b>", "a-b-c-31m-b"),
+        ("\0", "run"),
+        ("中文", "run"),
+        ("x" * 500, "x" * 60),
+    ],
+)
+def test_label_becomes_a_safe_name_inside_the_root(tmp_path: Path, label: str, stem: str) -> None:
+    made = store.create_run(Recipe(output_dir=str(tmp_path / "runs")), label)
+    assert made.path.parent == tmp_path / "runs"
+    assert made.name.split("-", 2)[2] == stem
+    assert made.recipe() == Recipe(output_dir=str(tmp_path / "runs"))
+
+
+def test_runs_of_the_same_second_have_own_folders(tmp_path: Path) -> None:
+    made = {store.create_run(Recipe(output_dir=str(tmp_path)), "same").path for _ in range(4)}
+    assert len(made) == 4
+
+
+def test_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match="Expected a folder, found a file"):
+        store.create_run(Recipe(output_dir=str(tmp_path / "runs")), "x")
+
+
+@pytest.mark.parametrize("name", ["../x", "../../etc", "-rf", "a\0b", "", "no-such-run"])
+def test_unknown_name_is_refused_with_the_newest_runs(run: Run, name: str) -> None:
+    with pytest.raises(UserError, match="not found") as caught:
+        store.find_run(name, run.path.parent)
+    assert run.name in str(caught.value.fix)
+
+
+def test_name_outside_the_root_is_refused(run: Run) -> None:
+    """A run outside the root is found by its path and not by a name relative to the root."""
+    root = run.path.parent / "inner"
+    root.mkdir()
+    with pytest.raises(UserError):
+        store.find_run(f"../{run.name}", root)
+
+
+def test_runs_are_found_by_path_name_and_latest(run: Run) -> None:
+    root = run.path.parent
+    for name in (str(run.path), run.name, "latest"):
+        assert store.find_run(name, root).path == run.path
+    assert [entry.name for entry in store.list_runs(root)] == [run.name]
+    assert store.list_runs(root / "none") == []
+
+
+def test_run_without_a_state_is_not_listed(tmp_path: Path) -> None:
+    made = store.create_run(Recipe(output_dir=str(tmp_path)), "x")
+    assert store.list_runs(tmp_path) == []
+    made.write_state("queued")
+    assert len(store.list_runs(tmp_path)) == 1
+
+
+# --- state -----------------------------------------------------------------------------------
+
+
+def test_new_state_keeps_creation_time_and_attempt(run: Run) -> None:
+    first = run.state()
+    message = Message("because of {cause}", {"cause": "heat"})
+    run.write_state("failed", message, resumable=True, attempt=3)
+    failed = run.state()
+    assert failed.reason == "because of heat" and failed.resumable
+    assert failed.message and Message.from_json(failed.message) == message
+    run.write_state("queued")
+    second = run.state()
+    assert (second.attempt, second.created, second.reason) == (3, first.created, "")
+    assert second.message is None and not second.resumable
+    assert second.updated > first.updated
+
+
+def test_state_with_unknown_keys_is_read(run: Run) -> None:
+    path = run.path / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mood": "good"}))
+    assert run.state().state == "queued"
+
+
+def test_two_stop_requests_equal_one(run: Run) -> None:
+    assert not run.stop_requested()
+    run.request_stop()
+    run.request_stop()
+    assert run.stop_requested()
+    run.clear_stop()
+    run.clear_stop()
+    assert not run.stop_requested()
+
+
+# --- locks -----------------------------------------------------------------------------------
+
+
+def test_lock_is_held_until_it_is_closed(run: Run) -> None:
+    assert not run.is_live()
+    held = lock(run.path / "worker.lock")
+    assert held and run.is_locked("worker") and run.is_live() and not run.is_locked("supervisor")
+    assert lock(run.path / "worker.lock") is None
+    held.close()
+    assert not run.is_live()
+
+
+def test_lock_of_a_killed_process_is_free(run: Run) -> None:
+    ready, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            held = lock(run.path / "worker.lock")
+            os.write(go, b"x" if held else b"-")
+            threading.Event().wait(60)
+        finally:
+            os._exit(1)
+    assert os.read(ready, 1) == b"x"
+    assert run.is_live()
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    assert not run.is_live()
+
+
+def test_patient_lock_waits_for_a_short_owner(run: Run) -> None:
+    """`is_locked` holds a free lock for a moment; a starting worker must not give up for that."""
+    held = lock(run.path / "worker.lock")
+    assert held
+    timer = threading.Timer(0.1, held.close)
+    timer.start()
+    mine = lock(run.path / "worker.lock", timeout=10.0)
+    timer.join()
+    assert mine and lock(run.path / "worker.lock", timeout=0.05) is None
+
+
+# --- events ----------------------------------------------------------------------------------
+
+
+def names(events: list[Event]) -> list[str]:
+    return [event.name for event in events if isinstance(event, PhaseStarted)]
+
+
+def test_events_carry_schema_time_and_attempt(run: Run) -> None:
+    EventLog(run, attempt=2).emit(PhaseStarted(name="data"))
+    (event,) = run.events()
+    assert event.t > 1.7e9 and event.attempt == 2
+    assert json.loads(run.events_file.read_text()) == {
+        "schema": 1, "t": event.t, "attempt": 2, "kind": "phase", "name": "data", "detail": "",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_value_that_is_not_finite_becomes_null(run: Run, value: float) -> None:
+    EventLog(run, 1).emit(step_event(1, loss=value))
+    assert "NaN" not in run.events_file.read_text() and "Inf" not in run.events_file.read_text()
+    (event,) = run.events()
+    assert event == step_event(1, loss=None, t=event.t, attempt=1)
+
+
+def test_unknown_sensor_readings_are_left_out(run: Run) -> None:
+    EventLog(run, 1).emit(Sensors(step=1, source="psutil", memory_used=5))
+    line = json.loads(run.events_file.read_text())
+    assert line.keys() == {"schema", "t", "attempt", "kind", "step", "source", "memory_used"}
+
+
+def test_half_written_line_is_read_when_complete(run: Run) -> None:
+    log = EventLog(run, 1)
+    log.emit(PhaseStarted(name="one"))
+    with open(run.events_file, "ab") as file:
+        file.write(b'{"kind": "phase", "na')
+    events, offset = read_events(run.events_file)
+    assert names(events) == ["one"]
+    with open(run.events_file, "ab") as file:
+        file.write(b'me": "two"}\n')
+    events, end = read_events(run.events_file, offset)
+    assert names(events) == ["two"]
+    assert read_events(run.events_file, end) == ([], end)
+
+
+def test_half_written_line_of_an_earlier_attempt_is_ended(run: Run) -> None:
+    run.events_file.write_bytes(b'{"kind": "phase", "na')
+    EventLog(run, 2).emit(PhaseStarted(name="after"))
+    assert names(run.events()) == ["after"]
+
+
+def test_damaged_and_unknown_lines_are_skipped(run: Run) -> None:
+    good = b'{"kind": "phase", "name": "x"}\n'
+    unknown = b'{"kind": "a kind of tomorrow"}\n{"kind": "phase"}\n{"kind": 3}\n{"kind": []}\n'
+    run.events_file.write_bytes(good + b"\xff\xfe\n[1]\n3\n{}\n\n" + unknown + good)
+    assert len(run.events()) == 2
+
+
+def test_limit_bounds_each_read(run: Run) -> None:
+    log = EventLog(run, 1)
+    for number in range(50):
+        log.emit(PhaseStarted(name=str(number)))
+    read, offset = [], 0
+    while True:
+        events, after = read_events(run.events_file, offset, limit=300)
+        if after == offset:
+            break
+        assert after - offset <= 300
+        read += names(events)
+        offset = after
+    assert read == [str(number) for number in range(50)]
+
+
+def test_missing_file_has_no_events(run: Run) -> None:
+    assert run.events() == []
+    assert read_events(run.events_file, 17) == ([], 17)
+
+
+def test_partial_write_is_completed_and_full_disk_is_an_error(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, write = EventLog(run, 1), os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+    log.emit(PhaseStarted(name="whole"))
+    assert names(run.events()) == ["whole"]
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(UserError, match="disk is full"):
+        log.emit(PhaseStarted(name="lost"))
+
+
+def test_two_writers_do_not_mix_lines(run: Run) -> None:
+    logs = [EventLog(run, number) for number in (1, 2)]
+    threads = [
+        threading.Thread(
+            target=lambda log=log: [log.emit(PhaseStarted(name="字" * 500)) for _ in range(80)]
+        )  # type: ignore[misc]
+        for log in logs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(run.events()) == 160
+
+
+def step(number: int, attempt: int) -> Event:
+    return step_event(number, attempt=attempt)
+
+
+def test_step_made_twice_keeps_the_last_attempt() -> None:
+    saved = CheckpointSaved(step=2, path="x", seconds=1.0, attempt=1)
+    phase = PhaseStarted(name="data", attempt=1)
+    events = [step(1, 1), step(2, 1), saved, step(3, 1), phase, step(2, 2)]
+    assert last_attempt_events(events) == [step(1, 1), saved, step(3, 1), phase, step(2, 2)]
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3))))
+def test_each_step_is_kept_from_one_attempt(made: list[tuple[int, int]]) -> None:
+    events: list[Event] = [step_event(number, attempt=attempt) for number, attempt in made]
+    kept = [event for event in last_attempt_events(events) if isinstance(event, Step)]
+    assert {event.step for event in kept} == {number for number, _ in made}
+    for event in kept:
+        assert event.attempt == max(a for n, a in made if n == event.step)
+
+
+@given(st.binary(max_size=300), st.integers(0, 50))
+def test_any_bytes_are_read_without_an_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, limit: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(data)
+    events, offset = read_events(path, 0, limit)
+    assert 0 <= offset <= min(limit, len(data))
+    assert all(isinstance(event, Event) for event in events)

@@ -1,0 +1,62 @@
+"""The command line as a real process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+Done = subprocess.CompletedProcess[str]
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> Done:
+    """Run `jetson-ft` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "jetson_ft.cli", *arguments],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def invoke(*arguments: Any, exit_code: int = 0) -> str:
+    """Run a command in this process; return what it printed."""
+    from jetson_ft.cli.app import app
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+def assert_refused(done: Done, *words: str) -> None:
+    """One message: what is wrong, where, and how to fix it."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    first, *rest = done.stderr.strip().splitlines()
+    assert first.startswith("error: ")
+    assert done.stderr.count("error: ") == 1
+    assert any(line.startswith("  where: ") for line in rest)
+    assert any(line.startswith("  fix: ") for line in rest)
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def main_in_fork(arguments: list[str], output: str) -> None:
+    """Be the program, in a process that is forked from one with the imports (`forked`)."""
+    import torch
+
+    from jetson_ft.cli import main
+
+    torch.set_num_threads(1)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = ["jetson-ft", *arguments]
+    main()
