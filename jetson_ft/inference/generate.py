@@ -1,50 +1,59 @@
-"""Writing replies: one at a time as a stream, or many at once for a comparison."""
+"""Replies to prompts of token ids: many at once and greedy, or one as a stream."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jetson_ft.errors import UserError
+from jetson_ft.errors import UserError, _
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _option(default: Any, text: str, lowest: float, highest: float, **slider: float) -> Any:
+    """Return a field of `Sampling`; a slider has the useful part of the allowed range."""
+    metadata = {"help": text, "lowest": lowest, "highest": highest, **slider}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy."""
+    """How a chat generates its replies: the only declaration of defaults and ranges.
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 50
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+    A field's metadata has `help`, `lowest`, `highest` and, but for the seed, a slider's `min`,
+    `max`, `step`.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    max_new_tokens: int = _option(
+        256, "Longest reply in tokens.", 1, 32768, min=1, max=1024, step=1
+    )
+    temperature: float = _option(0.0, "0 is greedy.", 0, 10, min=0.0, max=2.0, step=0.05)
+    top_k: int = _option(
+        50, "With a temperature: likeliest tokens kept (0: all).", 0, 10**6, min=0, max=200, step=1
+    )
+    top_p: float = _option(
+        1.0, "With a temperature: probability kept.", 1e-6, 1, min=0.05, max=1.0, step=0.05
+    )
+    repetition_penalty: float = _option(
+        1.1, "Above 1 discourages repeats.", 0.01, 10, min=1.0, max=2.0, step=0.05
+    )
+    seed: int | None = _option(None, "With a temperature: repeatable replies.", 0, 2**63 - 1)
 
     def __post_init__(self) -> None:
-        """Refuses what generation can't use.
-
-        Raises:
-            UserError: naming the value and its range.
-        """
-        for name, low, high in (
-            ("max_new_tokens", 1, 32768), ("temperature", 0, 10), ("top_k", 0, 1_000_000),
-            ("top_p", 1e-6, 1), ("repetition_penalty", 0.01, 10), ("seed", 0, 2**63 - 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
+        for option in fields(self):
+            value = getattr(self, option.name)
+            low, high = option.metadata["lowest"], option.metadata["highest"]
             if value is not None and not low <= value <= high:
-                raise UserError(f"{name} can't be {value:g}.", fix=f"From {low:g} to {high:g}.")
-
-    def options(self) -> dict[str, Any]:
-        """The same for transformers' `generate`."""
-        options: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "repetition_penalty": self.repetition_penalty,
-            "do_sample": self.temperature > 0,
-        }
-        if self.temperature > 0:
-            options |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return options
+                raise UserError(
+                    _("{name} can't be {value:g}."), fix=_("From {low:g} to {high:g}."),
+                    name=option.name, value=value, low=low, high=high,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,153 +61,156 @@ class Reply:
     """A finished reply."""
 
     text: str
-    tokens: int
     ended: bool  # by an end token, not by the length limit
 
 
-def reply_all(
+def generate_replies(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
-    ends: Sequence[int],
+    eos_ids: Sequence[int],
     max_new_tokens: int,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     batch_size: int = 36,
 ) -> list[Reply]:
-    """Greedy replies to all prompts, in their order; `progress` hears how many are done.
+    """Return the greedy reply to each prompt (token ids), in the order of the prompts.
 
-    Prompts of similar length share a batch: padding is computed like anything else.
+    Prompts of similar length share a batch, because padding costs as much as other tokens. No
+    repetition penalty applies: an evaluation measures the model itself.
+
+    Args:
+        progress: called first, and after each batch, with the replies done and their number.
     """
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    replies: dict[int, Reply] = {}
     widths = [len(prompts[index]) for index in order]
-    for start, end in batches(widths, batch_size, _STEP_COST * max_new_tokens):
+    greedy = Sampling(max_new_tokens, temperature=0.0, repetition_penalty=1.0)
+    replies: dict[int, Reply] = {}
+    progress(0, len(prompts))
+    for start, end in plan_batches(widths, batch_size, _STEP_COST * max_new_tokens):
         batch = [prompts[index] for index in order[start:end]]
-        found = _reply_batch(model, tokenizer, batch, ends, max_new_tokens)
-        replies |= zip(order[start:end], found, strict=True)
-        progress(len(replies))
+        output = _generate(model, tokenizer, batch, eos_ids, greedy)
+        for index, ids in zip(order[start:end], output.tolist(), strict=True):
+            replies[index] = _decode_reply(tokenizer, ids[widths[end - 1] :], eos_ids)
+        progress(len(replies), len(prompts))
     return [replies[index] for index in range(len(prompts))]
 
 
-# One step of a batch, whose weights have to be read whole, in tokens of a prompt. About that on
-# CPUs and GPUs alike: it is their ratio of arithmetic to memory speed.
+# The cost of one decoding step of a batch, which reads all weights, in prompt tokens. It is the
+# ratio of arithmetic to memory bandwidth, which is about the same on CPUs and GPUs.
 _STEP_COST = 32
 
 
-def batches(widths: Sequence[int], at_most: int, overhead: float) -> list[tuple[int, int]]:
-    """Cuts ascending lengths into batches of least total cost, as (start, end).
+def plan_batches(widths: Sequence[int], batch_size: int, overhead: float) -> list[tuple[int, int]]:
+    """Return the (start, end) of the batches whose total cost is the lowest.
 
-    A batch costs its rows times its longest, padding included, and `overhead`. Found by
-    dynamic programming over the last batch's start.
+    The cost of a batch is its rows times its widest row, plus `overhead`. The method is dynamic
+    programming over the start of the last batch.
+
+    Args:
+        widths: tokens of each prompt, ascending.
     """
-    best: list[tuple[float, int]] = [(0.0, 0)]
+    best: list[tuple[float, int]] = [(0.0, 0)]  # by number of rows: (cost, last batch's start)
     for end in range(1, len(widths) + 1):
-        starts = range(max(0, end - at_most), end)
+        starts = range(max(0, end - batch_size), end)
         best.append(min((best[s][0] + (end - s) * widths[end - 1] + overhead, s) for s in starts))
-    cuts, end = [], len(widths)
+    batches, end = [], len(widths)
     while end:
-        cuts.append((best[end][1], end))
+        batches.append((best[end][1], end))
         end = best[end][1]
-    return cuts[::-1]
+    return batches[::-1]
 
 
-def _reply_batch(
-    model: Any, tokenizer: Any, prompts: list[list[int]], ends: Sequence[int], limit: int
-) -> list[Reply]:
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    eos_ids: Sequence[int],
+    sampling: Sampling,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Return the prompts, padded on the left, with their replies: token ids [rows, tokens]."""
     import torch
 
-    width = max(len(prompt) for prompt in prompts)
+    width = max(map(len, prompts))
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     device = model.get_input_embeddings().weight.device
+    if sampling.temperature > 0:  # else transformers warns about settings without effect
+        kwargs |= {k: getattr(sampling, k) for k in ("temperature", "top_k", "top_p")}
     with torch.inference_mode():
-        output = model.generate(
+        output: torch.Tensor = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            eos_token_id=list(ends),
+            eos_token_id=list(eos_ids),
             pad_token_id=pad,
             use_cache=True,
-            **Sampling(max_new_tokens=limit).options(),
+            max_new_tokens=sampling.max_new_tokens,
+            repetition_penalty=sampling.repetition_penalty,
+            do_sample=sampling.temperature > 0,
+            **kwargs,
         )
-    return [_finish(tokenizer, row[width:].tolist(), ends) for row in output]
+    return output
 
 
-def _finish(tokenizer: Any, ids: list[int], ends: Sequence[int]) -> Reply:
-    """Cuts a row of new ids at its first end token."""
-    for position, token in enumerate(ids):
-        if token in ends:
-            return Reply(_decode(tokenizer, ids[:position]), position + 1, True)
-    return Reply(_decode(tokenizer, ids), len(ids), False)
+def _decode_reply(tokenizer: Any, ids: list[int], eos_ids: Sequence[int]) -> Reply:
+    """Return the reply up to the first end token, without a last character cut in half."""
+    length = next((place for place, token in enumerate(ids) if token in eos_ids), len(ids))
+    text = str(tokenizer.decode(ids[:length], skip_special_tokens=True)).rstrip("\ufffd").strip()
+    return Reply(text, ended=length < len(ids))
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    """Text of the ids; a character cut in half by the length limit is left out."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).rstrip("\ufffd").strip()
-
-
-def stream(
+def stream_reply(
     model: Any,
     tokenizer: Any,
     prompt: list[int],
-    ends: Sequence[int],
+    eos_ids: Sequence[int],
     sampling: Sampling,
-    stopped: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[str]:
-    """Pieces of one reply as they are written; ends early once `stopped()` is true.
+    """Yield one reply's text in deltas, as it is generated.
 
-    Generation runs in a thread of its own; leaving the iterator ends it.
+    Generation runs in a thread, which ends when the iterator is closed, or after a token for which
+    `should_stop` returns True.
     """
     import torch
-    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-    left = False
+    closed = False
 
-    class _Asked(StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            over = left or stopped()
-            return torch.full((len(input_ids),), over, dtype=torch.bool, device=input_ids.device)
+    def is_done(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        stop = closed or should_stop()
+        return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    faults: list[BaseException] = []
+    options = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([is_done])}
+    errors: list[BaseException] = []
 
-    def work() -> None:
-        device = model.get_input_embeddings().weight.device
-        ids = torch.tensor([prompt], device=device)
+    def generate() -> None:
         try:
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
-            with torch.inference_mode():
-                model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    eos_token_id=list(ends),
-                    pad_token_id=tokenizer.pad_token_id,
-                    streamer=streamer,
-                    use_cache=True,
-                    stopping_criteria=StoppingCriteriaList([_Asked()]),
-                    **sampling.options(),
-                )
-        except BaseException as error:  # handed over to the reader below
-            faults.append(error)
+            _generate(model, tokenizer, [prompt], eos_ids, sampling, **options)
+        except BaseException as error:  # raised again below, in the reader's thread
+            errors.append(error)
             streamer.end()
 
-    worker = Thread(target=work, name="reply", daemon=True)
-    worker.start()
+    thread = Thread(target=generate, name="reply", daemon=True)
+    thread.start()
     try:
         yield from _whole_characters(streamer)
     finally:
-        left = True
-        worker.join()
-    if faults:
-        raise faults[0]
+        closed = True
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
-def _whole_characters(pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces without a last character that the length limit cut in half."""
+def _whole_characters(deltas: Iterable[str]) -> Iterator[str]:
+    """Yield the deltas without a last character that the length limit cut in half."""
     held = ""
-    for piece in pieces:
-        text = (held + piece).rstrip("\ufffd")
-        held = (held + piece)[len(text) :]
+    for delta in deltas:
+        text = (held + delta).rstrip("\ufffd")
+        held = (held + delta)[len(text) :]
         if text:
             yield text

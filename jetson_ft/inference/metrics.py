@@ -1,43 +1,39 @@
-"""Figures about replies: language, endings, repetition, and likeness to the given answers."""
+"""Metrics of replies: language, end of turn, repetition, similarity to the reference answers."""
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections.abc import Sequence
 
 from jetson_ft.inference.generate import Reply
 
-_GRAM = 4
+_NGRAM = 4  # characters
+# CJK ideographs: extension A, the basic block, compatibility, extensions B to H; and 〇.
+_CJK = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af\u3007]")
 
 
 def is_cjk(character: str) -> bool:
-    """Whether it is a Chinese character (CJK unified ideographs and their extensions)."""
-    code = ord(character)
-    return (
-        0x4E00 <= code <= 0x9FFF
-        or 0x3400 <= code <= 0x4DBF
-        or 0x20000 <= code <= 0x323AF
-        or 0xF900 <= code <= 0xFAFF
-        or code == 0x3007  # 〇
-    )
+    """Return whether it is a Chinese character (a CJK ideograph of any Unicode block)."""
+    return _CJK.match(character) is not None
 
 
 def chinese_share(text: str) -> float:
-    """CJK characters as a share of all letters; 0 for a text without letters."""
-    letters = [c for c in text if unicodedata.category(c)[0] == "L" or is_cjk(c)]
+    """Return Chinese characters as a share of all letters; 0 for a text without letters."""
+    letters = [c for c in text if c.isalpha() or is_cjk(c)]
     return sum(map(is_cjk, letters)) / len(letters) if letters else 0.0
 
 
 def repetition(text: str) -> float:
-    """Share of the text's 4-grams of characters that occurred before in it; 0 to 1."""
-    grams = [text[start : start + _GRAM] for start in range(len(text) - _GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    """Return the share of the text's character 4-grams that occur earlier in it, from 0 to 1."""
+    ngrams = [text[start : start + _NGRAM] for start in range(len(text) - _NGRAM + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def reply_figures(replies: Sequence[Reply], references: Sequence[str]) -> dict[str, float]:
-    """Means over all replies, and chrF and BLEU (sacrebleu, Chinese tokenisation).
+def reply_metrics(replies: Sequence[Reply], references: Sequence[str]) -> dict[str, float]:
+    """Return the means over all replies, with corpus chrF and BLEU (0 to 100).
 
-    chrF: Popović 2015; BLEU: Papineni et al. 2002; both from 0 to 100.
+    Both are sacrebleu's, BLEU with its Chinese tokenisation. Sources: Popović 2015 (chrF),
+    Papineni et al. 2002 (BLEU).
     """
     from sacrebleu.metrics import BLEU, CHRF
 

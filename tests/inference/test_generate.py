@@ -1,11 +1,11 @@
-"""Replies are the same alone, in a batch and as a stream; and they end where they should."""
+"""A reply is the same alone, in a batch and as a stream, and ends where it should."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain, combinations, pairwise
 from typing import Any
 
@@ -17,110 +17,113 @@ from jetson_ft.errors import UserError
 from jetson_ft.inference.generate import (
     Reply,
     Sampling,
-    _finish,
+    _decode_reply,
     _whole_characters,
-    batches,
-    reply_all,
-    stream,
+    generate_replies,
+    plan_batches,
+    stream_reply,
 )
 
+GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)
 TEXTS = ["你好", "第1题：3加4等于几？", "a", "hello there, who are you and what can you do?", "b b"]
 
 
-def write(writer: Any, texts: list[str], limit: int = 24, **options: Any) -> list[Reply]:
-    prompts = [writer.prompt(text) for text in texts]
-    return reply_all(writer.model, writer.tokenizer, prompts, writer.ends, limit, **options)
+def replies_to(phi: Any, texts: list[str], limit: int = 24, **options: Any) -> list[Reply]:
+    prompts = [phi.prompt(text) for text in texts]
+    return generate_replies(phi.model, phi.tokenizer, prompts, phi.eos_ids, limit, **options)
 
 
-def streamed(writer: Any, text: str, sampling: Sampling, ends: list[int] | None = None) -> str:
-    pieces = stream(
-        writer.model, writer.tokenizer, writer.prompt(text), ends or writer.ends, sampling
-    )
-    return "".join(pieces)
+def streamed(phi: Any, text: str, sampling: Sampling, ends: list[int] | None = None) -> str:
+    deltas = stream_reply(phi.model, phi.tokenizer, phi.prompt(text), ends or phi.eos_ids, sampling)
+    return "".join(deltas)
 
 
-def test_a_batch_says_what_single_replies_say(writer: Any) -> None:
-    batch = write(writer, TEXTS)
-    assert batch == [write(writer, [text])[0] for text in TEXTS]
+def test_batch_gives_the_same_replies_as_single_prompts(phi: Any) -> None:
+    batch = replies_to(phi, TEXTS)
+    assert batch == [replies_to(phi, [text])[0] for text in TEXTS]
     assert len({reply.text for reply in batch}) > 2
 
 
-def test_order_and_progress_survive_sorting_by_length(writer: Any) -> None:
-    heard: list[int] = []
-    replies = write(writer, TEXTS, 8, progress=heard.append, batch_size=2)
-    assert replies == write(writer, TEXTS, 8)
-    assert heard == sorted(heard) and heard[-1] == 5 and len(heard) > 2
+def test_replies_keep_the_order_of_prompts_and_report_progress(phi: Any) -> None:
+    counts: list[int] = []
+    replies = replies_to(
+        phi, TEXTS, 8, progress=lambda done, total: counts.append(done), batch_size=2
+    )
+    assert replies == replies_to(phi, TEXTS, 8)
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 5 and len(counts) > 3
 
 
-def test_no_prompts_no_replies(writer: Any) -> None:
-    assert write(writer, []) == []
+def test_no_prompts_give_no_replies(phi: Any) -> None:
+    assert replies_to(phi, []) == []
 
 
 @pytest.mark.parametrize("limit", range(1, 14))
-def test_a_stream_says_what_a_batch_says(writer: Any, limit: int) -> None:
+def test_stream_gives_the_same_reply_as_a_batch(phi: Any, limit: int) -> None:
     """At every length, so that some of the limits cut a character in half."""
     for text in TEXTS[:2]:
-        whole = streamed(writer, text, Sampling(max_new_tokens=limit))
-        assert whole.strip() == write(writer, [text], limit)[0].text
+        whole = streamed(phi, text, replace(GREEDY, max_new_tokens=limit))
+        assert whole.strip() == replies_to(phi, [text], limit)[0].text
         assert not whole.endswith("\ufffd")
 
 
-def test_a_reply_ends_before_its_first_end_token(writer: Any) -> None:
-    free = write(writer, ["你好"], 30)[0]
-    ids = writer.tokenizer(free.text, add_special_tokens=False)["input_ids"]
-    stopper = ids[-1]
-    prompts = [writer.prompt("你好")]
-    ended = reply_all(writer.model, writer.tokenizer, prompts, [stopper], 30)[0]
-    assert ended.ended and not free.ended
-    assert ended.tokens < free.tokens
-    assert free.text.startswith(ended.text)
+def test_end_token_ends_the_reply_and_is_not_in_its_text(phi: Any) -> None:
+    unended = replies_to(phi, ["你好"], 30)[0]
+    ids = phi.tokenizer(unended.text, add_special_tokens=False)["input_ids"]
+    eos_id = ids[-1]
+    prompts = [phi.prompt("你好")]
+    ended = generate_replies(phi.model, phi.tokenizer, prompts, [eos_id], 30)[0]
+    assert ended.ended and not unended.ended
+    assert unended.text.startswith(ended.text)
+    assert len(ended.text) < len(unended.text)
 
 
-def ids_of(writer: Any, text: str) -> list[int]:
-    return list(writer.tokenizer(text, add_special_tokens=False)["input_ids"])
+def ids_of(phi: Any, text: str) -> list[int]:
+    return list(phi.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.parametrize(
     ("text", "cut", "reply"),
     [
-        ("你好", 0, Reply("你好", 6, False)),
-        ("你好", 1, Reply("你", 5, False)),
-        ("你好", 2, Reply("你", 4, False)),
-        (" 你 ", 0, Reply("你", 5, False)),
-        ("你<|endoftext|>好", 0, Reply("你", 4, True)),
-        ("<|endoftext|>", 0, Reply("", 1, True)),
+        ("你好", 0, Reply("你好", False)),
+        ("你好", 1, Reply("你", False)),
+        ("你好", 2, Reply("你", False)),
+        (" 你 ", 0, Reply("你", False)),
+        ("你<|endoftext|>好", 0, Reply("你", True)),
+        ("<|endoftext|>", 0, Reply("", True)),
     ],
 )
-def test_finishing(writer: Any, text: str, cut: int, reply: Reply) -> None:
-    ids = ids_of(writer, text)
-    assert _finish(writer.tokenizer, ids[: len(ids) - cut], writer.ends) == reply
+def test_decoding_cuts_at_the_end_token_and_at_half_characters(
+    phi: Any, text: str, cut: int, reply: Reply
+) -> None:
+    ids = ids_of(phi, text)
+    assert _decode_reply(phi.tokenizer, ids[: len(ids) - cut], phi.eos_ids) == reply
 
 
 @given(st.lists(st.text(alphabet="ab\ufffd", max_size=4)))
-def test_only_a_trailing_half_character_is_held_back(pieces: list[str]) -> None:
-    assert "".join(_whole_characters(pieces)) == "".join(pieces).rstrip("\ufffd")
-    assert all(_whole_characters(pieces))
+def test_only_a_last_half_character_is_left_out(deltas: list[str]) -> None:
+    assert "".join(_whole_characters(deltas)) == "".join(deltas).rstrip("\ufffd")
+    assert all(_whole_characters(deltas))
 
 
 # --- sampling ----------------------------------------------------------------------------
 
 
-def test_sampling_repeats_with_a_seed_and_differs_without(writer: Any) -> None:
-    warm = Sampling(max_new_tokens=20, temperature=1.5, seed=4)
-    first = streamed(writer, "你好", warm)
-    assert streamed(writer, "你好", warm) == first
-    assert streamed(writer, "你好", replace(warm, seed=5)) != first
+def test_same_seed_repeats_the_reply_and_another_differs(phi: Any) -> None:
+    sampled = Sampling(max_new_tokens=20, temperature=1.5, seed=4)
+    first = streamed(phi, "你好", sampled)
+    assert streamed(phi, "你好", sampled) == first
+    assert streamed(phi, "你好", replace(sampled, seed=5)) != first
 
 
-def test_the_likeliest_alone_is_greedy(writer: Any) -> None:
-    greedy = streamed(writer, "你好", Sampling(max_new_tokens=12))
-    assert streamed(writer, "你好", Sampling(12, temperature=2.0, top_k=1)) == greedy
-    assert streamed(writer, "你好", Sampling(12, temperature=0.7, top_p=1e-6)) == greedy
+def test_keeping_only_the_likeliest_token_equals_greedy(phi: Any) -> None:
+    greedy = streamed(phi, "你好", Sampling(max_new_tokens=12))
+    assert streamed(phi, "你好", Sampling(12, temperature=2.0, top_k=1)) == greedy
+    assert streamed(phi, "你好", Sampling(12, temperature=0.7, top_p=1e-6)) == greedy
 
 
-def test_a_penalty_discourages_repeats(writer: Any) -> None:
+def test_repetition_penalty_reduces_repeats(phi: Any) -> None:
     def distinct(penalty: float) -> int:
-        return len(set(streamed(writer, "你好", Sampling(60, repetition_penalty=penalty))))
+        return len(set(streamed(phi, "你好", Sampling(60, repetition_penalty=penalty))))
 
     assert distinct(2.0) > distinct(1.0)
 
@@ -139,52 +142,57 @@ def test_a_penalty_discourages_repeats(writer: Any) -> None:
         ({"seed": 2**70}, "seed"),
     ],
 )
-def test_values_out_of_range_are_refused_with_the_range(
-    values: dict[str, Any], message: str
-) -> None:
+def test_value_out_of_range_is_refused_with_the_range(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Sampling(**values)
-    assert caught.value.fix.startswith("From ")
+    assert str(caught.value.fix).startswith("From ")
+
+
+@pytest.mark.parametrize("option", fields(Sampling), ids=lambda option: str(option.name))
+def test_default_and_slider_bounds_are_accepted(option: Any) -> None:
+    for value in (option.default, option.metadata.get("min"), option.metadata.get("max")):
+        if value is not None:
+            Sampling(**{option.name: value})
 
 
 # --- stopping ----------------------------------------------------------------------------
 
 
-def begun(writer: Any, stopped: Any = lambda: False) -> Iterator[str]:
-    """A long stream that no token of the model ends."""
-    sampling = Sampling(max_new_tokens=1900)
-    return stream(writer.model, writer.tokenizer, writer.prompt("你好"), [0], sampling, stopped)
+def long_stream(phi: Any, should_stop: Any = lambda: False) -> Iterator[str]:
+    """Return a stream that ends at its length limit, or when it is stopped."""
+    sampling = replace(GREEDY, max_new_tokens=1900)
+    return stream_reply(phi.model, phi.tokenizer, phi.prompt("你好"), [0], sampling, should_stop)
 
 
-def test_a_stream_ends_soon_after_it_is_asked_to(writer: Any) -> None:
-    asked = iter(range(1000))
+def test_should_stop_ends_the_stream_soon(phi: Any) -> None:
+    checks = iter(range(1000))
     started = time.monotonic()
-    text = "".join(begun(writer, lambda: next(asked) >= 10))
-    assert 0 < len(ids_of(writer, text)) < 40
+    text = "".join(long_stream(phi, lambda: next(checks) >= 10))
+    assert 0 < len(ids_of(phi, text)) < 40
     assert time.monotonic() - started < 2
 
 
-def test_leaving_a_stream_ends_its_thread(writer: Any) -> None:
-    def writing() -> bool:
+def test_closing_a_stream_ends_its_thread(phi: Any) -> None:
+    def is_generating() -> bool:
         return any(thread.name == "reply" for thread in threading.enumerate())
 
-    no_end = len(writer.tokenizer)  # an id that is never written
-    pieces = stream(
-        writer.model, writer.tokenizer, writer.prompt("x y z"), [no_end],
+    no_end = len(phi.tokenizer)  # an id that is never generated
+    deltas = stream_reply(
+        phi.model, phi.tokenizer, phi.prompt("x y z"), [no_end],
         Sampling(max_new_tokens=1900, temperature=5.0, top_k=0, seed=1),
     )  # fmt: skip
-    assert next(pieces)
-    assert writing()
-    pieces.close()  # type: ignore[attr-defined]
-    assert not writing()
+    assert next(deltas)
+    assert is_generating()
+    deltas.close()  # type: ignore[attr-defined]
+    assert not is_generating()
 
 
-def test_a_fault_while_writing_reaches_the_reader(writer: Any) -> None:
-    def broken() -> bool:
+def test_error_in_generation_is_raised_in_the_reader(phi: Any) -> None:
+    def fail() -> bool:
         raise RuntimeError("the GPU fell off")
 
     with pytest.raises(RuntimeError, match="fell off"):
-        list(begun(writer, broken))
+        list(long_stream(phi, fail))
 
 
 # Batches
@@ -197,14 +205,14 @@ def cost(widths: list[int], cuts: list[tuple[int, int]], overhead: float) -> flo
 @given(
     st.lists(st.integers(1, 300), max_size=7).map(sorted), st.integers(1, 7), st.integers(0, 500)
 )
-def test_batches_are_whole_small_enough_and_of_least_cost(
-    widths: list[int], at_most: int, overhead: int
+def test_batches_hold_all_rows_within_the_limit_at_the_lowest_cost(
+    widths: list[int], batch_size: int, overhead: int
 ) -> None:
-    found = batches(widths, at_most, overhead)
-    assert [row for start, end in found for row in range(start, end)] == list(range(len(widths)))
-    assert all(0 < end - start <= at_most for start, end in found)
+    batches = plan_batches(widths, batch_size, overhead)
+    assert [row for start, end in batches for row in range(start, end)] == list(range(len(widths)))
+    assert all(0 < end - start <= batch_size for start, end in batches)
     inner = range(1, len(widths))
     for cuts in chain.from_iterable(combinations(inner, size) for size in range(len(widths))):
         other = list(pairwise([0, *cuts, len(widths)]))
-        if all(end - start <= at_most for start, end in other):
-            assert cost(widths, found, overhead) <= cost(widths, other, overhead)
+        if all(end - start <= batch_size for start, end in other):
+            assert cost(widths, batches, overhead) <= cost(widths, other, overhead)

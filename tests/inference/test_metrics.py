@@ -1,4 +1,4 @@
-"""Figures about replies, checked by hand."""
+"""Metrics of replies, against values calculated by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jetson_ft.inference.generate import Reply
-from jetson_ft.inference.metrics import chinese_share, is_cjk, repetition, reply_figures
+from jetson_ft.inference.metrics import chinese_share, is_cjk, repetition, reply_metrics
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_chinese_share(text: str, share: float) -> None:
 
 
 @pytest.mark.parametrize("character", ["か", "가", "A", "、", "７", "é"])
-def test_others_are_not_chinese(character: str) -> None:
+def test_other_characters_are_not_cjk(character: str) -> None:
     assert not is_cjk(character)
 
 
@@ -50,37 +50,37 @@ def test_repetition(text: str, share: float) -> None:
 
 
 @given(st.text())
-def test_figures_are_shares(text: str) -> None:
+def test_any_text_gives_shares_from_0_to_1(text: str) -> None:
     assert 0 <= chinese_share(text) <= 1
     assert 0 <= repetition(text) < 1
 
 
-REPLIES = [Reply("今天天气很好。", 7, True), Reply("the the the the", 15, False)]
+REPLIES = [Reply("今天天气很好。", True), Reply("the the the the", False)]
 REFERENCES = ["今天天气很好。", "今天天气不好。"]
 
 
-def test_means_over_replies() -> None:
-    found = reply_figures(REPLIES, REFERENCES)
-    assert found["chinese_share"] == 0.5
-    assert found["stop_rate"] == 0.5
-    assert found["repetition"] == pytest.approx((0 + 8 / 12) / 2)
+def test_two_replies_give_means() -> None:
+    metrics = reply_metrics(REPLIES, REFERENCES)
+    assert metrics["chinese_share"] == 0.5
+    assert metrics["stop_rate"] == 0.5
+    assert metrics["repetition"] == pytest.approx((0 + 8 / 12) / 2)
 
 
-def test_chrf_and_bleu_are_sacrebleus_for_chinese() -> None:
+def test_chrf_and_bleu_equal_sacrebleu_for_chinese() -> None:
     from sacrebleu import corpus_bleu, corpus_chrf
 
     texts = [reply.text for reply in REPLIES]
-    found = reply_figures(REPLIES, REFERENCES)
-    assert found["chrf"] == corpus_chrf(texts, [REFERENCES]).score
-    assert found["bleu"] == corpus_bleu(texts, [REFERENCES], tokenize="zh").score
-    assert (found["chrf"], found["bleu"]) == pytest.approx((44.52, 53.42), abs=0.01)
+    metrics = reply_metrics(REPLIES, REFERENCES)
+    assert metrics["chrf"] == corpus_chrf(texts, [REFERENCES]).score
+    assert metrics["bleu"] == corpus_bleu(texts, [REFERENCES], tokenize="zh").score
+    assert (metrics["chrf"], metrics["bleu"]) == pytest.approx((44.52, 53.42), abs=0.01)
 
 
-def test_a_perfect_copy_scores_a_hundred() -> None:
-    replies = [Reply(text, 7, True) for text in REFERENCES]
-    found = reply_figures(replies, REFERENCES)
-    assert (found["chrf"], found["bleu"]) == pytest.approx((100, 100))
+def test_replies_equal_to_references_score_100() -> None:
+    replies = [Reply(text, True) for text in REFERENCES]
+    metrics = reply_metrics(replies, REFERENCES)
+    assert (metrics["chrf"], metrics["bleu"]) == pytest.approx((100, 100))
 
 
-def test_no_replies_are_no_fault() -> None:
-    assert set(reply_figures([], []).values()) == {0.0}
+def test_no_replies_give_zeros() -> None:
+    assert set(reply_metrics([], []).values()) == {0.0}

@@ -1,4 +1,4 @@
-"""The comparison: one model, its adapter off and on, over the same rows."""
+"""Base against adapter on the same rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from jetson_ft.inference.evaluate import _samples, compare
+from jetson_ft.inference.compare import _select_samples, compare_adapter
 from jetson_ft.inference.generate import Reply
-from jetson_ft.models.packing import Pack
+from jetson_ft.kernels.packing import Pack
 
-FIGURES = {
+METRICS = {
     "loss", "bits_per_char", "chinese_share", "stop_rate", "repetition", "chrf", "bleu", "samples",
 }  # fmt: skip
 ROWS = [
@@ -21,52 +21,53 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def compared(tiny_phi: Path, writer: Any) -> tuple[dict[str, Any], list[Any], Any, list[Pack]]:
-    """(result, what progress heard, the model, the rows' packs)."""
+def compared(tiny_phi: Path, phi: Any) -> tuple[dict[str, Any], list[Any], Any, list[Pack]]:
+    """(result, calls of progress, the model, the rows' packs)."""
     import torch
 
-    from jetson_ft.data.template import encode
-    from jetson_ft.models import adapter, load
-    from jetson_ft.models.packing import packs
-    from jetson_ft.models.resolve import Base
+    from jetson_ft import adapter
+    from jetson_ft.data.chat_template import encode
+    from jetson_ft.kernels.packing import make_packs
+    from jetson_ft.models import loading
+    from jetson_ft.models.files import BaseModelFiles
     from jetson_ft.recipe import LoraRecipe
 
-    base = load.load_model(Base("tiny", tiny_phi), load.Weights("fp32"), "cpu")
-    model = adapter.attach(base, LoraRecipe(rank=2), 0)
+    base = loading.load_model(BaseModelFiles("tiny", tiny_phi), loading.WeightFormat("fp32"), "cpu")
+    model = adapter.attach_adapter(base, LoraRecipe(rank=2), 0)
     for name, value in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.3)
-    encoded = [encode(writer.tokenizer, row) for row in ROWS]
-    packed = list(packs([{"input_ids": e.ids, "parts": e.parts} for e in encoded], 200))
-    heard: list[Any] = []
+    encoded = [encode(phi.tokenizer, row) for row in ROWS]
+    packed = list(make_packs([{"input_ids": e.ids, "segments": e.segments} for e in encoded], 200))
+    calls: list[Any] = []
     characters = sum(len(row[1]["content"]) for row in ROWS)
-    result = compare(
-        model.eval(), writer.tokenizer, ROWS, packed, characters, 10, 2,
-        lambda *told: heard.append(told),
+    result = compare_adapter(
+        model.eval(), phi.tokenizer, ROWS, packed, characters, 10, 2,
+        lambda *call: calls.append(call),
     )  # fmt: skip
-    return result, heard, model, packed
+    return result, calls, model, packed
 
 
-def test_both_sides_carry_the_contracts_figures(compared: Any) -> None:
+def test_result_has_all_metrics_for_both_sides(compared: Any) -> None:
     result, *_ = compared
     assert set(result) == {"eval", "generation"}
     assert result["eval"]["rows"] == 4
     for side in ("before", "after"):
-        assert set(result["eval"][side]) == FIGURES
+        assert set(result["eval"][side]) == METRICS
     assert result["generation"]["method"] == "greedy"
     assert result["generation"]["max_new_tokens"] == 10
 
 
-def test_before_is_the_base_alone(compared: Any, writer: Any) -> None:
+def test_before_equals_the_base_without_adapter(compared: Any, phi: Any) -> None:
     import torch
 
     result, *_ = compared
     nats, count, characters = 0.0, 0, 0
     for row in ROWS:
-        prompt = writer.prompt(row[0]["content"])
-        answer = writer.tokenizer(row[1]["content"], add_special_tokens=False)["input_ids"]
+        prompt = phi.prompt(row[0]["content"])
+        answer = phi.tokenizer(row[1]["content"], add_special_tokens=False)["input_ids"]
         with torch.no_grad():
-            logits = writer.model(torch.tensor([prompt + answer])).logits[0].double()
+            logits = phi.model(torch.tensor([prompt + answer])).logits[0].double()
         rates = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         nats -= float(rates[range(len(answer)), answer].sum())
         count, characters = count + len(answer), characters + len(row[1]["content"])
@@ -77,7 +78,7 @@ def test_before_is_the_base_alone(compared: Any, writer: Any) -> None:
     )
 
 
-def test_after_differs_and_the_adapter_is_on_again(compared: Any) -> None:
+def test_after_differs_and_leaves_the_adapter_enabled(compared: Any) -> None:
     result, _, model, _ = compared
     before, after = result["eval"]["before"], result["eval"]["after"]
     assert abs(before["loss"] - after["loss"]) > 1e-3
@@ -85,7 +86,7 @@ def test_after_differs_and_the_adapter_is_on_again(compared: Any) -> None:
     assert not model.base_model.model.model.layers[0].self_attn.q_proj.disable_adapters
 
 
-def test_samples_show_the_same_rows_on_both_sides(compared: Any) -> None:
+def test_samples_have_the_same_rows_on_both_sides(compared: Any) -> None:
     result, *_ = compared
     for before, after in zip(
         result["eval"]["before"]["samples"], result["eval"]["after"]["samples"], strict=True
@@ -95,20 +96,20 @@ def test_samples_show_the_same_rows_on_both_sides(compared: Any) -> None:
         assert before["reference"] == ROWS[before["row"]][1]["content"]
 
 
-def test_progress_hears_both_sides(compared: Any) -> None:
-    _, heard, _, packed = compared
+def test_progress_is_called_for_both_sides(compared: Any) -> None:
+    _, calls, _, packed = compared
     first, second = (pack.tokens for pack in packed)
-    of_all = first + second
-    measured = [("tokens", 0, of_all), ("tokens", first, of_all), ("tokens", of_all, of_all)]
-    of_a_side = [*measured, ("replies", 0, 4), ("replies", 4, 4)]
-    assert heard == [(side, *told) for side in ("before", "after") for told in of_a_side]
+    total = first + second
+    measured = [("tokens", 0, total), ("tokens", first, total), ("tokens", total, total)]
+    one_side = [*measured, ("replies", 0, 4), ("replies", 4, 4)]
+    assert calls == [(side, *call) for side in ("before", "after") for call in one_side]
 
 
 @pytest.mark.parametrize(
     ("count", "rows"), [(0, []), (1, [0]), (2, [0, 2]), (3, [0, 1, 2]), (9, [0, 1, 2, 3])]
 )
 def test_samples_are_spread_evenly(count: int, rows: list[int]) -> None:
-    replies = [Reply(str(n), 1, True) for n in range(4)]
-    found = _samples(ROWS, replies, count)
-    assert [sample["row"] for sample in found] == rows
-    assert [sample["reply"] for sample in found] == [str(row) for row in rows]
+    replies = [Reply(str(n), True) for n in range(4)]
+    selected = _select_samples(ROWS, replies, count)
+    assert [sample["row"] for sample in selected] == rows
+    assert [sample["reply"] for sample in selected] == [str(row) for row in rows]

@@ -1,0 +1,140 @@
+"""A chat whose model is loaded in a separate process (`chat.server`), started on first use."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jetson_ft.errors import UserError, _
+from jetson_ft.inference.generate import Sampling
+from jetson_ft.runs.processes import WORKER_ENVIRONMENT
+
+ChatTurns = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A message for the model, its conversation so far, and how to generate the reply."""
+
+    text: str
+    turns: ChatTurns
+    sampling: Sampling
+    system: str = ""
+    examples: Sequence[dict[str, str]] = ()
+    use_adapter: bool = True
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    """The whole text of a reply so far; only the last one has `tokens` and `seconds`."""
+
+    text: str
+    tokens: int | None = None
+    seconds: float | None = None
+    stopped: bool = False
+
+
+class ChatClient:
+    """One model for all clients of a page; it generates one reply at a time."""
+
+    def __init__(self, runs_root: Path) -> None:
+        self.root = runs_root
+        self._process: subprocess.Popen[str] | None = None
+        self._lock = threading.Lock()  # held while a reply is generated
+        self._client_id = ""  # of that reply
+        self._loading = self._stopped = False
+
+    def generate(self, name: str, request: ChatRequest, client_id: str = "") -> Iterator[ChatReply]:
+        """Yield the reply as it grows; load the model first if it isn't loaded.
+
+        Args:
+            name: as in `target.resolve_target`.
+            client_id: `stop` with the same one ends the reply.
+
+        Raises:
+            UserError: another reply is being generated, or the model can't be loaded.
+        """
+        if not self._lock.acquire(blocking=False):
+            busy = _("Busy: the model is generating a reply for another client.")
+            raise UserError(busy, fix=_("Try again soon."))
+        self._client_id = client_id
+        try:
+            self._load(name)
+            self._send({"action": "generate", **asdict(request)})
+            text = kind = ""
+            try:
+                while kind != "end":
+                    message = self._read("delta", "end")
+                    kind = message.pop("kind")
+                    text += message.pop("text", "")
+                    yield ChatReply(text, **message)
+            except GeneratorExit:  # reading the next "ready" skips the rest of the reply
+                self.stop(client_id)
+                raise
+        finally:
+            self._lock.release()
+
+    def stop(self, client_id: str = "") -> None:
+        """End the reply that is being generated for this client, or the loading for it.
+
+        Files that were downloaded until then stay.
+        """
+        if client_id != self._client_id or not self._process or self._process.poll() is not None:
+            return
+        if self._loading:
+            self._stopped = True
+            self._process.kill()
+        else:
+            self._send({"action": "stop"})
+
+    def close(self) -> None:
+        """End the process, which unloads the model."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+
+    def _load(self, name: str) -> None:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "jetson_ft.chat.server", str(self.root)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+                env={**WORKER_ENVIRONMENT, **os.environ},
+            )  # fmt: skip
+        self._loading, self._stopped = True, False
+        try:
+            self._send({"action": "load", "name": name})
+            self._read("ready")
+        finally:
+            self._loading = False
+
+    def _send(self, request: dict[str, Any]) -> None:
+        assert self._process and self._process.stdin
+        with suppress(BrokenPipeError):  # the process has exited; its last messages are read next
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+
+    def _read(self, *kinds: str) -> dict[str, Any]:
+        """Return the server's next message of these kinds; raise the error that it reports."""
+        assert self._process and self._process.stdout
+        for line in self._process.stdout:
+            message: dict[str, Any] = json.loads(line)
+            if message["kind"] in kinds:
+                return message
+            if message["kind"] == "unloaded":
+                self.close()
+            if message["kind"] in ("error", "unloaded"):
+                raise UserError.from_json(message)
+        self.close()
+        if self._stopped:
+            raise UserError(_("Stopped before the model was loaded."))
+        raise UserError(_("The chat's process ended; it may have run out of memory."))

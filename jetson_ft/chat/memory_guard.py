@@ -1,0 +1,68 @@
+"""Memory checks for a chat beside a training run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jetson_ft.errors import UserError, _
+from jetson_ft.events import Step, WeightsLoaded
+from jetson_ft.runs import monitor, processes, queue
+from jetson_ft.runs.store import Run
+
+if TYPE_CHECKING:
+    from jetson_ft.hardware.detect import Device
+    from jetson_ft.models.loading import WeightFormat
+
+_UNPLANNED_SHARE = 0.5  # of all memory, for a run that has no plan yet
+
+
+def require_memory(model: str, weights: WeightFormat, device: Device) -> None:
+    """Raise `UserError` if a chat's model doesn't fit beside the run that trains, by its plan."""
+    folder = queue.running_run()
+    if folder is None:
+        return
+    from jetson_ft.models import catalog, files
+    from jetson_ft.training import cost_model
+
+    dims = catalog.model_dims(files.resolve_model(model, weights=False))
+    needed = cost_model.chat_memory(dims, weights, device)
+    free = device.memory_available - remaining_memory(Run(folder), device)
+    if needed > free:
+        raise UserError(
+            _("Busy: a run is training. Beside it {free:.1f} GiB are left; this model needs "
+              "{needed:.1f} GiB."),
+            fix=_("Wait for its end, or stop it; it can be resumed."),
+            free=max(0, free) / 2**30, needed=needed / 2**30,
+        )  # fmt: skip
+
+
+def is_memory_short(device: Device) -> bool:
+    """Return whether a run is training that needs more memory than is free now."""
+    folder = queue.running_run()
+    return folder is not None and device.memory_available < remaining_memory(Run(folder), device)
+
+
+def remaining_memory(run: Run, device: Device) -> float:
+    """Return the bytes that the run will allocate by its plan and hasn't allocated yet.
+
+    For a run without a plan this is half of the machine's memory. Processes that share one memory
+    are added up; a GPU with its own memory holds one process.
+    """
+    try:
+        plan, attempt = run.plan(), run.state().attempt
+    except UserError:
+        plan = {}
+    if not plan.get("peak_memory_bytes"):
+        return _UNPLANNED_SHARE * device.memory_total
+    progress = monitor.read_progress(run)
+    step, weights = progress.last(Step), progress.last(WeightsLoaded)
+    # A step's `memory` is all of a process on a CPU. On a GPU it is what torch allocated, without
+    # the process itself and the driver's context.
+    parts = plan["parts"]
+    allocated: float = parts["process"] + parts["context"]
+    if step and step.attempt == attempt:
+        allocated = step.memory + (allocated if parts["context"] else 0)
+    elif weights and weights.attempt == attempt:
+        allocated += sum(weights.bytes.values())
+    count = processes.read_distributed_config(run).nproc_per_node if device.shares_memory else 1
+    return count * max(0.0, float(plan["peak_memory_bytes"]) - allocated)

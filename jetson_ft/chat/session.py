@@ -1,0 +1,125 @@
+"""A conversation with a model, with or without its adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jetson_ft.data.chat_template import encode_prompt, end_ids
+from jetson_ft.data.formats import ChatMessage, RowError, detect_layout, to_messages
+from jetson_ft.errors import UserError, _
+from jetson_ft.files import disk_errors
+from jetson_ft.inference.generate import Sampling, stream_reply
+
+DEFAULT_SAMPLING = Sampling()
+
+
+@dataclass
+class ChatSession:
+    """A loaded model and the conversation with it.
+
+        chat = load_chat()
+        print(chat.ask("你好"))
+        for delta in chat.reply("再见"):
+            print(delta, end="")
+
+    Args:
+        model: a causal language model, or one with a PEFT adapter.
+        context_length: most tokens of prompt and reply together.
+        title: name of the model and adapter, for people.
+        system: the system message; may be empty.
+        examples: few-shot turns before the conversation.
+        turns: questions and answers so far.
+    """
+
+    model: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    has_adapter: bool
+    context_length: int
+    title: str = ""
+    system: str = ""
+    examples: list[ChatMessage] = field(default_factory=list)
+    turns: list[ChatMessage] = field(default_factory=list)
+
+    def ask(
+        self, text: str, sampling: Sampling = DEFAULT_SAMPLING, use_adapter: bool = True
+    ) -> str:
+        """Return the answer to `text`, and add both to the turns; for the rest see `reply`."""
+        answer = "".join(self.reply(text, sampling, use_adapter)).strip()
+        self.add_turn(text, answer)
+        return answer
+
+    def reply(
+        self,
+        text: str,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        use_adapter: bool = True,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[str]:
+        """Yield the answer to `text` in deltas; the turns do not change (see `add_turn`).
+
+        Args:
+            use_adapter: False: the base model answers.
+            should_stop: called after each token; True ends the answer.
+
+        Raises:
+            UserError: the conversation is too long for the model's context.
+        """
+        prompt = encode_prompt(self.tokenizer, self.messages(text))
+        if len(prompt) + sampling.max_new_tokens > self.context_length:
+            raise UserError(
+                _("The conversation has {tokens} tokens; with the answer that is more than the "
+                  "model's {limit}."),
+                fix=_("/reset begins a new one; fewer examples or a smaller max_new_tokens help "
+                      "too."),
+                tokens=len(prompt), limit=self.context_length,
+            )  # fmt: skip
+        base_only = self.has_adapter and not use_adapter
+        with self.model.disable_adapter() if base_only else nullcontext():
+            ends = end_ids(self.tokenizer, self.model)
+            yield from stream_reply(self.model, self.tokenizer, prompt, ends, sampling, should_stop)
+
+    def messages(self, text: str) -> list[ChatMessage]:
+        """Return the prompt for `text`: system message, examples, turns, then `text`."""
+        system = [ChatMessage(role="system", content=self.system)] if self.system else []
+        return [*system, *self.examples, *self.turns, ChatMessage(role="user", content=text)]
+
+    def add_turn(self, text: str, answer: str) -> None:
+        """Add a question and its answer to the turns."""
+        self.turns += [
+            ChatMessage(role="user", content=text),
+            ChatMessage(role="assistant", content=answer.strip()),
+        ]
+
+
+def read_examples(path: Path) -> list[ChatMessage]:
+    """Return few-shot turns from JSON rows with `messages`, or `instruction`/`output` pairs.
+
+    The file holds a JSON list, or one row a line. System messages are left out.
+
+    Raises:
+        UserError: the file can't be read, or holds other rows.
+    """
+    with disk_errors(path):
+        content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        messages: list[ChatMessage] = []
+        for row in rows:
+            layout = detect_layout(row)
+            if layout is None:
+                raise RowError(_("a row without question and answer"))
+            messages += [m for m in to_messages(row, layout) if m["role"] != "system"]
+    except (ValueError, RowError, AttributeError, TypeError) as error:
+        fix = _('One row a line: {{"instruction": "…", "output": "…"}}')
+        what = _("The examples can't be read: {error}.")
+        raise UserError(what, str(path), fix, error=str(error)) from error
+    return messages

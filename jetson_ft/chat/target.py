@@ -1,0 +1,98 @@
+"""The models that can be chatted with, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from jetson_ft import adapter
+from jetson_ft.chat import memory_guard
+from jetson_ft.chat.session import ChatSession
+from jetson_ft.errors import UserError, _
+from jetson_ft.files import read_json
+from jetson_ft.hardware import detect
+from jetson_ft.models import fast_import, files, loading
+from jetson_ft.models.loading import weight_format
+from jetson_ft.recipe import Quantization, Recipe
+from jetson_ft.runs import store
+from jetson_ft.runs.store import Run
+
+
+@dataclass(frozen=True)
+class ChatTarget:
+    """The model of a chat: the recipe's base, in its format, and perhaps an adapter."""
+
+    recipe: Recipe
+    adapter_dir: Path | None = None
+    adapter_mtime_ns: int = 0  # differs after another adapter was written to the same folder
+
+
+def resolve_target(
+    name: str, root: Path, model: str | None = None, quantize: str | None = None
+) -> ChatTarget:
+    """Return the model that a name stands for; nothing is loaded or downloaded.
+
+    Args:
+        name: a run (name or path), `latest` (the newest run with an adapter), an adapter's folder,
+            `base` (the embedded model), or what a recipe accepts as `model`.
+        root: the folder of the runs.
+        model: another base model than the one that the name implies.
+        quantize: another format of its weights.
+
+    Raises:
+        UserError: there is no such run or model, or the run has no adapter yet.
+    """
+    if quantize not in (None, *get_args(Quantization)):
+        choices = ", ".join(get_args(Quantization))
+        what, fix = _("quantize can't be {quantize!r}."), _("Choose one of {choices}.")
+        raise UserError(what, fix=fix, quantize=quantize, choices=choices)
+    adapter_dir: Path | None = None
+    if files.is_base_model(name):
+        recipe = Recipe() if name == "base" else Recipe(model=name)
+    elif (Path(name).expanduser() / "adapter_config.json").is_file():
+        adapter_dir = Path(name).expanduser()
+        if (adapter_dir / adapter.BASE_FILE).is_file():
+            base = read_json(adapter_dir / adapter.BASE_FILE)["name"]
+        else:  # an adapter of another program has PEFT's entry only
+            base = read_json(adapter_dir / "adapter_config.json").get("base_model_name_or_path")
+        recipe = Recipe(model=base or "embedded")
+    else:
+        run = _latest_adapter_run(root) if name == "latest" else store.find_run(name, root)
+        adapter_dir, recipe = run.require_adapter(), run.recipe()
+    weights = adapter_dir / "adapter_model.safetensors" if adapter_dir else None
+    mtime_ns = weights.stat().st_mtime_ns if weights and weights.exists() else 0
+    changes = {"model": model or recipe.model, "quantize": quantize or recipe.quantize}
+    return ChatTarget(recipe.model_copy(update=changes), adapter_dir, mtime_ns)
+
+
+def open_session(target: ChatTarget) -> ChatSession:
+    """Load the target's model, and return a chat with it.
+
+    Raises:
+        UserError: a file is missing, the adapter is for another base, or memory is short.
+    """
+    name, adapter_dir = target.recipe.model, target.adapter_dir
+    device = detect.detect_device()
+    weights = weight_format(target.recipe, device)
+    memory_guard.require_memory(name, weights, device)
+    base = files.resolve_model(name)
+    if adapter_dir:
+        adapter.read_adapter_config(adapter_dir)
+    fast_import.import_libraries()
+    tokenizer = loading.load_tokenizer(base)
+    model = loading.load_model(base, weights, device.kind)
+    if adapter_dir:
+        model = adapter.load_adapter(model, base, adapter_dir)
+    context_length = int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    with_adapter = f" with {adapter_dir}" if adapter_dir else ""
+    title = f"{name}{with_adapter} ({weights}, {device.kind})"
+    return ChatSession(model, tokenizer, adapter_dir is not None, context_length, title)
+
+
+def _latest_adapter_run(root: Path) -> Run:
+    for run in store.list_runs(root):
+        if run.adapter.is_dir():
+            return run
+    fix = _("`make finetune` makes one; `jetson-ft chat base` chats with the model as it is.")
+    raise UserError(_("There is no adapter to chat with yet."), str(root), fix)

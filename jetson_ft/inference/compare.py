@@ -1,0 +1,101 @@
+"""Base and adapter on the same held-out rows: loss, replies, and metrics of the replies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from jetson_ft.data.chat_template import encode_prompt, end_ids
+from jetson_ft.data.formats import ChatMessage
+from jetson_ft.inference.generate import Reply, generate_replies
+from jetson_ft.inference.metrics import reply_metrics
+from jetson_ft.kernels import attention
+from jetson_ft.kernels.lm_head_loss import Score, chunked_lm_head, score_packs
+from jetson_ft.kernels.packing import Pack
+
+ProgressCallback = Callable[[str, str, int, int], None]  # (side, part, done, total)
+
+
+def compare_adapter(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[list[ChatMessage]],
+    packs: Sequence[Pack],
+    characters: int,
+    max_new_tokens: int,
+    samples: int,
+    progress: ProgressCallback,
+    scores: dict[str, Score] | None = None,
+) -> dict[str, Any]:
+    """Measure a PEFT model with its adapter disabled ("before") and enabled ("after").
+
+    Args:
+        conversations: held-out rows; the last turn is the reference answer.
+        packs: the same rows as tokens.
+        characters: of all reference answers.
+        samples: rows whose replies are part of the result.
+        progress: called with ("before" or "after", "tokens" or "replies", done, total), first
+            for the loss of the rows' tokens, then for the replies; each part begins at 0 done.
+        scores: by side, where training has measured these weights on these rows already.
+
+    Returns:
+        `report.json`'s `eval` and, under "generation", how the replies were generated.
+    """
+    prompts = [encode_prompt(tokenizer, messages[:-1]) for messages in conversations]
+    references = [messages[-1]["content"] for messages in conversations]
+    eos_ids = end_ids(tokenizer, model)
+    result: dict[str, Any] = {"rows": len(conversations)}
+    started = time.monotonic()
+    for side in ("before", "after"):
+        report = partial(progress, side)
+        with model.disable_adapter() if side == "before" else nullcontext():
+            if scores:
+                score = scores[side]
+            else:
+                score = _measure_loss(model, packs, characters, partial(report, "tokens"))
+            replies = generate_replies(
+                model, tokenizer, prompts, eos_ids, max_new_tokens, partial(report, "replies")
+            )
+        result[side] = {
+            **asdict(score),
+            **reply_metrics(replies, references),
+            "samples": _select_samples(conversations, replies, samples),
+        }
+    seconds = round(time.monotonic() - started, 1)
+    generation = {"method": "greedy", "max_new_tokens": max_new_tokens, "seconds": seconds}
+    return {"eval": result, "generation": generation}
+
+
+def _measure_loss(
+    model: Any, packs: Sequence[Pack], characters: int, progress: Callable[[int, int], None]
+) -> Score:
+    def with_progress() -> Iterator[Pack]:
+        # In tokens, because the first packs hold few long rows and the last ones many short rows.
+        done, total = 0, sum(pack.tokens for pack in packs)
+        for pack in packs:
+            progress(done, total)
+            yield pack
+            done += pack.tokens
+        progress(done, total)
+
+    packed = any(len(pack.row_lengths) > 1 for pack in packs)
+    attention_mode = attention.use_packed_attention(model) if packed else nullcontext()
+    with chunked_lm_head(model), attention_mode:
+        return score_packs(model, with_progress(), characters)
+
+
+def _select_samples(
+    conversations: Sequence[list[ChatMessage]], replies: Sequence[Reply], count: int
+) -> list[dict[str, Any]]:
+    """Return evenly spaced rows with their replies; the same rows for both sides."""
+    count = min(count, len(conversations))
+    samples = []
+    for row in (number * len(conversations) // count for number in range(count)):
+        *messages, answer = conversations[row]
+        sample = {"row": row, "messages": messages, "reference": answer["content"]}
+        samples.append(sample | {"reply": replies[row].text, "ended": replies[row].ended})
+    return samples

@@ -1,0 +1,158 @@
+"""What a chat's name means, and its model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jetson_ft.chat.session import ChatSession
+from jetson_ft.chat.target import ChatTarget, open_session, resolve_target
+from jetson_ft.errors import UserError
+from jetson_ft.inference.generate import Sampling
+from jetson_ft.models import files
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import store
+from jetson_ft.runs.store import Run
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use fp32, whatever this machine would choose."""
+    from jetson_ft.hardware.detect import Device
+
+    monkeypatch.setattr(Device, "precision", lambda self, wanted: "fp32")
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tiny_phi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an adapter that changes the replies."""
+    import torch
+
+    from jetson_ft import adapter
+    from jetson_ft.models import loading
+    from jetson_ft.models.files import BaseModelFiles
+    from jetson_ft.recipe import LoraRecipe
+
+    base = BaseModelFiles(str(tiny_phi), tiny_phi)
+    model = adapter.attach_adapter(
+        loading.load_model(base, loading.WeightFormat("fp32"), "cpu"), LoraRecipe(rank=2), 0
+    )
+    for name, value in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value)
+    folder = tmp_path_factory.mktemp("adapter")
+    adapter.save_adapter(model, loading.load_tokenizer(base), base, folder)
+    return folder
+
+
+def reply_to(chat: ChatSession, **options: Any) -> str:
+    return "".join(chat.reply("你好", Sampling(max_new_tokens=8), **options))
+
+
+def open_run(name: str, root: Path, **more: str) -> Any:
+    return open_session(resolve_target(name, root, **more))
+
+
+def copy_of_run(finished: Run, tmp_path: Path) -> Path:
+    """Return a root with the finished run, renamed, and a newer run without adapter."""
+    root = tmp_path / "runs"
+    shutil.copytree(finished.path, root / finished.name)
+    (root / finished.name).rename(root / "20000101-000000-old")
+    store.create_run(Recipe(output_dir=str(root)), "new").write_state("queued")
+    return root
+
+
+@pytest.mark.parametrize("name", ["latest", "20000101-000000-old"])
+def test_latest_is_the_newest_run_with_an_adapter(finished: Run, tmp_path: Path, name: str) -> None:
+    root = copy_of_run(finished, tmp_path)
+    chat = open_run(name, root)
+    assert chat.has_adapter
+    assert str(root / "20000101-000000-old" / "adapter") in chat.title and "fp32" in chat.title
+    assert "".join(chat.reply("你好", Sampling(max_new_tokens=3)))
+
+
+def test_run_without_adapter_is_refused_with_its_state(finished: Run, tmp_path: Path) -> None:
+    root = copy_of_run(finished, tmp_path)
+    with pytest.raises(UserError, match=r"has no adapter yet \(queued\)"):
+        open_run(store.list_runs(root)[0].name, root)
+
+
+def test_latest_without_any_adapter_suggests_the_base(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter to chat with yet") as caught:
+        open_run("latest", tmp_path)
+    assert "chat base" in str(caught.value.fix)
+
+
+def test_model_folder_opens_without_adapter(tmp_path: Path, tiny_llama: Path) -> None:
+    chat = open_run(str(tiny_llama), tmp_path)
+    assert not chat.has_adapter and chat.title.startswith(f"{tiny_llama} (fp32")
+
+
+def test_names_of_base_models_are_distinct_from_names_of_runs(
+    finished: Run, tiny_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "runs").mkdir()
+    bases = ["base", "embedded", "microsoft/phi-1_5", tiny_phi, tmp_path, tmp_path / "model.gguf"]
+    others = [finished.name, finished.path, finished.adapter, "latest", "a-deleted-one",
+              tmp_path / "runs" / "gone", "~nobody-here/x"]  # fmt: skip
+    assert all(files.is_base_model(str(name)) for name in bases)
+    assert not any(files.is_base_model(str(name)) for name in others)
+    monkeypatch.chdir(tmp_path)
+    assert not files.is_base_model("runs/gone"), "a path, even where there is no such run"
+    (tmp_path / "base").mkdir()
+    assert files.is_base_model("base"), "a folder of that name changes nothing"
+
+
+def test_adapter_folder_opens_with_its_base(finished: Run, tmp_path: Path, tiny_phi: Path) -> None:
+    chat = open_run(str(finished.adapter), tmp_path)
+    assert chat.has_adapter and chat.title.startswith(str(tiny_phi))
+
+
+def test_adapter_of_other_software_opens_with_the_base_in_its_config(
+    finished: Run, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
+    (folder / "base.json").unlink()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for configured, base in (("owner/name", "owner/name"), (None, "embedded")):
+        config["base_model_name_or_path"] = configured
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        assert resolve_target(str(folder), tmp_path).recipe.model == base
+
+
+def test_adapter_of_another_base_is_refused(
+    finished: Run, tmp_path: Path, tiny_llama: Path
+) -> None:
+    with pytest.raises(UserError, match="made for another base"):
+        open_run(str(finished.path), tmp_path, model=str(tiny_llama))
+
+
+def test_base_opens_without_adapter(tmp_path: Path, tiny_phi: Path) -> None:
+    chat = open_run("base", tmp_path, model=str(tiny_phi))
+    assert not chat.has_adapter and " with " not in chat.title
+
+
+def test_unknown_quantization_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="quantize can't be 'int4'"):
+        open_run("base", tmp_path, quantize="int4")
+
+
+def test_adapter_can_be_disabled_for_a_reply(
+    tiny_phi: Path, adapter_folder: Path, phi: Any
+) -> None:
+    chat = open_session(ChatTarget(Recipe(model=str(tiny_phi)), adapter_folder))
+    base = reply_to(ChatSession(phi.model, phi.tokenizer, False, 2048))
+    assert chat.has_adapter and chat.context_length == 2048
+    assert reply_to(chat, use_adapter=False) == base
+    assert reply_to(chat) != base
+    assert reply_to(chat, use_adapter=False) == base
+
+
+def test_folder_without_adapter_is_refused(tiny_phi: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"[Nn]o adapter"):
+        open_session(ChatTarget(Recipe(model=str(tiny_phi)), tmp_path))
