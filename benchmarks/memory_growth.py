@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Whether memory grows over the steps of a training: the embedded model, random bundled rows.
+"""Measure whether memory grows over the steps of a training run of the embedded model.
 
     python benchmarks/memory_growth.py --precision bf16
     ONEDNN_PRIMITIVE_CACHE_CAPACITY=1024 python benchmarks/memory_growth.py --precision bf16
 
-It runs in the environment of a run's worker, but for what is set before. Prints the peak of
-resident memory and the rate so far.
+Each step has 8 random bundled rows. Environment variables are those of a run's worker, except
+where they are set already. Prints the peak of resident memory and the rate so far.
 """
 
 from __future__ import annotations
@@ -17,61 +17,60 @@ import sys
 import time
 from typing import Any
 
-from jetson_ft.runs.supervisor import WORKER_ENVIRONMENT
+from jetson_ft.runs.processes import WORKER_ENVIRONMENT
 
 ROWS_PER_STEP = 8
 
 
-def in_environment() -> None:
-    """Starts itself again where the libraries would read other settings than a worker's."""
-    wanted = {**WORKER_ENVIRONMENT, **os.environ}
-    if wanted != dict(os.environ):
-        os.execve(sys.executable, [sys.executable, *sys.argv], wanted)  # noqa: S606 (itself)
-
-
 def prepare(precision: str, max_length: int) -> tuple[Any, list[dict[str, Any]]]:
-    """The model with a fresh adapter of rank 8, and the rows."""
-    from jetson_ft.models import libraries
+    """Return the model with a fresh adapter of rank 8, and the tokenized rows."""
+    from jetson_ft.models import fast_import
 
-    libraries.load()
-    from jetson_ft.models import adapter, fused, resolve
-    from jetson_ft.models.load import Weights, load_model
+    fast_import.import_libraries()
+    from jetson_ft import adapter
+    from jetson_ft.data.prepare import prepare_rows
+    from jetson_ft.kernels import fused_layers
+    from jetson_ft.models import files
+    from jetson_ft.models.loading import WeightFormat, load_model, load_tokenizer
     from jetson_ft.recipe import Recipe
-    from jetson_ft.runs.pipeline import prepare_rows
 
     recipe = Recipe.model_validate({"data": {"max_length": max_length}, "lora": {"rank": 8}})
-    base = resolve.resolve(recipe.model)
-    rows = list(prepare_rows(recipe, base).train)
-    model = adapter.attach(load_model(base, Weights(precision), "cpu"), recipe.lora, seed=0)
-    fused.fuse(model)
+    base = files.resolve_model(recipe.model)
+    rows = list(prepare_rows(recipe.data, load_tokenizer(base)).train)
+    model = adapter.attach_adapter(
+        load_model(base, WeightFormat(precision), "cpu"), recipe.lora, seed=0
+    )
+    fused_layers.fuse_layers(model)
     return model.train(), rows
 
 
 def main() -> None:
-    """Trains, and prints every sixth step."""
+    """Train, and print every sixth step."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--micro-batch", type=int, default=768, help="tokens")
     parser.add_argument("--steps", type=int, default=24)
-    chosen = parser.parse_args()
-    in_environment()
+    options = parser.parse_args()
+    environment = {**WORKER_ENVIRONMENT, **os.environ}
+    if environment != dict(os.environ):  # the libraries read it when they are loaded
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)  # noqa: S606 (itself)
     import numpy as np
     import torch
 
-    from jetson_ft.models import attention
-    from jetson_ft.models.loss import token_losses, without_head
-    from jetson_ft.models.packing import packs
+    from jetson_ft.kernels import attention
+    from jetson_ft.kernels.lm_head_loss import chunked_lm_head, token_losses
+    from jetson_ft.kernels.packing import make_packs
 
-    model, rows = prepare(chosen.precision, 512)
+    model, rows = prepare(options.precision, 512)
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=1e-4, fused=True)
-    draw, tokens, started = np.random.default_rng(0), 0, time.perf_counter()
-    with without_head(model), attention.packed(model):
-        for step in range(1, chosen.steps + 1):
-            of_step = [rows[i] for i in draw.choice(len(rows), ROWS_PER_STEP, replace=False)]
-            for one in packs(of_step, chosen.micro_batch):
-                token_losses(model, one).mean().backward()
-                tokens += one.tokens
+    generator, tokens, started = np.random.default_rng(0), 0, time.perf_counter()
+    with chunked_lm_head(model), attention.use_packed_attention(model):
+        for step in range(1, options.steps + 1):
+            numbers = generator.choice(len(rows), ROWS_PER_STEP, replace=False)
+            for pack in make_packs([rows[i] for i in numbers], options.micro_batch):
+                token_losses(model, pack).mean().backward()
+                tokens += pack.tokens
             optimizer.step()
             optimizer.zero_grad()
             if step == 1 or step % 6 == 0:

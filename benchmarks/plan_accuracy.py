@@ -1,13 +1,12 @@
 #!/usr/bin/env python3
-"""Predicted against measured peak memory: short real runs of recipes of different shape.
+"""Compare predicted and measured peak memory in short runs of different recipes.
 
     python benchmarks/plan_accuracy.py [--model MODEL] [NAME …]
 
-Each run trains twelve steps through the command line, as anybody would start it; the prediction
-is its plan.json's, the measurement its last step event's (resident memory on a CPU; on a GPU
-what torch allocated, so the process and the driver are left out of the prediction). Prints a
-Markdown table. The planner's constants were fitted on the rows marked `fit`; only the others say
-anything about its accuracy.
+Each run trains twelve steps through the command line. The prediction is in its plan.json, the
+measurement in its last step event: resident memory on a CPU; on a GPU what torch allocated, so
+process and driver are left out of the prediction. Prints a Markdown table. The planner's constants
+were fitted on the rows marked `fit`; only the others show its accuracy.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jetson_ft.device import probe
+from jetson_ft.events import Step, from_json
+from jetson_ft.hardware import detect
 
 # Name -> settings over the defaults. A micro-batch is never shorter than the longest row, so
 # `data.max_length` with `train.tokens_per_step` sets its size.
@@ -48,10 +48,10 @@ CPU: dict[str, dict[str, str]] = {
         "quantize": "int8", "precision": "fp32", "train.max_memory_gb": "1.24",
     },
     "fp32, 512, query and value layers alone": {
-        "precision": "fp32", "lora.targets": "[q_proj, v_proj]",
+        "precision": "fp32", "lora.target_modules": "[q_proj, v_proj]",
     },
 }  # fmt: skip
-# For a model of Phi-1.5's size; recomputing begins where the other plans are granted no memory.
+# For a model of Phi-1.5's size; where `max_memory_gb` is set, only a plan that recomputes fits.
 GPU: dict[str, dict[str, str]] = {
     "fit: bf16, 4096, rank 8": {"lora.rank": "8"},
     "fit: bf16, 2048, rank 8, recomputing": {
@@ -68,22 +68,23 @@ GPU: dict[str, dict[str, str]] = {
     "nf4, 1024, recomputing": {
         "quantize": "nf4", "train.tokens_per_step": "1024", "train.max_memory_gb": "2.35",
     },
-    "bf16, 4096, query and value layers alone": {"lora.targets": "[q_proj, v_proj]"},
+    "bf16, 4096, query and value layers alone": {"lora.target_modules": "[q_proj, v_proj]"},
 }  # fmt: skip
 SHORT = {
     "train.max_steps": "12",
-    "train.early_stopping": "0", "train.eval_every": "1000",
+    "train.early_stopping_patience": "null", "train.eval_every": "1000",
     "data.heldout": "2", "data.max_length": "512", "eval.max_new_tokens": "1", "eval.samples": "0",
 }  # fmt: skip
 STEP_TOKENS = {"cpu": "512", "cuda": "4096"}
-OUTSIDE = {"cpu": (), "cuda": ("process", "context")}  # of what is measured there
+# Parts of the prediction that the measurement doesn't include.
+UNMEASURED = {"cpu": (), "cuda": ("process", "context")}
 
 
 def measure(settings: dict[str, str]) -> tuple[dict[str, Any], int]:
-    """A run's plan.json, and its measured peak in bytes."""
+    """Train once; return the content of plan.json, and the measured peak in bytes."""
     recipe = Path(__file__).with_name("plan_accuracy.yaml")
     with tempfile.TemporaryDirectory() as folder:
-        sets = {**SHORT, **settings, "output": folder}
+        sets = {**SHORT, **settings, "output_dir": folder}
         command = [sys.executable, "-m", "jetson_ft.cli", "train", str(recipe)]
         command += [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -92,27 +93,28 @@ def measure(settings: dict[str, str]) -> tuple[dict[str, Any], int]:
         run = next(path for path in Path(folder).iterdir() if (path / "plan.json").exists())
         plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
         lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [event for event in map(json.loads, lines) if event["kind"] == "step"]
-    return plan, steps[-1]["memory"]
+    events = [from_json(json.loads(line)) for line in lines]
+    return plan, [event.memory for event in events if isinstance(event, Step)][-1]
 
 
 def main() -> None:
-    """Runs what is named, or all, one after the other."""
+    """Run the named recipes, or all, one after the other."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="embedded")
     parser.add_argument("names", nargs="*", metavar="NAME")
-    chosen, kind = parser.parse_args(), probe.probe().kind
+    options, kind = parser.parse_args(), detect.detect_device().kind
     recipes = {"cpu": CPU, "cuda": GPU}[kind]
-    common = {"model": chosen.model, "train.tokens_per_step": STEP_TOKENS[kind]}
+    common = {"model": options.model, "train.tokens_per_step": STEP_TOKENS[kind]}
     print("| recipe | recomputing | predicted GB | measured GB | off by |")
     print("|---|---|---:|---:|---:|")
-    for name in chosen.names or recipes:
+    for name in options.names or recipes:
         plan, measured = measure({**common, **recipes[name]})
-        predicted = sum(plan["parts"].values()) - sum(plan["parts"][x] for x in OUTSIDE[kind])
-        again = "yes" if plan["checkpointing"] else "no"
+        parts = plan["parts"]
+        predicted = sum(parts.values()) - sum(parts[name] for name in UNMEASURED[kind])
+        recomputing = "yes" if plan["checkpointing"] else "no"
         figures = f"{predicted / 1e9:.2f} | {measured / 1e9:.2f} | {predicted / measured - 1:+.1%}"
-        print(f"| {name} | {again} | {figures} |", flush=True)
-        print(json.dumps(plan["parts"]), file=sys.stderr)
+        print(f"| {name} | {recomputing} | {figures} |", flush=True)
+        print(json.dumps(parts), file=sys.stderr)
 
 
 if __name__ == "__main__":

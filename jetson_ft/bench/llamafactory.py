@@ -1,8 +1,8 @@
-"""LLaMA-Factory as an arm: its own command line, on the same conversations.
+"""LLaMA-Factory's variants: its own command line, on the same conversations.
 
-It tokenises them itself, with the template it reads from the tokenizer; rows are counted as
-ours are (but for packed ones), so its rate says how fast the same text was learnt. Written for
-release 0.9.5.
+It tokenizes the conversations itself, with the template of the tokenizer. Its rate counts this
+program's tokens of the rows (except for packed ones), so it says how fast the same text was
+trained on. Written for release 0.9.5.
 """
 
 from __future__ import annotations
@@ -16,141 +16,112 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jetson_ft import strict_yaml
-from jetson_ft.bench.lesson import ROWS_PER_STEP, Lesson, Trained
-from jetson_ft.paths import read_json, write_atomic, write_json
-
-_POLL_SECONDS = 0.02
-_START = "from llamafactory.cli import main; main()"
+from jetson_ft.bench.workload import ROWS_PER_STEP, BenchWorkload, Result
+from jetson_ft.files import read_json, write_atomic, write_json
+from jetson_ft.recipe import strict_yaml
 
 
-def train(lesson: Lesson, folder: str, batch: int = 1, packed: bool = False) -> Trained:
-    """Starts it with `batch` rows, or bins of packed rows, at a time; notes when it logs each step.
+def train(workload: BenchWorkload, folder: str, batch: int = 1, packed: bool = False) -> Result:
+    """Train the workload with `batch` rows, or bins of packed rows, at a time.
 
-    Raises:
-        RuntimeError: it failed; its own words are in the log.
+    A step ends when LLaMA-Factory logs it.
     """
-    home = Path(folder)
-    _write_rows(lesson, home)
-    _write_model(lesson, home / "model")
-    write_atomic(home / "train.yaml", strict_yaml.dump(arguments(lesson, home, batch, packed)))
-    command = [str(lesson.settings.llamafactory), "-c", _START, "train", str(home / "train.yaml")]
-    seen = Trained()
+    home, log = Path(folder), Path(folder) / "out" / "trainer_log.jsonl"
+    _write_rows(workload, home)
+    _write_model(workload, home / "model")
+    config, code = home / "train.yaml", "from llamafactory.cli import main; main()"
+    write_atomic(config, strict_yaml.dump_yaml(training_arguments(workload, home, batch, packed)))
+    command = [str(workload.settings.llamafactory), "-c", code, "train", str(config)]
     process = subprocess.Popen(command, cwd=home, env=os.environ | {"PYTHONPATH": ""})
-    while process.poll() is None:
-        _note_new(home / "out" / "trainer_log.jsonl", seen)
-        time.sleep(_POLL_SECONDS)
-    _note_new(home / "out" / "trainer_log.jsonl", seen)
+    result, running = Result(), True
+    while running:
+        running = process.poll() is None
+        lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+        steps = [step for step in map(json.loads, lines) if "loss" in step]
+        result.step_ends += [time.perf_counter()] * (len(steps) - len(result.step_ends))
+        time.sleep(0.02)
     if process.returncode:
         raise RuntimeError(f"LLaMA-Factory ended with code {process.returncode}; see log.txt")
     if packed:
-        _count_packed(lesson, home / "out" / "trainer_log.jsonl", seen)
-    if lesson.device.kind == "cpu":
+        result.timed_tokens = _count_packed(workload, steps)
+    else:
+        result.losses = [float(step["loss"]) for step in steps]
+    if workload.device.kind == "cpu":
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        seen.peak_memory_bytes = int(peak if sys.platform == "darwin" else peak * 1024)
-    return seen
+        result.peak_memory_bytes = int(peak if sys.platform == "darwin" else peak * 1024)
+    return result
 
 
-def _note_new(log: Path, seen: Trained) -> None:
-    """Each step's line comes when the step has ended."""
-    if log.exists():
-        losses = losses_in(log.read_text(encoding="utf-8"))
-        seen.ends += [time.perf_counter()] * (len(losses) - len(seen.losses))
-        seen.losses = losses
+def _count_packed(workload: BenchWorkload, steps: list[dict[str, Any]]) -> int:
+    """Return an estimate of the tokens of all steps but the first, whose rows its packer chose.
 
-
-def losses_in(log: str) -> list[float]:
-    """Of each step, out of `trainer_log.jsonl`."""
-    return [float(line["loss"]) for line in _steps_in(log)]
-
-
-def _steps_in(log: str) -> list[dict[str, Any]]:
-    """A last line still being written is left out, as is one that is of no step."""
-    lines = [json.loads(line) for line in log.split("\n")[:-1]]
-    return [line for line in lines if "loss" in line]
-
-
-def _count_packed(lesson: Lesson, log: Path, seen: Trained) -> None:
-    """The tokens of all steps but the first: its packer chooses which rows those are of.
-
-    It logs how many places its bins had so far; all are taken for equally full, which flatters
-    it, as its packer fills the first ones best.
-
-    Raises:
-        RuntimeError: it made no second step.
+    It logs how many positions its bins had so far. All bins are taken as equally full, which
+    favours it: its packer fills the first ones best.
     """
-    places = [line["total_tokens"] for line in _steps_in(log.read_text(encoding="utf-8"))]
-    if len(places) < 2:
-        raise RuntimeError(f"made {len(places)} steps of packed rows; two are needed")
-    tokens = sum(len(row["input_ids"]) for row in lesson.rows)
-    seen.timed_tokens = round(tokens * (1 - places[0] / places[-1]))
-    seen.losses = []
+    if len(steps) < 2:
+        raise RuntimeError(f"made {len(steps)} steps of packed rows; two are needed")
+    tokens = sum(len(row["input_ids"]) for row in workload.rows)
+    return round(tokens * (1 - float(steps[0]["total_tokens"] / steps[-1]["total_tokens"])))
 
 
-def _write_rows(lesson: Lesson, home: Path) -> None:
-    rows = [{"messages": lesson.messages[i]} for step in lesson.steps() for i in step]
-    tags = {
-        "role_tag": "role", "content_tag": "content",
-        "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system",
-    }  # fmt: skip
+def _write_rows(workload: BenchWorkload, home: Path) -> None:
+    rows = [{"messages": workload.messages[i]} for step in workload.steps() for i in step]
     write_json(home / "rows.json", rows)
     entry = {
         "file_name": "rows.json",
         "formatting": "sharegpt",
         "columns": {"messages": "messages"},
-        "tags": tags,
-    }
+        "tags": {
+            "role_tag": "role", "content_tag": "content",
+            "user_tag": "user", "assistant_tag": "assistant", "system_tag": "system",
+        },
+    }  # fmt: skip
     write_json(home / "dataset_info.json", {"rows": entry})
 
 
-def _write_model(lesson: Lesson, folder: Path) -> None:
-    """The model, whose configuration alone says what it computes in without mixed precision.
+def _write_model(workload: BenchWorkload, folder: Path) -> None:
+    """Link the model's files, with a config that states the precision of the benchmark.
 
-    As stored, SmolLM2's says bf16, which a CPU without such instructions only emulates, slowly.
+    Without mixed precision, only the config sets it. SmolLM2's says bf16, which a CPU without
+    bf16 instructions emulates slowly.
     """
     folder.mkdir()
-    for path in Path(lesson.folder).iterdir():
+    for path in workload.base.folder.iterdir():
         (folder / path.name).symlink_to(path.resolve())
-    dtype = str(lesson.weights.dtype()).removeprefix("torch.")
+    dtype = str(workload.weights.dtype()).removeprefix("torch.")
     config = read_json(folder / "config.json")
     (folder / "config.json").unlink()
-    # The second is what older transformers call it.
+    # `torch_dtype` is the key's name in older versions of transformers.
     write_json(folder / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})
 
 
-def arguments(lesson: Lesson, home: Path, batch: int = 1, packed: bool = False) -> dict[str, Any]:
-    """Its settings where they are not its defaults; a batch of one row is that of its examples."""
-    recipe, at_once = lesson.settings.recipe(), float(batch)
-    packing: dict[str, Any] = {}
-    if packed:  # its own counts of tokens are logged only on request
-        packing = {"packing": True, "neat_packing": True, "include_num_input_tokens_seen": True}
-        mean = sum(len(row["input_ids"]) for row in lesson.rows) / len(lesson.rows)
-        at_once = lesson.settings.max_length / mean
-    return packing | {
+def training_arguments(
+    workload: BenchWorkload, home: Path, batch: int = 1, packed: bool = False
+) -> dict[str, Any]:
+    """Return its settings where they aren't its defaults."""
+    recipe = workload.settings.recipe()
+    config = workload.training_arguments(str(home / "out"), batch) | {
         "stage": "sft",
         "do_train": True,
         "model_name_or_path": str(home / "model"),
         "dataset": "rows",
         "dataset_dir": str(home),
-        "output_dir": str(home / "out"),
-        "cutoff_len": lesson.settings.max_length,
+        "cutoff_len": workload.settings.max_length,
         "disable_shuffling": True,
         "overwrite_cache": True,
         "finetuning_type": "lora",
         "lora_target": "all",
         "lora_rank": recipe.lora.rank,
-        "lora_alpha": int(recipe.lora.alpha),
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": max(1, round(ROWS_PER_STEP / at_once)),
-        "num_train_epochs": recipe.train.epochs,
-        "learning_rate": recipe.train.learning_rate,
-        "lr_scheduler_type": "constant",
+        "lora_alpha": int(recipe.lora.alpha or 0),
         "optim": "adamw_torch",
-        "bf16": lesson.precision == "bf16",
-        "fp16": lesson.precision == "fp16",
-        "use_cpu": lesson.device.kind == "cpu",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "seed": recipe.train.seed,
     }
+    if packed:
+        mean = sum(len(row["input_ids"]) for row in workload.rows) / len(workload.rows)
+        bins = ROWS_PER_STEP * mean / workload.settings.max_length
+        config |= {
+            "packing": True,
+            "neat_packing": True,
+            "include_num_input_tokens_seen": True,  # logs `total_tokens`
+            "gradient_accumulation_steps": max(1, round(bins)),
+        }
+    return config

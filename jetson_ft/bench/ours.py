@@ -1,4 +1,4 @@
-"""Our arms: the path of `runs.pipeline`, and the same without one of its parts."""
+"""This program's variants: the training of `runs.pipeline`, whole or without one of its parts."""
 
 from __future__ import annotations
 
@@ -6,100 +6,85 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from jetson_ft.bench.lesson import Lesson, Trained
-from jetson_ft.device import probe
+from jetson_ft.bench.workload import BenchWorkload, Result
+from jetson_ft.events import Event, Step
+from jetson_ft.hardware import detect
 
-if TYPE_CHECKING:
-    from jetson_ft.training.planner import Plan
-    from jetson_ft.training.trainer import Job
-
-
-def train(lesson: Lesson, folder: str, without: str = "") -> Trained:
-    """Trains as a run does.
-
-    Args:
-        without: `fused` layers, `head` left out of the model, `packing`, `sharing` of what
-            rows begin with, `kept` activations; or nothing.
-    """
-    from jetson_ft.bench.trainers import plain_model
-    from jetson_ft.models import attention
-    from jetson_ft.models.loss import without_head
-    from jetson_ft.training import trainer
-    from jetson_ft.training.memory import peak_memory_bytes
-
-    chosen = _plan(lesson, without)  # before the model is there, as in a run
-    model = plain_model(lesson) if without == "fused" else _fused_model(lesson)
-    packing = chosen.micro_batch_tokens > 0 and attention.supports_packing(model)
-    chosen = chosen if packing else replace(chosen, micro_batch_tokens=0)
-    seen = Trained(plan=chosen.as_json())
-    with (
-        nullcontext() if without == "head" else without_head(model),
-        attention.packed(model) if packing else nullcontext(),
-    ):
-        trainer.fit(model, _job(lesson, folder, chosen, seen, without != "sharing"))
-    seen.peak_memory_bytes = peak_memory_bytes(lesson.device.kind)
-    seen.computed_tokens = _computed(lesson, chosen.micro_batch_tokens, without != "sharing")
-    return seen
+Part = Literal["", "fused layers", "chunked head", "packing", "shared prefix", "kept activations"]
 
 
-def _computed(lesson: Lesson, capacity: int, share: bool) -> int:
-    """Timed tokens that go through the layers: a shared opening once for a micro-batch."""
-    from jetson_ft.models.packing import packs
-
-    timed = [[lesson.rows[index] for index in step] for step in lesson.steps()[1:]]
-    return sum(pack.tokens for step in timed for pack in packs(step, capacity, share=share))
-
-
-def _plan(lesson: Lesson, without: str) -> Plan:
-    """What the planner chooses, but for the part that is left out."""
-    from jetson_ft.training import memory, planner
-
-    device = probe.probe()
-    flops = probe.measure_flops(device.kind, lesson.precision)
-    chosen = planner.choose(lesson.work(), memory.with_own(device), flops)
-    if without == "packing":
-        return replace(chosen, micro_batch_tokens=0)
-    return replace(chosen, checkpointing=True) if without == "kept" else chosen
-
-
-def _fused_model(lesson: Lesson) -> Any:
-    from jetson_ft.models import adapter, fused, load
-
-    base = load.load_model(lesson.base, lesson.weights, lesson.device.kind)
-    recipe = lesson.settings.recipe()
-    model = adapter.attach(base, recipe.lora, recipe.train.seed)
-    fused.fuse(model)
-    return model
-
-
-def _job(lesson: Lesson, folder: str, plan: Plan, seen: Trained, share: bool) -> Job:
-    """The rows as `Lesson.steps` has them, and no held-out ones: training alone is timed."""
+def train(workload: BenchWorkload, folder: str, without: Part = "") -> Result:
+    """Train the workload as a run does; `folder` is for checkpoints."""
     import numpy as np
     from datasets import Dataset
 
-    from jetson_ft.training.trainer import Job
+    from jetson_ft.kernels import attention
+    from jetson_ft.kernels.lm_head_loss import chunked_lm_head
+    from jetson_ft.kernels.packing import make_packs
+    from jetson_ft.training import loop, memory, planner
 
-    def note(kind: str, **fields: Any) -> None:
-        # A step's event comes at its end, when its loss is known on the host.
-        if kind == "step":
-            seen.ends.append(time.perf_counter())
-            seen.losses.append(fields["loss"])
+    device, result = workload.device.kind, Result()
+    # The plan is chosen before the model is loaded, as in a run.
+    plan = planner.choose_plan(
+        workload.planner_workload(),
+        memory.with_own_memory(detect.detect_device()),
+        detect.measure_flops(device, workload.weights.precision),
+    )
+    if without == "kept activations":
+        plan = replace(plan, checkpointing=True)
+    model = load_model(workload, fused=without != "fused layers")
+    packing = without != "packing" and attention.supports_packing(model)
+    if not packing:
+        plan = replace(plan, micro_batch_tokens=0)
 
-    return Job(
+    def on_event(event: Event) -> None:
+        # A step's event comes at its end, when its loss is on the host.
+        if isinstance(event, Step) and event.loss is not None:
+            result.step_ends.append(time.perf_counter())
+            result.losses.append(event.loss)
+
+    job = loop.TrainingJob(
         train_rows=Dataset.from_list(
-            [row | {"supervised": sum(map(bool, row["parts"][1:]))} for row in lesson.rows]
+            [row | {"supervised": sum(map(bool, row["segments"][1:]))} for row in workload.rows]
         ),
-        train_tokens=np.ones(len(lesson.rows), dtype=np.int64),
-        heldout_packs=[],
-        heldout_tokens=0,
+        train_tokens=np.ones(len(workload.rows), dtype=np.int64),  # `Settings.recipe` has why
+        heldout_rows=[],
         heldout_characters=0,
-        recipe=lesson.settings.recipe().train,
+        recipe=workload.settings.recipe().train,
         plan=plan,
         checkpoints=Path(folder),
-        device=lesson.device.kind,
-        emit=note,
+        device=device,
+        emit=on_event,
         stop_requested=lambda: False,
-        share=share,
+        share_prefix=without != "shared prefix",
     )
+    with (
+        nullcontext() if without == "chunked head" else chunked_lm_head(model),
+        attention.use_packed_attention(model) if packing else nullcontext(),
+    ):
+        loop.train(model, job)
+    result.plan = plan.as_json()
+    result.peak_memory_bytes = memory.peak_memory_bytes(device)
+    timed_steps = [[workload.rows[index] for index in step] for step in workload.steps()[1:]]
+    result.computed_tokens = sum(
+        pack.tokens
+        for rows in timed_steps
+        for pack in make_packs(rows, plan.micro_batch_tokens, share=job.share_prefix)
+    )
+    return result
+
+
+def load_model(workload: BenchWorkload, fused: bool) -> Any:
+    """Return the base with a fresh adapter; fused or with PEFT's and the model's own layers."""
+    from jetson_ft import adapter
+    from jetson_ft.kernels import fused_layers
+    from jetson_ft.models import loading
+
+    base = loading.load_model(workload.base, workload.weights, workload.device.kind)
+    recipe = workload.settings.recipe()
+    model = adapter.attach_adapter(base, recipe.lora, recipe.train.seed, fused=fused)
+    if fused:
+        fused_layers.fuse_layers(model)
+    return model

@@ -1,153 +1,123 @@
-"""The arms that are not ours, on transformers' Trainer, and the clock that all of those share."""
+"""The baselines that use transformers' Trainer, or TRL's on top of it."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from jetson_ft.bench.lesson import ROWS_PER_STEP, Lesson, Trained
-from jetson_ft.data.template import IGNORED
-from jetson_ft.models import adapter, load
-from jetson_ft.models.packing import Pack, packs
+from jetson_ft.bench import ours
+from jetson_ft.bench.workload import ROWS_PER_STEP, BenchWorkload, Result
+from jetson_ft.data.chat_template import IGNORE_INDEX
+from jetson_ft.kernels.packing import Pack, make_packs
+from jetson_ft.models import loading
 from jetson_ft.training.memory import peak_memory_bytes
 
 
-class _Clock(TrainerCallback):
-    """Notes when each step ended, and its loss."""
+def train(
+    workload: BenchWorkload,
+    folder: str,
+    batch: int = ROWS_PER_STEP,
+    mode: Literal["padded", "packed", "padding-free"] = "padded",
+) -> Result:
+    """Train the workload with mixed precision and gradient checkpointing, as is usual.
 
-    def __init__(self, seen: Trained) -> None:
-        self.seen = seen
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seen.ends.append(time.perf_counter())
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self.seen.losses.append(float(logs["loss"]))
-
-
-def plain_model(lesson: Lesson) -> Any:
-    """The base with PEFT's own layers."""
-    base = load.load_model(lesson.base, lesson.weights, lesson.device.kind)
-    recipe = lesson.settings.recipe()
-    model = adapter.attach(base, recipe.lora, recipe.train.seed, fused=False)
+    Args:
+        mode: `padded` to the longest row of a batch; `packed` into bins of `max_length`, whose
+            rows transformers separates by their positions; `padding-free`: TRL's SFTTrainer with
+            the rows of a batch in one sequence.
+    """
+    model = ours.load_model(workload, fused=False)
     model.config.use_cache = False
-    return model
+    arguments = workload.training_arguments(folder, batch) | {
+        "optim": "adamw_torch_fused",
+        "train_sampling_strategy": "sequential",
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    tokenizer = loading.load_tokenizer(workload.base)
+    trainer: Any
+    if mode == "padded":
+        args, collator = TrainingArguments(**arguments), DataCollatorForSeq2Seq(tokenizer)
+        trainer = Trainer(model, args, collator, train_dataset=labelled_rows(workload))
+    elif mode == "packed":
+        size = workload.settings.max_length
+        args = TrainingArguments(**arguments, remove_unused_columns=False)
+        trainer = _PackedTrainer(
+            model,
+            args,
+            lambda rows: list(make_packs(rows, size, share=False)),
+            train_dataset=workload.rows_in_order(),
+        )
+    else:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
 
-
-def padded(lesson: Lesson, folder: str, batch: int) -> Trained:
-    """Trainer as people write it: `batch` rows at a time, padded to the longest of them."""
-    trainer = Trainer(
-        model=plain_model(lesson),
-        args=TrainingArguments(**arguments(lesson, folder, batch)),
-        train_dataset=labelled(lesson),
-        data_collator=DataCollatorForSeq2Seq(load.load_tokenizer(lesson.base)),
-    )
-    return run(trainer, lesson)
-
-
-def packed(lesson: Lesson, folder: str) -> Trained:
-    """Rows of a step in bins of `max_length`; transformers keeps them apart by positions."""
-    rows, size = lesson.in_order(), lesson.settings.max_length
-    steps = [
-        list(packs(rows[start : start + ROWS_PER_STEP], size, share=False))
-        for start in range(0, len(rows), ROWS_PER_STEP)
-    ]
-    settings = arguments(lesson, folder, ROWS_PER_STEP)
-    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
-    trainer = _Packed(
-        model=plain_model(lesson),
-        args=TrainingArguments(**settings),
-        train_dataset=steps,
-        data_collator=lambda batch: batch[0],
-    )
-    return run(trainer, lesson)
-
-
-def padding_free(lesson: Lesson, folder: str) -> Trained:
-    """TRL's SFTTrainer, the eight rows of a step in one sequence."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    trainer = SFTTrainer(
-        model=plain_model(lesson),
-        args=SFTConfig(
-            **arguments(lesson, folder, ROWS_PER_STEP), padding_free=True, max_length=None
-        ),
-        train_dataset=Dataset.from_list(labelled(lesson)),
-        processing_class=load.load_tokenizer(lesson.base),
-    )
-    return run(trainer, lesson)
-
-
-def run(trainer: Any, lesson: Lesson) -> Trained:
-    """Trains to the end under the clock."""
-    seen = Trained()
-    trainer.add_callback(_Clock(seen))
+        args = SFTConfig(**arguments, padding_free=True, max_length=None)
+        rows = Dataset.from_list(labelled_rows(workload))
+        trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    result = Result()
+    trainer.add_callback(_StepTimer(result))
     trainer.train()
-    seen.peak_memory_bytes = peak_memory_bytes(lesson.device.kind)
-    return seen
+    result.peak_memory_bytes = peak_memory_bytes(workload.device.kind)
+    return result
 
 
-def labelled(lesson: Lesson) -> list[dict[str, list[int]]]:
-    """The rows in order, with `labels` where a token is learnt."""
+def labelled_rows(workload: BenchWorkload) -> list[dict[str, list[int]]]:
+    """Return the rows in training order, with `labels`: IGNORE_INDEX where not supervised."""
     return [
         {
             "input_ids": row["input_ids"],
             "labels": [
-                token if part else IGNORED
-                for token, part in zip(row["input_ids"], row["parts"], strict=True)
+                token if segment else IGNORE_INDEX
+                for token, segment in zip(row["input_ids"], row["segments"], strict=True)
             ],
         }
-        for row in lesson.in_order()
+        for row in workload.rows_in_order()
     ]
 
 
-def arguments(lesson: Lesson, folder: str, batch: int) -> dict[str, Any]:
-    """Settings of TrainingArguments: mixed precision and checkpointing, as they are usual."""
-    train = lesson.settings.recipe().train
-    return {
-        "output_dir": folder,
-        "per_device_train_batch_size": batch,
-        "gradient_accumulation_steps": ROWS_PER_STEP // batch,
-        "num_train_epochs": train.epochs,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": "constant",
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "optim": "adamw_torch_fused",
-        "seed": train.seed,
-        "train_sampling_strategy": "sequential",
-        "bf16": lesson.precision == "bf16",
-        "fp16": lesson.precision == "fp16",
-        "use_cpu": lesson.device.kind == "cpu",
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
+def packed_loss(model: Any, pack: Pack) -> torch.Tensor:
+    """Return the summed loss of a pack; every position is projected to the vocabulary."""
+    labels = torch.full_like(pack.input_ids[0], IGNORE_INDEX)
+    labels[pack.positions] = pack.targets
+    out = model(input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False)
+    return cross_entropy(out.logits[0].float(), labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-class _Packed(Trainer):
-    """One item is one optimizer step: the bins of its rows."""
+class _StepTimer(TrainerCallback):
+    """Record when each step ended, and its loss."""
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.result.step_ends.append(time.perf_counter())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.result.losses.append(float(logs["loss"]))
+
+
+class _PackedTrainer(Trainer):
+    """A Trainer whose batches are the packs of one optimizer step."""
 
     def training_step(
         self, model: Any, inputs: list[Pack], num_items_in_batch: Any = None
     ) -> torch.Tensor:
         model.train()
-        supervised = sum(len(pack.targets) for pack in inputs)
+        supervised_tokens = sum(len(pack.targets) for pack in inputs)
         total = torch.zeros((), device=self.args.device)
         for pack in inputs:
             with self.compute_loss_context_manager():
-                loss = _loss_with_full_head(model, pack.to(self.args.device)) / supervised
+                loss = packed_loss(model, pack.to(self.args.device)) / supervised_tokens
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -160,13 +130,3 @@ class _Packed(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
-
-
-def _loss_with_full_head(model: Any, pack: Pack) -> torch.Tensor:
-    """Summed loss; every position is projected to the vocabulary."""
-    from torch.nn.functional import cross_entropy
-
-    labels = torch.full_like(pack.input_ids[0], IGNORED)
-    labels[pack.positions] = pack.targets
-    out = model(input_ids=pack.input_ids, position_ids=pack.position_ids, use_cache=False)
-    return cross_entropy(out.logits[0].float(), labels, ignore_index=IGNORED, reduction="sum")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from jetson_ft.models import adapter, load
-from jetson_ft.models.resolve import Base
+from jetson_ft import adapter
+from jetson_ft.models import loading
+from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.recipe import LoraRecipe
 
 
@@ -28,19 +29,19 @@ def test_rows_fill_the_step(script: dict[str, Any]) -> None:
 def test_both_forms_are_timed_in_turns(
     script: dict[str, Any], tiny_phi: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = load.load_model(Base("tiny", tiny_phi), load.Weights("fp32"), "cpu")
-    model = adapter.attach(base, LoraRecipe(rank=4), seed=0).train()
+    base = loading.load_model(BaseModelFiles("tiny", tiny_phi), loading.WeightFormat("fp32"), "cpu")
+    model = adapter.attach_adapter(base, LoraRecipe(rank=4), seed=0).train()
     activations = [m for m in model.modules() if type(m).__name__ == "NewGELUActivation"]
-    seen: list[tuple[bool, ...]] = []
+    fused_states: list[tuple[bool, ...]] = []
     steps = script["_steps"]
 
-    def look(*given: Any) -> None:
-        seen.append(tuple("forward" in vars(module) for module in activations))
-        steps(*given)
+    def record_and_run(*args: Any) -> None:
+        fused_states.append(tuple("forward" in vars(module) for module in activations))
+        steps(*args)
 
-    monkeypatch.setitem(script["compare"].__globals__, "_steps", look)
+    monkeypatch.setitem(script["compare"].__globals__, "_steps", record_and_run)
     packs = [script["make_pack"](128, seed, 259, "cpu") for seed in range(2)]
-    found = script["compare"](model, packs, warmup=1, rounds=2)
+    speeds = script["compare"](model, packs, warmup=1, rounds=2)
     own, fused = (False, False), (True, True)
-    assert seen == [own, own, fused, fused] * 2  # warm-up and timed
-    assert all(speed > 0 for pair in found for speed in pair)
+    assert fused_states == [own, own, fused, fused] * 2  # warm-up and timed
+    assert all(speed > 0 for pair in speeds for speed in pair)

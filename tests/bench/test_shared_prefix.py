@@ -1,0 +1,27 @@
+"""The shared-prefix benchmark, on the tiny Llama."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "shared_prefix.py"
+
+
+@pytest.mark.slow(minutes=1)
+def test_shared_prefix_is_computed_once(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", str(tiny_llama), "--rows", "16", "--rounds", "1", "--facts", "1",
+               "--threads", "1", "--max-length", "400"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert [row[0] for row in rows[2:]] == ["ours-without-sharing", "ours"]
+    assert rows[2][3] == "100%"
+    assert float(rows[3][3].rstrip("%")) < 100
+    assert float(lines[-1].split()[-2]) < 1e-3
