@@ -1,0 +1,92 @@
+"""The program: its commands, the root options and how errors are printed; and `webui`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from jetson_ft import __version__, logs
+from jetson_ft.cli import bench, chat, data, doctor, evaluate, recipe, runs, train
+from jetson_ft.cli.output import RUNS, RunsOption, as_user_error
+from jetson_ft.files import printable
+
+app = typer.Typer(
+    help="Fine-tune language models with LoRA and QLoRA on NVIDIA Jetson boards and on laptops.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # help in colour takes twice as long to appear
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def webui(
+    host: Annotated[
+        str,
+        Option(envvar="JETSON_FT_HOST", help="Address to serve on; other machines need a token."),
+    ] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
+    host_name: Annotated[
+        list[str] | None,
+        Option(metavar="NAME", help="Name by which browsers reach this machine; repeatable."),
+    ] = None,
+    reached_as: Annotated[
+        str,
+        Option(metavar="HOST[:PORT]", envvar="JETSON_FT_REACHED_AS", help="Address in the link."),
+    ] = "",
+    runs: RunsOption = RUNS,
+) -> None:
+    """Train and watch in a browser."""
+    from jetson_ft.webui.server import serve
+
+    serve(runs, host, port, tuple(host_name or ()), reached_as)
+
+
+for command in (train.train, recipe.plan, doctor.doctor, bench.bench, webui, chat.chat):
+    app.command()(command)
+app.command("eval")(evaluate.evaluate)
+for group, name in ((data.app, "data"), (recipe.app, "recipe"), (runs.app, "runs")):
+    app.add_typer(group, name=name)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"jetson-ft {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    debug: Annotated[
+        bool, Option("--debug", help="Show tracebacks and log (JETSON_FT_DEBUG=1).")
+    ] = False,
+    version: Annotated[
+        bool,
+        Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    if debug:
+        os.environ[logs.DEBUG] = "1"  # for other processes too
+    if logs.is_debug():
+        logs.log_to_stderr()
+    if not sys.stderr.isatty():  # each redrawing of a bar would be a line of the file
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def main() -> None:
+    """Run the program; exit with 2 for an error that a person can fix, 1 for a fault of ours."""
+    try:
+        app()
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        if logs.is_debug():
+            traceback.print_exception(error)
+        user_error = as_user_error(error)
+        print(f"error: {printable(str(user_error))}", file=sys.stderr)
+        sys.exit(2 if user_error is error else 1)

@@ -1,0 +1,95 @@
+"""`jetson-ft data …`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+import typer
+from typer import Argument, Option
+
+from jetson_ft.cli.output import JsonOption, json_errors, out, print_json, show
+
+app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, Argument(help="A file, a hub data set id, or `bundled`.")],
+    model: Annotated[str, Option(help="Model whose tokenizer is used.")] = "embedded",
+    max_length: Annotated[int, Option(min=16, help="Longest row in tokens.")] = 1024,
+    samples: Annotated[int, Option(min=0, help="Rows shown as tokenized.")] = 3,
+    layout: Annotated[
+        Literal["auto", "alpaca", "sharegpt", "messages"], Option("--format", help="Row layout.")
+    ] = "auto",
+    encoding: Annotated[str, Option(help="auto, utf-8, gb18030, …")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Format, invalid rows and lengths of the data, and rows as tokenized."""
+    from jetson_ft.runs.forecast import inspect_data
+
+    with json_errors(as_json):
+        inspection = inspect_data(path, model, max_length, samples, layout, encoding)
+    if as_json:
+        print_json(asdict(inspection))
+        return
+    print_source(inspection.read)
+    tokens = inspection.tokens
+    show(
+        f"tokens:    {tokens['tokens']:,} with the tokenizer of {inspection.model} "
+        f"({tokens['tokens_per_character']} a character), "
+        f"{tokens['supervised_tokens']:,} supervised"
+    )
+    show("lengths:   " + ", ".join(f"{key} {value:,}" for key, value in tokens["lengths"].items()))
+    print_cut(tokens)
+    for number, row in enumerate(inspection.previews, 1):
+        out.rule(f"row {number}; what is trained on is marked", align="left")
+        for text, trained in row:
+            print_segment(text, trained)
+        out.print()
+
+
+def print_segment(text: str, trained: bool) -> None:
+    """Print a part of a row; what is trained on has a colour, or brackets without a terminal."""
+    if trained and not out.is_terminal:
+        text = f"⟦{text}⟧"
+    show(text, style="bold green" if trained else "dim", end="")
+
+
+def print_rows(rows: dict[str, Any]) -> None:
+    """Print the report of a training run's rows: the source, the rows used, those left out."""
+    train, heldout, read = rows["train"], rows["heldout"], rows["read"]
+    print_source(read["train"], 5)
+    counts = "{rows:,} rows, {tokens:,} tokens, {supervised_tokens:,} supervised"
+    show(f"train on:  {counts.format(**train)}")
+    show(f"held out:  {counts.format(**heldout)} (from {read['heldout_from']})")
+    if read["left_out"]:
+        show(f"left out:  {read['left_out']:,} that are also in the held-out set")
+    print_cut(train)
+
+
+def print_source(read: dict[str, Any], places: int | None = None) -> None:
+    """Print what a source contains, and how many of its rows can be used.
+
+    Args:
+        places: number of unusable rows to name for each fault; None: all that are listed.
+    """
+    for file in read["files"]:
+        show(f"file:      {file['path']}")
+    show(f"format:    {read['container']}, {read['layout']}, {read['encoding'] or 'binary'}")
+    show(
+        f"rows:      {read['rows_read']:,} read, {read['rows_kept']:,} usable, "
+        f"{read['duplicates']:,} duplicates"
+    )
+    for reason, entry in read["dropped"].items():
+        listed = entry["where"][:places]
+        more = ["…"] if entry["count"] > len(listed) else []
+        show(f"unusable:  {entry['count']:,} {reason} ({', '.join(listed + more)})")
+
+
+def print_cut(tokens: dict[str, Any]) -> None:
+    """Print how many rows were cut at `max_length`, and the rows dropped."""
+    share = tokens["truncated"] / max(1, tokens["rows"])
+    show(f"cut:       {tokens['truncated']:,} rows ({share:.1%}) at max_length")
+    for reason, count in tokens["dropped"].items():
+        show(f"dropped:   {count:,} {reason}")

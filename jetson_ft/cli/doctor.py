@@ -1,0 +1,57 @@
+"""`jetson-ft doctor`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import typer
+from rich.table import Column, Table
+from rich.text import Text
+
+from jetson_ft.cli.output import RUNS, JsonOption, RunsOption, out, print_json, show
+from jetson_ft.files import printable
+
+if TYPE_CHECKING:
+    from jetson_ft.hardware.doctor import Finding
+
+_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failure": ("✗", "bold red")}
+
+
+def doctor(as_json: JsonOption = False, runs: RunsOption = RUNS) -> None:
+    """Check everything that training needs of this machine, and how to fix what is missing.
+
+    Exits with 1 where training would not work.
+    """
+    from jetson_ft.hardware import doctor as checks
+
+    findings = checks.examine(checks.Machine(runs=runs))
+    if as_json:
+        done = list(findings)
+        print_json(checks.as_json(done))
+    else:
+        done = print_findings(findings)
+    raise typer.Exit(0 if checks.works(done) else 1)
+
+
+def print_findings(findings: Iterable[Finding]) -> list[Finding]:
+    """Print each of the doctor's findings as it comes, then a verdict; return all of them."""
+    done = []
+    for finding in findings:
+        done.append(finding)
+        text = printable(str(finding.text))
+        if out.is_terminal:
+            # A table for each row: the slow checks end long after the others.
+            row = Table.grid(Column(width=1), Column(width=12), Column(), padding=(0, 2))
+            mark, style = _MARKS[finding.status]
+            row.add_row(Text(mark, style=style), str(finding.title), Text(text))
+            out.print(row)
+        else:
+            show(f"{finding.status:8} {finding.title}: {text}")
+        if fix := str(finding.fix):  # outside the table: a wrapped command can't be copied
+            show(f"         fix: {fix}")
+    counts = Counter(finding.status for finding in done)
+    verdict = "Training would not work here" if counts["failure"] else "Training works here"
+    show(f"{verdict}. Failures: {counts['failure']}, warnings: {counts['warning']}.")
+    return done

@@ -1,0 +1,108 @@
+"""The terminal, and the options that several commands have."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from typer import Argument, Option
+
+from jetson_ft.errors import UserError, _
+from jetson_ft.files import printable
+
+out = Console(highlight=False, soft_wrap=True)
+RUNS = Path("runs")
+_LINE_SECONDS = 10.0  # between two lines of progress where no bar is drawn
+
+SetOption = Annotated[
+    list[str] | None,
+    Option("--set", "-s", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
+]
+RunsOption = Annotated[Path, Option("--runs", help="Folder that holds the runs.")]
+JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
+RECIPE = Argument(help="A recipe file, or the name of a shipped one.")
+RecipeArgument = Annotated[str, RECIPE]
+RunArgument = Annotated[str, Argument(help="Name, path, or `latest`.")]
+
+
+def show(text: str, style: str | None = None, end: str = "\n") -> None:
+    """Print a text as it is: no markup, control characters escaped."""
+    out.print(printable(text), style=style, end=end, markup=False)
+
+
+def print_json(data: Any) -> None:
+    """Print an object for programs."""
+    print(json.dumps(data, ensure_ascii=False, indent=2))
+
+
+class ProgressBar(Progress):
+    """One bar at a time.
+
+    Args:
+        live: draw the bar where there is a terminal.
+    """
+
+    def __init__(self, live: bool = True) -> None:
+        super().__init__(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"), console=out, transient=True,
+            disable=not (live and out.is_terminal), refresh_per_second=2,
+        )  # fmt: skip
+        self._last_line = 0.0
+
+    def show(
+        self,
+        what: str,
+        done: int,
+        total: int | None,
+        note: str = "",
+        line: str = "",
+        due: bool = False,
+    ) -> None:
+        """Draw the bar, a new one for a new `what`; without a bar, print the line if it is due.
+
+        A line is due when `due` is set, at the end (`done` is `total`), and every ten seconds.
+        """
+        if not self.disable:
+            if not self.tasks or self.tasks[0].description != what:
+                self.clear()
+                self.add_task(what, total=total, note=note)
+            self.update(self.task_ids[0], completed=done, total=total, note=note)
+        elif line:
+            now = time.monotonic()
+            if due or done == total or now - self._last_line > _LINE_SECONDS:
+                self._last_line = now
+                show(line)
+
+    def clear(self) -> None:
+        """Remove the bar."""
+        for task in self.task_ids:
+            self.remove_task(task)
+
+
+@contextmanager
+def json_errors(wanted: bool) -> Iterator[None]:
+    """Print an error to stdout as JSON too, where `--json` is given; raise it again."""
+    try:
+        yield
+    except Exception as error:
+        if wanted:
+            print_json({"schema": 1, "error": as_user_error(error).as_json()})
+        raise
+
+
+def as_user_error(error: Exception) -> UserError:
+    """Return the error itself, or one that describes a fault of this program."""
+    if isinstance(error, UserError):
+        return error
+    return UserError(
+        _("A fault in this program: {error}"),
+        fix=_("Report it with the output of `jetson-ft --debug …`."),
+        error=f"{type(error).__name__}: {error}",
+    )

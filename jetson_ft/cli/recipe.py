@@ -1,0 +1,102 @@
+"""`jetson-ft recipe …` and `jetson-ft plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Column, Table
+from typer import Option
+
+from jetson_ft.cli import output
+from jetson_ft.cli.output import JsonOption, RecipeArgument, SetOption
+from jetson_ft.i18n import duration
+
+if TYPE_CHECKING:
+    from jetson_ft.runs.forecast import DeviceForecast
+
+app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_shipped() -> None:
+    """The shipped recipes, with the first line of each."""
+    from jetson_ft import recipe as recipes
+
+    for name, path in recipes.shipped().items():
+        print(f"{name:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+@app.command()
+def show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """The resolved recipe, every default written out."""
+    from jetson_ft import recipe as recipes
+
+    print(recipes.load_recipe(recipe, overrides or []).to_yaml(), end="")
+
+
+@app.command()
+def validate(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Check a recipe; every mistake is shown at once, with its line."""
+    from jetson_ft import recipe as recipes
+
+    sha256 = recipes.load_recipe(recipe, overrides or []).sha256()
+    print(f"ok: {recipe} (sha256 {sha256[:12]})")
+
+
+@app.command()
+def schema() -> None:
+    """The JSON schema of recipes, for editors."""
+    from jetson_ft import recipe as recipes
+
+    print(recipes.json_schema(), end="")
+
+
+def plan(
+    recipe: RecipeArgument,
+    device: Annotated[str | None, Option(help="One module, as orin-nx-16gb; else all.")] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict memory and time, here and on Orin modules; load no weights."""
+    from jetson_ft import recipe as recipes
+    from jetson_ft.runs.forecast import forecast_recipe
+
+    forecast = forecast_recipe(recipes.load_recipe(recipe, overrides or []), device)
+    if as_json:
+        output.print_json(forecast.as_json())
+        return
+    print_devices(forecast.devices)
+    here = [f"{d.name}: {d.device}, {d.precision}" for d in forecast.devices if d.is_this_machine]
+    for line in [*here, *forecast.sources, *forecast.assumptions]:
+        output.show(f"- {line}")
+
+
+def print_devices(devices: list[DeviceForecast]) -> None:
+    """Print a row for each device, and what would make the recipe fit the others."""
+    columns = ("fits", "micro-batch", "recompute", "GiB", "of free", "time")
+    table = Table(
+        Column("predicted for", no_wrap=True),
+        *(Column(name, justify="right") for name in columns), box=None, pad_edge=False,
+    )  # fmt: skip
+    for device in devices:
+        fits, batch, recompute, peak, time = "no", "–", "–", device.least_memory_bytes, "–"
+        if plan := device.plan:
+            fits, batch = "yes", f"{plan.micro_batch_tokens:,}"
+            recompute = "yes" if plan.checkpointing else "no"
+            peak, time = plan.peak_memory_bytes or 0, str(duration(plan.seconds or 0))
+        table.add_row(
+            device.name, fits, batch, recompute, f"{peak / 2**30:.2f}",
+            f"{device.memory_bytes / 2**30:.1f}", time,
+        )  # fmt: skip
+    output.out.print(table)
+    output.out.print()
+    for device in devices:
+        if device.plan is None:
+            settings = [
+                f"{entry['settings']} ({entry['peak_memory_bytes'] / 2**30:.2f} GiB)"
+                for entry in device.would_fit
+            ]
+            would = f"would fit with {'; '.join(settings)}"
+            advice = would if settings else "no setting of the recipe makes it fit"
+            output.show(f"{device.name}: {advice}")

@@ -1,0 +1,147 @@
+"""`jetson-ft train`: a run followed to its end, or a dry run."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
+
+import typer
+from typer import Option
+
+from jetson_ft.cli.output import RECIPE, RUNS, RunsOption, SetOption, json_errors, print_json, show
+from jetson_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from jetson_ft.runs.forecast import DryRun
+    from jetson_ft.runs.processes import DistributedConfig
+    from jetson_ft.runs.store import Run, State
+
+_EXIT_CODES = {"finished": 0, "stopped": 130, "failed": 2}
+
+
+def train(
+    recipe: Annotated[str | None, RECIPE] = None,
+    overrides: SetOption = None,
+    resume: Annotated[str | None, Option(metavar="RUN", help="Continue a stopped run.")] = None,
+    foreground: Annotated[
+        bool, Option("--foreground", help="Train in this process, for a debugger.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        Option("--dry-run", help="Only show recipe, rows, steps, memory and time."),
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="With --dry-run: print JSON.")] = False,
+    nproc_per_node: Annotated[
+        int | None, Option(help="Processes on this machine (default 1); one per GPU.")
+    ] = None,
+    nnodes: Annotated[int | None, Option(help="Machines that train together (default 1).")] = None,
+    node_rank: Annotated[
+        int | None, Option(help="This machine's number; 0 writes checkpoints and report.")
+    ] = None,
+    rendezvous: Annotated[
+        str | None,
+        Option(metavar="HOST:PORT", help="Machine 0's address, the same on every machine."),
+    ] = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Fine-tune: recipe in, LoRA adapter and before/after report out."""
+    from jetson_ft.cli.follow import print_end
+    from jetson_ft.recipe import load_recipe
+    from jetson_ft.runs import manager, processes, store
+
+    distributed = {
+        "nproc_per_node": nproc_per_node, "nnodes": nnodes,
+        "node_rank": node_rank, "rendezvous": rendezvous,
+    }  # fmt: skip
+    if resume:
+        if recipe or dry_run:
+            what = "A resumed run keeps its own recipe, and can't be combined with --dry-run."
+            raise UserError(what, recipe or "--dry-run", "Remove one of the two.")
+        run = store.find_run(resume, runs)
+        config = processes.read_distributed_config(run).with_options(**distributed)
+        start = _start_here(config) if foreground else None
+        manager.resume(run, overrides or [], config, start)
+    else:
+        if recipe is None:
+            recipe, why = manager.default_recipe()
+            choose = "choose with `jetson-ft train NAME` or make finetune RECIPE=…"
+            print(f"recipe: {recipe} ({why}; {choose})")
+        loaded = load_recipe(recipe, overrides or [])
+        if dry_run:
+            from jetson_ft.runs import forecast
+
+            with json_errors(as_json):
+                result = forecast.dry_run(loaded)
+            if as_json:
+                print_json(result.as_json())
+            else:
+                print_dry_run(result)
+            return
+        config = processes.DistributedConfig().with_options(**distributed)
+        start = _start_here(config) if foreground else None
+        run = manager.launch(loaded, Path(recipe).stem, config, start)
+    if foreground:
+        state = run.state()
+    else:
+        print(f"run: {run.path}", flush=True)
+        state = _follow(run)
+    print_end(run, state)
+    raise typer.Exit(_EXIT_CODES[state.state])
+
+
+def _follow(run: Run) -> State:
+    """Print the run's events to its end; the first Ctrl-C stops the run, the second exits."""
+    from jetson_ft.cli.follow import Follower
+    from jetson_ft.runs import manager
+
+    follower = Follower(run)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
+    try:
+        return follower.follow()
+    except KeyboardInterrupt:
+        manager.stop(run)
+        print("\nPress Ctrl-C again to exit; the run still saves its checkpoint")
+    try:
+        return follower.follow()
+    except KeyboardInterrupt:
+        print("The run is stopping in the background.")
+        print(f"Resume with: jetson-ft train --resume {run.path}")
+        raise typer.Exit(130) from None
+
+
+def _start_here(config: DistributedConfig) -> Callable[[Run, IO[bytes]], None]:
+    """Return a function for `manager.launch` that trains here; a thread prints the events."""
+    if config.needs_launcher:
+        fix = "Remove --foreground, or --nproc-per-node and --nnodes."
+        raise UserError("--foreground trains with one process.", "--foreground", fix)
+
+    def start(run: Run, lock_file: IO[bytes]) -> None:
+        from jetson_ft.cli.follow import Follower
+        from jetson_ft.runs import manager
+
+        print(f"run: {run.path}", flush=True)
+        # A bar, which is drawn again and again, would disturb a debugger's prompt.
+        printer = threading.Thread(target=Follower(run, live=False).follow, daemon=True)
+        printer.start()
+        manager.run_in_foreground(run, lock_file)
+        printer.join()
+
+    return start
+
+
+def print_dry_run(result: DryRun) -> None:
+    """Print the resolved recipe, rows, tokens, steps and the prediction for this machine."""
+    from jetson_ft.cli.data import print_rows
+    from jetson_ft.cli.recipe import print_devices
+
+    show(f"{result.recipe.to_yaml()}---")
+    print_rows(result.rows)
+    limit = ", fewer if train.max_minutes is reached" if result.recipe.train.max_minutes else ""
+    show(
+        f"steps:     {result.steps:,}{limit}; {result.tokens:,} tokens in all, "
+        f"{result.rows_per_step:.1f} rows per step"
+    )
+    print_devices([result.forecast])

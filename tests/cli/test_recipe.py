@@ -1,0 +1,52 @@
+"""`jetson-ft recipe …` and `jetson-ft data …`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import get_type_hints
+
+import pytest
+from program import Done, invoke
+
+from jetson_ft import recipe as recipes
+from jetson_ft.cli import data
+from jetson_ft.recipe import Recipe
+
+Jetson = Callable[..., Done]
+
+
+def test_shown_recipe_is_resolved_and_parses_to_the_same(jetson: Jetson) -> None:
+    done = jetson("recipe", "show", "quickstart-zh", "--set", "lora.rank=8", "-s", "output_dir=x")
+    assert done.returncode == 0
+    shown = recipes.parse_recipe(done.stdout)
+    assert (shown.lora.rank, shown.lora.alpha, shown.output_dir) == (8, 16, "x")
+    assert shown == recipes.load_recipe("quickstart-zh", ["lora.rank=8", "output_dir=x"])
+
+
+def test_valid_recipe_is_ok_with_its_hash() -> None:
+    output = invoke("recipe", "validate", "quickstart-zh")
+    assert output.startswith("ok: quickstart-zh")
+    assert recipes.load_recipe("quickstart-zh").sha256()[:12] in output
+
+
+def test_schema_is_json_with_every_key() -> None:
+    printed = json.loads(invoke("recipe", "schema"))
+    assert set(printed["properties"]) == set(Recipe.model_fields)
+
+
+def test_shipped_recipes_are_listed_with_a_description() -> None:
+    lines = invoke("recipe", "list").splitlines()
+    assert {line.split()[0] for line in lines} == set(recipes.shipped())
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+def test_format_option_has_the_recipes_choices() -> None:
+    offered = get_type_hints(data.inspect)["layout"]
+    assert offered == recipes.fields()["data.format"].annotation
+
+
+def test_trained_segments_are_marked_without_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    data.print_segment("[x]", False)
+    data.print_segment("答", True)
+    assert capsys.readouterr().out == "[x]⟦答⟧"
