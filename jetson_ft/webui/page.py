@@ -1,52 +1,68 @@
-"""The page itself, built once in each language: a head, and a tab for each thing people do."""
+"""The page as an application: a Gradio page for each language, the routes, access control."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from jetson_ft.runs.parlour import Parlour
-from jetson_ft.webui import chat, device, train
-from jetson_ft.webui.library import gr
-from jetson_ft.webui.words import LANGUAGES, Words
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
 
-STATIC = Path(__file__).with_name("static")
+from jetson_ft import i18n
+from jetson_ft.chat.client import ChatClient
+from jetson_ft.errors import UserError, _
+from jetson_ft.webui import api
+from jetson_ft.webui.gradio_import import gr
+from jetson_ft.webui.render import Locale, render
+from jetson_ft.webui.security import AccessMiddleware, AccessPolicy
+from jetson_ft.webui.tabs import chat, device, train
 
-
-def build(language: str, runs: Path, parlour: Parlour, doctor: device.Doctor) -> Any:
-    """The page in one language, over the runs in that folder."""
-    words = Words(language)
-    with gr.Blocks(title="jetson-ft", analytics_enabled=False) as page:
-        gr.HTML(_head(words), apply_default_css=False)
-        with gr.Tabs(elem_id="tabs") as tabs:
-            with gr.Tab(words("tab.train"), id="train"):
-                train.build(words, runs, page, tabs)
-            with gr.Tab(words("tab.runs"), id="runs"):
-                gr.HTML(_RUNS, apply_default_css=False)
-            with gr.Tab(words("tab.chat"), id="chat") as place:
-                chat.build(words, runs, parlour, page, place)
-            with gr.Tab(words("tab.device"), id="device") as place:
-                device.build(words, doctor, place)
-    return page
+_SCRIPTS = """<link rel="stylesheet" href="/static/page.css">
+<script src="/static/page.js" defer></script>"""
 
 
-def theme() -> Any:
-    """Fonts of the visitor's own machine, so that the page needs no network."""
-    return gr.themes.Base(
+def make_app(runs: Path, policy: AccessPolicy) -> Any:
+    """Return the page as an ASGI application."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(api.router(runs))
+    app.add_exception_handler(UserError, api.error_response)
+    app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")))
+    client, doctor = ChatClient(runs), device.Doctor(runs)
+    # Fonts of the browser's machine: web fonts would need a network.
+    theme = gr.themes.Base(
         primary_hue="green",
         font=["system-ui", "Noto Sans CJK SC", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
+    for language in i18n.languages():
+        blocks = _build(Locale(language), runs, client, doctor)
+        blocks.has_launched = True  # Gradio checks the paths in requests only then
+        # Else each queue polls a thousand times per second: 7 % of a core for an idle page. These
+        # are Gradio's own values for Windows.
+        queue = blocks._queue
+        queue.sleep_when_free, queue.progress_update_sleep_when_free = 0.05, 0.1
+        gr.mount_gradio_app(
+            app, blocks, f"/{language}", theme=theme, head=_SCRIPTS, footer_links=[],
+            run_history=False, show_error=True, max_file_size=policy.upload_bytes,
+        )  # fmt: skip
+    return AccessMiddleware(app, policy)
 
 
-def _head(words: Words) -> str:
-    others = "".join(
-        f'<button data-language="{name}" lang="{name}">{text}</button>'
-        for name, text in LANGUAGES.items()
-        if name != words.language
-    )
-    subtitle = words("page.subtitle")
-    return f'<div class="page-head"><h1>jetson-ft</h1><p>{subtitle}</p>{others}</div>'
-
-
-_RUNS = '<div id="run-page"><div id="run-list"></div><div id="run-detail"></div></div>'
+def _build(t: Locale, runs: Path, client: ChatClient, doctor: device.Doctor) -> Any:
+    """Return the Gradio page in one language: a head, and a tab for each task."""
+    with gr.Blocks(title="jetson-ft", analytics_enabled=False) as page:
+        locales = [Locale(other) for other in i18n.languages()]
+        gr.HTML(render("head.jinja", t, locales=locales), apply_default_css=False)
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab(t(_("Train")), id="train"):
+                train.build(t, runs, page, tabs)
+            with gr.Tab(t(_("Runs")), id="runs"):
+                gr.HTML(
+                    '<div id="run-page"><div id="run-list"></div><div id="run-detail"></div></div>',
+                    apply_default_css=False,
+                )
+            with gr.Tab(t(_("Chat")), id="chat") as tab:
+                chat.build(t, runs, client, page, tab)
+            with gr.Tab(t(_("Device")), id="device") as tab:
+                device.build(t, doctor, tab)
+    return page

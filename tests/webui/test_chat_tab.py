@@ -1,4 +1,4 @@
-"""Whom the chat offers, and what it takes back."""
+"""The chat tab: the models it offers, its conversations."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from test_routes import make_run
+from run_folders import make_run
 
+from jetson_ft.chat.client import ChatClient, ChatReply
 from jetson_ft.errors import UserError
-from jetson_ft.runs.parlour import Answer, Parlour
-from jetson_ft.webui.chat import _SLIDERS, BASE, _Tab
-from jetson_ft.webui.words import Words
+from jetson_ft.webui.render import Locale
+from jetson_ft.webui.tabs.chat import _SLIDERS, BASE, ChatTab
 
-SAID = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
 
 
-def tab(root: Path) -> _Tab:
-    return _Tab(Words("en"), root, Parlour(root))
+def tab(root: Path) -> ChatTab:
+    return ChatTab(Locale("en"), root, ChatClient(root))
 
 
 def value(update: Any) -> Any:
     return update.value if hasattr(update, "value") else update["value"]
 
 
-def test_the_newest_adapter_is_offered_until_somebody_chooses(tmp_path: Path) -> None:
+def test_the_newest_adapter_is_chosen_until_the_user_chooses(tmp_path: Path) -> None:
     chat = tab(tmp_path)
-    assert value(chat.arrive(BASE, False, [])) == BASE
+    assert value(chat.open(BASE, False, [])) == BASE
     for name in ("20260101-000000-old", "20260102-000000-new"):
         make_run(tmp_path, name).adapter.mkdir()
     make_run(tmp_path, "20260103-000000-no-adapter-yet")
-    assert value(chat.arrive(BASE, False, [])) == "20260102-000000-new"
-    assert value(chat.arrive(BASE, True, [])) == BASE
-    assert value(chat.arrive(BASE, False, SAID)) == BASE, "nobody is torn from a conversation"
-    assert value(chat.arrive("a-deleted-one", True, SAID)) == "20260102-000000-new"
+    assert value(chat.open(BASE, False, [])) == "20260102-000000-new"
+    assert value(chat.open(BASE, True, [])) == BASE
+    assert value(chat.open(BASE, False, TURNS)) == BASE, "a conversation is not interrupted"
+    assert value(chat.open("a-deleted-one", True, TURNS)) == "20260102-000000-new"
     folder = str(tmp_path / "20260101-000000-old" / "adapter")
     (Path(folder) / "adapter_config.json").write_text("{}")
     for typed in ("microsoft/phi-1_5", "latest", folder):
-        assert value(chat.arrive(typed, True, [])) == typed
+        assert value(chat.open(typed, True, [])) == typed
 
 
-def test_a_conversation_stands_under_its_partners_kind(tmp_path: Path) -> None:
+def test_a_conversation_is_titled_base_or_adapter(tmp_path: Path) -> None:
     chat = tab(tmp_path)
     assert [chat.title(name) for name in (BASE, "o/n", "a-run")] == ["Base", "Base", "Adapter"]
     request: Any = SimpleNamespace(session_hash="me")
@@ -48,47 +48,49 @@ def test_a_conversation_stands_under_its_partners_kind(tmp_path: Path) -> None:
     assert base == [] and adapter.label == "Base" and not adapter.value
 
 
-def test_undo_takes_back_the_last_message_with_its_answers() -> None:
+def test_undo_removes_the_last_message_and_its_answers() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
              {"role": "user", "content": [{"type": "text", "text": "c"}]}]  # fmt: skip
-    assert _Tab.undo([], turns) == ("c", [], turns[:2])
-    assert _Tab.undo([], []) == ("", [], [])
-    assert _Tab.undo(SAID, turns) == ("c", SAID, turns[:2]), "the base wasn't asked last"
-    assert _Tab.undo(SAID, SAID) == ("hello", [], [])
+    assert ChatTab.undo([], turns) == ("c", [], turns[:2])
+    assert ChatTab.undo([], []) == ("", [], [])
+    assert ChatTab.undo(TURNS, turns) == ("c", TURNS, turns[:2]), (
+        "the base's last message is another"
+    )
+    assert ChatTab.undo(TURNS, TURNS) == ("hello", [], [])
 
 
 class Scripted:
-    """A parlour that answers what it is told to, or refuses."""
+    """A chat client with fixed answers; without any it raises."""
 
-    def __init__(self, *answers: Answer) -> None:
-        self.answers, self.asked = answers, 0
+    def __init__(self, *answers: ChatReply) -> None:
+        self.answers, self.calls = answers, 0
 
-    def answer(self, *_: Any) -> Any:
-        self.asked += 1
+    def generate(self, *_: Any) -> Any:
+        self.calls += 1
         if not self.answers:
             raise UserError("Busy.")
         yield from self.answers
 
 
-def last(chat: _Tab, what: str, side: bool, text: str, base: Any, adapter: Any) -> Any:
-    """What the visitor sees in the end: message, base's and adapter's conversation."""
+def last(chat: ChatTab, method: str, side: bool, text: str, base: Any, adapter: Any) -> Any:
+    """Return the last outputs: message, the base's and the adapter's conversation."""
     request: Any = SimpleNamespace(session_hash="me")
-    how = ("", "", "", *(start for *_, start in _SLIDERS.values()))
-    shown = list(getattr(chat, what)(request, "a-run", side, text, base, adapter, *how))
-    return shown[-1][:3]
+    settings = ("", "", "", *(option.default for option in _SLIDERS))
+    outputs = list(getattr(chat, method)(request, "a-run", side, text, base, adapter, *settings))
+    return outputs[-1][:3]
 
 
-def test_what_fails_leaves_message_and_conversations(tmp_path: Path) -> None:
+def test_a_failed_answer_keeps_message_and_conversations(tmp_path: Path) -> None:
     chat = tab(tmp_path)
-    chat.parlour = Scripted()  # type: ignore[assignment]
-    assert last(chat, "send", True, "more", SAID, SAID) == ("more", SAID, SAID)
-    assert last(chat, "again", True, "", SAID, SAID) == ("hello", SAID, SAID)
+    chat.client = Scripted()  # type: ignore[assignment]
+    assert last(chat, "send", True, "more", TURNS, TURNS) == ("more", TURNS, TURNS)
+    assert last(chat, "again", True, "", TURNS, TURNS) == ("hello", TURNS, TURNS)
 
 
-def test_a_stopped_base_is_not_followed_by_the_adapter(tmp_path: Path) -> None:
+def test_after_a_stopped_base_the_adapter_does_not_answer(tmp_path: Path) -> None:
     chat = tab(tmp_path)
-    for stopped, asked in ((False, 2), (True, 1)):
-        chat.parlour = Scripted(Answer("hi", 1, 1.0, stopped))  # type: ignore[assignment]
-        text, base, adapter = last(chat, "again", True, "", SAID, SAID)
-        assert (text, base, chat.parlour.asked) == ("", SAID, asked)  # type: ignore[attr-defined]
-        assert adapter == ([] if stopped else SAID)
+    for stopped, calls in ((False, 2), (True, 1)):
+        chat.client = Scripted(ChatReply("hi", 1, 1.0, stopped))  # type: ignore[assignment]
+        text, base, adapter = last(chat, "again", True, "", TURNS, TURNS)
+        assert (text, base, chat.client.calls) == ("", TURNS, calls)  # type: ignore[attr-defined]
+        assert adapter == ([] if stopped else TURNS)

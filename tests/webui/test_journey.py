@@ -1,4 +1,4 @@
-"""A person's whole way through the page, in a real browser, on the real embedded model."""
+"""The whole use of the page, in a real browser with the embedded model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import make_run
 from served import Served
-from test_routes import make_run
 
-from jetson_ft.runs import jobs
-from jetson_ft.runs.rundir import Run, list_runs
+from jetson_ft.runs import manager
+from jetson_ft.runs.store import Run, list_runs
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -28,15 +28,15 @@ SETTINGS = {
     "train-tokens_per_step": "64", "train-learning_rate": "2e-3", "train-eval_every": "5",
     "eval-max_new_tokens": "2", "eval-samples": "1",
 }  # fmt: skip
-PATIENCE = 120_000  # milliseconds; other tests share the machine
+TIMEOUT = 120_000  # milliseconds; other tests share the machine
 
 
 @pytest.fixture(autouse=True)
-def _no_run_stays_behind(tmp_path: Path) -> Iterator[None]:
-    """A run outlives its page, and would outlive a failed test."""
+def _stop_all_runs(tmp_path: Path) -> Iterator[None]:
+    """Stop all runs: a run outlives its page and a failed test."""
     yield
     for run in list_runs(tmp_path / "runs"):
-        jobs.stop(run)
+        manager.stop(run)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """Few rows, seen again and again, so that the loss falls within seconds."""
+    """Return a file of few, similar rows: the loss falls within seconds."""
     path = tmp_path / "mine.json"
     row = {"instruction": "天空为什么是蓝色的？", "output": "阳光被空气散射，蓝光散射得最多。"}
     path.write_text(
@@ -64,8 +64,8 @@ def choose(page: Any, tab: str) -> None:
     page.get_by_role("tab", name=tab).click()
 
 
-def begin(page: Any, rows: Path) -> None:
-    """Chooses the data, looks at it and at what will happen, and starts."""
+def start_run(page: Any, rows: Path) -> None:
+    """Upload the data, open both previews, and start."""
     page.locator("#upload input[type=file]").set_input_files(rows)
     sync_api.expect(
         page.locator("#field-data-train input, #field-data-train textarea")
@@ -73,10 +73,10 @@ def begin(page: Any, rows: Path) -> None:
     page.get_by_text("All settings").click()
     for field, value in SETTINGS.items():
         page.locator(f"#field-{field}").locator("input, textarea").fill(value)
-    page.get_by_role("button", name="Look at the rows").click()
-    sync_api.expect(page.locator("pre.tokens mark").first).to_contain_text("蓝光", timeout=PATIENCE)
+    page.get_by_role("button", name="Look at the data").click()
+    sync_api.expect(page.locator("pre.tokens mark").first).to_contain_text("蓝光", timeout=TIMEOUT)
     page.get_by_role("button", name="What will happen?").click()
-    sync_api.expect(page.locator(".bar.memory")).to_be_visible(timeout=PATIENCE)
+    sync_api.expect(page.locator(".bar.memory")).to_be_visible(timeout=TIMEOUT)
     page.get_by_role("button", name="Start", exact=True).click()
 
 
@@ -87,12 +87,12 @@ def the_run(folder: Path) -> Run:
 
 def wait_for_state(page: Any, state: str) -> None:
     pill = page.locator(f"#run-detail .pill.{state}")
-    sync_api.expect(pill).to_be_visible(timeout=PATIENCE)
+    sync_api.expect(pill).to_be_visible(timeout=TIMEOUT)
 
 
 def loss_shown(page: Any) -> float:
     shown = page.locator("#run-detail .figures b").first
-    sync_api.expect(shown).to_have_text(re.compile(r"\d"), timeout=PATIENCE)
+    sync_api.expect(shown).to_have_text(re.compile(r"\d"), timeout=TIMEOUT)
     return float(shown.inner_text())
 
 
@@ -104,7 +104,7 @@ def test_from_an_empty_folder_to_a_downloaded_adapter(
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.goto(served.link)
-    begin(page, rows)
+    start_run(page, rows)
     wait_for_state(page, "running")
     first = loss_shown(page)
 
@@ -129,13 +129,13 @@ def test_from_an_empty_folder_to_a_downloaded_adapter(
     box = page.get_by_placeholder("Ask something")
     box.fill("天空为什么是蓝色的？")
     box.press("Enter")
-    sync_api.expect(page.locator(".message.bot")).to_have_count(2, timeout=PATIENCE)
+    sync_api.expect(page.locator(".message.bot")).to_have_count(2, timeout=TIMEOUT)
     with page.expect_download() as download:
         page.get_by_role("button", name="Transcript").click()
-    told = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
-    assert told["model"] == the_run(tmp_path).name
-    assert [turn["role"] for turn in told["base"]] == ["user", "assistant"]
-    assert told["adapter"][0]["content"] == "天空为什么是蓝色的？"
+    transcript = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert transcript["model"] == the_run(tmp_path).name
+    assert [turn["role"] for turn in transcript["base"]] == ["user", "assistant"]
+    assert transcript["adapter"][0]["content"] == "天空为什么是蓝色的？"
 
     page.get_by_role("button", name="简体中文").click()
     choose(page, "任务")
@@ -147,8 +147,8 @@ def test_from_an_empty_folder_to_a_downloaded_adapter(
     assert served.close() == 130, "with the page still open"
 
 
-def test_a_button_acts_on_the_run_that_is_shown(browser: Any, tmp_path: Path) -> None:
-    """Another one is chosen, and the server is slow to show it."""
+def test_a_button_acts_on_the_shown_run(browser: Any, tmp_path: Path) -> None:
+    """Another run is chosen, and its fragment does not arrive."""
     shown, chosen = (make_run(tmp_path / "runs", f"2026010{n}-000000-{n}") for n in (2, 1))
     served = Served(tmp_path)
     page = browser.new_page(locale="en-GB")
@@ -156,9 +156,23 @@ def test_a_button_acts_on_the_run_that_is_shown(browser: Any, tmp_path: Path) ->
     page.goto(served.link)
     choose(page, "Runs")
     sync_api.expect(page.locator("#run-detail h2")).to_have_text(shown.name)
-    page.route(re.compile("/live/en/runs/."), lambda asked: asked.abort())
+    page.route(re.compile("/live/en/runs/."), lambda route: route.abort())
     page.locator(f"[data-choose='{chosen.name}']").click()
     page.get_by_role("button", name="Delete").click()
     sync_api.expect(page.locator(f"[data-choose='{shown.name}']")).to_have_count(0)
     assert list_runs(tmp_path / "runs")[0].path == chosen.path
+    served.kill()
+
+
+def test_a_compared_run_has_a_visible_tick(browser: Any, tmp_path: Path) -> None:
+    for number in (1, 2):
+        make_run(tmp_path / "runs", f"2026010{number}-000000-{number}")
+    served = Served(tmp_path)
+    page = browser.new_page(locale="en-GB")
+    page.goto(served.link)
+    choose(page, "Runs")
+    box = page.locator('[data-compared$="-1"]')  # the newest is chosen
+    box.check()
+    sync_api.expect(page.locator("#run-detail .train.c1")).to_have_count(1)
+    assert box.evaluate("box => getComputedStyle(box).backgroundColor") != "rgba(0, 0, 0, 0)"
     served.kill()

@@ -1,4 +1,4 @@
-"""The whole page behind its doors, and the command that serves it."""
+"""The whole page with access control, and the command that serves it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from served import Served
 
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import rundir
+from jetson_ft.runs import store
 from jetson_ft.webui.server import is_loopback, link
 
 
@@ -27,11 +27,11 @@ from jetson_ft.webui.server import is_loopback, link
     [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True),
      ("0.0.0.0", False), ("192.168.1.7", False), ("orin.local", False)],
 )  # fmt: skip
-def test_loopback_is_known(host: str, expected: bool) -> None:
+def test_only_loopback_addresses_are_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
 
 
-def test_links_can_be_opened() -> None:
+def test_a_link_has_a_reachable_host_and_the_token() -> None:
     assert link("127.0.0.1", 7860, "") == "http://127.0.0.1:7860/"
     assert link("::1", 7860, "abc") == "http://[::1]:7860/?token=abc"
     assert "0.0.0.0" not in link("0.0.0.0", 7860, "abc")
@@ -43,14 +43,14 @@ def test_links_can_be_opened() -> None:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     (folder / "mine.txt").write_text(Path("/etc/passwd").read_text())
-    made = Served(folder)
-    yield made
-    made.close()
+    server = Served(folder)
+    yield server
+    server.close()
 
 
 @pytest.mark.slow
-def test_it_serves_both_languages_without_torch(served: Served) -> None:
-    for language, word in (("en", "What will happen?"), ("zh", "开始训练")):
+def test_each_language_is_served_without_torch(served: Served) -> None:
+    for language, word in (("en", "What will happen?"), ("zh_CN", "开始训练")):
         page = served.get(f"/{language}/")
         assert page is not None and page.status_code == 200
         assert word in page.text or word.encode("unicode_escape").decode() in page.text
@@ -61,7 +61,7 @@ def test_it_serves_both_languages_without_torch(served: Served) -> None:
 
 
 @pytest.mark.slow
-def test_an_idle_server_leaves_the_processor_alone(served: Served) -> None:
+def test_an_idle_server_uses_no_processor_time(served: Served) -> None:
     process = psutil.Process(served.process.pid)
     before = process.cpu_times()
     time.sleep(4)
@@ -70,7 +70,7 @@ def test_an_idle_server_leaves_the_processor_alone(served: Served) -> None:
 
 
 @pytest.mark.slow
-def test_the_doors_are_in_the_running_server(served: Served) -> None:
+def test_the_running_server_refuses_foreign_requests(served: Served) -> None:
     for headers, status in (
         ({"Host": "evil.example"}, 400),
         ({}, 307),
@@ -108,7 +108,7 @@ def test_a_file_named_in_a_request_is_neither_copied_nor_served(served: Served, 
     config = served.get("/en/config")
     assert config is not None
     secret = Path("/etc/passwd").read_text()[:20]
-    tried = 0
+    calls = 0
     for dependency in config.json()["dependencies"]:
         inputs = [by_id["type"] for number in dependency["inputs"]
                   for by_id in config.json()["components"] if by_id["id"] == number]  # fmt: skip
@@ -118,12 +118,12 @@ def test_a_file_named_in_a_request_is_neither_copied_nor_served(served: Served, 
         data = [defaults.get(kind, "") for kind in inputs]
         answer = httpx.post(
             f"{served.base}/en/gradio_api/queue/join", timeout=20,
-            json={"data": data, "fn_index": dependency["id"], "session_hash": "visitor"},
+            json={"data": data, "fn_index": dependency["id"], "session_hash": "client"},
         )  # fmt: skip
         assert answer.status_code == 200
         streamed = ""
         with httpx.stream(
-            "GET", f"{served.base}/en/gradio_api/queue/data?session_hash=visitor", timeout=20
+            "GET", f"{served.base}/en/gradio_api/queue/data?session_hash=client", timeout=20
         ) as events:
             for line in events.iter_lines():
                 streamed += line
@@ -131,12 +131,12 @@ def test_a_file_named_in_a_request_is_neither_copied_nor_served(served: Served, 
                     break
         assert "process_completed" in streamed
         assert "/file=" not in streamed and secret not in streamed, dependency["api_name"]
-        tried += 1
-    assert tried >= 4  # send, again, undo, arrive
+        calls += 1
+    assert calls >= 4  # send, again, undo, open
 
 
 @pytest.mark.slow
-def test_beyond_this_machine_a_token_is_needed(tmp_path: Path) -> None:
+def test_beyond_loopback_a_token_is_required(tmp_path: Path) -> None:
     served = Served(tmp_path, "--host", "0.0.0.0")
     try:
         token = served.link.partition("token=")[2]
@@ -151,7 +151,7 @@ def test_beyond_this_machine_a_token_is_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_in_a_container_the_link_and_the_doors_go_by_the_name_outside(
+def test_in_a_container_link_and_host_check_use_the_outside_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JETSON_FT_HOST", "0.0.0.0")
@@ -168,20 +168,20 @@ def test_in_a_container_the_link_and_the_doors_go_by_the_name_outside(
 
 
 @pytest.mark.slow
-def test_what_was_cut_short_is_offered_at_the_start(tmp_path: Path) -> None:
-    run = rundir.create(Recipe(output=str(tmp_path / "runs")), "cut")
+def test_a_resumable_run_is_named_at_the_start(tmp_path: Path) -> None:
+    run = store.create_run(Recipe(output_dir=str(tmp_path / "runs")), "cut")
     run.write_state("running")
     served = Served(tmp_path)
     try:
         assert served.process.stdout
-        said = [served.process.stdout.readline() for _ in range(2)][1]
-        assert run.name in said and f"jetson-ft train --resume {run.name}" in said
+        line = [served.process.stdout.readline() for _ in range(2)][1]
+        assert run.name in line and f"jetson-ft train --resume {run.name}" in line
     finally:
         served.close()
 
 
 @pytest.mark.slow
-def test_a_taken_port_is_told_plainly(tmp_path: Path) -> None:
+def test_a_taken_port_is_reported_without_traceback(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -190,5 +190,9 @@ def test_a_taken_port_is_told_plainly(tmp_path: Path) -> None:
             [sys.executable, "-m", "jetson_ft.cli", "webui", "--port", port],
             cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False,
         )  # fmt: skip
-    assert done.returncode == 2 and "can't be served there" in done.stderr and port in done.stderr
+    assert (
+        done.returncode == 2
+        and "can't be served on this address" in done.stderr
+        and port in done.stderr
+    )
     assert "Traceback" not in done.stderr

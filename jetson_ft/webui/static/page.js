@@ -1,44 +1,44 @@
-// The live part of the page: asks for pieces, swaps what changed, sends what is clicked.
+// The live part of the page: polls fragments, swaps changed ones, sends clicks.
 (() => {
   "use strict";
   const language = location.pathname.split("/")[1] || "en";
   const state = {
     chosen: new URLSearchParams(location.search).get("run") || "",
-    beside: new Set(),
+    compared: new Set(),
   };
   const etags = new Map();
   const wanted = new Map();
 
   const query = () => {
-    const found = new URLSearchParams({ chosen: state.chosen });
-    state.beside.forEach((name) => found.append("beside", name));
-    return found.toString();
+    const parameters = new URLSearchParams({ chosen: state.chosen });
+    state.compared.forEach((name) => parameters.append("compared", name));
+    return parameters.toString();
   };
 
-  // Puts a piece into its place unless it is the one that is there already.
+  // Replaces an element's content by a fragment, unless it has that fragment already.
   async function swap(id, address) {
-    const place = document.getElementById(id);
-    if (!place) return;
+    const element = document.getElementById(id);
+    if (!element) return;
     const known = etags.get(id);
     const headers = known && known.address === address ? { "If-None-Match": known.etag } : {};
     wanted.set(id, address);
-    const answer = await fetch(address, { headers, cache: "no-store" });
-    if (answer.status === 304 || wanted.get(id) !== address) return;
-    if (!answer.ok) {
-      if (id === "run-detail") place.innerHTML = "";
+    const response = await fetch(address, { headers, cache: "no-store" });
+    if (response.status === 304 || wanted.get(id) !== address) return;
+    if (!response.ok) {
+      if (id === "run-detail") element.innerHTML = "";
       return;
     }
-    const html = await answer.text();
-    if (wanted.get(id) !== address) return; // another run was chosen meanwhile
-    const form = place.querySelector("form.about");
+    const html = await response.text();
+    if (wanted.get(id) !== address) return; // another run has been chosen
+    const form = element.querySelector("form.about");
     const same = form?.dataset.about === state.chosen;
-    if (same && form.contains(document.activeElement)) return; // never under somebody's fingers
-    const open = [...place.querySelectorAll("details[open]")].map((one) => one.className);
-    place.innerHTML = html;
-    open.forEach((name) => place.querySelector(`details.${name}`)?.setAttribute("open", ""));
-    // What is typed and not saved.
-    if (same && "changed" in form.dataset) place.querySelector("form.about")?.replaceWith(form);
-    etags.set(id, { address, etag: answer.headers.get("ETag") });
+    if (same && form.contains(document.activeElement)) return; // not while the form is edited
+    const open = [...element.querySelectorAll("details[open]")].map((one) => one.className);
+    element.innerHTML = html;
+    open.forEach((name) => element.querySelector(`details.${name}`)?.setAttribute("open", ""));
+    // Keep what is typed and not saved.
+    if (same && "changed" in form.dataset) element.querySelector("form.about")?.replaceWith(form);
+    etags.set(id, { address, etag: response.headers.get("ETag") });
   }
 
   async function refresh() {
@@ -47,7 +47,7 @@
       await swap("run-list", `/live/${language}/runs?${query()}`);
       const first = document.querySelector("#run-list [data-choose]");
       if (!state.chosen && first) {
-        choose(first.dataset.choose); // and refresh once more, so that it is marked as chosen
+        choose(first.dataset.choose); // refreshes again, to mark it as chosen
         return;
       }
       if (state.chosen) {
@@ -55,11 +55,11 @@
       }
       document.body.classList.remove("away");
     } catch {
-      document.body.classList.add("away"); // the server is away; what is shown stays
+      document.body.classList.add("away"); // no server: keep what is shown
     }
   }
 
-  function say(text) {
+  function toast(text) {
     const box = document.createElement("div");
     box.className = "toast";
     box.textContent = text;
@@ -67,19 +67,19 @@
     setTimeout(() => box.remove(), 8000);
   }
 
-  // Sends something to a run; says what was wrong with it.
+  // Posts an action to a run; shows its error.
   async function post(name, action, body) {
     const headers = body ? { "Content-Type": "application/json" } : {};
-    const answer = await fetch(`/runs/${encodeURIComponent(name)}/${action}`, {
+    const response = await fetch(`/runs/${encodeURIComponent(name)}/${action}`, {
       method: "POST", headers, body: body && JSON.stringify(body),
     });
-    if (answer.ok) return true;
-    const told = await answer.json().catch(() => ({ what: answer.statusText }));
-    say([told.what, told.where, told.fix].filter(Boolean).join("\n"));
+    if (response.ok) return true;
+    const error = await response.json().catch(() => ({ what: response.statusText }));
+    toast([error.what, error.where, error.fix].filter(Boolean).join("\n"));
     return false;
   }
 
-  // What is sent goes to the run that the button stands with, whichever was chosen since.
+  // Acts on the run that the button belongs to, even where another has been chosen since.
   async function act(button) {
     const { run, do: action } = button.dataset;
     button.disabled = true;
@@ -89,14 +89,14 @@
   }
 
   async function describe(form) {
-    const told = Object.fromEntries(new FormData(form));
-    if (await post(form.dataset.about, "about", told)) delete form.dataset.changed;
+    const about = Object.fromEntries(new FormData(form));
+    if (await post(form.dataset.about, "about", about)) delete form.dataset.changed;
     refresh();
   }
 
   function choose(name) {
     state.chosen = name;
-    state.beside.delete(name);
+    state.compared.delete(name);
     const address = new URL(location.href);
     address.searchParams.set("run", name);
     history.replaceState(null, "", address);
@@ -126,29 +126,29 @@
     describe(event.target);
   });
   document.addEventListener("change", (event) => {
-    const name = event.target.dataset && event.target.dataset.beside;
+    const name = event.target.dataset && event.target.dataset.compared;
     if (!name) return;
-    event.target.checked ? state.beside.add(name) : state.beside.delete(name);
+    event.target.checked ? state.compared.add(name) : state.compared.delete(name);
     refresh();
   });
   document.addEventListener("visibilitychange", refresh);
 
-  // Both conversations of the chat as a file.
+  // Downloads both conversations of the chat.
   function transcript(model, base, adapter) {
     const text = (content) =>
       typeof content === "string" ? content : content.map((part) => part.text ?? "").join("");
     const plain = (turns) =>
       (turns ?? []).map(({ role, content }) => ({ role, content: text(content) }));
-    const told = JSON.stringify({ model, base: plain(base), adapter: plain(adapter) }, null, 2);
+    const json = JSON.stringify({ model, base: plain(base), adapter: plain(adapter) }, null, 2);
     const link = document.createElement("a");
-    link.href = URL.createObjectURL(new Blob([told], { type: "application/json" }));
+    link.href = URL.createObjectURL(new Blob([json], { type: "application/json" }));
     link.download = "conversation.json";
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   }
 
   window.jetsonFt = { choose, transcript };
-  document.documentElement.lang = language === "zh" ? "zh-Hans" : "en";
+  document.documentElement.lang = language.replace("_", "-");
   refresh();
   setInterval(refresh, 2500);
 })();

@@ -1,4 +1,4 @@
-"""Each door tried with the requests that it is there for, and with those that it must let in."""
+"""Access control: requests that each check refuses, and requests that must pass."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from jetson_ft.webui.doors import Doors, Rules, is_cross_origin, is_known_host
+from jetson_ft.webui.security import AccessMiddleware, AccessPolicy, is_cross_origin, is_known_host
 
 HOME = "http://127.0.0.1:7860"
 
 
-async def room(request: Request) -> PlainTextResponse:
+async def root(request: Request) -> PlainTextResponse:
     return PlainTextResponse(f"inside {len(await request.body())} {request.url.query}")
 
 
-async def talk(socket: WebSocket) -> None:
+async def chat(socket: WebSocket) -> None:
     await socket.accept()
     await socket.send_text("inside")
     await socket.close()
@@ -32,10 +32,10 @@ async def talk(socket: WebSocket) -> None:
 
 def client(token: str = "", names: tuple[str, ...] = (), upload: int = 1000) -> TestClient:
     app = Starlette(routes=[
-        Route("/", room, methods=["GET", "POST"]), WebSocketRoute("/talk", talk),
+        Route("/", root, methods=["GET", "POST"]), WebSocketRoute("/talk", chat),
     ])  # fmt: skip
-    doors = Doors(app, Rules(token, names, upload))
-    return TestClient(doors, base_url=HOME, follow_redirects=False)
+    middleware = AccessMiddleware(app, AccessPolicy(token, names, upload))
+    return TestClient(middleware, base_url=HOME, follow_redirects=False)
 
 
 # Host
@@ -45,7 +45,7 @@ def client(token: str = "", names: tuple[str, ...] = (), upload: int = 1000) -> 
     "host",
     ["127.0.0.1:7860", "localhost", "LOCALHOST:1", "192.168.1.7:7860", "[::1]:7860", "[fe80::1]"],
 )
-def test_addresses_and_localhost_are_known(host: str) -> None:
+def test_addresses_and_localhost_pass(host: str) -> None:
     assert client().get("/", headers={"Host": host}).status_code == 200
 
 
@@ -57,16 +57,16 @@ def test_a_foreign_host_gets_400(host: str) -> None:
     assert answer.status_code == 400 and "--host-name" in answer.text
 
 
-def test_a_name_given_at_the_start_is_known() -> None:
+def test_an_accepted_host_name_passes() -> None:
     assert client(names=("Orin.local",)).get("/", headers={"Host": "orin.local:7860"}).is_success
 
 
 @given(st.text(alphabet="ab.:[]019-", max_size=20))
-def test_no_host_is_an_exception(host: str) -> None:
+def test_any_host_is_known_or_not_without_an_exception(host: str) -> None:
     assert is_known_host(host, ()) in (True, False)
 
 
-def test_a_refusal_speaks_the_browsers_language() -> None:
+def test_a_refusal_is_in_the_browsers_language() -> None:
     answer = client().get("/", headers={"Host": "evil.example", "Accept-Language": "zh-CN"})
     assert answer.status_code == 400 and answer.text.startswith("本页面不响应这个主机名")
 
@@ -113,42 +113,42 @@ def test_the_origin_is_compared_with_its_port() -> None:
 def test_a_body_over_the_limit_gets_413() -> None:
     assert client().post("/", content=b"x" * 1000).is_success
     answer = client().post("/", content=b"x" * 1001)
-    assert answer.status_code == 413 and "more than an upload may have" in answer.text
+    assert answer.status_code == 413 and "larger than 0 MiB" in answer.text
 
 
-def test_a_body_that_hides_its_length_is_cut_off() -> None:
-    def pieces() -> Iterator[bytes]:
+def test_a_body_without_length_is_disconnected_at_the_limit() -> None:
+    def chunks() -> Iterator[bytes]:
         yield from [b"x" * 600] * 3
 
     with pytest.raises(Exception) as caught:
-        client().post("/", content=pieces())
+        client().post("/", content=chunks())
     assert type(caught.value).__name__ == "ClientDisconnect"
 
 
 # The token
 
 
-def test_nobody_comes_in_without_the_token() -> None:
-    visitor = client(token="secret")
+def test_a_request_without_the_token_gets_401() -> None:
+    browser = client(token="secret")
     for path in ("/", "/?token=", "/?token=wrong", "/anything"):
-        answer = visitor.get(path)
+        answer = browser.get(path)
         assert answer.status_code == 401 and "token" in answer.text and "令牌" in answer.text
-    assert visitor.get("/", headers={"Authorization": "Bearer wrong"}).status_code == 401
-    assert visitor.post("/", content=b"x").status_code == 401
-    with pytest.raises(WebSocketDisconnect), visitor.websocket_connect("/talk"):
+    assert browser.get("/", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert browser.post("/", content=b"x").status_code == 401
+    with pytest.raises(WebSocketDisconnect), browser.websocket_connect("/talk"):
         pass
 
 
-def test_the_link_with_the_token_lets_in_and_stays() -> None:
-    visitor = client(token="secret")
-    answer = visitor.get("/?token=secret&run=a%20b")
+def test_the_link_with_the_token_sets_a_cookie() -> None:
+    browser = client(token="secret")
+    answer = browser.get("/?token=secret&run=a%20b")
     assert (answer.status_code, answer.headers["location"]) == (303, "/?run=a+b")
     cookie = answer.headers["set-cookie"].lower()
     assert "httponly" in cookie and "samesite=lax" in cookie and "jetson-ft-7860" in cookie
-    assert visitor.get("/").is_success and visitor.post("/").is_success
+    assert browser.get("/").is_success and browser.post("/").is_success
 
 
-def test_programs_come_in_with_a_bearer_token() -> None:
+def test_a_bearer_token_passes() -> None:
     assert client(token="secret").get("/", headers={"Authorization": "Bearer secret"}).is_success
 
 

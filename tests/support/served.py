@@ -1,4 +1,4 @@
-"""`jetson-ft webui` as a person starts it."""
+"""`jetson-ft webui` in a process of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import httpx
 
 
 class Served:
-    """The page's server in a process of its own; `base` is where it listens."""
+    """A running server: `link` as it prints it, `base` without the token, seconds to start."""
 
     def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
         command = [sys.executable, "-m", "jetson_ft.cli", "webui", "--port", str(port), *options]
@@ -29,22 +29,22 @@ class Served:
 
     @property
     def port(self) -> int:
-        """Where another server can take over."""
+        """The port, on which another server can follow."""
         return int(self.base.rpartition(":")[2])
 
-    def get(self, path: str, **more: Any) -> httpx.Response | None:
-        """None while nobody listens."""
+    def get(self, path: str, **options: Any) -> httpx.Response | None:
+        """Return the response; None while the server is not listening."""
         try:
-            return httpx.get(self.base + path, timeout=20, **more)
+            return httpx.get(self.base + path, timeout=20, **options)
         except httpx.ConnectError:
             return None
 
     def close(self) -> int:
-        """Ctrl-C."""
+        """Send Ctrl-C; return the exit status."""
         self.process.send_signal(signal.SIGINT)
         return self.process.wait(20)
 
     def kill(self) -> None:
-        """Without a word."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait(20)

@@ -1,0 +1,87 @@
+"""Routes beside the Gradio page: HTML fragments, actions on runs, downloads.
+
+Each action is the function of `runs` that its command calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Body, Query, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse
+from starlette.background import BackgroundTask
+
+from jetson_ft.errors import UserError, _
+from jetson_ft.runs import manager, store
+from jetson_ft.webui.fragments import Fragments
+from jetson_ft.webui.render import Locale, request_language
+
+Compared = Annotated[tuple[str, ...], Query()]
+NewText = Annotated[str | None, Body()]  # null: unchanged
+
+
+def router(root: Path) -> APIRouter:
+    """Return the routes for the runs under `root`."""
+    routes, fragments = APIRouter(), Fragments(root)
+
+    @routes.get("/")
+    def home(request: Request) -> Response:
+        language = request_language(request.url.path, request.headers)
+        query = f"?{request.url.query}" if request.url.query else ""
+        return RedirectResponse(f"/{language}/{query}", 307)
+
+    @routes.get("/live/{language}/runs")
+    def runs(
+        request: Request, language: str, chosen: str = "", compared: Compared = ()
+    ) -> Response:
+        return _fragment(request, fragments.run_list(language, chosen, compared))
+
+    @routes.get("/live/{language}/runs/{name}")
+    def run(request: Request, language: str, name: str, compared: Compared = ()) -> Response:
+        return _fragment(request, fragments.run_detail(language, name, compared))
+
+    @routes.post("/runs/{name}/about")
+    def describe(name: str, title: NewText = None, notes: NewText = None) -> Response:
+        manager.set_title_and_notes(store.run_by_name(name, root), title, notes)
+        return JSONResponse({"done": True})
+
+    @routes.post("/runs/{name}/{action}")
+    def act(name: str, action: Literal["stop", "resume", "delete"]) -> Response:
+        getattr(manager, action)(store.run_by_name(name, root))
+        return JSONResponse({"done": True})
+
+    @routes.get("/runs/{name}/adapter.zip")
+    def adapter(name: str) -> Response:
+        run = store.run_by_name(name, root)
+        folder = tempfile.TemporaryDirectory()
+        path = manager.zip_adapter(run, Path(folder.name) / "adapter.zip")
+        cleanup = BackgroundTask(folder.cleanup)
+        return FileResponse(path, filename=f"{run.name}-adapter.zip", background=cleanup)
+
+    @routes.get("/runs/{name}/{file}")
+    def report(name: str, file: Literal["report.html", "report.md", "report.json"]) -> Response:
+        path = store.run_by_name(name, root).path / file
+        if not path.is_file():
+            raise UserError(_("File not found."), f"{name}/{file}")
+        return FileResponse(path)
+
+    return routes
+
+
+def error_response(request: Request, error: Exception) -> Response:
+    """Return a `UserError` as JSON, in the page's language."""
+    assert isinstance(error, UserError)
+    t = Locale(request_language(request.url.path, request.headers))
+    return JSONResponse({"what": t(error.what), "where": t(error.where), "fix": t(error.fix)}, 422)
+
+
+def _fragment(request: Request, html: str) -> Response:
+    """Return the HTML, or nothing where the browser has it already."""
+    etag = f'"{hashlib.sha256(html.encode()).hexdigest()[:24]}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    if request.headers.get("if-none-match") == etag:
+        return Response(status_code=304, headers=headers)
+    return HTMLResponse(html, headers=headers)

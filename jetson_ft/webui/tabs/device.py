@@ -1,0 +1,50 @@
+"""The Device tab: the doctor's findings."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from jetson_ft.errors import UserError, _
+from jetson_ft.webui.cli_json import run_cli_json
+from jetson_ft.webui.gradio_import import gr
+from jetson_ft.webui.render import Locale, error_html, render
+
+_CACHE_SECONDS = 30.0
+
+
+class Doctor:
+    """The doctor's findings, cached for all pages."""
+
+    def __init__(self, runs: Path) -> None:
+        self._runs = runs
+        self._result: dict[str, Any] = {}
+        self._examined_at = float("-inf")
+        self._lock = Lock()
+
+    def findings(self) -> dict[str, Any]:
+        """Return the output of `jetson-ft doctor --json`, at most 30 seconds old."""
+        with self._lock:
+            if time.monotonic() - self._examined_at > _CACHE_SECONDS:
+                runs = str(self._runs.absolute())
+                self._result = run_cli_json("doctor", "--json", "--runs", runs)
+                self._examined_at = time.monotonic()
+            return self._result
+
+
+def build(t: Locale, doctor: Doctor, tab: Any) -> None:
+    """Add the tab's components; the machine is examined when the tab is opened."""
+    wait = t(_("Examining this machine …"))
+    html = gr.HTML(f'<p class="empty">{wait}</p>', apply_default_css=False)
+    again = gr.Button(t(_("Examine again")), size="sm")
+
+    def examine() -> str:
+        try:
+            return render("findings.jinja", t, **doctor.findings())
+        except UserError as error:
+            return error_html(error, t)
+
+    tab.select(examine, None, html, concurrency_limit=None)
+    again.click(examine, None, html, concurrency_limit=None)
