@@ -33,7 +33,7 @@ setup-dev:
 finetune: setup ## fine-tune (RECIPE=recipes/NAME.yaml, SET="lora.rank=32 train.epochs=1")
 	@exec $(BIN)/jetson-ft train$(if $(RECIPE), $(call quote,$(RECIPE)))$(foreach set,$(SET), --set $(call quote,$(set)))
 
-chat: setup ## talk with the newest adapter (RUN=NAME: with that run's)
+chat: setup ## chat with the newest adapter (RUN=NAME: with that run's)
 	@exec $(BIN)/jetson-ft chat$(if $(RUN), $(call quote,$(RUN)))
 
 webui: setup ## the page on http://127.0.0.1:7860 (HOST=0.0.0.0: for the network, with a token)
@@ -59,7 +59,7 @@ docker-finetune: ## fine-tune in the image (RECIPE=NAME, SET="lora.rank=32 train
 image-test: ## build the image on a substitute for NVIDIA's bases and use it (root, buildah; ARCH=arm64)
 	@exec $(PYTHON) scripts/image_test.py $(if $(ARCH),--arch $(call quote,$(ARCH)))
 
-# In parallel: one target waits for the package index, one for the processor, one for the disk.
+# In parallel, because they wait for different things: the package index, the processor, the disk.
 test: setup-dev ## everything CI runs
 	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint lock-check setup-compat
 	@$(MAKE) --no-print-directory --jobs=1 test-all test-compat
@@ -77,10 +77,11 @@ test-all: setup-dev
 test-compat: setup-compat ## the fast tests once more with JetPack 6's packages (transformers 5.20.2, numpy 1.26)
 	$(call timed,fast tests with JetPack 6's packages,.venv-compat/bin/python $(PYTEST) -m "not slow" --hypothesis-profile=brief)
 
-lint: setup-dev ## style, types, import directions, Dockerfile
+lint: setup-dev ## style, types, import directions, declared packages, Dockerfile
 	$(call timed,ruff,$(BIN)/ruff check && $(BIN)/ruff format --check)
 	$(call timed,mypy,$(BIN)/mypy)
 	$(call timed,import directions,$(BIN)/lint-imports --no-logo)
+	$(call timed,declared packages,$(BIN)/deptry .)
 	$(call timed,Dockerfile and shell scripts,$(BIN)/hadolint docker/Dockerfile && $(if $(filter x86_64,$(shell uname -m)),$(BIN)/shellcheck docker/*.sh .ci/run,true))
 
 # Needs only uv: with broken pins, `make setup` fails until they are fixed.

@@ -60,7 +60,9 @@ def check_torch(version: str, cuda: str, packages: Iterable[str], args: dict[str
             "TORCH_INDEX must serve a CUDA build of TORCH_VERSION for this Python; some indexes "
             "need /+simple/ at the end. To build without CUDA: --build-arg REQUIRE_CUDA=0.",
         )
-    nvidia = sorted(name for name in packages if re.match(r"nvidia[-_]|cuda[-_]", name.lower()))
+    # nvidia-ml-py reads sensors and brings no library.
+    pattern = r"nvidia[-_](?!ml[-_]py$)|cuda[-_]"
+    nvidia = sorted(name for name in packages if re.match(pattern, name.lower()))
     if nvidia and args.get("TORCH_DEPS", "0") != "1":
         raise CheckFailed(
             f"{', '.join(nvidia)} would replace the base image's CUDA.",
@@ -113,7 +115,7 @@ def main() -> None:
         for name in ("torch", "bitsandbytes", "jetson_ft.runs.pipeline", "jetson_ft.webui.page"):
             import_module(name)
         print(f"check: {len(paths)} libraries with their dependencies, imports")
-        model = import_module("jetson_ft.models.embedded").folder()
+        model = import_module("jetson_ft.models.embedded").embedded_folder()
         print(f"check: embedded model in {model}")
 
 

@@ -27,7 +27,7 @@ reached_as=${address:-127.0.0.1}:$port
 # Groups by number: the image has no such names. Without video and render, CUDA fails with 801.
 gid() { getent group "$1" | cut -d: -f3; }
 
-# Containers can't read the device tree; jetson_ft.device.probe also reads this copy.
+# Containers can't read the device tree; jetson_ft.hardware.detect also reads this copy.
 model=
 if [ -r "$root/proc/device-tree/model" ]; then
     model=$PWD/runs/.nv_jetson_model

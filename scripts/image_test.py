@@ -41,10 +41,10 @@ VOLUMES = ["cache", "srv/data", "srv/runs"]
 STOP_SECONDS = 120  # the stop timeout in docker/run.sh and docker/compose.yaml
 slowdown = 1  # the factor for all time limits: `main` raises it for an emulated processor
 SETTINGS = [  # steps of about a second
-    "data.train=data/rows.jsonl", "data.heldout=2", "data.max_length=64",
-    "train.tokens_per_step=128", "train.max_minutes=0", "eval.max_new_tokens=8", "eval.samples=1",
+    "data.train=data/rows.jsonl", "data.heldout=2", "data.max_length=64", "eval.samples=1",
+    "train.tokens_per_step=128", "train.max_minutes=null", "eval.max_new_tokens=8",
 ]  # fmt: skip
-TINY_SETTINGS = ["model=data/tiny", "train.epochs=20", "train.early_stopping=0"]
+TINY_SETTINGS = ["model=data/tiny", "train.epochs=20", "train.early_stopping_patience=null"]
 # One step of the embedded model takes more than six minutes on an emulated processor.
 MAKE_TINY_MODEL = """
 import os
@@ -96,8 +96,8 @@ class Builder:
 
     def __init__(self, work: Path, arch: str) -> None:
         self._work, self._arch = work, arch
-        store = ["--root", work / "store", "--runroot", work / "state", "--storage-driver", "vfs"]
-        self._buildah = ["buildah", *map(str, store)]
+        self._buildah = ["buildah", "--storage-driver", "vfs"]
+        self._buildah += ["--root", str(work / "store"), "--runroot", str(work / "state")]
         self._environment = {**os.environ, "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(work)}
 
     def _run(self, *command: object) -> str:
@@ -157,8 +157,7 @@ def pip_volumes(work: Path) -> list[str]:
         lines.append(f"{name} = {' '.join(words)}")
     (work / "pip.conf").write_text("\n".join(lines) + "\n")
     mounts[str(work / "pip.conf")] = "/etc/pip.conf"
-    pairs = mounts.items()
-    return [word for source, target in pairs for word in ("--volume", f"{source}:{target}:ro")]
+    return [word for pair in mounts.items() for word in ("--volume", f"{':'.join(pair)}:ro")]
 
 
 def base_folder(arch: str) -> Path:
@@ -356,7 +355,9 @@ def check_image(root: Path, config: dict[str, Any], work: Path) -> None:
     with Container(root, config, volumes, log=work / "again.log") as page:
         with step("start again: the log names the stopped run, Resume finishes it"):
             wait_for(page.is_healthy, "the page responds", 120)
-            wait_for(lambda: f"{stopped.name} can go on" in page.output(), "the run in the log", 5)
+            wait_for(
+                lambda: f"{stopped.name} can be resumed" in page.output(), "the run in the log", 5
+            )
             token = page.output().partition("token=")[2][:32]
             fragment = page.request("GET", f"/live/en/runs/{stopped.name}", token)[1]
             check("Resume" in fragment, f"no Resume in {fragment}")
@@ -405,9 +406,8 @@ def main(arch: str, keep: bool) -> None:
     if os.geteuid() != 0 or missing:
         fix = "sudo apt install buildah debootstrap, then sudo make image-test"
         raise Failure(f"needs root, buildah and debootstrap.\n  fix:   {fix}")
-    if arch != run("dpkg", "--print-architecture").strip():
-        global slowdown
-        slowdown = 20
+    global slowdown
+    slowdown = 1 if arch == run("dpkg", "--print-architecture").strip() else 20
     CACHE.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="work-", dir=CACHE))
     print(f"Images and logs: {work}" + ("" if keep else " (deleted at the end)"))

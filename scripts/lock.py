@@ -21,7 +21,7 @@ HEADER = """\
 # NVIDIA's packages are left out: the torch build that `make setup` takes brings its own or none.
 """
 # torch's CUDA packages: which are needed, and from where, differs between machines.
-EXCLUDED = re.compile(r"(nvidia|triton|cuda)[-=]")
+EXCLUDED = re.compile(r"(nvidia(?!-ml-py)|triton|cuda)[-=]")
 
 
 class Lock(NamedTuple):

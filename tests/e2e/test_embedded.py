@@ -1,4 +1,4 @@
-"""The real embedded model, quantised, from the recipe to a chat.
+"""The real embedded model, quantized, from the recipe to a chat.
 
 In fp32 it goes the same way through the page: tests/webui/test_journey.py.
 """
@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from jetson_ft.data.template import encode_prompt
+from jetson_ft.data.chat_template import encode_prompt
 from jetson_ft.models import embedded
-from jetson_ft.models.load import Weights, load_model, load_tokenizer
-from jetson_ft.models.resolve import resolve
+from jetson_ft.models.files import resolve_model
+from jetson_ft.models.loading import WeightFormat, load_model, load_tokenizer
 
 pytestmark = pytest.mark.slow(minutes=1)
 
 
 def test_it_converts_and_answers() -> None:
-    base = resolve("embedded")
-    tokenizer, model = load_tokenizer(base), load_model(base, Weights("fp32"), "cpu")
+    base = resolve_model("embedded")
+    tokenizer, model = load_tokenizer(base), load_model(base, WeightFormat("fp32"), "cpu")
     question: Any = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = encode_prompt(tokenizer, question)
     with torch.no_grad():
@@ -65,15 +65,16 @@ def nearly_the_same(heldout_file: Path) -> Path:
     return path
 
 
-# Quantised products are slow on a CPU, so these runs are short.
+# Quantized products are slow on a CPU, so these runs are short.
 @pytest.mark.parametrize("quantize, expected", [("nf4", 8.305), ("int8", 7.65)])
 def test_embedded_model_learns_and_chats(
     quantize: str, expected: float, heldout_file: Path, nearly_the_same: Path, tmp_path: Path
 ) -> None:
     sets = [
         f"quantize={quantize}", f"data.train={nearly_the_same}", f"data.heldout={heldout_file}",
-        "train.max_minutes=0", "train.epochs=2", "train.max_steps=2", "train.tokens_per_step=256",
-        "train.warmup_steps=0", "eval.max_new_tokens=3", "eval.samples=1",
+        "train.max_minutes=null", "train.epochs=2", "train.max_steps=2",
+        "train.tokens_per_step=256", "train.warmup_steps=0", "eval.max_new_tokens=3",
+        "eval.samples=1",
     ]  # fmt: skip
     flags = [flag for text in sets for flag in ("--set", text)]
     done = run_cli("train", "quickstart-zh", *flags, cwd=tmp_path)

@@ -23,7 +23,7 @@ def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_shipped_recipe_trains_and_reports(
     name: str, wide_phi: Path, rows_file: Path, tmp_path: Path
 ) -> None:
-    shipped = recipe.load(name)
+    shipped = recipe.load_recipe(name)
     sets = {
         "model": str(wide_phi),
         "train.max_steps": "2",

@@ -47,12 +47,14 @@ class Hosts:
         home = self.folder / name
         home.mkdir(exist_ok=True)
         together = ["--nnodes", "2", "--node-rank", str("ab".index(name)), "--rendezvous", MEETING]
-        sets = [text for value in (f"output={home / 'runs'}", *more) for text in ("--set", value)]
+        sets = [
+            text for value in (f"output_dir={home / 'runs'}", *more) for text in ("--set", value)
+        ]
         return self.run(name, "train", str(self.recipe), *together, *sets)
 
     def run(self, name: str, *words: str) -> subprocess.Popen[str]:
         """`jetson-ft …` on that machine."""
-        own = {"JETSON_FT_CACHE": str(self.folder / name / "cache"), "JETSON_FT_PATIENCE": "6"}
+        own = {"JETSON_FT_CACHE": str(self.folder / name / "cache"), "JETSON_FT_DIST_TIMEOUT": "6"}
         inside = ["ip", "netns", "exec", f"jft-{name}"]
         return subprocess.Popen(
             [*inside, sys.executable, "-m", "jetson_ft.cli", *words], env=os.environ | own,
@@ -82,7 +84,7 @@ def hosts(tiny_phi: Path, rows_file: Path, tmp_path: Path) -> Iterator[Hosts]:
     recipe.write_text(
         f"model: {tiny_phi}\nprecision: fp32\ndata: {{train: {rows_file}, heldout: 5}}\n"
         "lora: {rank: 2, dropout: 0.0}\neval: {max_new_tokens: 4, samples: 1}\n"
-        "train: {epochs: 1.0, tokens_per_step: 220, eval_every: 1000, checkpoint_minutes: 0.02}\n"
+        "train: {epochs: 1.0, tokens_per_step: 220, eval_every: 1000, save_minutes: 0.02}\n"
     )
     try:
         ip("netns", "add", "jft-a")
@@ -135,5 +137,5 @@ def test_a_cut_cable_fails_the_run_and_one_host_goes_on(hosts: Hosts) -> None:
         assert alone.poll() is None
         time.sleep(0.2)
     said(hosts.run("a", "runs", "stop", str(run)))
-    assert "Go on with" in said(alone)
+    assert "Continue with" in said(alone)
     assert min(e["step"] for e in hosts.events("a", "step") if e["attempt"] == 2) == kept + 1
