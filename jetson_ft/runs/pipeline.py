@@ -105,7 +105,7 @@ class Pipeline:
             if not packing:  # no row is longer than the planned micro-batch
                 plan = replace(plan, micro_batch_tokens=0)  # one row each
             state = self._train(model, rows, device, plan, packing)
-            if not state.is_complete:
+            if not state.is_complete or state.evaluation_due:
                 raise _Stopped
             self._export_adapter(model, rows, base, plan, state)
         if plan.shards == 1:  # sharded: all ranks must take part in the comparison

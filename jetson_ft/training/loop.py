@@ -102,6 +102,9 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
     heldout_tokens = sum(heldout_lengths)
     batches.resolve_total_steps(state, recipe, step_tokens, heldout_tokens, step_rates)
     saved_at = time.monotonic()
+    if state.evaluation_due:  # a stop went before it
+        evaluate_adapter(model, heldout, job, state)
+        saved_at = save(model, optimizer, state, job)
 
     while not state.is_complete:
         batch = step_batches[state.step]
@@ -144,16 +147,12 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
         ))  # fmt: skip
 
         # The base model, after the first step: so the first `Step` event needn't wait for it.
-        if state.step == 1 and (state.is_complete or not stats.stop_requested):
+        if state.step == 1 and not stats.stop_requested:
             with model.disable_adapter():
                 evaluate(model, heldout, job, step=0)
-        due = state.is_complete or (state.eval_every and state.step % state.eval_every == 0)
-        evaluated = due and not stats.stop_requested
+        evaluated = state.evaluation_due and not stats.stop_requested
         if evaluated:
-            heldout_loss = evaluate(model, heldout, job, state.step)
-            if not math.isfinite(heldout_loss):
-                raise _diverged(_("held-out loss"), state.step, job)
-            state.add_evaluation(heldout_loss, recipe.early_stopping_patience)
+            evaluate_adapter(model, heldout, job, state)
         # Save as soon as the number of steps is set: a resumed run must keep it.
         if (
             evaluated or resolved or stats.stop_requested
@@ -208,6 +207,14 @@ def dummy_batches(job: TrainingJob, own_count: int) -> list[Pack]:
         return []
     dummy = pack_rows([{"input_ids": [0, 0], "segments": [0, END]}])
     return [dummy] * (job.dist.all_reduce_max(own_count) - own_count)
+
+
+def evaluate_adapter(model: Any, heldout: list[Pack], job: TrainingJob, state: TrainState) -> None:
+    """Score the held-out rows with the adapter and count the result."""
+    heldout_loss = evaluate(model, heldout, job, state.step)
+    if not math.isfinite(heldout_loss):
+        raise _diverged(_("held-out loss"), state.step, job)
+    state.add_evaluation(heldout_loss, job.recipe.early_stopping_patience)
 
 
 def evaluate(model: Any, heldout: list[Pack], job: TrainingJob, step: int) -> float:

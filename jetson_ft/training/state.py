@@ -25,6 +25,7 @@ class TrainState:
     # epochs, max_steps and max_minutes that `total_steps` was computed from
     length_limits: list[float | None] | None = None
     eval_every: int | None = None
+    evaluated_step: int = 0  # of the newest held-out loss that counts; 0: none yet
     tokens: int = 0
     supervised_tokens: int = 0
     rows: int = 0
@@ -47,6 +48,7 @@ class TrainState:
 
     def add_evaluation(self, loss: float, patience: int | None) -> None:
         """Count a held-out loss; stop early after `patience` in a row that aren't lower."""
+        self.evaluated_step = self.step
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step
             self.evals_without_improvement = 0
@@ -58,6 +60,12 @@ class TrainState:
     def tokens_per_second(self) -> float:
         """Mean over all training steps."""
         return self.tokens / max(1e-9, self.train_seconds)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the held-out loss of this step is wanted and not counted yet."""
+        wanted = self.is_complete or (self.eval_every and self.step % self.eval_every == 0)
+        return bool(wanted) and self.evaluated_step != self.step
 
     @property
     def is_complete(self) -> bool:

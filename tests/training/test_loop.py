@@ -134,16 +134,16 @@ def test_a_micro_batch_leaves_nothing_in_memory_for_the_next(
 
 
 def plain_gradients(model: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """transformers' own loss, row by row, as a mean over all learnt tokens."""
+    """transformers' own loss, row by row, as a mean over all trained tokens."""
     import torch
 
-    learnt = sum(sum(map(bool, row["segments"][1:])) for row in rows)
+    trained = sum(sum(map(bool, row["segments"][1:])) for row in rows)
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
         labels = torch.where(torch.tensor([row["segments"]]) > 0, ids, -100)
         loss = model(input_ids=ids, labels=labels).loss
         count = sum(map(bool, row["segments"][1:]))
-        (loss * count / learnt).backward()
+        (loss * count / trained).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -191,24 +191,28 @@ def test_counters_are_those_of_the_rows(bench: Any, nine_steps: Any) -> None:
 
 def test_measures_before_on_schedule_and_at_the_end_and_never_twice(nine_steps: Any) -> None:
     events, state, _, _ = nine_steps
-    measured = [event["step"] for event in events if event["kind"] == "eval"]
+    measured = field_values(events, "eval", "step")
     assert measured == sorted({0, 3, 6, 9, state.total_steps})
 
 
-@pytest.mark.parametrize("step", [1, 4, 6])
+@pytest.mark.parametrize("step", [1, 4, 6, 9])
 def test_stopped_and_resumed_equals_uninterrupted(
     bench: Any, nine_steps: Any, tmp_path: Path, step: int
 ) -> None:
-    events, _, adapter, _ = nine_steps
+    events, whole, adapter, _ = nine_steps
     first = bench.train(bench.model(0.1), bench.job(tmp_path, stop_at(step), eval_every=3))
-    assert first.step == step and not first.is_complete
+    assert first.step == step and first.is_complete == (step == 9)
+    assert not first.is_complete or first.evaluation_due
     model = bench.model(0.1)
     folder, faults = checkpoint.newest_intact(tmp_path)
     state = bench.train(model, bench.job(tmp_path, eval_every=3), folder)
     assert not faults and state.is_complete
     assert same(lora(model), adapter)
-    losses = [event["loss"] for event in events if event["kind"] == "step"]
+    losses = field_values(events, "step", "loss")
     assert bench.values("step", "loss") == losses[step:]
+    # A held-out loss that was due when the stop came is measured on resume.
+    assert bench.values("eval", "step") == [s for s in (3, 6, 9) if s >= step]
+    assert (state.best_step, state.best_loss) == (whole.best_step, whole.best_loss)
 
 
 def test_a_longer_run_goes_on_where_the_shorter_one_ended(bench: Any, tmp_path: Path) -> None:
