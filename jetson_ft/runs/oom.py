@@ -43,7 +43,7 @@ def limit_memory(run: Run, workload: Workload) -> Workload:
 
 @contextmanager
 def explain_oom(
-    run: Run, workload: Workload, device: Device, dist: DistributedContext
+    run: Run, workload: Workload, plan: Plan, device: Device, dist: DistributedContext
 ) -> Iterator[None]:
     """Turn an error for lack of memory into an `OutOfMemory` that names the next smaller plan."""
     try:
@@ -51,16 +51,15 @@ def explain_oom(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise _out_of_memory(run, workload, device, dist) from error
+        raise _out_of_memory(run, workload, plan, device, dist) from error
 
 
 def _out_of_memory(
-    run: Run, workload: Workload, device: Device, dist: DistributedContext
+    run: Run, workload: Workload, plan: Plan, device: Device, dist: DistributedContext
 ) -> OutOfMemory:
     from jetson_ft.training import planner
 
-    stored = run.plan()
-    plan = planner.Plan.from_json(stored)
+    stored = run.plan()  # empty if memory ran out before training began
     what = Message(_("Out of memory in training, with {plan}."), {"plan": _describe(plan)})
     smaller = planner.next_smaller_plan(replace(workload, shards=plan.shards), device, plan)
     if smaller is None:

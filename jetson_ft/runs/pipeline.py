@@ -97,13 +97,14 @@ class Pipeline:
             model = adapter.attach_adapter(model, recipe.lora, recipe.train.seed)
             fused = fuse_layers(model)
             emit(events.WeightsLoaded(bytes=loading.bytes_per_part(model), fused=fused))
-        with oom.explain_oom(self.run, workload, device, dist):
+        with oom.explain_oom(self.run, workload, plan, device, dist):
             if plan.shards > 1:
                 with self.phase("splitting", f"the layers among {plan.shards} processes"):
                     shard_layers(model, dist, device.kind)
             packing = attention.supports_packing(model)
-            if not packing:  # no row is longer than the planned micro-batch
-                plan = replace(plan, micro_batch_tokens=0)  # one row each
+        if not packing:  # no row is longer than the planned micro-batch
+            plan = replace(plan, micro_batch_tokens=0)  # one row each
+        with oom.explain_oom(self.run, workload, plan, device, dist):
             state = self._train(model, rows, device, plan, packing)
             if not state.is_complete or state.evaluation_due:
                 raise _Stopped

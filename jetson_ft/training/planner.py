@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -31,11 +31,6 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """Return the content of `plan.json`."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Plan:
-        """Return the plan of `plan.json`, which has other keys as well."""
-        return cls(**{field.name: content[field.name] for field in fields(cls)})
 
 
 def choose_plan(workload: Workload, device: Device, flops: float) -> Plan:

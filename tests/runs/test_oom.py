@@ -187,17 +187,28 @@ def test_several_processes_get_no_second_attempt(cause: str, tmp_path: Path) -> 
     run = stored(Run(tmp_path), **plan.as_json())
     group = DistributedContext()
     group.size = 2
-    with pytest.raises(OutOfMemory) as caught, oom.explain_oom(run, one, device, group):
+    with pytest.raises(OutOfMemory) as caught, oom.explain_oom(run, one, plan, device, group):
         raise RuntimeError(cause)
     assert "4,096 tokens" in str(caught.value.what)
     assert not caught.value.retry and "2,048 tokens" in str(caught.value.fix)
     assert "memory_limit_gb" not in plan_of(run)
     with (
         pytest.raises(OutOfMemory) as caught,
-        oom.explain_oom(run, one, device, DistributedContext()),
+        oom.explain_oom(run, one, plan, device, DistributedContext()),
     ):
         raise RuntimeError(cause)
     assert caught.value.retry and plan_of(run)["memory_limit_gb"]
+
+
+def test_out_of_memory_before_the_plan_is_written_is_explained(tmp_path: Path) -> None:
+    """Sharding and the trial of packing come before it."""
+    device, one = find_board("orin-nx-16gb").device(), workload()
+    plan = planner.choose_plan(one, device, 1e12)
+    with (
+        pytest.raises(OutOfMemory, match="4,096 tokens"),
+        oom.explain_oom(Run(tmp_path), one, plan, device, DistributedContext()),
+    ):
+        raise RuntimeError(CUDA)
 
 
 def test_limit_is_just_enough_for_the_next_plan() -> None:
