@@ -108,14 +108,14 @@ class Pipeline:
             state = self._train(model, rows, device, plan, packing)
             if not state.is_complete or state.evaluation_due:
                 raise _Stopped
-            self._export_adapter(model, rows, base, plan, state)
+            exported_step = self._export_adapter(model, rows, base, plan, state)
         if plan.shards == 1:  # sharded: all ranks must take part in the comparison
             if not dist.is_main:
                 return
             self.dist = dist = dist.close()
         detail = "base and adapter on the held-out rows"
         with self.phase("comparison", detail), dist.collective_errors():
-            comparison = self._compare(model, rows, plan, state.best_step)
+            comparison = self._compare(model, rows, plan, exported_step)
         if not dist.is_main:
             return
         self.dist = dist.close()
@@ -125,7 +125,7 @@ class Pipeline:
                 self.run,
                 plan,
                 state,
-                memory.peak_memory_bytes(device.kind),
+                exported_step,
                 precision=str(weights),
                 data_sha256=rows.report["sha256"],
                 data={key: rows.report[key] for key in ("train", "heldout")},
@@ -251,10 +251,14 @@ class Pipeline:
 
     def _export_adapter(
         self, model: Any, rows: PreparedRows, base: BaseModelFiles, plan: Plan, state: TrainState
-    ) -> None:
-        """Write the best checkpoint's weights as the run's adapter."""
+    ) -> int:
+        """Write the best checkpoint's weights as the run's adapter; return its step.
+
+        Rank 0 alone writes, and knows whether that checkpoint is damaged.
+        """
         from jetson_ft.training import loop
 
+        exported_step = state.step
         if self.dist.is_main:
             best = self.run.checkpoints / f"step-{state.best_step}"
             fault = checkpoint.find_fault(best)
@@ -262,6 +266,7 @@ class Pipeline:
                 self._warn(_("{fault}; the adapter is the last step's instead"), fault)
             else:
                 checkpoint.load_adapter_weights(model, best)
+                exported_step = state.best_step
                 self.emit(events.BestSelected(step=state.best_step, heldout_loss=state.best_loss))
             model.eval()
             staging = self.run.path / ".adapter.tmp"
@@ -272,22 +277,26 @@ class Pipeline:
                 staging.replace(self.run.adapter)
         if plan.shards > 1:  # every rank compares with what was exported
             self.dist.broadcast_parameters(loop.trainable_parameters(model))
+        return exported_step
 
     def _compare(
-        self, model: Any, rows: PreparedRows, plan: Plan, best_step: int | None
+        self, model: Any, rows: PreparedRows, plan: Plan, exported_step: int
     ) -> dict[str, Any]:
         from jetson_ft.inference import compare
         from jetson_ft.kernels.lm_head_loss import Score
 
         # Training has measured the base (step 0), and the exported weights.
-        scores: dict[int | None, Score] = {
+        measured = {
             event.step: Score(event.heldout_loss, event.bits_per_char)
             for event in self.run.events()
             if isinstance(event, events.Evaluated)
             and event.heldout_loss is not None
             and event.bits_per_char is not None
         }
-        before, after = scores.get(0), scores.get(best_step)
+        before, after = measured.get(0), measured.get(exported_step)
+        scores = {"before": before, "after": after} if before and after else None
+        # Rank 0's events decide: another machine may have missed an attempt.
+        (scores, *_) = self.dist.gather(scores)
         model.config.use_cache = True
         return compare.compare_adapter(
             model,
@@ -298,7 +307,7 @@ class Pipeline:
             self.recipe.eval.max_new_tokens,
             self.recipe.eval.samples,
             self._on_compared,
-            {"before": before, "after": after} if before and after else None,
+            scores,
         )
 
     def _on_compared(self, side: str, part: str, done: int, total: int) -> None:

@@ -19,6 +19,7 @@ from boards_in_folders import NANO, FakeMachine
 
 from jetson_ft.errors import UserError
 from jetson_ft.events import (
+    Evaluated,
     Failed,
     Generated,
     PhaseEnded,
@@ -296,6 +297,10 @@ def test_damaged_best_checkpoint_is_named_and_the_last_step_is_used(
     assert workbench.work(run) == 0
     (warning,) = [event.message for event in run.events() if isinstance(event, Warned)]
     assert str(best) in warning and "last step" in warning
+    report = run.report()
+    scores = {e.step: e.heldout_loss for e in run.events() if isinstance(e, Evaluated)}
+    assert report["train"]["best_step"] == report["train"]["steps"]
+    assert report["eval"]["after"]["loss"] == scores[report["train"]["steps"]]
 
 
 def test_incomplete_adapter_is_written_again(workbench: Any, finished: Run, tmp_path: Path) -> None:

@@ -61,9 +61,15 @@ def test_report_agrees_with_recipe_and_run(made: dict[str, Any], finished: Run) 
     assert (train["rows"], made["eval"]["rows"]) == (35, 5)
     assert train["tokens"] == made["data"]["train"]["tokens"]
     assert train["supervised_tokens"] == made["data"]["train"]["supervised_tokens"]
-    assert train["peak_memory_bytes"] > 50 * 2**20 and train["energy_joules"] is None
+    assert train["energy_joules"] is None
     assert {"torch", "transformers", "peft", "jetson-ft"} <= set(made["versions"])
     assert len(made["eval"]["after"]["samples"]) == 2
+
+
+def test_peak_memory_is_that_of_training(made: dict[str, Any], finished: Run) -> None:
+    """The comparison after it, whose replies need a cache, doesn't count."""
+    peaks = [event.memory for event in finished.events() if isinstance(event, Step)]
+    assert made["train"]["peak_memory_bytes"] == max(peaks) > 50 * 2**20
 
 
 def test_tokens_per_second_are_those_of_the_last_step(made: dict[str, Any], finished: Run) -> None:
@@ -83,7 +89,7 @@ def test_final_loss_is_the_mean_of_the_last_tenth(
         run,
         Plan(micro_batch_tokens=0, checkpointing=False),
         TrainState(step=steps, train_seconds=2.0),
-        peak_memory_bytes=1,
+        exported_step=steps,
         **{key: made[key] for key in COPIED},
     )
     assert report["train"]["final_loss"] == expected

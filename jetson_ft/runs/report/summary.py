@@ -56,16 +56,17 @@ def write_report(run: Run, report: dict[str, Any]) -> None:
 
 
 def build_report(
-    run: Run, plan: Plan, state: TrainState, peak_memory_bytes: int, **parts: Any
+    run: Run, plan: Plan, state: TrainState, exported_step: int, **parts: Any
 ) -> dict[str, Any]:
     """Return the content of `report.json` (docs/run-directory.md). Bytes, seconds, tokens.
 
     Args:
-        peak_memory_bytes: as measured.
+        exported_step: the step whose weights the adapter has.
         parts: the keys that run, plan and state don't give, with their values.
     """
     recipe, events = run.recipe(), run.events()
-    losses = [e.loss for e in events if isinstance(e, Step) and e.loss is not None]
+    steps = [event for event in events if isinstance(event, Step)]
+    losses = [step.loss for step in steps if step.loss is not None]
     last = losses[-max(1, round(len(losses) / 10)) :]
     return {
         "schema": SCHEMA,
@@ -77,14 +78,14 @@ def build_report(
         "plan": {"peak_memory_bytes": plan.peak_memory_bytes, "seconds": plan.seconds},
         "train": {
             "steps": state.step,
-            "best_step": state.best_step,
+            "best_step": exported_step,
             "stopped_early": state.stopped_early,
             "rows": state.rows,
             "tokens": state.tokens,
             "supervised_tokens": state.supervised_tokens,
             "seconds": round(state.train_seconds, 1),
-            "tokens_per_second": round(state.tokens / max(1e-9, state.train_seconds), 1),
-            "peak_memory_bytes": peak_memory_bytes,
+            "tokens_per_second": round(state.tokens_per_second, 1),
+            "peak_memory_bytes": max((step.memory for step in steps), default=0),
             **_energy(state),
             "final_loss": sum(last) / len(last) if last else None,
         },
