@@ -55,16 +55,18 @@ def main(run: Run) -> int:
 def _launch(run: Run, config: DistributedConfig) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    address = config.rendezvous or "127.0.0.1:0"
+    address, backend, name = "127.0.0.1:0", "c10d", run.name
+    if config.nnodes > 1 and config.rendezvous:  # a resumed run on fewer machines keeps its address
+        address, backend, name = config.rendezvous, "static", "jetson-ft"
     own = own_address(address.rpartition(":")[0].strip("[]"))
     _set_environment(config, own)
     launch_config = LaunchConfig(
         min_nodes=config.nnodes,
         max_nodes=config.nnodes,
         nproc_per_node=config.nproc_per_node,
-        run_id="jetson-ft" if config.nnodes > 1 else run.name,
-        rdzv_backend="static" if config.nnodes > 1 else "c10d",
-        rdzv_endpoint=address if config.nnodes > 1 else "127.0.0.1:0",
+        run_id=name,
+        rdzv_backend=backend,
+        rdzv_endpoint=address,
         rdzv_configs={"rank": config.node_rank, "timeout": _RENDEZVOUS_SECONDS},
         local_addr=own,
         max_restarts=0,

@@ -16,7 +16,7 @@ import whole_worker
 from safetensors.torch import load_file
 
 from jetson_ft.errors import UserError
-from jetson_ft.events import Failed, ProcessesConnected, Step
+from jetson_ft.events import KINDS, Failed, ProcessesConnected, Step
 from jetson_ft.files import read_json, write_atomic
 from jetson_ft.hardware import detect
 from jetson_ft.models.files import BaseModelFiles
@@ -116,6 +116,19 @@ def test_two_processes_finish(light_runs: Any, pair: Any) -> None:
     assert [e.kind for e in run.events()] == ["exit"]
 
 
+def test_resume_on_one_machine_needs_no_rendezvous(light_runs: Any, pair: Any) -> None:
+    run = pair("endless")
+    manager.stop(run)
+    assert light_runs.wait(run, *store.ENDED_STATES, seconds=60.0) == "stopped"
+    config = DistributedConfig(
+        nnodes=2, node_rank=0, rendezvous="nowhere.invalid:29500", nproc_per_node=2
+    )
+    manager.resume(run, config=config.with_options(nnodes=1))
+    light_runs.until(lambda: (run.path / "worked-2").exists(), 90.0)
+    manager.stop(run)
+    assert light_runs.wait(run, *store.ENDED_STATES, seconds=60.0) == "stopped"
+
+
 def test_two_processes_stop_on_request(light_runs: Any, pair: Any) -> None:
     run = pair("endless")
     manager.stop(run)
@@ -196,7 +209,7 @@ def alone(workbench: Any) -> Run:
 
 
 def values(run: Run, kind: str, key: str) -> list[Any]:
-    return [getattr(event, key) for event in run.events() if event.kind == kind]
+    return [getattr(event, key) for event in run.events() if isinstance(event, KINDS[kind])]
 
 
 def weights(run: Run) -> dict[str, Any]:
