@@ -37,8 +37,8 @@ class PhaseStarted(Event, kind="phase"):
 
     name: Annotated[
         str,
-        "`libraries`, `device`, `model files`, `data`, `plan`, `model`, `splitting`, "
-        "`training`, `comparison`, `report`, `meeting`",
+        "`libraries`, `device`, `model files`, `data`, `plan`, `model`, `sharding`, "
+        "`training`, `comparison`, `report`, `rendezvous`",
     ]
     detail: Annotated[str, "what it works on"] = ""
 

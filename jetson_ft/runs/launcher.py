@@ -36,7 +36,7 @@ def main(run: Run) -> int:
     log = EventLog(run, run.state().attempt)
     if config.nnodes > 1:
         detail = f"{config.nnodes} machines, {config.rendezvous}"
-        log.emit(PhaseStarted(name="meeting", detail=detail))
+        log.emit(PhaseStarted(name="rendezvous", detail=detail))
     try:
         # In the main thread torch would replace the signal handlers, and end the workers itself.
         with ThreadPoolExecutor(1) as executor:

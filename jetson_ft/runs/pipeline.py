@@ -99,7 +99,7 @@ class Pipeline:
             emit(events.WeightsLoaded(bytes=loading.bytes_per_part(model), fused=fused))
         with oom.explain_oom(self.run, workload, plan, device, dist):
             if plan.shards > 1:
-                with self.phase("splitting", f"the layers among {plan.shards} processes"):
+                with self.phase("sharding", f"the layers among {plan.shards} processes"):
                     shard_layers(model, dist, device.kind)
             packing = attention.supports_packing(model)
         if not packing:  # no row is longer than the planned micro-batch

@@ -33,14 +33,14 @@ _STATES = {
 }  # fmt: skip
 # Phases of a run, by the names that its events give them.
 _PHASES = {
-    "meeting": _("connecting to the other machines"),
+    "rendezvous": _("connecting to the other machines"),
     "libraries": _("loading libraries"),
     "device": _("detecting the device"),
     "model files": _("fetching model files"),
     "data": _("reading the data"),
     "plan": _("planning memory"),
     "model": _("loading the model"),
-    "splitting": _("splitting the model"),
+    "sharding": _("splitting the model"),
     "training": _("training"),
     "comparison": _("comparing base and adapter"),
     "report": _("writing the report"),

@@ -110,7 +110,7 @@ def test_two_hosts_train_one_adapter(hosts: Hosts) -> None:
     first, second = hosts.train("a"), hosts.train("b")
     ours, theirs = said(first), said(second)
     assert (first.returncode, second.returncode) == (0, 0), ours + theirs
-    assert "meeting: 2 machines, 10.77.0.1:29500" in ours and "gradients over gloo" in ours
+    assert "rendezvous: 2 machines, 10.77.0.1:29500" in ours and "gradients over gloo" in ours
     assert "adapter and report are on machine 0" in theirs
     assert (hosts.newest("a") / "report.json").exists()
     assert [e["loss"] for e in hosts.events("a", "step")] == [
