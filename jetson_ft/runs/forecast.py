@@ -5,7 +5,6 @@ Memory and time are predicted for this machine and for every known board.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -27,10 +26,10 @@ from jetson_ft.training.cost_model import COST_MODELS, Workload, describe_worklo
 from jetson_ft.training.planner import Plan
 
 THIS_MACHINE = "this machine"
+_ANY_WEIGHTS = WeightFormat("bf16")  # `_forecast` puts the device's own in its place
 _BUNDLED_HELDOUT, _AUTO_HELDOUT = 66, 60  # rows
 
 PreviewSegments = list[tuple[str, bool]]  # text, and whether it is trained on
-WorkloadFor = Callable[[WeightFormat], Workload]
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,13 @@ class Forecast:
 
 def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
     """Plan the recipe for one board, or for this machine and for every board."""
-    workload_for, origins = _workload_for(recipe)
-    devices = [] if board else [forecast_here(workload_for, recipe)]
-    for entry in [boards.find_board(board)] if board else boards.BOARDS.values():
+    entries = [boards.find_board(board)] if board else list(boards.BOARDS.values())
+    workload, origins = _describe(recipe)
+    devices = [] if board else [forecast_here(recipe, workload)]
+    for entry in entries:
         device = entry.device()
-        workload = workload_for(weight_format(recipe, device))
-        flops = entry.flops(workload.weights.precision)
-        devices.append(_forecast(entry.name, workload, device, flops))
+        flops = entry.flops(device.precision(recipe.precision))
+        devices.append(_forecast(entry.name, recipe, workload, device, flops))
     efficiency = COST_MODELS["cuda"].efficiency[2]
     assumptions = [
         f"Boards reach {efficiency:.0%} of their FP16 peak in training (assumed).",
@@ -83,15 +82,17 @@ def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
     return Forecast(devices, origins, assumptions)
 
 
-def forecast_here(workload_for: WorkloadFor, recipe: Recipe) -> DeviceForecast:
+def forecast_here(recipe: Recipe, workload: Workload) -> DeviceForecast:
     """Return the forecast for this machine; its FLOP/s are measured for a moment."""
     device = detect.detect_device()
     flops = detect.measure_flops(device.kind, device.precision(recipe.precision))
-    workload = workload_for(weight_format(recipe, device))
-    return _forecast(THIS_MACHINE, workload, memory.with_own_memory(device), flops)
+    return _forecast(THIS_MACHINE, recipe, workload, memory.with_own_memory(device), flops)
 
 
-def _forecast(name: str, workload: Workload, device: Device, flops: float) -> DeviceForecast:
+def _forecast(
+    name: str, recipe: Recipe, workload: Workload, device: Device, flops: float
+) -> DeviceForecast:
+    workload = replace(workload, weights=weight_format(recipe, device))
     plan = planner.best_plan(workload, device, flops)
     suggestions = [] if plan else planner.suggestions(workload, device)
     return DeviceForecast(
@@ -109,14 +110,14 @@ def _forecast(name: str, workload: Workload, device: Device, flops: float) -> De
 # --- sources -----------------------------------------------------------------------------------
 
 
-def _workload_for(recipe: Recipe) -> tuple[WorkloadFor, list[str]]:
+def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     """Return the workload by built-in dimensions and lengths, or by files; and its sources."""
     dims = catalog.KNOWN_DIMS.get(recipe.model)
     known = lengths.KNOWN_LENGTHS.get((recipe.data.train, recipe.model))
     if dims and known:
         train, heldout = _split(recipe, known)
         others = recipe.lora, recipe.train, train, heldout * train.mean
-        return lambda weights: Workload(dims, weights, *others), [
+        return Workload(dims, _ANY_WEIGHTS, *others), [
             f"model: built-in dimensions of {recipe.model}; no file was read",
             f"rows: built-in lengths of {recipe.data.train}, {known.rows:,} rows; no file was read",
         ]
@@ -128,7 +129,7 @@ def _workload_for(recipe: Recipe) -> tuple[WorkloadFor, list[str]]:
         fix = Message(_("Planned without any file: {known}."), {"known": planned})
         fixes = [error.fix, fix] if str(error.fix) else [fix]
         raise UserError(error.what, error.where, joined(fixes, " ")) from error
-    return lambda weights: describe_workload(recipe, weights, base, rows), [
+    return describe_workload(recipe, _ANY_WEIGHTS, base, rows), [
         f"model: config of {recipe.model}; no weights were read",
         f"rows: {len(rows.train):,} read from {recipe.data.train} and tokenized",
     ]
@@ -176,7 +177,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     rows = prepare_rows(recipe.data, loading.load_tokenizer(base))
     lengths = tokenize.token_counts(rows.train)
     steps = plan_steps(lengths, recipe.train)
-    forecast = forecast_here(lambda weights: describe_workload(recipe, weights, base, rows), recipe)
+    forecast = forecast_here(recipe, describe_workload(recipe, _ANY_WEIGHTS, base, rows))
     return DryRun(
         recipe=recipe,
         rows=rows.report,
