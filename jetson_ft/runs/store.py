@@ -1,7 +1,8 @@
 """The run directory: all that is stored of a run. docs/run-directory.md lists its files.
 
-`state.json` is written only by the process that holds `supervisor.lock`, `events.jsonl` by the
-worker alone, which holds `worker.lock`. The file `stop` is present while the run is asked to stop.
+`state.json` is written only by the process that holds `supervisor.lock`; `events.jsonl` by the
+worker, which holds `worker.lock`, and by the launcher of several workers. The file `stop` is
+present while the run is asked to stop.
 
 A lock (flock) shows that a process lives; a process number doesn't: a lock works across containers,
 and after a power cut it is free.
@@ -152,8 +153,9 @@ def last_attempt_events(events: list[Event]) -> list[Event]:
     ]
 
 
-def read_events(path: Path, offset: int = 0, limit: int = 1 << 26) -> tuple[list[Event], int]:
-    """Return the events from a byte offset on, in at most `limit` bytes, and the next offset.
+def read_events(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[Event], int]:
+    """Return the events from a byte offset on, in at most `limit` bytes (-1: all), and the next
+    offset.
 
     A half-written last line is left for the next call; a damaged or unknown one is skipped.
     """
@@ -180,16 +182,16 @@ class EventLog:
         self._path = run.events_file
         with disk_errors(self._path):
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            size = os.fstat(self._file).st_size
-            # A power cut may have left half a line; the next event must start a new one.
-            if size and os.pread(self._file, 1, size - 1) != b"\n":
-                os.write(self._file, b"\n")
 
     def emit(self, event: Event) -> None:
         """Append an event with the time and the attempt's number."""
         event = replace(event, t=round(time.time(), 3), attempt=self._attempt)
         line = (json.dumps(to_json(event), ensure_ascii=False) + "\n").encode()
         with self._lock, disk_errors(self._path):
+            size = os.fstat(self._file).st_size
+            # A power cut or a full disk may have left half a line; the event must start a new one.
+            if size and os.pread(self._file, 1, size - 1) != b"\n":
+                line = b"\n" + line
             while line:  # a disk that becomes full takes a part and refuses the rest
                 line = line[os.write(self._file, line) :]
 
@@ -273,7 +275,8 @@ def list_runs(root: Path) -> list[Run]:
         return []
     with disk_errors(root):
         paths = sorted(root.absolute().iterdir(), reverse=True)
-        return [Run(path) for path in paths if _is_run(path)]
+        # A name with a dot: a run that is being deleted.
+        return [Run(path) for path in paths if not path.name.startswith(".") and _is_run(path)]
 
 
 def _is_run(path: Path) -> bool:

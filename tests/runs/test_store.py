@@ -257,6 +257,36 @@ def test_partial_write_is_completed_and_full_disk_is_an_error(
         log.emit(PhaseStarted(name="lost"))
 
 
+def test_event_after_a_half_written_one_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, write, parts = EventLog(run, 1), os.write, iter([7])
+
+    def fill_up(fd: int, data: bytes) -> int:
+        for size in parts:
+            return write(fd, data[:size])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fill_up)
+        with pytest.raises(UserError, match="disk is full"):
+            log.emit(PhaseStarted(name="lost"))
+    log.emit(PhaseStarted(name="after"))
+    assert names(run.events()) == ["after"]
+
+
+def test_all_events_of_a_long_run_are_read(run: Run) -> None:
+    line = b'{"kind": "phase", "name": "%s"}\n' % (b"x" * 2**16)
+    with open(run.events_file, "wb") as file:
+        file.writelines(line for _ in range(1100))  # over 64 MiB
+    assert len(run.events()) == 1100
+
+
+def test_run_that_is_being_deleted_is_not_listed(run: Run) -> None:
+    run.write_state("finished")
+    assert [listed.name for listed in store.list_runs(run.path.parent)] == [run.name]
+    run.path.rename(run.path.with_name(f".deleted-{run.name}"))
+    assert store.list_runs(run.path.parent) == []
+
+
 def test_two_writers_do_not_mix_lines(run: Run) -> None:
     logs = [EventLog(run, number) for number in (1, 2)]
     threads = [
