@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from jetson_ft.kernels import attention
 from jetson_ft.kernels.attention import (
     PACKED_ATTENTION,
     packed_attention,
@@ -46,12 +44,6 @@ def rows_with_prefix() -> list[dict[str, Any]]:
 ROWS = pytest.mark.parametrize("rows", [random_rows(), rows_with_prefix()], ids=["apart", "prefix"])
 
 
-@pytest.fixture(params=["tiny_phi", "tiny_llama"])
-def model(request: pytest.FixtureRequest) -> Any:
-    folder: Path = request.getfixturevalue(request.param)
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
 def build(config: PreTrainedConfig) -> Any:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
@@ -80,11 +72,8 @@ def together(model: Any, rows: Any = None) -> torch.Tensor:
 
 
 @ROWS
-@pytest.mark.parametrize("blocks", [True, False], ids=["as on a CPU", "as on a GPU"])
-def test_packed_rows_give_the_logits_of_each_row_alone(
-    model: Any, blocks: bool, rows: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "_BLOCKWISE_DEVICES", ("cpu",) if blocks else ())
+@pytest.mark.usefixtures("blocks")
+def test_packed_rows_give_the_logits_of_each_row_alone(model: Any, rows: Any) -> None:
     assert torch.allclose(together(model, rows), alone(model, rows), atol=1e-5)
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GraniteConfig
 
 from jetson_ft.data.chat_template import ANSWER, CONTEXT, END
-from jetson_ft.kernels import attention, lm_head_loss
+from jetson_ft.kernels import lm_head_loss
 from jetson_ft.kernels.attention import use_packed_attention
 from jetson_ft.kernels.lm_head_loss import chunked_lm_head, head_losses, score_packs, token_losses
 from jetson_ft.kernels.packing import make_packs, pack_rows
@@ -33,13 +33,7 @@ def make_rows(shared_prefix: int = 0) -> list[dict[str, Any]]:
     return rows
 
 
-OPENINGS = pytest.mark.parametrize("shared_prefix", [0, 4])
-
-
-@pytest.fixture(params=["tiny_phi", "tiny_llama"])
-def model(request: pytest.FixtureRequest) -> Any:
-    folder: Path = request.getfixturevalue(request.param)
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+PREFIXES = pytest.mark.parametrize("shared_prefix", [0, 4])
 
 
 def own_loss(model: Any, row: dict[str, Any]) -> torch.Tensor:
@@ -50,7 +44,7 @@ def own_loss(model: Any, row: dict[str, Any]) -> torch.Tensor:
     return model(input_ids=ids, labels=labels).loss * int(trained.sum())
 
 
-@OPENINGS
+@PREFIXES
 def test_the_loss_of_a_pack_is_transformers_own_on_the_rows(model: Any, shared_prefix: int) -> None:
     rows = make_rows(shared_prefix)
     assert pack_rows(rows).shared_prefix == shared_prefix
@@ -61,12 +55,9 @@ def test_the_loss_of_a_pack_is_transformers_own_on_the_rows(model: Any, shared_p
     assert float(losses.sum().detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
-@OPENINGS
-@pytest.mark.parametrize("blocks", [True, False], ids=["as on a CPU", "as on a GPU"])
-def test_the_gradient_of_a_pack_is_the_rows_own(
-    model: Any, shared_prefix: int, blocks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "_BLOCKWISE_DEVICES", ("cpu",) if blocks else ())
+@PREFIXES
+@pytest.mark.usefixtures("blocks")
+def test_the_gradient_of_a_pack_is_the_rows_own(model: Any, shared_prefix: int) -> None:
     rows = make_rows(shared_prefix)
     weight = model.get_input_embeddings().weight
     with use_packed_attention(model):
