@@ -37,6 +37,21 @@ def sensors(board: FakeMachine) -> Iterator[Monitor]:
         yield monitor
 
 
+def make_guard(
+    sensors: Monitor, dist: DistributedContext | None = None
+) -> tuple[ThermalGuard, list[str]]:
+    """Return a guard with a limit of 85 degrees, and the kinds of the events that it emits."""
+    kinds: list[str] = []
+    guard = ThermalGuard(
+        85.0,
+        sensors,
+        dist or DistributedContext(),
+        lambda event: kinds.append(event.kind),
+        lambda: False,
+    )
+    return guard, kinds
+
+
 def wait_for(holds: Any) -> None:
     deadline = time.monotonic() + 10
     while not holds():
@@ -74,7 +89,7 @@ def test_training_pauses_until_the_board_has_cooled(
     assert bench.values("step", "loss") == losses
     assert progress.train_seconds < plain.train_seconds + paused, "pauses aren't training"
     kinds = [event["kind"] for event in bench.events]
-    assert kinds.index("step") < kinds.index("pause"), "the step is told before"
+    assert kinds.index("step") < kinds.index("pause"), "the step is emitted before"
 
 
 def test_a_stop_is_obeyed_while_paused(
@@ -99,20 +114,13 @@ def test_without_a_limit_or_below_it_nothing_happens(
         assert not bench.values("pause", "step") and not bench.values("warning", "message")
 
 
-def test_a_limit_that_no_sensor_can_hold_is_told_once(
+def test_a_limit_that_no_sensor_can_hold_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psutil.sensors_temperatures", dict, raising=False)
-    kinds: list[str] = []
     root = FakeMachine(tmp_path, LAPTOP).root
     with Monitor(Telemetry(root, path="")) as sensors:
-        guard = ThermalGuard(
-            85.0,
-            sensors,
-            DistributedContext(),
-            lambda event: kinds.append(event.kind),
-            lambda: False,
-        )
+        guard, kinds = make_guard(sensors)
         assert not guard.wait(1) and not guard.wait(2)
     assert kinds == ["warning"]
 
@@ -120,19 +128,19 @@ def test_a_limit_that_no_sensor_can_hold_is_told_once(
 def test_a_sensor_that_falls_silent_lets_training_go_on(
     board: FakeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds: list[str] = []
+    class FallsSilent(DistributedContext):
+        """Silences the sensor once the guard has seen that the board is hot."""
+
+        def all_reduce_sum(self, values: Any) -> list[float]:
+            monkeypatch.setattr("jetson_ft.hardware.monitor.STALE_SECONDS", 0.0)
+            return list(values)
+
     set_heat(board, 95.0)
     with Monitor(Telemetry(board.root, path=""), interval=0.02) as sensors:
         wait_for(lambda: sensors.temperature == 95.0)
-        guard = ThermalGuard(
-            85.0,
-            sensors,
-            DistributedContext(),
-            lambda event: kinds.append(event.kind),
-            lambda: False,
-        )
-        monkeypatch.setattr("jetson_ft.hardware.monitor.STALE_SECONDS", 0.0)
-        assert not guard._poll_until_cool(80.0)
+        guard, kinds = make_guard(sensors, FallsSilent())
+        assert not guard.wait(1)
+    assert kinds == ["pause", "pause_end"]
 
 
 def test_one_hot_machine_is_waited_for_by_all(board: FakeMachine, sensors: Monitor) -> None:
@@ -144,10 +152,7 @@ def test_one_hot_machine_is_waited_for_by_all(board: FakeMachine, sensors: Monit
         def all_reduce_sum(self, values: Any) -> list[float]:
             return [*values[:-1], values[-1] + next(self.answers)]
 
-    kinds: list[str] = []
-    guard = ThermalGuard(
-        85.0, sensors, Others(), lambda event: kinds.append(event.kind), lambda: False
-    )
+    guard, kinds = make_guard(sensors, Others())
     assert not guard.wait(3) and kinds == ["pause", "pause_end"]
     assert next(Others.answers, None) is None
 
