@@ -264,10 +264,7 @@ def test_killed_worker_frees_the_queue(light_runs: Any) -> None:
 
 def test_killed_supervisor_leaves_the_slot_taken_and_stop_working(light_runs: Any) -> None:
     run = light_runs.launch("endless")
-    light_runs.worker(run)
-    supervisor = light_runs.supervisor(run)
-    supervisor.kill()
-    supervisor.wait(5)
+    light_runs.kill_supervisor(run)
     assert manager.reconcile_state(run) == "running" and not run.is_locked("supervisor")
     with pytest.raises(UserError, match="is running"):
         manager.resume(run)
@@ -280,10 +277,7 @@ def test_killed_supervisor_leaves_the_slot_taken_and_stop_working(light_runs: An
 
 def test_killed_supervisor_and_exit_event_give_finished(light_runs: Any) -> None:
     run = light_runs.launch("endless")
-    light_runs.worker(run)
-    supervisor = light_runs.supervisor(run)
-    supervisor.kill()
-    supervisor.wait(5)
+    light_runs.kill_supervisor(run)
     store.EventLog(run, 1).emit(Exited(code=0))
     kill(light_runs.worker(run))
     assert light_runs.wait(run, *store.ENDED_STATES) == "finished"

@@ -112,6 +112,13 @@ class LightRuns:
         process: psutil.Process = wait_for(find)
         return process
 
+    def kill_supervisor(self, run: Run) -> None:
+        """Kill the run's supervisor once its worker works."""
+        self.worker(run)
+        supervisor = self.supervisor(run)
+        supervisor.kill()
+        supervisor.wait(5)
+
     def close(self) -> None:
         """End the runs that are still live."""
         runs = store.list_runs(self.root)
