@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from jetson_ft.events import KINDS
+
 pytestmark = pytest.mark.slow
 
 MEETING = "10.77.0.1:29500"
@@ -66,7 +68,8 @@ class Hosts:
         return max((self.folder / name / "runs").iterdir())
 
     def events(self, name: str, kind: str) -> list[Any]:
-        """Of that machine's last run."""
+        """Return the events of a kind in that machine's last run."""
+        assert kind in KINDS
         try:
             lines = (self.newest(name) / "events.jsonl").read_text().splitlines()
         except (OSError, ValueError):
@@ -101,14 +104,14 @@ def hosts(tiny_phi: Path, rows_file: Path, tmp_path: Path) -> Iterator[Hosts]:
             subprocess.run(["ip", "netns", "del", f"jft-{name}"], capture_output=True)
 
 
-def said(process: subprocess.Popen[str]) -> str:
+def output_of(process: subprocess.Popen[str]) -> str:
     output, _ = process.communicate(timeout=120)
     return output
 
 
 def test_two_hosts_train_one_adapter(hosts: Hosts) -> None:
     first, second = hosts.train("a"), hosts.train("b")
-    ours, theirs = said(first), said(second)
+    ours, theirs = output_of(first), output_of(second)
     assert (first.returncode, second.returncode) == (0, 0), ours + theirs
     assert "rendezvous: 2 machines, 10.77.0.1:29500" in ours and "gradients over gloo" in ours
     assert "adapter and report are on machine 0" in theirs
@@ -126,16 +129,16 @@ def test_a_cut_cable_fails_the_run_and_one_host_goes_on(hosts: Hosts) -> None:
         time.sleep(0.2)
     ip("-n", "jft-b", "link", "set", "jft-vb", "down")
     cut = time.monotonic()
-    ours = said(first)
+    ours = output_of(first)
     assert time.monotonic() - cut < 60 and first.returncode == 2
     assert "Process 1 on machine 1" in ours and "stopped answering" in ours
-    assert "Process 0 on machine 0" in said(second)
+    assert "Process 0 on machine 0" in output_of(second)
     kept = hosts.events("a", "checkpoint")[-1]["step"]
     run = hosts.newest("a")
     alone = hosts.run("a", "train", "--resume", str(run), "--nnodes", "1")
     while not any(e["attempt"] == 2 for e in hosts.events("a", "step")):
         assert alone.poll() is None
         time.sleep(0.2)
-    said(hosts.run("a", "runs", "stop", str(run)))
-    assert "Continue with" in said(alone)
+    output_of(hosts.run("a", "runs", "stop", str(run)))
+    assert "Continue with" in output_of(alone)
     assert min(e["step"] for e in hosts.events("a", "step") if e["attempt"] == 2) == kept + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -20,7 +19,7 @@ class Scenario:
     rows: str
     home: str  # checkpoints, and what each process leaves: events, adapter or error
     train: dict[str, Any] = field(default_factory=dict)
-    resume: str = ""  # a checkpoint that only the first process is told of
+    resume: str = ""  # a checkpoint that only rank 0 has the path of
     ranks: tuple[int, ...] = ()
     act: str = ""  # stop, die, hang, spoil: after the third step
     seed: int = 0  # of the adapter, in `ranks`
@@ -51,6 +50,7 @@ def work(scenario: Scenario, rank: int, size: int, port: int) -> None:
 def _train(scenario: Scenario, rank: int) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_file
+    from training_bench import Bench
 
     from jetson_ft import adapter
     from jetson_ft.data.prepare import prepare_rows
@@ -64,7 +64,7 @@ def _train(scenario: Scenario, rank: int) -> dict[str, Any]:
     base = BaseModelFiles("tiny", Path(scenario.model))
     data = DataRecipe(train=scenario.rows, heldout=6)
     rows = prepare_rows(data, loading.load_tokenizer(base))
-    bench = _benches().Bench(base.folder, rows)
+    bench = Bench(base.folder, rows)
     model = loading.load_model(base, loading.WeightFormat("fp32"), "cpu")
     seed = scenario.seed if rank in scenario.ranks else 0
     model = adapter.attach_adapter(model, LoraRecipe(rank=4), seed)
@@ -102,13 +102,3 @@ def _act(scenario: Scenario, rank: int, model: Any) -> bool:
     if scenario.acts("spoil", rank):
         next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
     return scenario.acts("stop", rank)
-
-
-def _benches() -> Any:
-    """This folder's conftest, which pytest imports under a name that others have too."""
-    path = Path(__file__).parents[1] / "training" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("training_conftest", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

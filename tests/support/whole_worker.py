@@ -7,7 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
-from jetson_ft.events import Event
+from jetson_ft.events import KINDS, Event
 from jetson_ft.runs import store, worker
 
 
@@ -24,7 +24,8 @@ def work(path: str, kill_at: str, environment: dict[str, str] | None = None) -> 
     os.dup2(log, 1)
     os.dup2(log, 2)
     emit = store.EventLog.emit
-    fault_at = os.environ.get("FAULT_AT")
+    fault_at = os.environ.get("FAULT_AT", "")
+    assert {place.partition("-")[0] for place in (kill_at, fault_at) if place} <= KINDS.keys()
 
     def emit_or_die(self: store.EventLog, event: Event) -> None:
         place = getattr(event, "step", getattr(event, "name", None))

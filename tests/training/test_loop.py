@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_bench import field_values
 
 from jetson_ft.errors import UserError
 from jetson_ft.training import checkpoint
