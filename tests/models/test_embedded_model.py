@@ -1,4 +1,4 @@
-"""The model that comes along: checked, converted once, mended when damaged."""
+"""The bundled model: checked, converted once, rebuilt when damaged."""
 
 from __future__ import annotations
 
