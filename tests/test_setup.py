@@ -46,10 +46,42 @@ def choose(**facts: Any) -> Any:
     return setup.choose_torch(**{"python": (3, 11), **facts})
 
 
-def test_machine_without_gpu_gets_torch_from_package_index() -> None:
+def test_machine_without_gpu_gets_the_cpu_build() -> None:
     choice = choose()
-    assert (choice.version, choice.index, choice.cuda) == ("2.13.0", "", False)
+    cpu_index = "https://download.pytorch.org/whl/cpu"
+    assert (choice.version, choice.index, choice.cuda) == ("2.13.0", cpu_index, False)
     assert choice.pins == "constraints/cpu.txt"
+
+
+@pytest.mark.parametrize("gpu", ["", "NVIDIA RTX 4070"])
+def test_pip_with_a_mirror_or_a_gpu_gets_torch_from_pips_index(gpu: str) -> None:
+    assert choose(gpu=gpu, pip_has_sources=True).index == ""
+
+
+@pytest.mark.parametrize("setting", ["", "INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS"])
+def test_sources_that_pip_is_set_to_come_before_the_cpu_index(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("PIP_") or name == "TORCH_INDEX"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)  # pip reads no settings of this machine
+    if setting:
+        monkeypatch.setenv(f"PIP_{setting}", "https://example.org/simple")
+    monkeypatch.setattr(setup, "make_venv", lambda: None)
+    monkeypatch.setattr(setup, "VENV", Path(sys.prefix))
+    monkeypatch.setattr(setup, "detect_hardware", lambda: ("", ""))
+    choices: list[Any] = []
+
+    def install_all(choice: Any, extras: list[str]) -> None:
+        choices.append(choice)
+        raise InterruptedError
+
+    monkeypatch.setattr(setup, "install_all", install_all)
+    installer.pip_settings.cache_clear()
+    with pytest.raises(InterruptedError):
+        setup.set_up("digest", [])
+    installer.pip_settings.cache_clear()
+    assert choices[0].index == ("" if setting else "https://download.pytorch.org/whl/cpu")
 
 
 def test_machine_with_gpu_needs_cuda_build() -> None:
