@@ -44,11 +44,12 @@ def prepare_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> Prepar
         data.format, data.encoding, data.on_invalid,
     ]  # fmt: skip
     sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    key = f"{split.train.cache_key}-{split.heldout.cache_key if split.heldout else data.heldout}"
     train_ids, train_report = tokenize.tokenize_rows(
-        train, f"{sha256}-train", tokenizer, data.max_length, data.truncation
+        train, f"{key}-train", tokenizer, data.max_length, data.truncation
     )
     heldout_ids, heldout_report = tokenize.tokenize_rows(
-        heldout, f"{sha256}-heldout", tokenizer, data.max_length
+        heldout, f"{key}-heldout", tokenizer, data.max_length
     )
     kept = set(heldout_ids["row"])
     indices = [index for index, number in enumerate(heldout["row"]) if number in kept]

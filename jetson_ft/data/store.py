@@ -27,7 +27,7 @@ from jetson_ft.recipe import DataRecipe, Layout
 if TYPE_CHECKING:
     import datasets
 
-_VERSION = 3  # increase when the columns or the report change
+_VERSION = 4  # increase when the columns or the report change
 
 _DETECTION_ROWS = 100  # that decide about the layout
 _MAX_PLACES = 20  # kept of the rows left out for one reason
@@ -49,6 +49,7 @@ class ReadReport:
     layout: str
     encoding: str
     sha256: str
+    cache_key: str = ""  # of the content, the settings and this module's version
     rows_read: int = 0
     rows_kept: int = 0
     dropped: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -174,6 +175,7 @@ def _read_cached(
         rows_file.unlink()
         raise UserError(_("The data changed while it was read."), source.name, _("Start again."))
     rows = datasets.Dataset.from_file(str(rows_file))
+    report.cache_key = key
     report.duplicates = len(rows) - len(np.unique(_hashes(rows)))
     write_json(report_file, asdict(report))
     return rows, report

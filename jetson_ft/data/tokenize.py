@@ -54,12 +54,12 @@ def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def tokenize_rows(
     rows: Dataset,
-    rows_sha256: str,
+    rows_key: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     truncation: str = "truncate",
 ) -> tuple[Dataset, TokenReport]:
-    """Encode `rows` (columns row, messages), which `rows_sha256` identifies in the cache.
+    """Encode `rows` (columns row, messages), which `rows_key` identifies in the cache.
 
     Returns:
         The rows kept, with the columns row, input_ids (int32), segments (uint8),
@@ -70,7 +70,7 @@ def tokenize_rows(
     """
     from datasets import Features, List, Value
 
-    parts = [_VERSION, rows_sha256, _tokenizer_sha256(tokenizer), max_length, truncation]
+    parts = [_VERSION, rows_key, _tokenizer_sha256(tokenizer), max_length, truncation]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     path = cache_dir("tokens") / f"{key}.arrow"
     features = Features(

@@ -37,10 +37,12 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
         rows = prepare_rows(recipe.data, tokenizer)
         conversations, encoded = list(rows.heldout_messages["messages"]), rows.heldout
     else:
-        on_invalid = recipe.data.on_invalid
-        messages, report = read_source(sources.resolve_source(data), on_invalid=on_invalid)
-        key = f"{report.sha256}-{report.layout}-{on_invalid}-eval"
-        encoded, _report = tokenize.tokenize_rows(messages, key, tokenizer, recipe.data.max_length)
+        messages, report = read_source(
+            sources.resolve_source(data), on_invalid=recipe.data.on_invalid
+        )
+        encoded, _report = tokenize.tokenize_rows(
+            messages, report.cache_key, tokenizer, recipe.data.max_length
+        )
         numbers = set(encoded["row"])
         conversations = [row["messages"] for row in messages if row["row"] in numbers]
     device = detect.detect_device()

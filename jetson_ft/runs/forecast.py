@@ -219,8 +219,9 @@ def inspect_data(
         sources.resolve_source(name), layout=layout, encoding=encoding, on_invalid="skip"
     )
     tokenizer = loading.load_tokenizer(files.resolve_model(model, weights=False))
-    key = f"{read_report.sha256}-{read_report.layout}-{encoding}-inspect"
-    _tokens, token_report = tokenize.tokenize_rows(rows, key, tokenizer, max_length)
+    _tokens, token_report = tokenize.tokenize_rows(
+        rows, read_report.cache_key, tokenizer, max_length
+    )
     chosen = [number * len(rows) // samples for number in range(min(samples, len(rows)))]
     return Inspection(
         read=asdict(read_report),

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from row_files import as_jsonl, write
 
+from jetson_ft.data import store
 from jetson_ft.data.prepare import prepare_rows
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import load_tokenizer
 from jetson_ft.recipe import DataRecipe
+from jetson_ft.runs.forecast import inspect_data
 
 
 @pytest.fixture
@@ -44,3 +46,19 @@ def test_sha256_is_the_same_for_equal_content_and_settings(tmp_path: Path, token
     ]
     sums = [prepare_rows(data, tokenizer).report["sha256"] for data in recipes]
     assert sums[0] == sums[1] != sums[2]
+
+
+def test_new_version_of_the_row_cache_tokenizes_again(
+    tmp_path: Path, tokenizer: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataRecipe(train=rows_file(tmp_path, "a.jsonl"), heldout=2, max_length=100)
+
+    def from_cache() -> list[bool]:
+        rows = prepare_rows(data, tokenizer).report
+        inspection = inspect_data(data.train, str(tiny_llama))
+        return [part["from_cache"] for part in (rows["train"], rows["heldout"], inspection.tokens)]
+
+    assert from_cache() == [False] * 3
+    assert from_cache() == [True] * 3
+    monkeypatch.setattr(store, "_VERSION", 0)
+    assert from_cache() == [False] * 3

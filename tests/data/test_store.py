@@ -83,6 +83,7 @@ def test_usable_rows_are_kept_and_reported(tmp_path: Path) -> None:
         layout="alpaca",
         encoding="utf-8",
         sha256=sha256,
+        cache_key=report.cache_key,
         rows_read=3,
         rows_kept=3,
         duplicates=1,

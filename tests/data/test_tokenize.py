@@ -104,7 +104,7 @@ def test_change_of_what_the_ids_depend_on_encodes_again(
     elif changed == "vocabulary":
         chat.add_tokens(["好"])
     arguments = {
-        "rows_sha256": "other" if changed == "rows" else "sum",
+        "rows_key": "other" if changed == "rows" else "sum",
         "max_length": 91 if changed == "max_length" else 90,
         "truncation": "drop" if changed == "truncation" else "truncate",
     }
