@@ -55,8 +55,9 @@ def detect_encoding(path: Path) -> str:
         _("The text encoding of this file can't be detected. {reason}"),
         str(path),
         _(
-            "Set it, as in `--set data.encoding=gb18030` (or utf-16-le, big5, cp1252, …), or save "
-            "the file as UTF-8. Unpack a compressed file first."
+            "Save the file as UTF-8. For the file of `data.train`, its encoding can be set "
+            "instead, as in `--set data.encoding=gb18030` (or utf-16-le, big5, cp1252, …). Unpack "
+            "a compressed file first."
         ),
         reason=Message(template, {"where": where}),
     )
@@ -127,7 +128,8 @@ def decode_file(path: Path, encoding: str) -> Iterator[str]:
                     Message(_("{path}, line {line}, byte {offset} counted from 0"), values),
                     _(
                         "Fix that byte (mixed encodings or a cut-off file are the usual causes), "
-                        "or set another encoding with `--set data.encoding=…`."
+                        "or save the file as UTF-8. For the file of `data.train`, another encoding "
+                        "can be set with `--set data.encoding=…`."
                     ),
                     encoding=encoding,
                     byte=error.object[error.start],

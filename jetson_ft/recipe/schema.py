@@ -60,11 +60,11 @@ class DataRecipe(_Section):
         description=_("A malformed row: `error` ends the run, `skip` leaves it out and counts it."),
     )
     format: Literal["auto", Layout] = Field(
-        "auto", description=_("Layout of the rows; `auto` detects it and reports it.")
+        "auto", description=_("Layout of the rows of `train`; `auto` detects it and reports it.")
     )
     encoding: Text = Field(
         "auto",
-        description=_("Text encoding of the file (`utf-8`, `gb18030`, …); `auto` detects it."),
+        description=_("Text encoding of `train` (`utf-8`, `gb18030`, …); `auto` detects it."),
     )
 
 

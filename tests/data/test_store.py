@@ -337,3 +337,12 @@ def test_heldout_set_equal_to_the_training_set_is_refused(tmp_path: Path) -> Non
     data = source(tmp_path, [row(1), row(2)])
     with pytest.raises(UserError, match="every one is in the held-out set"):
         split(data, data.name)
+
+
+def test_heldout_file_of_unknown_encoding_is_refused_with_a_fix_for_it(tmp_path: Path) -> None:
+    data = source(tmp_path, [row(1), row(2)])
+    text = json.dumps({"instruction": "Größe", "output": "für"}, ensure_ascii=False)
+    (tmp_path / "h.jsonl").write_text(text, "cp1252")
+    with pytest.raises(UserError, match="can't be detected") as caught:
+        split(data, str(tmp_path / "h.jsonl"), encoding="utf-8")
+    assert str(caught.value.fix).startswith("Save the file as UTF-8. For the file of `data.train`,")
