@@ -117,7 +117,10 @@ def _read_csv(path: Path, encoding: str, first_line: str) -> Iterator[LocatedVal
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, RowError(_("not valid CSV ({reason})"), reason=str(error))
+            invalid = RowError(_("not valid CSV ({reason})"), reason=str(error))
+            if str(error) == "unexpected end of data":  # a quote that is never closed
+                invalid = RowError(json_rows.UNREADABLE_REST, reason=invalid.reason)
+            yield line, invalid
             continue
         if not cells:
             continue

@@ -45,9 +45,17 @@ def test_csv_cells_stay_text_and_rows_of_other_length_are_malformed(tmp_path: Pa
     ]
 
 
-def test_csv_quote_that_is_never_closed_is_malformed(tmp_path: Path) -> None:
+def test_csv_quote_that_is_never_closed_makes_the_rest_unreadable(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", 'q,a\n1,2\n"3,4\n5,6\n')
-    assert located(path)[1:] == [(3, "not valid CSV (unexpected end of data)")]
+    reason = "not valid CSV (unexpected end of data)"
+    assert located(path)[1:] == [(3, f"{reason}; nothing from here on can be read")]
+
+
+def test_csv_text_after_a_closed_quote_makes_only_its_row_malformed(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", 'q,a\n"1"x,2\n3,4\n')
+    invalid, valid = located(path)
+    assert invalid == (2, "not valid CSV (',' expected after '\"')")
+    assert valid == (3, {"q": "3", "a": "4"})
 
 
 def test_csv_header_with_equal_names_is_refused(tmp_path: Path) -> None:
