@@ -22,6 +22,7 @@ from jetson_ft.bench.table import (
     Report,
     loss_difference,
     markdown_table,
+    maximum,
     pair_by_round,
     speed_ratios,
     summarize,
@@ -86,8 +87,9 @@ def show(report: Report) -> None:
         f"micro-batches of {plan['micro_batch_tokens']} tokens"
     )
     ours = [one for one in rounds if one["variant"] == SHARING]
-    differences = [loss_difference(*pair) for pair in pair_by_round(ours, BASELINE, rounds)]
-    print(f"losses differ by at most {max(value or 0.0 for value in differences):.6f} nats")
+    largest = maximum([loss_difference(*pair) for pair in pair_by_round(ours, BASELINE, rounds)])
+    difference = "an unknown amount" if largest is None else f"at most {largest:.6f} nats"
+    print(f"losses differ by {difference}")
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def summarize(
             fastest=max(rates, default=None),
             ratios={name: median(speed_ratios(p)) if p else None for name, p in pairs.items()},
             peak_memory_bytes=max(peaks, default=None),
-            loss_difference=_maximum([loss_difference(*pair) for pair in pairs["trainer"]]),
+            loss_difference=maximum([loss_difference(*pair) for pair in pairs["trainer"]]),
             share_of_peak=median(shares) if shares else None,
             reason=skipped.get(variant, failures),
         )
@@ -86,10 +86,10 @@ def loss_difference(variant: Measurement, baseline: Measurement) -> float | None
     if len(variant["losses"]) != len(baseline["losses"]):
         return None
     pairs = zip(variant["losses"], baseline["losses"], strict=True)
-    return _maximum([None if a is None or b is None else abs(a - b) for a, b in pairs])
+    return maximum([None if a is None or b is None else abs(a - b) for a, b in pairs])
 
 
-def _maximum(values: Sequence[float | None]) -> float | None:
+def maximum(values: Sequence[float | None]) -> float | None:
     """Return the maximum; None where a value isn't known, as it may have been the maximum."""
     known = [value for value in values if value is not None]
     return max(known) if known and len(known) == len(values) else None

@@ -11,6 +11,24 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "shared_prefix.py"
 
 
+def test_loss_that_is_not_finite_makes_the_difference_unknown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rounds = [
+        {
+            "variant": variant, "round": 1, "tokens_per_second": 1.0, "peak_memory_bytes": None,
+            "tokens": 8, "computed_tokens": 8, "losses": losses, "share_of_peak": 0.1,
+            "plan": {"micro_batch_tokens": 8},
+        }
+        for variant, losses in (("ours-without-sharing", [1.0, 1.0]), ("ours", [1.0, None]))
+    ]  # fmt: skip
+    workload = {"timed_tokens": 8, "steps": 2, "rows": 16}
+    runpy.run_path(str(SCRIPT))["show"](
+        {"rounds": rounds, "workload": workload, "precision": "fp32"}
+    )
+    assert capsys.readouterr().out.endswith("losses differ by an unknown amount\n")
+
+
 @pytest.mark.slow(minutes=1)
 def test_shared_prefix_is_computed_once(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
