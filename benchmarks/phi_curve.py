@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 from jetson_ft.bench.runner import bench
-from jetson_ft.bench.table import Measurement
+from jetson_ft.bench.table import Measurement, require_success
 from jetson_ft.bench.workload import ROWS_PER_STEP, Settings
 from jetson_ft.hardware.detect import usable_cores
 
@@ -64,6 +64,7 @@ def make_model(folder: Path, rows: Path) -> Path:
 
 def show(rounds: list[Measurement]) -> None:
     """Print a Markdown table of the curves, then the differences from `trainer`."""
+    require_success(rounds)
     losses = {
         one["variant"]: [math.nan if loss is None else loss for loss in one["losses"]]
         for one in rounds

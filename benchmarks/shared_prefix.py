@@ -24,6 +24,7 @@ from jetson_ft.bench.table import (
     markdown_table,
     maximum,
     pair_by_round,
+    require_success,
     speed_ratios,
     summarize,
 )
@@ -62,8 +63,7 @@ def make_rows(path: Path, rows: int, facts: int) -> Path:
 def show(report: Report) -> None:
     """Print a Markdown table, then the size of the rows and the largest difference in loss."""
     rounds = report["rounds"]
-    for failed in (one for one in rounds if "error" in one):
-        raise SystemExit(f"{failed['variant']}: {failed['error']}")
+    require_success(rounds)
     cells = []
     for line in summarize([BASELINE, SHARING], {}, rounds):
         own = [one for one in rounds if one["variant"] == line.variant]

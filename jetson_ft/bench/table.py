@@ -81,6 +81,12 @@ def speed_ratios(pairs: Sequence[tuple[Measurement, Measurement]]) -> list[float
     return [each["tokens_per_second"] / base["tokens_per_second"] for each, base in pairs]
 
 
+def require_success(measurements: Sequence[Measurement]) -> None:
+    """Raise SystemExit with the variant and its error if one failed."""
+    for failed in (each for each in measurements if "error" in each):
+        raise SystemExit(f"{failed['variant']}: {failed['error']}")
+
+
 def loss_difference(variant: Measurement, baseline: Measurement) -> float | None:
     """Return the maximum over the steps; None: a loss wasn't finite, or the rows differ."""
     if len(variant["losses"]) != len(baseline["losses"]):

@@ -29,6 +29,13 @@ def test_loss_that_is_not_finite_makes_the_difference_unknown(
     assert capsys.readouterr().out.endswith("losses differ by an unknown amount\n")
 
 
+def test_failed_variant_of_a_script_ends_with_its_error() -> None:
+    rounds = [{"variant": "ours", "round": 1, "error": "out of memory"}]
+    for name, argument in (("shared_prefix", {"rounds": rounds}), ("phi_curve", rounds)):
+        with pytest.raises(SystemExit, match="ours: out of memory"):
+            runpy.run_path(str(SCRIPT.with_name(f"{name}.py")))["show"](argument)
+
+
 @pytest.mark.slow(minutes=1)
 def test_shared_prefix_is_computed_once(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
