@@ -28,7 +28,7 @@ text { font: 13px system-ui, sans-serif; fill: #1f2328 }
 
 def panel(x: int, title: str, rows: list[tuple[str, float, str]]) -> str:
     """Return one group of bars: a title, then (name, value, text) from top to bottom."""
-    largest = max(value for _name, value, _text in rows)
+    largest = max(value for _name, value, _text in rows) or 1
     parts = [f'<text class="head" x="{x}" y="20">{escape(title)}</text>']
     for number, (name, value, text) in enumerate(rows):
         y, width = TOP + number * ROW, BAR * value / largest
@@ -43,7 +43,9 @@ def picture(report: dict) -> str:
     """Return the SVG of a `bench.json`: medians over the rounds."""
     lines = [line for line in report["summary"] if line["tokens_per_second"]]
     speeds = [(line["variant"], line["tokens_per_second"]) for line in lines]
-    memory = [(line["variant"], line["peak_memory_bytes"] / 2**30) for line in lines]
+    # Zero: not known.
+    memory = [(line["variant"], (line["peak_memory_bytes"] or 0) / 2**30) for line in lines]
+    sizes = [(name, value, f"{value:.2f}" if value else "–") for name, value in memory]
     height = TOP + ROW * len(lines) + 6
     names = "".join(
         f'<text x="0" y="{TOP + number * ROW + 14}">{escape(LABELS.get(name, name))}</text>'
@@ -54,7 +56,7 @@ def picture(report: dict) -> str:
         f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Speed and memory of each variant">'
         f"<style>{STYLE}</style>{names}"
         + panel(LABEL, "tokens per second", [(n, v, f"{v:,.0f}") for n, v in speeds])
-        + panel(LABEL + BAR + 90, "peak memory, GiB", [(n, v, f"{v:.2f}") for n, v in memory])
+        + panel(LABEL + BAR + 90, "peak memory, GiB", sizes)
         + "</svg>\n"
     )
 
