@@ -62,11 +62,11 @@ def tokenize_rows(
     """Encode `rows` (columns row, messages), which `rows_key` identifies in the cache.
 
     Returns:
-        The rows kept, with the columns row, input_ids (int32), segments (uint8),
-        answer_characters; and the report about them.
+        The rows kept, with the columns row, input_ids (int32), segments (uint8), length,
+        supervised (tokens trained on), answer_characters; and the report about them.
 
     Raises:
-        UserError: no row is left, or the template refuses one.
+        UserError: no row is kept, or the template refuses one.
     """
     from datasets import Features, List, Value
 
@@ -97,9 +97,11 @@ def tokenize_rows(
     kept = np.flatnonzero(_column(encoded, "status") == _KEPT)
     if not len(kept):
         raise UserError(
-            _("No row is left to train on."),
+            _("No row has an answer within max_length."),
             f"data.max_length = {max_length}",
-            _("Raise it (the median row has {median} tokens), or write data.truncation: truncate."),
+            _("Raise it (the median row has {median} tokens), or set data.truncation to truncate.")
+            if truncation == "drop"
+            else _("Raise it (the median row has {median} tokens)."),
             median=report.lengths["p50"],
         )
     return encoded.select(kept) if len(kept) < len(encoded) else encoded, report

@@ -187,9 +187,11 @@ def test_long_rows_are_dropped_with_truncation_drop(chat: Any) -> None:
     assert (report.dropped, report.truncated) == ({"longer than max_length": 1}, 0)
 
 
-def test_no_row_left_is_refused_with_the_median_length(chat: Any) -> None:
+@pytest.mark.parametrize("truncation", ["truncate", "drop"])
+def test_no_row_left_is_refused_with_the_median_length(chat: Any, truncation: str) -> None:
     median = full_lengths(chat, rows_of(ANSWERS))[1]
-    with pytest.raises(UserError, match="No row is left to train on") as caught:
-        tokenize_rows(rows_of(ANSWERS), "sum", chat, 5)
+    with pytest.raises(UserError, match="No row has an answer within max_length") as caught:
+        tokenize_rows(rows_of(ANSWERS), "sum", chat, 5, truncation)
     assert str(caught.value.where) == "data.max_length = 5"
     assert f"median row has {median} tokens" in str(caught.value.fix)
+    assert ("data.truncation" in str(caught.value.fix)) is (truncation == "drop")
