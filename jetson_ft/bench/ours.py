@@ -46,9 +46,7 @@ def train(workload: BenchWorkload, folder: str, without: Part = "") -> Result:
             result.losses.append(event.loss)
 
     job = loop.TrainingJob(
-        train_rows=Dataset.from_list(
-            [row | {"supervised": sum(map(bool, row["segments"][1:]))} for row in workload.rows]
-        ),
+        train_rows=Dataset.from_list(workload.rows),
         train_tokens=np.ones(len(workload.rows), dtype=np.int64),  # `Settings.recipe` has why
         heldout_rows=[],
         heldout_characters=0,

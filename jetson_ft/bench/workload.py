@@ -68,14 +68,15 @@ class Settings:
 class BenchWorkload:
     """Everything that the process of a variant needs.
 
-    `rows` (`input_ids`, `segments`) and `messages` are the same rows in the same order.
+    `rows` (`input_ids`, `segments`, `supervised`) and `messages` are the same rows in the same
+    order.
     """
 
     settings: Settings
     device: Device
     base: BaseModelFiles
     weights: WeightFormat
-    rows: list[dict[str, list[int]]]
+    rows: list[dict[str, Any]]
     messages: list[list[dict[str, str]]]
 
     def steps(self) -> list[list[int]]:
@@ -85,7 +86,7 @@ class BenchWorkload:
         steps = plan_steps([1] * len(self.rows), self.settings.recipe().train)
         return [step.tolist() for step in steps]
 
-    def rows_in_order(self) -> list[dict[str, list[int]]]:
+    def rows_in_order(self) -> list[dict[str, Any]]:
         """Return the rows in training order, all steps joined."""
         return [self.rows[index] for step in self.steps() for index in step]
 
@@ -98,7 +99,7 @@ class BenchWorkload:
         from jetson_ft.training.cost_model import Workload
 
         sizes = [len(row["input_ids"]) for row in self.rows]
-        supervised = [sum(map(bool, row["segments"])) for row in self.rows]
+        supervised = [row["supervised"] for row in self.rows]
         recipe = self.settings.recipe()
         tokens_per_step = round(ROWS_PER_STEP * sum(sizes) / len(sizes))
         return Workload(
@@ -186,6 +187,6 @@ def prepare_workload(settings: Settings) -> BenchWorkload:
         device=device,
         base=base,
         weights=weight_format(recipe, device),
-        rows=[{key: list(row[key]) for key in ("input_ids", "segments")} for row in rows],
+        rows=list(rows.select_columns(["input_ids", "segments", "supervised"])),
         messages=[list(stored[index_of[number]]["messages"]) for number in rows["row"]],
     )

@@ -60,6 +60,11 @@ def test_messages_and_token_ids_are_of_the_same_rows(workload: BenchWorkload) ->
         assert messages[0]["content"] in tokenizer.decode(row["input_ids"])
 
 
+def test_supervised_counts_are_those_of_predicted_tokens(workload: BenchWorkload) -> None:
+    counts = [sum(map(bool, row["segments"][1:])) for row in workload.rows]
+    assert [row["supervised"] for row in workload.rows] == counts
+
+
 def test_fewer_rows_than_two_steps_raise(settings: Settings) -> None:
     with pytest.raises(UserError, match="at least 16 rows"):
         prepare_workload(replace(settings, rows=15))
