@@ -34,12 +34,16 @@ def train(workload: BenchWorkload, folder: str, batch: int = 1, packed: bool = F
     command = [str(workload.settings.llamafactory), "-c", code, "train", str(config)]
     process = subprocess.Popen(command, cwd=home, env=os.environ | {"PYTHONPATH": ""})
     result, running = Result(), True
-    while running:
-        running = process.poll() is None
-        lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
-        steps = [step for step in map(json.loads, lines) if "loss" in step]
-        result.step_ends += [time.perf_counter()] * (len(steps) - len(result.step_ends))
-        time.sleep(0.02)
+    try:
+        while running:
+            running = process.poll() is None
+            lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+            steps = [step for step in map(json.loads, lines) if "loss" in step]
+            result.step_ends += [time.perf_counter()] * (len(steps) - len(result.step_ends))
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
     if process.returncode:
         raise RuntimeError(f"LLaMA-Factory ended with code {process.returncode}; see log.txt")
     if packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,15 @@ def test_log_lines_are_timed(workload: BenchWorkload, tmp_path: Path) -> None:
     assert result.losses == [1.1, 1.2, 1.3]
     assert 0.2 < result.step_ends[2] - result.step_ends[0] < 2
     assert result.peak_memory_bytes > 0
+
+
+def test_damaged_log_ends_llamafactory_too(workload: BenchWorkload, tmp_path: Path) -> None:
+    body = "echo $$ > pid; mkdir out; echo damaged >> out/trainer_log.jsonl; exec sleep 60"
+    changed = with_llamafactory(workload, tmp_path, body)
+    with pytest.raises(ValueError, match="Expecting value"):
+        llamafactory.train(changed, str(tmp_path))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @pytest.mark.parametrize(("name", "batch"), [("llamafactory", 1), ("llamafactory-batch-8", 8)])
