@@ -51,8 +51,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[ChatMessage]) -> E
     Raises:
         UserError: the template can't render such a conversation, or changes the last answer.
     """
-    full = _render(tokenizer, messages)
-    spans = _answer_spans(tokenizer, messages, full)
+    full, spans = _answer_spans(tokenizer, messages)
     trained = [span for span in (spans[-1:] if None in spans else spans) if span]
     if spans and not trained:
         raise UserError(
@@ -65,8 +64,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[ChatMessage]) -> E
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[ChatMessage]) -> list[int]:
     """Return the ids of a conversation up to where the next answer begins."""
-    full = _render(tokenizer, messages, prompt=True)
-    spans = _answer_spans(tokenizer, messages, full)
+    full, spans = _answer_spans(tokenizer, messages, prompt=True)
     earlier = [span for span in spans if span] if None not in spans else []
     position = earlier[-1].turn_end if earlier else 0
     return _encode_turns(tokenizer, full, earlier).ids + _ids(tokenizer, full[position:])
@@ -101,14 +99,18 @@ def _special_ids(tokenizer: Any, size: int) -> frozenset[int]:
     return frozenset(number for number, token in added.items() if token.content.strip())
 
 
-def _answer_spans(tokenizer: Any, messages: list[ChatMessage], full: str) -> list[_Span | None]:
-    """Return the position of each answer in the text; None where the template rewrites it."""
+def _answer_spans(
+    tokenizer: Any, messages: list[ChatMessage], prompt: bool = False
+) -> tuple[str, list[_Span | None]]:
+    """Return the text and the position of each answer; None where the template rewrites it."""
+    full = _render(tokenizer, messages, prompt)
     spans: list[_Span | None] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = _render(tokenizer, messages[:index], prompt=True)
-        after = _render(tokenizer, messages[: index + 1])
+        is_whole = index + 1 == len(messages) and not prompt
+        after = full if is_whole else _render(tokenizer, messages[: index + 1])
         span = None
         if full.startswith(after) and after.startswith(before):
             turn = after[len(before) :]
@@ -119,7 +121,7 @@ def _answer_spans(tokenizer: Any, messages: list[ChatMessage], full: str) -> lis
                     span = _Span(len(before), len(before) + start + len(text), len(after))
                     break
         spans.append(span)
-    return spans
+    return full, spans
 
 
 def _render(tokenizer: Any, messages: list[ChatMessage], prompt: bool = False) -> str:

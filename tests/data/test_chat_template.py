@@ -115,6 +115,17 @@ def test_exactly_the_answers_are_answer_tokens(tokenizer: Any, name: str) -> Non
     assert encode(tokenizer, messages).characters == len(answers)
 
 
+def test_last_answer_needs_one_rendering_besides_the_whole(
+    chat: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render, rendered = chat.apply_chat_template, []
+    monkeypatch.setattr(
+        chat, "apply_chat_template", lambda *a, **k: rendered.append(0) or render(*a, **k)
+    )
+    encode(chat, messages_of(FIRST))
+    assert len(rendered) == 2
+
+
 def test_end_of_each_turn_is_trained_on_and_text_after_it_is_not(tokenizer: Any) -> None:
     messages = messages_of(CONVERSATIONS["multi"])
     assert text_of(tokenizer, messages, END) == tokenizer.eos_token * 3
