@@ -145,6 +145,8 @@ def supports_packing(model: Any) -> bool:
                     input_ids=ids, position_ids=positions, row_lengths=[3, 3], shared_prefix=1,
                     use_cache=False,
                 )  # fmt: skip
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             logger.debug("no packing: the model fails with packed rows: %r", error)
             return False

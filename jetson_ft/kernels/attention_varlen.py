@@ -57,6 +57,8 @@ def _works(
         query, key, value = tensors
         together = _call(kernel, query, key, value, [2, 3], 0.2)
         results = [together, *torch.autograd.grad(together.sum(), tensors)]
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError, AttributeError, ImportError) as error:
         logger.debug("%s can't be used: %r", kernel.__name__, error)
         return False

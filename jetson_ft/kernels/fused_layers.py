@@ -52,7 +52,7 @@ def fuse_layers(model: torch.nn.Module) -> dict[str, int]:
 
 
 def _is_equal(module: Any, family: LayerFamily, forward: Callable[..., Any]) -> bool:
-    """Try both forward functions on a few numbers; an error counts as unequal."""
+    """Try both forward functions on a few numbers; an error but of memory counts as unequal."""
     parameter = next(module.parameters(), torch.empty(64))
     width = getattr(getattr(module, "config", module), "hidden_size", None)
     width = width or (parameter.shape[-1] if parameter.ndim == 1 else 64)
@@ -64,6 +64,8 @@ def _is_equal(module: Any, family: LayerFamily, forward: Callable[..., Any]) -> 
         with torch.no_grad():
             results = module.forward(x, *arguments), forward(module, x, *arguments)
         expected, actual = (r[0] if isinstance(r, tuple) else r for r in results)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         logger.debug("%s is not replaced: %r", type(module).__name__, error)
         return False

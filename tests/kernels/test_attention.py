@@ -144,6 +144,17 @@ def test_phi_and_llama_support_packing(model: Any) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_lack_of_memory_in_the_trial_of_packing_is_raised(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack_memory(**_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(attention, "use_packed_attention", lambda _: nullcontext(lack_memory()))
+    with pytest.raises(torch.OutOfMemoryError):
+        supports_packing(model)
+
+
 @pytest.mark.parametrize("format", [torch.bfloat16, torch.float16])
 def test_low_precision_supports_packing(model: Any, format: torch.dtype) -> None:
     assert supports_packing(model.to(format))

@@ -69,6 +69,15 @@ def test_only_kernels_that_keep_rows_apart_are_used(
     assert attention_varlen.choose_kernel(torch.bfloat16, 16, queries_per_key, "cpu") is kernel
 
 
+def test_lack_of_memory_in_the_trial_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack_memory(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(attention_varlen, "_KERNELS", (lack_memory, kernel))
+    with pytest.raises(torch.OutOfMemoryError):
+        attention_varlen.choose_kernel(torch.bfloat16, 16, 1, "cpu")
+
+
 def test_each_grouping_of_heads_gets_its_own_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_varlen, "_KERNELS", (ungrouped, kernel))
     assert attention_varlen.choose_kernel(torch.bfloat16, 16, 1, "cpu") is ungrouped

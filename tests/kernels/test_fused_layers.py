@@ -81,6 +81,15 @@ def test_a_module_of_a_known_name_that_computes_otherwise_is_not_replaced() -> N
     assert fuse_layers(model) == {}
 
 
+def test_lack_of_memory_in_the_trial_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lack_memory(module: Any, x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(fused_layers, "rms_norm", lack_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        fuse_layers(torch.nn.ModuleList([LlamaRMSNorm(16)]))
+
+
 def test_two_matching_families_apply_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def other_rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
         return fused_layers.rms_norm(module, x)
