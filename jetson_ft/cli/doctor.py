@@ -10,6 +10,7 @@ import typer
 from rich.table import Column, Table
 from rich.text import Text
 
+from jetson_ft.cli import output
 from jetson_ft.cli.output import RUNS, JsonOption, RunsOption, out, print_json, show
 from jetson_ft.files import printable
 
@@ -26,12 +27,11 @@ def doctor(as_json: JsonOption = False, runs: RunsOption = RUNS) -> None:
     """
     from jetson_ft.hardware import doctor as checks
 
-    findings = checks.examine(checks.Machine(runs=runs))
+    with output.json_errors(as_json):
+        findings = checks.examine(checks.Machine(runs=runs))
+        done = list(findings) if as_json else print_findings(findings)
     if as_json:
-        done = list(findings)
         print_json(checks.as_json(done))
-    else:
-        done = print_findings(findings)
     raise typer.Exit(0 if checks.works(done) else 1)
 
 

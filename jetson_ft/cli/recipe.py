@@ -62,7 +62,8 @@ def plan(
     from jetson_ft import recipe as recipes
     from jetson_ft.runs.forecast import forecast_recipe
 
-    forecast = forecast_recipe(recipes.load_recipe(recipe, overrides or []), device)
+    with output.json_errors(as_json):
+        forecast = forecast_recipe(recipes.load_recipe(recipe, overrides or []), device)
     if as_json:
         output.print_json(forecast.as_json())
         return

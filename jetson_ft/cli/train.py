@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -65,16 +66,18 @@ def train(
         start = _start_here(config) if foreground else None
         manager.resume(run, overrides or [], config, start)
     else:
-        if recipe is None:
-            recipe, why = manager.default_recipe()
-            choose = "choose with `jetson-ft train NAME` or make finetune RECIPE=…"
-            print(f"recipe: {recipe} ({why}; {choose})")
-        loaded = load_recipe(recipe, overrides or [])
-        if dry_run:
-            from jetson_ft.runs import forecast
+        with json_errors(as_json):
+            if recipe is None:
+                recipe, why = manager.default_recipe()
+                choose = "choose with `jetson-ft train NAME` or make finetune RECIPE=…"
+                output = sys.stderr if as_json else sys.stdout
+                print(f"recipe: {recipe} ({why}; {choose})", file=output)
+            loaded = load_recipe(recipe, overrides or [])
+            if dry_run:
+                from jetson_ft.runs import forecast
 
-            with json_errors(as_json):
                 result = forecast.dry_run(loaded)
+        if dry_run:
             if as_json:
                 print_json(result.as_json())
             else:

@@ -19,6 +19,7 @@ from workbench import LightRuns, Workbench, wait_for
 from jetson_ft import recipe as recipes
 from jetson_ft.cli.app import app
 from jetson_ft.errors import UserError
+from jetson_ft.hardware import doctor
 from jetson_ft.runs import forecast, manager, store
 from jetson_ft.runs.queue import running_run
 from jetson_ft.runs.store import Run
@@ -49,6 +50,32 @@ def test_dry_run_as_json_prints_its_error_as_json(
     printed = json.loads(done.stdout)
     assert done.exception is error
     assert printed["schema"] == 1 and printed["error"]["what"] == what
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train", "bad.yaml", "--dry-run"], ["train", "gone", "--dry-run"], ["plan", "gone"],
+     ["plan", "quickstart-zh", "--device", "x"], ["data", "inspect", "gone.json"], ["doctor"],
+     ["train", "quickstart-zh", "--dry-run", "--set", "lora.rank=0"]],
+)  # fmt: skip
+def test_error_of_a_command_with_json_is_the_only_output_and_is_json(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text("lora: {rank: 0}\n")
+    monkeypatch.setattr(doctor, "examine", Mock(side_effect=UserError("No.")))
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert isinstance(done.exception, UserError)
+    assert json.loads(done.stdout)["error"]["what"]
+
+
+def test_chosen_recipe_is_printed_to_stderr_beside_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager.default_recipe, "__defaults__", (lambda: True, lambda: True))
+    monkeypatch.setattr(forecast, "dry_run", Mock())
+    monkeypatch.setattr(forecast.dry_run.return_value, "as_json", lambda: {"schema": 1})
+    done = CliRunner().invoke(app, ["train", "--dry-run", "--json"])
+    assert json.loads(done.stdout) == {"schema": 1}
+    assert done.stderr.startswith("recipe: phi-1_5-zh-quick")
 
 
 def test_ctrl_c_stops_the_run_and_exits_with_130(light_runs: LightRuns, tmp_path: Path) -> None:
