@@ -16,7 +16,7 @@ from typer import Argument, Option
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import printable
 
-out = Console(highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
 RUNS = Path("runs")
 _LINE_SECONDS = 10.0  # between two lines of progress where no bar is drawn
 
@@ -50,9 +50,9 @@ class ProgressBar(Progress):
 
     def __init__(self, live: bool = True) -> None:
         super().__init__(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"), console=out, transient=True,
-            disable=not (live and out.is_terminal), refresh_per_second=2,
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+            MofNCompleteColumn(), TextColumn("{task.fields[note]}", markup=False), console=out,
+            transient=True, disable=not (live and out.is_terminal), refresh_per_second=2,
         )  # fmt: skip
         self._last_line = 0.0
 
@@ -70,6 +70,7 @@ class ProgressBar(Progress):
         A line is due when `due` is set, at the end (`done` is `total`), and every ten seconds.
         """
         if not self.disable:
+            what, note = printable(what), printable(note)
             if not self.tasks or self.tasks[0].description != what:
                 self.clear()
                 self.add_task(what, total=total, note=note)
