@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from jetson_ft.cli.output import RECIPE, RUNS, RunsOption, SetOption, json_errors, print_json, show
+from jetson_ft.cli.output import RECIPE, RUNS, SetOption, json_errors, print_json, show
 from jetson_ft.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def train(
         str | None,
         Option(metavar="HOST:PORT", help="Machine 0's address, the same on every machine."),
     ] = None,
-    runs: RunsOption = RUNS,
+    runs: Annotated[
+        Path | None, Option("--runs", help="Folder of the runs, in place of output_dir.")
+    ] = None,
 ) -> None:
     """Fine-tune: recipe in, LoRA adapter and before/after report out."""
     from jetson_ft.cli.follow import print_end
@@ -61,7 +63,7 @@ def train(
         if recipe or dry_run:
             what = "A resumed run keeps its own recipe, and can't be combined with --dry-run."
             raise UserError(what, recipe or "--dry-run", "Remove one of the two.")
-        run = store.find_run(resume, runs)
+        run = store.find_run(resume, runs or RUNS)
         config = processes.read_distributed_config(run).with_options(**distributed)
         start = _start_here(config) if foreground else None
         manager.resume(run, overrides or [], config, start)
@@ -73,6 +75,8 @@ def train(
                 output = sys.stderr if as_json else sys.stdout
                 print(f"recipe: {recipe} ({why}; {choose})", file=output)
             loaded = load_recipe(recipe, overrides or [])
+            if runs:
+                loaded.output_dir = str(runs)
             if dry_run:
                 from jetson_ft.runs import forecast
 

@@ -78,6 +78,23 @@ def test_chosen_recipe_is_printed_to_stderr_beside_json(monkeypatch: pytest.Monk
     assert done.stderr.startswith("recipe: phi-1_5-zh-quick")
 
 
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [([], "own"), (["--runs", "x"], "x"), (["--runs", "2026 #1"], "2026 #1"),
+     (["--runs", "123"], "123"), (["--runs", "x", "--set", "output_dir=y"], "x"),
+     (["--set", "output_dir=y"], "y")],
+)  # fmt: skip
+def test_new_run_is_in_the_folder_of_runs_or_else_in_output_dir(
+    options: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("output_dir: own\n")
+    launch = Mock(side_effect=UserError("No."))
+    monkeypatch.setattr(manager, "launch", launch)
+    CliRunner().invoke(app, ["train", "mine.yaml", *options])
+    assert launch.call_args.args[0].output_dir == folder
+
+
 def test_ctrl_c_stops_the_run_and_exits_with_130(light_runs: LightRuns, tmp_path: Path) -> None:
     recipe = tmp_path / "endless.yaml"
     recipe.write_text(light_runs.recipe().to_yaml())
