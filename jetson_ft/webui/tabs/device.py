@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -24,10 +25,14 @@ class Doctor:
         self._examined_at = float("-inf")
         self._lock = Lock()
 
-    def findings(self) -> dict[str, Any]:
-        """Return the output of `jetson-ft doctor --json`, at most 30 seconds old."""
+    def findings(self, max_age: float = _CACHE_SECONDS) -> dict[str, Any]:
+        """Return the output of `jetson-ft doctor --json`, at most `max_age` seconds old.
+
+        Concurrent calls share one examination.
+        """
+        oldest = time.monotonic() - max_age
         with self._lock:
-            if time.monotonic() - self._examined_at > _CACHE_SECONDS:
+            if self._examined_at < oldest:
                 runs = str(self._runs.absolute())
                 self._result = run_cli_json("doctor", "--json", "--runs", runs)
                 self._examined_at = time.monotonic()
@@ -40,11 +45,11 @@ def build(t: Locale, doctor: Doctor, tab: Any) -> None:
     html = gr.HTML(f'<p class="empty">{wait}</p>', apply_default_css=False)
     again = gr.Button(t(_("Examine again")), size="sm")
 
-    def examine() -> str:
+    def examine(max_age: float = _CACHE_SECONDS) -> str:
         try:
-            return render("findings.jinja", t, **doctor.findings())
+            return render("findings.jinja", t, **doctor.findings(max_age))
         except UserError as error:
             return error_html(error, t)
 
     tab.select(examine, None, html, concurrency_limit=None)
-    again.click(examine, None, html, concurrency_limit=None)
+    again.click(partial(examine, 0.0), None, html, concurrency_limit=None)
