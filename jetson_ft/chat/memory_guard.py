@@ -36,10 +36,15 @@ def require_memory(model: str, weights: WeightFormat, device: Device) -> None:
         )  # fmt: skip
 
 
-def is_memory_short(device: Device) -> bool:
+def is_memory_short() -> bool:
     """Return whether a run is training that needs more memory than is free now."""
     folder = queue.running_run()
-    return folder is not None and device.memory_available < remaining_memory(Run(folder), device)
+    if folder is None:  # the usual case: examine no device
+        return False
+    from jetson_ft.hardware import detect
+
+    device = detect.detect_device()
+    return device.memory_available < remaining_memory(Run(folder), device)
 
 
 def remaining_memory(run: Run, device: Device) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import queue
@@ -30,6 +31,8 @@ from jetson_ft.runs.processes import explain_error, silence_libraries
 if TYPE_CHECKING:
     from jetson_ft.chat.session import ChatSession
     from jetson_ft.chat.target import ChatTarget
+
+logger = logging.getLogger(__name__)
 
 IDLE_SECONDS = 600.0
 _WATCH_SECONDS = 1.0
@@ -75,16 +78,17 @@ class ChatServer:
         os._exit(0)
 
     def _watch(self) -> None:
-        from jetson_ft.hardware import detect
-
         while True:
             time.sleep(_WATCH_SECONDS)
-            if time.monotonic() - self._idle_since > IDLE_SECONDS:
-                idle = _("The model was unloaded because it was not used for a while.")
-                exit_process(idle, _("Send the message again."))
-            if self.chat and memory_guard.is_memory_short(detect.detect_device()):
-                busy = _("The model was unloaded: a run has started that may need its memory.")
-                exit_process(busy, _("Send the message again when it is over."))
+            try:
+                if time.monotonic() - self._idle_since > IDLE_SECONDS:
+                    idle = _("The model was unloaded because it was not used for a while.")
+                    exit_process(idle, _("Send the message again."))
+                if self.chat and memory_guard.is_memory_short():
+                    busy = _("The model was unloaded: a run has started that may need its memory.")
+                    exit_process(busy, _("Send the message again when it is over."))
+            except Exception:  # the next round may succeed, as where a run was being deleted
+                logger.exception("the chat's memory can't be watched")
 
     def load(self, name: str) -> None:
         """Load the model that `target.resolve_target` returns, unless it is loaded already."""
@@ -120,7 +124,8 @@ class ChatServer:
 def send(kind: str, **fields: Any) -> None:
     """Write one line to the client."""
     line = json.dumps({"kind": kind, **fields}, ensure_ascii=False, default=str)
-    print(line, file=_output, flush=True)
+    _output.write(f"{line}\n")  # in one call, as two threads send
+    _output.flush()
 
 
 def exit_process(what: str, fix: str) -> None:

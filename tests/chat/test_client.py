@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -146,6 +147,38 @@ def test_server_exits_when_its_input_ends(tmp_path: Path) -> None:
     assert process.wait(20) == 0
 
 
+class Exited(BaseException):
+    """The process would exit here."""
+
+
+def exit_process(what: str, fix: str) -> None:
+    raise Exited(what)
+
+
+def test_watching_continues_after_an_error_and_logs_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "exit_process", exit_process)
+    monkeypatch.setattr(server, "_WATCH_SECONDS", 0.0)
+    results = [UserError("No such run."), OSError("gone"), False, True]
+    monkeypatch.setattr(server.memory_guard, "is_memory_short", Mock(side_effect=results))
+    chat_server = server.ChatServer(Path())
+    chat_server.chat = cast(Any, object())
+    with pytest.raises(Exited, match="a run has started"):
+        chat_server._watch()
+    assert [record.exc_info[0] for record in caplog.records if record.exc_info] == [
+        UserError, OSError,
+    ]  # fmt: skip
+
+
+def test_message_is_sent_in_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Mock()
+    monkeypatch.setattr(server, "_output", output)
+    server.send("delta", text="a\nb")
+    output.write.assert_called_once_with('{"kind": "delta", "text": "a\\nb"}\n')
+    output.flush.assert_called_once()
+
+
 @pytest.mark.parametrize(("loaded", "short", "idle", "reason"), [
     (True, True, False, "a run has started"), (False, True, True, "not used"),
     (True, False, True, "not used"),
@@ -153,16 +186,10 @@ def test_server_exits_when_its_input_ends(tmp_path: Path) -> None:
 def test_server_exits_when_a_run_needs_memory_or_without_requests(
     loaded: bool, short: bool, idle: bool, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Exited(Exception):
-        pass
-
-    def exit_process(what: str, fix: str) -> None:
-        raise Exited(what)
-
     monkeypatch.setattr(server, "exit_process", exit_process)
     monkeypatch.setattr(server, "_WATCH_SECONDS", 0.0)
     monkeypatch.setattr(server, "IDLE_SECONDS", -1.0 if idle else 600.0)
-    monkeypatch.setattr(server.memory_guard, "is_memory_short", lambda device: short)
+    monkeypatch.setattr(server.memory_guard, "is_memory_short", lambda: short)
     with pytest.raises(Exited, match=reason):
         chat_server = server.ChatServer(Path())
         chat_server.chat = cast(Any, object()) if loaded else None

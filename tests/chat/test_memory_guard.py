@@ -13,6 +13,7 @@ from jetson_ft.chat import memory_guard
 from jetson_ft.errors import UserError
 from jetson_ft.events import WeightsLoaded
 from jetson_ft.files import write_json
+from jetson_ft.hardware import detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models.loading import WeightFormat
 from jetson_ft.recipe import Recipe
@@ -73,14 +74,20 @@ def test_gpu_step_memory_excludes_the_process(training: Run) -> None:
     assert remaining(training) == GB // 4
 
 
-def test_chat_that_does_not_fit_beside_a_run_is_refused(training: Run, tiny_phi: Path) -> None:
+def test_chat_that_does_not_fit_beside_a_run_is_refused(
+    training: Run, tiny_phi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, weights = str(tiny_phi), WeightFormat("fp32")
     write_plan(training, 3 * GB)
     with pytest.raises(UserError, match=r"Beside it 0\.5 GiB are left; this model needs 0\.6 GiB"):
         memory_guard.require_memory(base, weights, replace(CPU, memory_available=int(3.05 * GB)))
     memory_guard.require_memory(base, weights, CPU)
-    assert memory_guard.is_memory_short(replace(CPU, memory_available=int(2.4 * GB)))
-    assert not memory_guard.is_memory_short(CPU)
+    monkeypatch.setattr(
+        detect, "detect_device", lambda: replace(CPU, memory_available=int(2.4 * GB))
+    )
+    assert memory_guard.is_memory_short()
+    monkeypatch.setattr(detect, "detect_device", lambda: CPU)
+    assert not memory_guard.is_memory_short()
 
 
 def test_without_a_run_every_chat_is_allowed(
@@ -89,4 +96,5 @@ def test_without_a_run_every_chat_is_allowed(
     monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path))
     full = replace(CPU, memory_available=0)
     memory_guard.require_memory("not/downloaded", WeightFormat("fp32"), full)
-    assert not memory_guard.is_memory_short(full)
+    monkeypatch.setattr(detect, "detect_device", lambda: pytest.fail("examined for nothing"))
+    assert not memory_guard.is_memory_short()
