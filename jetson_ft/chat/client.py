@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jetson_ft.data.formats import ChatMessage
 from jetson_ft.errors import UserError, _
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.runs.processes import WORKER_ENVIRONMENT
@@ -28,7 +29,7 @@ class ChatRequest:
     turns: ChatTurns
     sampling: Sampling
     system: str = ""
-    examples: Sequence[dict[str, str]] = ()
+    examples: Sequence[ChatMessage] = ()
     use_adapter: bool = True
 
 

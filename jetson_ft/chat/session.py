@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from jetson_ft.data.chat_template import encode_prompt, end_ids
 from jetson_ft.data.formats import ChatMessage, RowError, detect_layout, to_messages
+from jetson_ft.data.json_rows import parse_json
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors
 from jetson_ft.inference.generate import Sampling, stream_reply
@@ -97,29 +97,35 @@ class ChatSession:
 
 
 def read_examples(path: Path) -> list[ChatMessage]:
-    """Return few-shot turns from JSON rows with `messages`, or `instruction`/`output` pairs.
-
-    The file holds a JSON list, or one row a line. System messages are left out.
-
-    Raises:
-        UserError: the file can't be read, or holds other rows.
-    """
+    """Return the few-shot turns of a file in UTF-8, see `parse_examples`."""
     with disk_errors(path):
         content = path.read_bytes()
+    return parse_examples(content.decode(errors="replace"), str(path))
+
+
+def parse_examples(text: str, where: str) -> list[ChatMessage]:
+    """Return few-shot turns from JSON rows with `messages`, or `instruction`/`output` pairs.
+
+    The text holds a JSON list, or one row a line. System messages are left out.
+
+    Raises:
+        UserError: the text holds other rows; `where` is its place.
+    """
+    text = text.removeprefix("\ufeff").lstrip()
+    # Only "\n" ends a line: JSON allows U+2028 and others, where `splitlines` splits, in strings.
+    lines = [text] if text.startswith("[") else text.split("\n")
+    messages: list[ChatMessage] = []
     try:
-        text = content.decode("utf-8-sig")
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        messages: list[ChatMessage] = []
-        for row in rows:
-            layout = detect_layout(row)
-            if layout is None:
-                raise RowError(_("a row without question and answer"))
-            messages += [m for m in to_messages(row, layout) if m["role"] != "system"]
-    except (ValueError, RowError, AttributeError, TypeError) as error:
+        for value in map(parse_json, filter(str.strip, lines)):
+            for row in value if isinstance(value, list) else [value]:
+                if isinstance(row, RowError):
+                    raise row
+                layout = detect_layout(row) if isinstance(row, dict) else None
+                if layout is None:
+                    raise RowError(_("a row without question and answer"))
+                messages += [m for m in to_messages(row, layout) if m["role"] != "system"]
+    except RowError as error:
         fix = _('One row a line: {{"instruction": "…", "output": "…"}}')
         what = _("The examples can't be read: {error}.")
-        raise UserError(what, str(path), fix, error=str(error)) from error
+        raise UserError(what, where, fix, error=error.reason) from error
     return messages

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jetson_ft.chat.session import ChatSession, read_examples
+from jetson_ft.chat.session import ChatSession, parse_examples, read_examples
 from jetson_ft.errors import UserError
 from jetson_ft.inference.generate import Sampling
 
@@ -105,9 +105,17 @@ def test_examples_are_read_from_a_list_from_lines_and_with_a_bom(tmp_path: Path,
     assert roles(messages) == "uaua", "system messages are left out"
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
+def test_only_a_newline_ends_a_row(end: str) -> None:
+    row = json.dumps({"instruction": f"a{end}b", "output": "c"}, ensure_ascii=False)
+    messages = parse_examples(f"{row}\r\n{row}\n", "here")
+    assert [m["content"] for m in messages] == [f"a{end}b", "c"] * 2
+
+
 @pytest.mark.parametrize(
-    "content", [b'{"a": 1}', b"[1, 2]", b'["x"]', b"{", b"\xff\xfe\x00x", b"[null]"]
-)
+    "content", [b'{"a": 1}', b"[1, 2]", b'["x"]', b"{", b"\xff\xfe\x00x", b"[null]", b"[" * 100_000,
+                b'{"a":' * 100_000, b"1" * 5_000, b'{"instruction": "a", "output": "\xff"}']
+)  # fmt: skip
 def test_content_without_examples_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "few.json"
     path.write_bytes(content)

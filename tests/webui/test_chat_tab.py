@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from run_folders import make_run
 
 from jetson_ft.chat.client import ChatClient, ChatReply
 from jetson_ft.errors import UserError
+from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
 from jetson_ft.webui.tabs.chat import _SLIDERS, BASE, ChatTab
 
@@ -85,6 +87,22 @@ def test_a_failed_answer_keeps_message_and_conversations(tmp_path: Path) -> None
     chat.client = Scripted()  # type: ignore[assignment]
     assert last(chat, "send", True, "more", TURNS, TURNS) == ("more", TURNS, TURNS)
     assert last(chat, "again", True, "", TURNS, TURNS) == ("hello", TURNS, TURNS)
+
+
+def test_an_error_in_the_examples_names_their_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(gr, "Warning", lambda text, **_: warnings.append(text))
+    settings = ("", "[{", "", *(option.default for option in _SLIDERS))
+    for language, words in (("en", ("Few-shot examples", "not valid JSON")),
+                            ("zh_CN", ("示例", "不是有效的 JSON"))):  # fmt: skip
+        chat = ChatTab(Locale(language), tmp_path, ChatClient(tmp_path))
+        request: Any = SimpleNamespace(session_hash="me")
+        (*_, last) = chat.send(request, "a-run", False, "hello", [], [], *settings)
+        assert last == ("hello", [], [], "")
+        assert all(word in warnings[-1] for word in words), warnings
+        assert "/tmp" not in warnings[-1]
 
 
 def test_after_a_stopped_base_the_adapter_does_not_answer(tmp_path: Path) -> None:

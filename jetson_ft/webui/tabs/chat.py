@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 from jetson_ft import hub
 from jetson_ft.chat import target
 from jetson_ft.chat.client import ChatClient, ChatRequest, ChatTurns
+from jetson_ft.chat.session import parse_examples
 from jetson_ft.errors import UserError, _
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.models import files
@@ -163,7 +163,7 @@ class ChatTab:
         speed = ""
         try:
             sampling = _sampling(seed, values)
-            few_shot = _examples(examples)
+            few_shot = parse_examples(examples, self.t(_("Few-shot examples")))
             for side in ("base", "adapter") if both else ("adapter",):
                 chat = ChatRequest(text, turns[side], sampling, system, few_shot, side == "adapter")
                 asked = turns[side] = [*turns[side], {"role": "user", "content": text}]
@@ -203,18 +203,6 @@ def _sampling(seed: str, values: Sequence[Any]) -> Sampling:
             raise UserError(_("The seed must be a whole number."), seed)
         settings["seed"] = int(seed)
     return Sampling(**settings)
-
-
-def _examples(text: str) -> list[dict[str, str]]:
-    from jetson_ft.chat.session import read_examples
-
-    if not text.strip():
-        return []
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        turns = read_examples(Path(file.name))
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def _plain(turns: ChatTurns) -> ChatTurns:
