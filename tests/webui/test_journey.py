@@ -164,6 +164,39 @@ def test_a_button_acts_on_the_shown_run(browser: Any, tmp_path: Path) -> None:
     served.kill()
 
 
+def test_the_last_runs_detail_is_gone_after_its_deletion(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", "20260101-000000-1")
+    served = Served(tmp_path)
+    page = browser.new_page(locale="en-GB")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.goto(served.link)
+    choose(page, "Runs")
+    sync_api.expect(page.locator("#run-detail h2")).to_have_text(run.name)
+    with page.expect_response(re.compile(r"/live/en/runs\?")):
+        pass
+    page.wait_for_timeout(1200)  # the list that the server keeps has become too old
+    page.get_by_role("button", name="Delete").click()
+    sync_api.expect(page.locator(f"[data-choose='{run.name}']")).to_have_count(0)
+    sync_api.expect(page.locator("#run-detail")).to_be_empty()
+    served.kill()
+
+
+def test_the_detail_is_shown_again_after_a_failed_request(browser: Any, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", "20260101-000000-1")
+    served = Served(tmp_path)
+    page = browser.new_page(locale="en-GB")
+    page.goto(served.link)
+    choose(page, "Runs")
+    title = page.locator("#run-detail h2")
+    sync_api.expect(title).to_have_text(run.name)
+    address = re.compile("/live/en/runs/.")
+    page.route(address, lambda route: route.fulfill(status=500))
+    sync_api.expect(title).to_have_count(0)
+    page.unroute(address)
+    sync_api.expect(title).to_have_text(run.name)
+    served.kill()
+
+
 def test_a_compared_run_has_a_visible_tick(browser: Any, tmp_path: Path) -> None:
     for number in (1, 2):
         make_run(tmp_path / "runs", f"2026010{number}-000000-{number}")

@@ -15,6 +15,13 @@
     return parameters.toString();
   };
 
+  // Empties the detail; a request under way does not fill it again.
+  function clearDetail() {
+    etags.delete("run-detail");
+    wanted.delete("run-detail");
+    document.getElementById("run-detail")?.replaceChildren();
+  }
+
   // Replaces an element's content by a fragment, unless it has that fragment already.
   async function swap(id, address) {
     const element = document.getElementById(id);
@@ -25,7 +32,7 @@
     const response = await fetch(address, { headers, cache: "no-store" });
     if (response.status === 304 || wanted.get(id) !== address) return;
     if (!response.ok) {
-      if (id === "run-detail") element.innerHTML = "";
+      if (id === "run-detail") clearDetail();
       return;
     }
     const html = await response.text();
@@ -52,7 +59,7 @@
       }
       if (state.chosen) {
         await swap("run-detail", `/live/${language}/runs/${encodeURIComponent(state.chosen)}?${query()}`);
-      }
+      } else clearDetail();
       document.body.classList.remove("away");
     } catch {
       document.body.classList.add("away"); // no server: keep what is shown
