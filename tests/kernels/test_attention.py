@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from jetson_ft.kernels import attention
 from jetson_ft.kernels.attention import (
     PACKED_ATTENTION,
     packed_attention,
