@@ -113,7 +113,7 @@ class Planned(Event, kind="plan"):
 
 @dataclass(frozen=True, kw_only=True)
 class TotalSteps(Event, kind="total_steps"):
-    """The number of steps is settled (`train.max_minutes`)."""
+    """The number of steps is estimated for the first time (`train.max_minutes`)."""
 
     step: Annotated[int, "steps made"]
     total_steps: Annotated[int, "steps in all"]
@@ -125,7 +125,7 @@ class Step(Event, kind="step"):
     """An optimizer step."""
 
     step: Annotated[int, "from 1"]
-    total_steps: Annotated[int | None, "null until it is settled"]
+    total_steps: Annotated[int | None, "null until it is estimated; `max_minutes` changes it"]
     loss: Annotated[float | None, "mean over the step's supervised tokens"]
     lr: Annotated[float, "learning rate of the step"]
     grad_norm: Annotated[float, "before clipping"]

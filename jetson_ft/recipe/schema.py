@@ -104,8 +104,8 @@ class TrainRecipe(_Section):
     max_minutes: Positive | None = Field(
         None,
         description=_(
-            "Maximum training time in minutes; null: no limit. The number of steps is fixed after "
-            "the first few have been timed."
+            "Training time in minutes, in steps alone; null: no limit. The number of steps follows "
+            "the speed of the newest ones, and the learning rate's schedule ends with the last."
         ),
     )
     learning_rate: float = Field(2e-4, gt=0, le=1, description=_("Peak learning rate."))

@@ -74,7 +74,6 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
     job.monitor.step = state.step
     steps = batches.plan_steps(job.train_tokens, recipe)
     step_tokens = [int(job.train_tokens[rows].sum()) for rows in steps]
-    step_rates: list[float] = []  # tokens per second, of each step of this attempt
     step_batches = batches.StepBatches(
         job.train_rows, job.train_tokens, steps, job.plan.micro_batch_tokens,
         dist.rank, dist.size, job.share_prefix,
@@ -100,7 +99,7 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
         checkpoint.load_adapter_weights(model, resume)
         checkpoint.load_optimizer(optimizer, resume)
     heldout_tokens = sum(heldout_lengths)
-    batches.resolve_total_steps(state, recipe, step_tokens, heldout_tokens, step_rates)
+    batches.resolve_total_steps(state, recipe, step_tokens, heldout_tokens)
     saved_at = time.monotonic()
     if state.evaluation_due:  # a stop went before it
         evaluate_adapter(model, heldout, job, state)
@@ -119,7 +118,7 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
         if not math.isfinite(grad_norm):
             raise _diverged(_("gradient"), state.step + 1, job)
-        lr = recipe.learning_rate * batches.lr_multiplier(state.step, state.total_steps, recipe)
+        lr = recipe.learning_rate * batches.lr_multiplier(state, recipe)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -127,15 +126,14 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
 
         stats = reduce_stats(job, started, saved_at)
         state.add_step(batch, stats)
-        step_rates.append(batch.tokens / max(1e-9, stats.seconds))
         job.monitor.step = state.step
-        resolved = batches.resolve_total_steps(
-            state, recipe, step_tokens, heldout_tokens, step_rates
-        )
+        resolved = batches.resolve_total_steps(state, recipe, step_tokens, heldout_tokens)
+        if not resolved:
+            batches.advance_lr(state, recipe)
         seconds_left = None
         if state.total_steps is not None:
             tokens_left = sum(step_tokens[state.step : state.total_steps])
-            seconds_left = tokens_left / state.tokens_per_second
+            seconds_left = tokens_left / state.recent_rate
             if resolved:
                 job.emit(TotalSteps(
                     step=state.step, total_steps=state.total_steps, seconds_left=seconds_left

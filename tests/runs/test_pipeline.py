@@ -98,19 +98,16 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.slow
-def test_timed_run_resumes_with_the_resolved_number_of_steps(workbench: Any) -> None:
-    run = workbench.run("minutes", max_minutes=1e-2, epochs=30.0)
+def test_timed_run_resumes_and_ends_at_its_minutes(workbench: Any) -> None:
+    run = workbench.run("minutes", max_minutes=0.05, epochs=500.0, eval_every=40)
     assert workbench.work(run, "step-6") == -signal.SIGKILL
-    twin = copy_of(run, workbench.root / "twins")
-    (settled,) = [event for event in run.events() if isinstance(event, TotalSteps)]
-    for one in (run, twin):
-        assert workbench.work(one) == 0
-        assert losses(one) == losses(run)
-        assert (
-            checkpoint.step_of(checkpoint.list_checkpoints(one.checkpoints)[-1])
-            == settled.total_steps
-        )
-    assert adapter_bytes(run) == adapter_bytes(twin)
+    assert workbench.work(run) == 0
+    assert len([event for event in run.events() if isinstance(event, TotalSteps)]) == 1
+    steps = [event for event in run.events() if isinstance(event, Step)]
+    last = checkpoint.list_checkpoints(run.checkpoints)[-1]
+    state = checkpoint.read_state(last)
+    assert steps[-1].step == steps[-1].total_steps == state.step == checkpoint.step_of(last)
+    assert 2.4 < state.train_seconds < 3.6  # of 3; one more slow step is possible
 
 
 def test_longer_run_continues(workbench: Any, finished: Run, tmp_path: Path) -> None:
