@@ -255,6 +255,23 @@ def test_page_for_network_names_this_machine_in_link(board: RunScript) -> None:
     assert ("--env", "JETSON_FT_REACHED_AS=192.168.1.7:8000") in options
 
 
+@pytest.mark.parametrize(
+    ("host", "addresses", "published", "reached_as"),
+    [("fd00::1", "", "[fd00::1]", "[fd00::1]"), ("[fd00::1]", "", "[fd00::1]", "[fd00::1]"),
+     ("::1", "", "[::1]", "[::1]"), ("::", "192.168.1.7 fd00::1", "[::]", "192.168.1.7"),
+     ("0.0.0.0", "fd00::1 ", "0.0.0.0", "[fd00::1]"), ("::", "", "[::]", "127.0.0.1")],
+)  # fmt: skip
+def test_ipv6_address_is_in_brackets_before_the_port(
+    host: str, addresses: str, published: str, reached_as: str, board: RunScript, fake: FakeProgram
+) -> None:
+    fake("hostname", f"echo {addresses}")
+    options = set(pairwise(board(HOST=host)))
+    assert ("--publish", f"{published}:7860:7860") in options
+    assert ("--env", f"JETSON_FT_REACHED_AS={reached_as}:7860") in options
+    settings = board("--env", HOST=host)
+    assert {f"PUBLISH={published}", f"REACHED_AS={reached_as}:7860"} <= set(settings)
+
+
 def test_other_command_publishes_no_port(board: RunScript) -> None:
     words = board("train", "quickstart-zh", "--set", "data.train=it's mine.json")
     assert words[-5:] == [
