@@ -62,6 +62,13 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
+def cache_folder() -> Path:
+    """Return the folder of the client's cache: `HF_HUB_CACHE`, or else `HF_HOME` decides."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def list_files(repo: str, kind: Kind) -> list[str]:
     """Return the paths of a repository's files; of the cached ones if the Hub can't be reached."""
     from huggingface_hub import HfApi, snapshot_download
@@ -144,7 +151,7 @@ def _fetch_large_files(repo: str, kind: Kind, patterns: list[str]) -> None:
     from huggingface_hub.utils._headers import build_hf_headers
 
     info: Any = HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
-    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
+    cache = cache_folder() / repo_folder_name(repo_id=repo, repo_type=kind)
     for file in info.siblings:
         matches = any(fnmatch(file.rfilename, pattern) for pattern in patterns)
         blob = cache / "blobs" / file.lfs.sha256 if matches and file.lfs else None
@@ -202,7 +209,7 @@ def is_offline() -> bool:
 @contextmanager
 def hub_errors(repo: str, kind: Kind) -> Iterator[None]:
     """Raise any error of the Hub's client about `repo` as one plain `UserError`."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     status = 0
     try:
@@ -230,7 +237,7 @@ def hub_errors(repo: str, kind: Kind) -> Iterator[None]:
             if is_offline():
                 what = _("'{repo}' can't be downloaded: HF_HUB_OFFLINE is set.")
         elif isinstance(error, OSError):
-            raise disk_error(Path(error.filename or constants.HF_HOME), error) from error
+            raise disk_error(Path(error.filename or cache_folder()), error) from error
         else:
             raise
         where = f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"
