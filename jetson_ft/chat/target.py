@@ -10,7 +10,7 @@ from jetson_ft import adapter
 from jetson_ft.chat import memory_guard
 from jetson_ft.chat.session import ChatSession
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import read_json
+from jetson_ft.files import expand_user, read_json
 from jetson_ft.hardware import detect
 from jetson_ft.models import fast_import, files, loading
 from jetson_ft.models.loading import weight_format
@@ -50,8 +50,8 @@ def resolve_target(
     adapter_dir: Path | None = None
     if files.is_base_model(name):
         recipe = Recipe() if name == "base" else Recipe(model=name)
-    elif (Path(name).expanduser() / "adapter_config.json").is_file():
-        adapter_dir = Path(name).expanduser()
+    elif (expand_user(name) / "adapter_config.json").is_file():
+        adapter_dir = expand_user(name)
         if (adapter_dir / adapter.BASE_FILE).is_file():
             base = read_json(adapter_dir / adapter.BASE_FILE)["name"]
         else:  # an adapter of another program has PEFT's entry only

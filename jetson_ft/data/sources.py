@@ -11,7 +11,7 @@ from pathlib import Path
 from jetson_ft import hub
 from jetson_ft.data.readers import SUFFIXES
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import disk_errors
+from jetson_ft.files import disk_errors, expand_user
 
 BUNDLED_TRAIN = Path(__file__).with_name("bundled") / "zh_train.jsonl"
 BUNDLED_HELDOUT = BUNDLED_TRAIN.with_name("zh_heldout.jsonl")  # has no row of BUNDLED_TRAIN
@@ -37,7 +37,7 @@ def resolve_source(name: str) -> Source:
     """
     if name == "bundled":
         return Source(name, (BUNDLED_TRAIN,))
-    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    path = expand_user(name)
     with disk_errors(path):
         if path.is_file():
             return Source(name, (path,))

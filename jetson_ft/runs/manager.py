@@ -28,7 +28,7 @@ from jetson_ft.data import formats, readers, sources
 from jetson_ft.data import store as rows_store
 from jetson_ft.data.formats import RowError
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import disk_errors, printable, staged, write_atomic, write_json
+from jetson_ft.files import disk_errors, expand_user, printable, staged, write_atomic, write_json
 from jetson_ft.hardware import detect
 from jetson_ft.models import files
 from jetson_ft.recipe import Layout, Recipe
@@ -65,7 +65,7 @@ def check_recipe(recipe: Recipe) -> None:
     Data sets on the hub are fetched, and small files of models there.
     """
     if recipe.model != "embedded":
-        files.resolve_model(recipe.model, weights=Path(recipe.model).expanduser().exists())
+        files.resolve_model(recipe.model, weights=expand_user(recipe.model).exists())
     data = recipe.data
     if data.train != "bundled":
         _check_rows(data.train, data.format, data.encoding, data.on_invalid)
@@ -213,11 +213,11 @@ def check_only_longer(run: Run, old: Recipe, new: Recipe) -> None:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths, to resume the run from any folder."""
     copy = recipe.model_copy(deep=True)
-    copy.output_dir = str(Path(recipe.output_dir).expanduser().absolute())
+    copy.output_dir = str(expand_user(recipe.output_dir).absolute())
     for section, key in ((copy, "model"), (copy.data, "train"), (copy.data, "heldout")):
         value = getattr(section, key)
         if isinstance(value, str) and value not in ("embedded", "bundled", "auto"):
-            path = Path(value).expanduser()
+            path = expand_user(value)
             if path.exists():
                 setattr(section, key, str(path.absolute()))
     return copy
