@@ -91,8 +91,7 @@ def open_session(target: ChatTarget) -> ChatSession:
 
 
 def _latest_adapter_run(root: Path) -> Run:
-    for run in store.list_runs(root):
-        if run.adapter.is_dir():
-            return run
+    if runs := store.runs_with_adapter(root):
+        return runs[0]
     fix = _("`make finetune` makes one; `jetson-ft chat base` chats with the model as it is.")
     raise UserError(_("There is no adapter to chat with yet."), str(root), fix)

@@ -279,5 +279,10 @@ def list_runs(root: Path) -> list[Run]:
         return [Run(path) for path in paths if not path.name.startswith(".") and _is_run(path)]
 
 
+def runs_with_adapter(root: Path) -> list[Run]:
+    """Return the runs under the root that have a finished adapter, newest first."""
+    return [run for run in list_runs(root) if run.adapter.is_dir()]
+
+
 def _is_run(path: Path) -> bool:
     return (path / "recipe.yaml").is_file() and (path / "state.json").is_file()
