@@ -83,6 +83,12 @@ class LoraRecipe(_Section):
         description=_("Layers that get an adapter: `all-linear`, or a list of module names."),
     )
     rslora: bool = Field(False, description=_("Scale by alpha / sqrt(rank) instead (rsLoRA)."))
+    plus: float = Field(
+        1.0,
+        ge=1,
+        le=64,
+        description=_("Learning rate of the B matrices, as a multiple of the A matrices' (LoRA+)."),
+    )
     dora: bool = Field(
         False, description=_("Train magnitude and direction separately (DoRA); slower.")
     )
