@@ -1,4 +1,4 @@
-"""Find the files of a data source: the bundled set, a file, or a data set on the Hub."""
+"""Find the files of a data source: a bundled set, a file, or a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -7,14 +7,31 @@ import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jetson_ft import hub
 from jetson_ft.data.readers import SUFFIXES
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors, expand_user
 
-BUNDLED_TRAIN = Path(__file__).with_name("bundled") / "zh_train.jsonl"
-BUNDLED_HELDOUT = BUNDLED_TRAIN.with_name("zh_heldout.jsonl")  # has no row of BUNDLED_TRAIN
+_BUNDLED = Path(__file__).with_name("bundled")
+
+
+class BundledSet(NamedTuple):
+    """Chinese rows that come with the program; no row is in both files."""
+
+    train: Path
+    heldout: Path
+    heldout_rows: int
+
+
+# By the name that `data.train` and `data.heldout` take.
+BUNDLED = {
+    "bundled": BundledSet(_BUNDLED / "zh_train.jsonl", _BUNDLED / "zh_heldout.jsonl", 66),
+    "bundled-short": BundledSet(
+        _BUNDLED / "zh_short_train.jsonl", _BUNDLED / "zh_short_heldout.jsonl", 100
+    ),
+}
 
 _SUFFIXES = ", ".join(SUFFIXES)
 _NOT_ROWS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
@@ -30,13 +47,13 @@ class Source:
 
 
 def resolve_source(name: str) -> Source:
-    """Return the files of `bundled`, a path, or `owner/name[/file]` on the Hub (downloaded).
+    """Return the files of a bundled set, a path, or `owner/name[/file]` on the Hub (downloaded).
 
     Raises:
         UserError: not found, or the data set has no file or several files that could be meant.
     """
-    if name == "bundled":
-        return Source(name, (BUNDLED_TRAIN,))
+    if name in BUNDLED:
+        return Source(name, (BUNDLED[name].train,))
     path = expand_user(name)
     with disk_errors(path):
         if path.is_file():
@@ -57,8 +74,8 @@ def _not_found(path: Path) -> UserError:
     folder = path if path.is_dir() else path.parent
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     choices = Message(
-        _("`data.train` takes `bundled`, a file ({suffixes}) or a Hub data set id (`owner/name`)."),
-        {"suffixes": _SUFFIXES},
+        _("`data.train` takes {bundled}, a file ({suffixes}) or a Hub data set id (`owner/name`)."),
+        {"bundled": ", ".join(f"`{name}`" for name in BUNDLED), "suffixes": _SUFFIXES},
     )
     if path.is_dir():
         what = _("This is a folder, not a data file.")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jetson_ft.data import formats
 from jetson_ft.data.formats import ChatMessage, RowError
 from jetson_ft.data.readers import read_rows
-from jetson_ft.data.sources import BUNDLED_HELDOUT, Source, resolve_source
+from jetson_ft.data.sources import BUNDLED, Source, resolve_source
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.files import cache_dir, cached_sha256, printable, read_json, staged, write_json
 from jetson_ft.recipe import DataRecipe, Layout
@@ -105,8 +105,9 @@ def split_rows(data: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset, Sp
         resolve_source(data.train), data.format, data.encoding, data.on_invalid
     )
     source = heldout_report = None
-    if data.heldout == "bundled" or (data.heldout == "auto" and data.train == "bundled"):
-        source = Source("bundled held-out rows", (BUNDLED_HELDOUT,))
+    name = data.train if data.heldout == "auto" else data.heldout
+    if name in BUNDLED:
+        source = Source(f"{name} held-out rows", (BUNDLED[name].heldout,))
     elif isinstance(data.heldout, str) and data.heldout != "auto":
         source = resolve_source(data.heldout)
     if source:

@@ -36,8 +36,9 @@ class DataRecipe(_Section):
     train: Text = Field(
         "bundled",
         description=_(
-            "Rows to train on: `bundled` (the bundled Chinese set), a file (.json, .jsonl, .csv, "
-            ".parquet) or a Hub data set id such as `owner/name`."
+            "Rows to train on: `bundled` or `bundled-short` (Chinese rows that come with the "
+            "program, with long or short answers), a file (.json, .jsonl, .csv, .parquet) or a Hub "
+            "data set id such as `owner/name`."
         ),
     )
     heldout: Count | Text = Field(

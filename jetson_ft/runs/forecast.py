@@ -27,7 +27,7 @@ from jetson_ft.training.planner import Plan
 
 THIS_MACHINE = "this machine"
 _ANY_WEIGHTS = WeightFormat("bf16")  # `_forecast` puts the device's own in its place
-_BUNDLED_HELDOUT, _AUTO_HELDOUT = 66, 60  # rows
+_AUTO_HELDOUT = 60  # rows
 
 PreviewSegments = list[tuple[str, bool]]  # text, and whether it is trained on
 
@@ -145,8 +145,8 @@ def _split(recipe: Recipe, known: LengthHistogram) -> tuple[LengthHistogram, int
     rows = known.cut(data.max_length)
     if isinstance(data.heldout, int):
         count = min(data.heldout, rows.rows - 1)
-    elif data.train == "bundled":
-        return rows, _BUNDLED_HELDOUT
+    elif data.train in sources.BUNDLED:
+        return rows, sources.BUNDLED[data.train].heldout_rows
     else:
         count = _AUTO_HELDOUT
     return replace(rows, rows=rows.rows - count), count

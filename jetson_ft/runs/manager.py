@@ -67,9 +67,9 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.model != "embedded":
         files.resolve_model(recipe.model, weights=expand_user(recipe.model).exists())
     data = recipe.data
-    if data.train != "bundled":
+    if data.train not in sources.BUNDLED:
         _check_rows(data.train, data.format, data.encoding, data.on_invalid)
-    if isinstance(data.heldout, str) and data.heldout not in ("auto", "bundled"):
+    if isinstance(data.heldout, str) and data.heldout not in ("auto", *sources.BUNDLED):
         _check_rows(data.heldout, "auto", "auto", data.on_invalid)
 
 
@@ -216,7 +216,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     copy.output_dir = str(expand_user(recipe.output_dir).absolute())
     for section, key in ((copy, "model"), (copy.data, "train"), (copy.data, "heldout")):
         value = getattr(section, key)
-        if isinstance(value, str) and value not in ("embedded", "bundled", "auto"):
+        if isinstance(value, str) and value not in ("embedded", "auto", *sources.BUNDLED):
             path = expand_user(value)
             if path.exists():
                 setattr(section, key, str(path.absolute()))

@@ -1,4 +1,4 @@
-"""The bundled Chinese rows: enough, well formed, different from each other, held-out apart."""
+"""The bundled rows with long answers: enough, well formed, different, held-out apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jetson_ft.data.formats import to_messages
-from jetson_ft.data.sources import BUNDLED_HELDOUT
+from jetson_ft.data.sources import BUNDLED
 
 Row = dict[str, Any]
 KINDS = {
@@ -23,7 +23,7 @@ KINDS = {
 
 @cache
 def rows(name: str) -> list[Row]:
-    path = BUNDLED_HELDOUT.with_name(f"zh_{name}.jsonl")
+    path = getattr(BUNDLED["bundled"], name)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -50,15 +50,15 @@ def test_known_lengths_of_alpaca_have_the_counted_mean() -> None:
 
 
 @pytest.mark.slow
-def test_known_lengths_of_the_bundled_rows_are_true() -> None:
-    from jetson_ft.runs.forecast import _BUNDLED_HELDOUT
-
-    histogram = lengths.measure_lengths(tokenized(sources.BUNDLED_TRAIN))
-    known = KNOWN_LENGTHS["bundled", "embedded"].cut(512)
+@pytest.mark.parametrize("name", sources.BUNDLED)
+def test_known_lengths_of_the_bundled_rows_are_true(name: str) -> None:
+    bundled = sources.BUNDLED[name]
+    histogram = lengths.measure_lengths(tokenized(bundled.train))
+    known = KNOWN_LENGTHS[name, "embedded"].cut(512)
     assert (histogram.rows, histogram.longest) == (known.rows, known.longest)
     assert histogram.mean == pytest.approx(known.mean, rel=0.01)
     assert histogram.supervised == pytest.approx(known.supervised, rel=0.01)
-    assert len(sources.BUNDLED_HELDOUT.read_text(encoding="utf-8").splitlines()) == _BUNDLED_HELDOUT
+    assert len(bundled.heldout.read_text(encoding="utf-8").splitlines()) == bundled.heldout_rows
 
 
 def tokenized(path: Path) -> Any:
@@ -66,4 +66,4 @@ def tokenized(path: Path) -> Any:
     gguf = embedded._packaged_gguf()
     tokenizer = loading.load_tokenizer(BaseModelFiles("embedded", gguf.parent, gguf.name))
     rows, _ = store.read_source(sources.resolve_source(str(path)))
-    return tokenize.tokenize_rows(rows, "bundled", tokenizer, 512)[0]
+    return tokenize.tokenize_rows(rows, str(path), tokenizer, 512)[0]

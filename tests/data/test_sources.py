@@ -15,7 +15,8 @@ from jetson_ft.errors import UserError
 
 
 def test_bundled_and_file_are_resolved(tmp_path: Path) -> None:
-    assert resolve_source("bundled").files == (sources.BUNDLED_TRAIN,)
+    for name, bundled in sources.BUNDLED.items():
+        assert resolve_source(name).files == (bundled.train,)
     path = write(tmp_path, "a.json", "[]")
     assert resolve_source(str(path)).files == (path,)
 

@@ -311,8 +311,7 @@ def test_bundled_rows_have_their_own_heldout_set(
 ) -> None:
     train = source(tmp_path, [row(1)], "train.jsonl").files[0]
     heldout = source(tmp_path, [row(2)], "heldout.jsonl").files[0]
-    monkeypatch.setattr(sources, "BUNDLED_TRAIN", train)
-    monkeypatch.setattr(store, "BUNDLED_HELDOUT", heldout)
+    monkeypatch.setitem(sources.BUNDLED, "bundled", sources.BundledSet(train, heldout, 0))
     train_rows, held, _ = store.split_rows(DataRecipe())
     assert (answers(train_rows), answers(held)) == (["答案1"], ["答案2"])
 

@@ -246,7 +246,7 @@ def test_shipped_recipe_has_a_comment_for_every_key(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("quickstart-zh", ("embedded", "bundled", "none")),
+        ("quickstart-zh", ("embedded", "bundled-short", "none")),
         ("phi-1_5-zh", ("microsoft/phi-1_5", "llamafactory/alpaca_zh", "none")),
         ("phi-1_5-zh-qlora", ("microsoft/phi-1_5", "llamafactory/alpaca_zh", "nf4")),
         ("phi-1_5-zh-int8", ("microsoft/phi-1_5", "llamafactory/alpaca_zh", "int8")),
