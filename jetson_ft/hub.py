@@ -71,21 +71,30 @@ def cache_folder() -> Path:
 
 def list_files(repo: str, kind: Kind) -> list[str]:
     """Return the paths of a repository's files; of the cached ones if the Hub can't be reached."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError
+    from huggingface_hub import HfApi
 
     with hub_errors(repo, kind):
         # Checked first, since the client retries for half a minute before it gives up.
         if reachable():
             return sorted(HfApi().list_repo_files(repo, repo_type=kind))
-        try:
-            folder = Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
-        except IncompleteSnapshotError as error:  # usual: only the files that we need are fetched
-            folder = Path(error.snapshot_path)
-        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-        if not files:
+        folder = cached_folder(repo, kind)
+        files = [path for path in folder.rglob("*") if path.is_file()] if folder else []
+        if not folder or not files:
             raise ConnectionError("no answer")
-        return sorted(files)
+        return sorted(str(path.relative_to(folder)) for path in files)
+
+
+def cached_folder(repo: str, kind: Kind) -> Path | None:
+    """Return the folder of the files that are in the local cache, or None; use no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
+    except IncompleteSnapshotError as error:  # usual: only the files that we need are fetched
+        return Path(error.snapshot_path)
+    except LocalEntryNotFoundError:
+        return None
 
 
 def downloaded_models() -> list[str]:

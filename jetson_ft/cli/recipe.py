@@ -10,6 +10,7 @@ from typer import Option
 
 from jetson_ft.cli import output
 from jetson_ft.cli.output import JsonOption, RecipeArgument, SetOption
+from jetson_ft.errors import UserError, _
 from jetson_ft.i18n import duration
 
 if TYPE_CHECKING:
@@ -53,7 +54,10 @@ def schema() -> None:
 
 
 def plan(
-    recipe: RecipeArgument,
+    recipe: Annotated[str | None, output.RECIPE] = None,
+    model: Annotated[
+        str | None, Option(help="Model to plan, as in `jetson-ft models`; else the recipe's.")
+    ] = None,
     device: Annotated[str | None, Option(help="One module, as orin-nx-16gb; else all.")] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -63,7 +67,15 @@ def plan(
     from jetson_ft.runs.forecast import forecast_recipe
 
     with output.json_errors(as_json):
-        forecast = forecast_recipe(recipes.load_recipe(recipe, overrides or []), device)
+        overrides = [*(overrides or []), *([f"model={model}"] if model is not None else [])]
+        if recipe is not None:
+            planned = recipes.load_recipe(recipe, overrides)
+        elif model is not None:
+            planned = recipes.parse_recipe("", "", overrides)
+        else:
+            what, fix = _("Nothing to plan."), _("Name a recipe, or a model with `--model NAME`.")
+            raise UserError(what, "jetson-ft plan", fix)
+        forecast = forecast_recipe(planned, device)
     if as_json:
         output.print_json(forecast.as_json())
         return

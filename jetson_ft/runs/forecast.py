@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from jetson_ft import hub
 from jetson_ft.data import lengths, sources, store, tokenize
 from jetson_ft.data.chat_template import CONTEXT, encode
 from jetson_ft.data.formats import ChatMessage
@@ -18,6 +19,8 @@ from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import catalog, files, loading
+from jetson_ft.models.dims import ModelDims
+from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe
 from jetson_ft.training import memory, planner
@@ -111,45 +114,150 @@ def _forecast(
 
 
 def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
-    """Return the workload by built-in dimensions and lengths, or by files; and its sources."""
-    dims = catalog.KNOWN_DIMS.get(recipe.model)
-    known = lengths.KNOWN_LENGTHS.get((recipe.data.train, recipe.model))
-    if dims and known:
-        train, heldout = _split(recipe, known)
-        others = recipe.lora, recipe.train, train, heldout * train.mean
-        return Workload(dims, _ANY_WEIGHTS, *others), [
-            f"model: built-in dimensions of {recipe.model}; no file was read",
-            f"rows: built-in lengths of {recipe.data.train}, {known.rows:,} rows; no file was read",
-        ]
+    """Return the workload by built-in dimensions and lengths, or by files; and its sources.
+
+    Of a model in the catalog nothing is downloaded. Lengths are estimated for rows that have
+    built-in lengths for another tokenizer, and where the model's tokenizer is not on this machine.
+    """
+    data, dims = recipe.data, catalog.KNOWN_DIMS.get(recipe.model)
+    known, base = lengths.KNOWN_LENGTHS.get((data.train, recipe.model)), None
+    if dims:
+        model_source = f"model: built-in dimensions of {recipe.model}; no file was read"
+    else:
+        base = _files_of_unknown_model(recipe.model)
+        dims = catalog.model_dims(base)
+        model_source = f"model: config of {recipe.model}; no weights were read"
+    if known:
+        source = f"built-in lengths of {data.train}, {known.rows:,} rows; no file was read"
+        return _workload(recipe, dims, known), [model_source, f"rows: {source}"]
+    scaled = _scaled_lengths(data.train, dims.vocabulary)
+    if base is None and (data.train == "bundled" or not scaled):
+        base = _files_here(recipe.model)
+    has_tokenizer = base is not None and _has_tokenizer(base)
+    # A known data set on the Hub is large: it is neither downloaded nor tokenized for a prediction.
+    if scaled and not (has_tokenizer and data.train == "bundled"):
+        source = f"built-in lengths of {data.train} for another tokenizer, converted"
+        return _workload(recipe, dims, scaled), [model_source, f"rows: {source} (within 20%)"]
     try:
-        base = files.resolve_model(recipe.model, weights=False)
-        rows = prepare_rows(recipe.data, loading.load_tokenizer(base))
+        if base and has_tokenizer:
+            rows = prepare_rows(data, loading.load_tokenizer(base))
+            source = f"rows: {len(rows.train):,} read from {data.train} and tokenized"
+            return describe_workload(recipe, _ANY_WEIGHTS, base, rows), [model_source, source]
+        read, _report = store.read_source(
+            sources.resolve_source(data.train), layout=data.format, encoding=data.encoding,
+            on_invalid=data.on_invalid,
+        )  # fmt: skip
     except UserError as error:
-        planned = "; ".join(f"{data} with {model}" for data, model in lengths.KNOWN_LENGTHS)
-        fix = Message(_("Planned without any file: {known}."), {"known": planned})
+        names = ", ".join(dict.fromkeys(name for name, _model in lengths.KNOWN_LENGTHS))
+        fix = Message(_("Planned without their file: {names}."), {"names": names})
         fixes = [error.fix, fix] if str(error.fix) else [fix]
         raise UserError(error.what, error.where, joined(fixes, " ")) from error
-    return describe_workload(recipe, _ANY_WEIGHTS, base, rows), [
-        f"model: config of {recipe.model}; no weights were read",
-        f"rows: {len(rows.train):,} read from {recipe.data.train} and tokenized",
-    ]
+    estimated = lengths.estimate_lengths(read["messages"], dims.vocabulary)
+    source = f"{len(read):,} read from {data.train}; tokens estimated from characters (within 20%)"
+    return _workload(recipe, dims, estimated), [model_source, f"rows: {source}: no tokenizer here"]
 
 
-def _split(recipe: Recipe, known: LengthHistogram) -> tuple[LengthHistogram, int]:
-    """Return the lengths of the training rows, and the number of held-out rows.
+def _files_here(model: str) -> BaseModelFiles | None:
+    """Return a known model's files as far as they are on this machine."""
+    if model == "embedded":
+        return files.resolve_model(model)
+    folder = hub.cached_folder(model, "model")
+    return BaseModelFiles(model, folder) if folder else None
+
+
+def _files_of_unknown_model(model: str) -> BaseModelFiles:
+    try:
+        return files.resolve_model(model, weights=False)
+    except UserError as error:
+        fix = _("`jetson-ft models` lists the models that are planned without their files.")
+        fixes = [error.fix, Message(fix)] if str(error.fix) else [Message(fix)]
+        if near := catalog.nearest_name(model):
+            fixes.insert(0, Message(_("Did you mean `{near}`?"), {"near": near}))
+        raise UserError(error.what, error.where, joined(fixes, " ")) from error
+
+
+def _has_tokenizer(base: BaseModelFiles) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return bool(base.gguf_file) or any((base.folder / name).is_file() for name in names)
+
+
+def _scaled_lengths(train: str, vocabulary: int) -> LengthHistogram | None:
+    """Return the known lengths of a data set for a tokenizer with that vocabulary, or None."""
+    for (name, model), histogram in lengths.KNOWN_LENGTHS.items():
+        if name == train:
+            counted = catalog.KNOWN_DIMS[model].vocabulary
+            return histogram.scaled(lengths.token_factor(counted, vocabulary))
+    return None
+
+
+def _workload(recipe: Recipe, dims: ModelDims, known: LengthHistogram) -> Workload:
+    """Return the workload of training on rows of these lengths, some of them held out.
 
     The number of rows in a held-out file is an estimate. All rows above the length limit count as
     truncated, also those that would be dropped.
     """
     data = recipe.data
     rows = known.cut(data.max_length)
-    if isinstance(data.heldout, int):
-        count = min(data.heldout, rows.rows - 1)
-    elif data.train in sources.BUNDLED:
-        return rows, sources.BUNDLED[data.train].heldout_rows
+    heldout = min(_AUTO_HELDOUT, max(1, rows.rows // 10))
+    if data.train in sources.BUNDLED and not isinstance(data.heldout, int):
+        train, heldout = rows, sources.BUNDLED[data.train].heldout_rows
     else:
-        count = _AUTO_HELDOUT
-    return replace(rows, rows=rows.rows - count), count
+        if isinstance(data.heldout, int):
+            heldout = data.heldout
+        heldout = min(heldout, rows.rows - 1)
+        train = replace(rows, rows=rows.rows - heldout)
+    return Workload(dims, _ANY_WEIGHTS, recipe.lora, recipe.train, train, heldout * train.mean)
+
+
+# --- all known models -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelForecast:
+    """A known model, and in which weight format it is trained on modules of each memory size."""
+
+    name: str
+    parameters: int
+    file_bytes: int
+    licence: str
+    gated: bool
+    # By memory in GiB: the largest `format` that fits with its `peak_memory_bytes`, or None.
+    fits: dict[int, dict[str, Any] | None]
+
+
+def forecast_models() -> tuple[Recipe, list[ModelForecast]]:
+    """Plan one job for each known model on each class of boards; return the job's recipe too."""
+    job = Recipe.model_validate({"data": {"train": "llamafactory/alpaca_zh", "max_length": 1024}})
+    forecasts = []
+    for name, model in catalog.MODELS.items():
+        known = _scaled_lengths(job.data.train, model.dims.vocabulary)
+        assert known is not None
+        workload = _workload(job, model.dims, known)
+        forecast = ModelForecast(
+            name=name,
+            parameters=model.dims.parameters,
+            file_bytes=model.file_bytes,
+            licence=model.licence,
+            gated=model.gated,
+            fits={
+                memory_gib: _largest_format(workload, board.device())
+                for memory_gib, board in sorted(boards.BOARD_CLASSES.items())
+            },
+        )
+        forecasts.append(forecast)
+    return job, forecasts
+
+
+def _largest_format(workload: Workload, device: Device) -> dict[str, Any] | None:
+    """Return the first weight format that fits of bf16, int8 and nf4."""
+    budget = planner.memory_budget(workload, device)
+    for quantize in ("none", "int8", "nf4"):
+        weights = WeightFormat("bf16", quantize)
+        peak = planner.least_memory(replace(workload, weights=weights), device)
+        if peak <= budget:
+            name = "bf16" if quantize == "none" else quantize
+            return {"format": name, "peak_memory_bytes": peak}
+    return None
 
 
 # --- dry run and inspection -------------------------------------------------------------------
