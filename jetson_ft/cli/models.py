@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from rich.table import Table
-
 from jetson_ft.cli import output
 from jetson_ft.cli.output import JsonOption
-
-_TABLE_WIDTH = 104
 
 
 def models(as_json: JsonOption = False) -> None:
@@ -21,20 +17,19 @@ def models(as_json: JsonOption = False) -> None:
         entries = [asdict(forecast) for forecast in forecasts]
         output.print_json({"schema": 1, "job": job.model_dump(), "models": entries})
         return
-    columns = ["name", "parameters", "on disk", "licence", *(f"{m} GB" for m in forecasts[0].fits)]
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name, no_wrap=True, justify="right" if name in columns[1:3] else "left")
+    rows = [("name", "parameters", "on disk", "licence", *(f"{m} GB" for m in forecasts[0].fits))]
     for forecast in forecasts:
-        table.add_row(
-            forecast.name,
+        fits = (fit["format"] if fit else "no" for fit in forecast.fits.values())
+        licence = forecast.licence + (" (gated)" if forecast.gated else "")
+        parameters, size = (
             f"{forecast.parameters / 1e9:.2f} B",
             f"{forecast.file_bytes / 1e9:.1f} GB",
-            forecast.licence + (" (gated)" if forecast.gated else ""),
-            *(fit["format"] if fit else "no" for fit in forecast.fits.values()),
         )
-    # In a narrower terminal its lines are wrapped; Rich would leave columns out.
-    output.out.print(table, width=max(output.out.width, _TABLE_WIDTH))
+        rows.append((forecast.name, parameters, size, licence, *fits))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # not a table of Rich, which cuts names off in a narrow terminal
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        output.show("  ".join(cells).rstrip())
     output.out.print()
     output.show(
         "By the board's memory: the largest format of the weights that fits, for LoRA of rank "
