@@ -85,16 +85,21 @@ def list_files(repo: str, kind: Kind) -> list[str]:
 
 
 def cached_folder(repo: str, kind: Kind) -> Path | None:
-    """Return the folder of the files that are in the local cache, or None; use no network."""
+    """Return the folder of the files that are in the local cache, or None; use no network.
+
+    Raises:
+        UserError: the name is impossible, or the cache can't be read.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
-    except IncompleteSnapshotError as error:  # usual: only the files that we need are fetched
-        return Path(error.snapshot_path)
-    except LocalEntryNotFoundError:
-        return None
+    with hub_errors(repo, kind):
+        try:
+            return Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
+        except IncompleteSnapshotError as error:  # usual: only needed files are downloaded
+            return Path(error.snapshot_path)
+        except LocalEntryNotFoundError:
+            return None
 
 
 def downloaded_models() -> list[str]:

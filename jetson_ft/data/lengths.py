@@ -85,7 +85,7 @@ def lengths_from_counts(sizes: Any, supervised: Any) -> LengthHistogram:
 # Tokens per Chinese character, by the least size of a vocabulary that has it. Counted over 800 rows
 # of alpaca_zh and the bundled ones: 2.2 and 1.9 (Phi-1.5, SmolLM2), 0.84 to 0.95 (Llama 3), 0.65 to
 # 0.78 (Qwen2.5). For larger vocabularies (Gemma 3, Qwen3.5, Phi-4-mini) that of Qwen2.5 is taken.
-_WIDE_CHARACTER_TOKENS = {150_000: 0.7, 100_000: 0.9, 0: 2.0}
+_WIDE_CHARACTER_TOKENS = {150_000: 0.75, 100_000: 0.9, 0: 2.0}
 _NARROW_CHARACTER_TOKENS = 0.25  # usual for English, with every vocabulary
 _FIRST_WIDE = "\u2e80"  # where Unicode's East Asian scripts begin
 _WIDE_SHARE = 0.8  # of the characters in both data sets of `KNOWN_LENGTHS`

@@ -166,9 +166,14 @@ def _files_here(model: str) -> BaseModelFiles | None:
 
 
 def _files_of_unknown_model(model: str) -> BaseModelFiles:
+    """Return a model's files without its weights; of one on the Hub its config is enough."""
     try:
         return files.resolve_model(model, weights=False)
     except UserError as error:
+        if error.__cause__ is not None and hub.REPO_ID.fullmatch(model):  # of the Hub's client
+            base = _files_here(model)
+            if base and (base.folder / "config.json").is_file():
+                return base
         fix = _("`jetson-ft models` lists the models that are planned without their files.")
         fixes = [error.fix, Message(fix)] if str(error.fix) else [Message(fix)]
         if near := catalog.nearest_name(model):

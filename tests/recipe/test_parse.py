@@ -212,7 +212,8 @@ def test_wrong_values_raise_nothing_but_recipe_errors(
 
 SHIPPED = {
     "quickstart-zh", "phi-1_5-zh", "phi-1_5-zh-quick", "phi-1_5-zh-qlora", "phi-1_5-zh-int8",
-    "phi-1_5-zh-seeed", "embedded-zh-1h",
+    "phi-1_5-zh-seeed", "embedded-zh-1h", "qwen3-0.6b-zh", "qwen3-1.7b", "qwen3-4b-qlora",
+    "llama-3.2-1b", "gemma-3-1b", "smollm2-360m",
 }  # fmt: skip
 
 
@@ -250,6 +251,8 @@ def test_shipped_recipe_has_a_comment_for_every_key(name: str) -> None:
         ("phi-1_5-zh", ("microsoft/phi-1_5", "llamafactory/alpaca_zh", "none")),
         ("phi-1_5-zh-qlora", ("microsoft/phi-1_5", "llamafactory/alpaca_zh", "nf4")),
         ("phi-1_5-zh-int8", ("microsoft/phi-1_5", "llamafactory/alpaca_zh", "int8")),
+        ("qwen3-0.6b-zh", ("Qwen/Qwen3-0.6B", "bundled", "none")),
+        ("qwen3-4b-qlora", ("Qwen/Qwen3-4B", "llamafactory/alpaca_zh", "nf4")),
     ],
 )
 def test_shipped_recipe_has_the_settings_of_its_name(
