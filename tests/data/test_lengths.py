@@ -55,7 +55,7 @@ def test_known_lengths_of_alpaca_have_the_counted_mean() -> None:
 @pytest.mark.parametrize(
     ("vocabulary", "bundled", "alpaca"),
     [(49_152, 234.2, 331.0), (128_256, 122.3, 157.1), (151_936, 102.4, 124.3)],
-    ids=["SmolLM2", "Llama 3", "Qwen2.5"],
+    ids=["SmolLM2", "Llama 3", "Qwen3"],
 )
 def test_converted_lengths_are_near_what_other_tokenizers_count(
     vocabulary: int, bundled: float, alpaca: float
