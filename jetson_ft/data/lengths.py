@@ -84,7 +84,7 @@ def lengths_from_counts(sizes: Any, supervised: Any) -> LengthHistogram:
 
 # Tokens per Chinese character, by the least size of a vocabulary that has it. Counted over 800 rows
 # of alpaca_zh, and the bundled ones: 1.8 and 1.9 (SmolLM2), 0.84 and 0.95 (Llama 3), 0.65 and 0.78
-# (the 151,643 tokens of Qwen to Qwen3); by the lengths below, 2.2 (Phi-1.5). For larger vocabularies
+# (151,643 tokens, Qwen to Qwen3); by the lengths below, 2.2 (Phi-1.5). For larger vocabularies
 # (Gemma 3, Qwen3.5, Phi-4-mini) that of Qwen is taken.
 _WIDE_CHARACTER_TOKENS = {150_000: 0.75, 100_000: 0.9, 0: 2.0}
 _NARROW_CHARACTER_TOKENS = 0.25  # usual for English, with every vocabulary
