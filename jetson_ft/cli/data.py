@@ -23,13 +23,16 @@ def inspect(
         Literal["auto", "alpaca", "sharegpt", "messages"], Option("--format", help="Row layout.")
     ] = "auto",
     encoding: Annotated[str, Option(help="auto, utf-8, gb18030, …")] = "auto",
+    column: Annotated[
+        list[str], Option(help="As in data.columns, such as question=title; several times.")
+    ] = [],  # noqa: B006 - typer copies it
     as_json: JsonOption = False,
 ) -> None:
     """Format, invalid rows and lengths of the data, and rows as tokenized."""
     from jetson_ft.runs.forecast import inspect_data
 
     with json_errors(as_json):
-        inspection = inspect_data(path, model, max_length, samples, layout, encoding)
+        inspection = inspect_data(path, model, max_length, samples, layout, encoding, column)
     if as_json:
         print_json(asdict(inspection))
         return
@@ -81,6 +84,12 @@ def print_source(read: dict[str, Any], places: int | None = None) -> None:
         f"rows:      {read['rows_read']:,} read, {read['rows_kept']:,} usable, "
         f"{read['duplicates']:,} duplicates"
     )
+    if read["unread"]:
+        names = ", ".join(f"{name} ({count:,})" for name, count in read["unread"].items())
+        show(f"not read:  {names}")
+    for file in read["files"]:
+        if file["unread_lists"]:
+            show(f"not read:  the lists {', '.join(file['unread_lists'])}")
     for reason, entry in read["dropped"].items():
         listed = entry["where"][:places]
         more = ["…"] if entry["count"] > len(listed) else []

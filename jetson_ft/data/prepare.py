@@ -41,7 +41,7 @@ def prepare_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> Prepar
     # Equal for two runs that train and evaluate on the same rows.
     parts = [
         split.train.sha256, split.heldout.sha256 if split.heldout else data.heldout,
-        data.format, data.encoding, data.on_invalid,
+        data.format, data.encoding, data.on_invalid, data.columns.chosen(),
     ]  # fmt: skip
     sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     key = f"{split.train.cache_key}-{split.heldout.cache_key if split.heldout else data.heldout}"

@@ -5,6 +5,7 @@ Memory and time are predicted for this machine and for every known board.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -19,7 +20,7 @@ from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import catalog, files, loading
 from jetson_ft.models.loading import WeightFormat, weight_format
-from jetson_ft.recipe import Recipe
+from jetson_ft.recipe import Recipe, parse_recipe
 from jetson_ft.training import memory, planner
 from jetson_ft.training.batches import plan_steps
 from jetson_ft.training.cost_model import COST_MODELS, Workload, describe_workload
@@ -206,6 +207,7 @@ def inspect_data(
     samples: int = 3,
     layout: str = "auto",
     encoding: str = "auto",
+    columns: Iterable[str] = (),
 ) -> Inspection:
     """Read and tokenize every row; unusable ones are counted, not refused.
 
@@ -214,10 +216,13 @@ def inspect_data(
         model: the one whose tokenizer is used.
         max_length: tokens at which a row is truncated.
         samples: number of rows to preview, evenly spread.
+        columns: settings of `data.columns`, such as `question=title`.
     """
+    settings = parse_recipe("", overrides=[f"data.columns.{text}" for text in columns]).data
     rows, read_report = store.read_source(
-        sources.resolve_source(name), layout=layout, encoding=encoding, on_invalid="skip"
-    )
+        sources.resolve_source(name), layout=layout, encoding=encoding, on_invalid="skip",
+        columns=settings.columns.chosen(),
+    )  # fmt: skip
     tokenizer = loading.load_tokenizer(files.resolve_model(model, weights=False))
     _tokens, token_report = tokenize.tokenize_rows(
         rows, read_report.cache_key, tokenizer, max_length

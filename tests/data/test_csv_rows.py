@@ -47,7 +47,7 @@ def test_csv_cells_stay_text_and_rows_of_other_length_are_malformed(tmp_path: Pa
 
 def test_csv_quote_that_is_never_closed_makes_the_rest_unreadable(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", 'q,a\n1,2\n"3,4\n5,6\n')
-    reason = "not valid CSV (unexpected end of data)"
+    reason = "a quote that is never closed (lines after it: 1)"
     assert located(path)[1:] == [(3, f"{reason}; nothing from here on can be read")]
 
 

@@ -146,6 +146,7 @@ class Form:
                 "data", "inspect", data.train, "--json", "--model", recipe.model,
                 "--max-length", str(data.max_length), "--format", data.format,
                 "--encoding", data.encoding,
+                *(f"--column={part}={name}" for part, name in data.columns.chosen().items()),
             )  # fmt: skip
             return render("inspection.jinja", self.t, **result)
 
