@@ -43,7 +43,7 @@ _DAMAGE = re.compile("[\ud800-\udfff\ufffd]")
 _SPEAKER = re.compile(r"(?:^|\n)[ \t]*(Human|Assistant)[ \t]*[:：]")
 _MOSS_MARKS = re.compile(r"\s*<\|[^|>]{1,30}\|>:(.*?)(?:<eo[a-z]>)?\s*", re.DOTALL)
 _FOLLOWING = {  # roles after a role; "call" is the assistant's with tool calls
-    "the start": {"user"},
+    "": {"user"},  # the start
     "user": {"assistant", "call"},
     "assistant": {"user"},
     "call": {"tool"},
@@ -335,7 +335,9 @@ def _check_order(messages: list[ChatMessage]) -> None:
         raise RowError(_("no messages"))
     if turns[-1] not in ("assistant", "call"):
         raise RowError(_("the last message is not the assistant's"))
-    for previous, role in zip(["the start", *turns], turns, strict=False):
+    for previous, role in zip(["", *turns], turns, strict=False):
         if role not in _FOLLOWING[previous]:
             template = _("user and assistant do not alternate: {role} after {previous}")
+            if not previous:
+                template = _("user and assistant do not alternate: {role} first")
             raise RowError(template, role=role, previous=previous)

@@ -86,7 +86,7 @@ def tokenize_rows(
             path.unlink(missing_ok=True)
         encoded = cached or rows.map(
             lambda row: _encode_row(row["messages"], tokenizer, max_length, truncation),
-            remove_columns=["messages"],
+            remove_columns=[name for name in rows.column_names if name != "row"],
             cache_file_name=str(path),
             new_fingerprint=key[:32],
             features=features,
