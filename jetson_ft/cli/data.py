@@ -87,9 +87,6 @@ def print_source(read: dict[str, Any], places: int | None = None) -> None:
     if read["unread"]:
         names = ", ".join(f"{name} ({count:,})" for name, count in read["unread"].items())
         show(f"not read:  {names}")
-    for file in read["files"]:
-        if file["unread_lists"]:
-            show(f"not read:  the lists {', '.join(file['unread_lists'])}")
     for reason, entry in read["dropped"].items():
         listed = entry["where"][:places]
         more = ["…"] if entry["count"] > len(listed) else []

@@ -148,11 +148,10 @@ class _JsonStream:
             yield self.line, self.value()
             separator = self.take(",]")
 
-    def skip_list(self) -> str:
-        """Skip a list and go on to the next one; see `next_list`."""
-        for _item in self.items():
-            pass
-        return self.next_list() if self.take(",}") == "," else ""
+    def skip_list(self) -> tuple[int, str]:
+        """Skip a list; return its length, and the key of the next one as `next_list` does."""
+        length = sum(1 for _item in self.items())
+        return length, self.next_list() if self.take(",}") == "," else ""
 
     def _advance(self, end: int) -> None:
         self.line += self._text.count("\n", self._at, end)
@@ -183,19 +182,21 @@ def list_key(path: Path, encoding: str) -> str:
         stream.take("{")
         first = key = stream.next_list()
         while key in _OTHER_SPLITS:
-            key = stream.skip_list()
+            _length, key = stream.skip_list()
     except RowError:
         pass
     return key if key == "train" else first
 
 
-def read_json(path: Path, encoding: str, key: str, unread: list[str]) -> Iterator[LocatedValue]:
+def read_json(
+    path: Path, encoding: str, key: str, unread: dict[str, int]
+) -> Iterator[LocatedValue]:
     """Yield the rows of an array, of the list `key` in an object, or of objects in succession.
 
     Where the JSON is not valid, a `RowError` is the last row.
 
     Args:
-        unread: gets the keys of the other parts of a split data set.
+        unread: gets the number of rows in the other parts of a split data set, by key.
     """
     stream = _JsonStream(encodings.decode_file(path, encoding))
     try:
@@ -205,8 +206,7 @@ def read_json(path: Path, encoding: str, key: str, unread: list[str]) -> Iterato
             stream.take("{")
             other = stream.next_list()
             while other != key:
-                unread.append(other)
-                other = stream.skip_list()
+                unread[other], other = stream.skip_list()
         elif stream.peek() == "{":
             while stream.peek():
                 yield stream.line, stream.value()
@@ -218,8 +218,7 @@ def read_json(path: Path, encoding: str, key: str, unread: list[str]) -> Iterato
                 raise RowError(
                     _("a second list of rows, `{second}`, besides `{key}`"), second=other, key=key
                 )
-            unread.append(other)
-            other = stream.skip_list()
+            unread[other], other = stream.skip_list()
         if stream.peek():
             raise RowError(_("text after the end of the JSON"))
     except RowError as error:

@@ -33,7 +33,7 @@ class FileInfo:
     """A data file's properties; `size` in bytes.
 
     `key` is that of the list of rows, where the file is one JSON object with such a list;
-    `unread_lists` gets the keys of the other lists (test rows) while the rows are read.
+    `unread_lists` gets the lengths of the other lists (test rows) while the rows are read.
     """
 
     path: Path
@@ -43,7 +43,7 @@ class FileInfo:
     sha256: str
     key: str = ""
     compression: Compression = ""
-    unread_lists: list[str] = field(default_factory=list)
+    unread_lists: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_rows(path: Path, encoding: str = "auto") -> tuple[FileInfo, Iterator[Nu
     container: Container = "parquet"
     sha256, size, key = cached_sha256(path), path.stat().st_size, ""
     packed, name, start = compression.inspect_file(path)
-    unread: list[str] = []
+    unread: dict[str, int] = {}
     head = ""
     if start.startswith(b"PAR1"):
         encoding, rows = "", _read_parquet(path)

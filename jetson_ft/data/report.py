@@ -34,7 +34,8 @@ class ReadReport:
 
     `dropped` has the rows left out by their reason in English: `count`, the first places (`where`,
     English), and both as `errors.Message.as_json` gives them (`message`, `places`). `unread` has
-    the rows by the name of a column, or of a field of messages, that has content but no use.
+    the rows by the name of a column, of a field of messages (`messages[].name`), or of a list in
+    the file (`test[]`) that has content but no use.
     """
 
     files: list[dict[str, Any]]
@@ -63,12 +64,12 @@ class ReadReport:
             entry["where"].append(str(place))
             entry["places"].append(place.as_json())
 
-    def add_unread(self, name: str) -> None:
-        """Count a row with a column that is not read."""
+    def add_unread(self, name: str, count: int = 1) -> None:
+        """Count rows with a column that is not read."""
         name = printable(name)[:MAX_NAME]
         if len(self.unread) >= _MAX_UNREAD and name not in self.unread:
             name = "…"
-        self.unread[name] = self.unread.get(name, 0) + 1
+        self.unread[name] = self.unread.get(name, 0) + count
 
 
 def check_dropped(report: ReadReport, on_invalid: str, name: str) -> None:

@@ -308,6 +308,8 @@ def _usable_rows(
                 side = "answer" if message["role"] == "assistant" else "question"
                 report.characters[side] += len(message["content"])
             yield report.rows_read, *_stored(conversation)
+        for key, count in info.unread_lists.items():
+            report.add_unread(f"{key}[]", count)
         report.files.append(asdict(info) | {"path": printable(str(path))})
 
 

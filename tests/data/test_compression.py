@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import pickle
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -110,6 +111,8 @@ def test_archive_of_far_larger_content_is_read_in_bounded_memory(
         (b"%PDF-1.7\n", "PDF"),
         (b"SQLite format 3\0", "SQLite"),
         (b"ARROW1\0\0", "Arrow file"),
+        (b"\x89HDF\r\n\x1a\n", "HDF5"),
+        (pickle.dumps([{"a": 1}]), "Python pickle"),
         (zipped({}), "empty zip archive"),
         (zipped({"[Content_Types].xml": "", "xl/workbook.xml": "<x/>"}), "Excel workbook"),
         (zipped({"word/document.xml": "<x/>"}), "Word document"),

@@ -87,12 +87,16 @@ def test_malformed_array_ends_with_one_malformed_row(
 
 def test_train_list_is_read_and_the_other_splits_are_named(tmp_path: Path) -> None:
     train, test = [{"a": 1}, {"a": 2}], [{"a": 3}]
-    for value in ({"train": train, "test": test}, {"test": test, "dev": [], "train": train}):
+    one, other = {"test": test}, {"test": test, "dev": [{}, {}]}
+    for value, lists in (
+        ({"train": train, **one}, {"test": 1}),
+        ({**other, "train": train}, {"test": 1, "dev": 2}),
+    ):
         for indent in (None, 1):
             info, rows = read_rows(write(tmp_path, "a.json", as_json(value, indent=indent)))
             with block_bytes(7):
                 assert [row.value for row in rows] == train
-            assert (info.key, info.unread_lists) == ("train", ["test"])
+            assert (info.key, info.unread_lists) == ("train", lists)
 
 
 def test_only_list_of_an_object_is_read_whatever_its_name(tmp_path: Path) -> None:

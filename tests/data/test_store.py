@@ -77,7 +77,7 @@ def test_usable_rows_are_kept_and_reported(tmp_path: Path) -> None:
                 "sha256": sha256,
                 "key": "",
                 "compression": "",
-                "unread_lists": [],
+                "unread_lists": {},
             }
         ],
         container="jsonl",
@@ -135,6 +135,13 @@ def test_columns_that_are_not_read_are_counted(tmp_path: Path) -> None:
     rows = [row(1, metadata={"x": 1}, input="nan"), row(2, metadata="y"), row(3, metadata=None)]
     _, report = store.read_source(source(tmp_path, rows))
     assert report.unread == {"input: nan": 1, "metadata": 2}
+
+
+def test_rows_of_other_splits_in_the_file_are_counted_as_not_read(tmp_path: Path) -> None:
+    splits = {"train": [row(1)], "test": [row(2), row(3)]}
+    (tmp_path / "a.json").write_text(json.dumps(splits))
+    rows, report = store.read_source(resolve_source(str(tmp_path / "a.json")))
+    assert (len(rows), report.unread) == (1, {"test[]": 2})
 
 
 def test_report_keeps_a_bounded_number_of_names_and_reasons(tmp_path: Path) -> None:
