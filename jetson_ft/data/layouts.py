@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from jetson_ft.data.formats import (
@@ -78,10 +79,15 @@ class _Columns:
         self._read: set[str] = set()
 
     def find(self, purpose: str, *usual: str) -> str | None:
-        """Return the name of the column for a purpose: the chosen one, else a usual one."""
+        """Return the name of the column for a purpose: the chosen one, else a usual one.
+
+        Among the usual ones it is the first that has content, else the first.
+        """
         if purpose in self.chosen:
             return self.chosen[purpose]
-        return next((self.names[name] for name in usual if name in self.names), None)
+        names = [self.names[name] for name in usual if name in self.names]
+        filled = [name for name in names if self.row[name] not in NO_CONTENT]
+        return next(iter(filled or names), None)
 
     def read(self, name: str) -> str:
         """Note that a column is read; return its name."""
@@ -163,16 +169,29 @@ def _moss_turns(chat: dict[str, Any], key: str, unread: set[str]) -> list[dict[s
 
 def _pair_of(columns: _Columns) -> tuple[str | None, str | None, tuple[str, str]]:
     """Return the question's and the answer's column (None: missing), and their usual names."""
-    question, answer = columns.chosen.get("question"), columns.chosen.get("answer")
-    # The pair with both columns; else the first with one, so that the error names the other.
-    usual = max(
-        PAIRS,
-        key=lambda pair: (
-            (question is not None or pair[0] in columns.names)
-            + (answer is not None or pair[1] in columns.names)
-        ),
-    )
+    given = {key for key, name in columns.names.items() if columns.row[name] is not None}
+    chosen = frozenset(columns.chosen)
+    usual = _usual_pair(frozenset(given), frozenset(columns.names), chosen)
     return columns.find("question", usual[0]), columns.find("answer", usual[1]), usual
+
+
+@lru_cache(maxsize=256)
+def _usual_pair(
+    given: frozenset[str], names: frozenset[str], chosen: frozenset[str]
+) -> tuple[str, str]:
+    """Return the pair with both columns; else the first with one, so that errors name the other.
+
+    Args:
+        given: names of the columns that are not null.
+        names: names of all columns.
+        chosen: purposes that have a chosen column.
+    """
+
+    def columns_of(pair: tuple[str, str], names: frozenset[str]) -> int:
+        question, answer = pair
+        return ("question" in chosen or question in names) + ("answer" in chosen or answer in names)
+
+    return max(PAIRS, key=lambda pair: (columns_of(pair, given), columns_of(pair, names)))
 
 
 def _has_pair(columns: _Columns) -> bool:

@@ -106,6 +106,16 @@ def test_most_specific_pair_is_read_and_the_others_are_reported() -> None:
     assert unread == ["output", "prompt"]
 
 
+def test_columns_that_are_null_are_passed_over() -> None:
+    joined = {"instruction": None, "output": None, "question": "q", "answer": "a"}
+    assert to_conversation(joined, "alpaca").messages == [USER, ASSISTANT]
+    empty = {"conversations": None, "dialog": [USER, ASSISTANT]}
+    assert detect_layout(empty) == "sharegpt"
+    assert to_conversation(empty, "sharegpt").messages == [USER, ASSISTANT]
+    systems = {"question": "q", "answer": "a", "system": "", "system_prompt": "s"}
+    assert to_conversation(systems, "alpaca").messages == [SYSTEM, USER, ASSISTANT]
+
+
 @pytest.mark.parametrize("key", ["conversation", "conversations", "dialog", "dialogue", "Messages"])
 def test_list_of_messages_is_detected_by_its_name(key: str) -> None:
     for turns in ([USER, ASSISTANT], json.dumps([USER, ASSISTANT])):
