@@ -126,8 +126,8 @@ def _list_layout(*usual: str) -> tuple[_Matches, _Convert]:
     """Return the functions of a layout whose messages are in one column."""
 
     def matches(columns: _Columns) -> bool:
-        if "question" in columns.chosen and "messages" not in columns.chosen:
-            return False
+        if {"question", "messages"} & columns.chosen.keys():
+            return "messages" in columns.chosen
         value = columns.row.get(columns.find("messages", *usual) or "")
         is_json = isinstance(value, str) and value.lstrip().startswith("[")
         return bool(value) and (is_json or isinstance(value, list | dict))

@@ -19,7 +19,6 @@ FIXES = {
         "To train on the wanted answers, name their column: `--set data.columns.answer=chosen` (or "
         "`--set data.columns.messages=chosen` where it has the whole conversation)."
     ),
-    layouts.UNWANTED: _("Leave the unwanted answers out with `--set data.on_invalid=skip`."),
     formats.SEVERAL_ANSWERS: _("Write a row for each answer that is to be trained on."),
     json_rows.COLUMNAR: _(
         "Write one object for each row; with pandas: "
@@ -66,7 +65,7 @@ class ReadReport:
 
     def add_unread(self, name: str, count: int = 1) -> None:
         """Count rows with a column that is not read."""
-        name = printable(name)[:MAX_NAME]
+        name = printable(name)[:MAX_NAME] or '""'
         if len(self.unread) >= _MAX_UNREAD and name not in self.unread:
             name = "…"
         self.unread[name] = self.unread.get(name, 0) + count

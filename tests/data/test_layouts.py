@@ -294,6 +294,13 @@ def test_chosen_columns_are_read(
     assert to_conversation(value, layout, columns).messages == messages
 
 
+def test_chosen_column_of_messages_that_is_a_text_is_refused_by_name() -> None:
+    row = {"chosen": "Human: q", "rejected": "Human: r"}
+    assert detect_layout(row, {"messages": "chosen"}) == "messages"
+    with pytest.raises(RowError, match=r"^`chosen` is not a list"):
+        to_conversation(row, "messages", {"messages": "chosen"})
+
+
 def test_row_without_a_chosen_column_is_unusable() -> None:
     with pytest.raises(RowError, match="field `body` missing"):
         to_conversation({"question": "q", "answer": "a"}, "alpaca", {"answer": "body"})

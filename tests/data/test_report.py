@@ -24,9 +24,9 @@ def read(folder: Path, rows: list[Any], name: str = "a.jsonl") -> ReadReport:
 
 
 def test_columns_that_are_not_read_are_counted(tmp_path: Path) -> None:
-    rows = [row(1, metadata={"x": 1}, input="nan"), row(2, metadata="y"), row(3, metadata=None)]
-    report = read(tmp_path, rows)
-    assert report.unread == {"input: nan": 1, "metadata": 2}
+    one = row(1, metadata={"x": 1}, input="nan")
+    report = read(tmp_path, [one, row(2, metadata="y"), row(3, metadata=None, **{"": 3})])
+    assert report.unread == {"input: nan": 1, "metadata": 2, '""': 1}
 
 
 def test_rows_of_other_splits_in_the_file_are_counted_as_not_read(tmp_path: Path) -> None:
@@ -51,7 +51,6 @@ def test_report_keeps_a_bounded_number_of_names_and_reasons(tmp_path: Path) -> N
     [
         ([{"prompt": "q", "chosen": "a", "rejected": "b"}], "data.columns.answer=chosen"),
         ([{"messages": [], "rejected": "b"}], "data.columns.messages=chosen"),
-        ([row(1, label=False)], "data.on_invalid=skip"),
         ([row(1, output=["a", "b"])], "a row for each answer"),
         ([{"instruction": {"0": "q"}, "output": {"0": "a"}}], "orient='records'"),
     ],
