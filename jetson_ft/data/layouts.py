@@ -29,7 +29,6 @@ from jetson_ft.recipe import Layout
 
 NO_ANSWER = _("no answer")
 PREFERENCE = _("a preference pair: `{key}` has the unwanted answer")
-UNWANTED = _("an unwanted answer: `{key}` is false")
 
 NO_COLUMNS: Mapping[str, str] = {}
 
@@ -229,15 +228,19 @@ def _side(columns: _Columns, name: str, role: str) -> list[ChatMessage]:
 
 
 def _split_dialogue(text: str) -> list[ChatMessage]:
-    """Return the turns of a text `Human: … Assistant: …` that ends before the next answer."""
+    """Return the turns of a text `Human: … Assistant: … Human: … Assistant:`.
+
+    Any other text is one question.
+    """
     start, *pieces = _SPEAKER.split(text)
-    messages = [
-        ChatMessage(role=role_of(name), content=content.strip())
-        for name, content in zip(pieces[::2], pieces[1::2], strict=True)
-    ]
-    if start.strip() or not messages or messages[0]["role"] != "user" or messages[-1]["content"]:
+    roles, contents = [role_of(name) for name in pieces[::2]], pieces[1::2]
+    alternate = roles == ["user", "assistant"] * (len(roles) // 2)
+    if start.strip() or not roles or not alternate or contents[-1].strip():
         return [ChatMessage(role="user", content=text)]
-    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    return [
+        ChatMessage(role=role, content=content.strip())
+        for role, content in zip(roles[:-1], contents, strict=False)
+    ]
 
 
 def _history(columns: _Columns) -> list[ChatMessage]:
@@ -322,7 +325,7 @@ def to_conversation(
     for label in _LABELS:
         value = row.get(label)
         if value is False or (isinstance(value, str) and value.strip().casefold() == "false"):
-            raise RowError(UNWANTED, key=label)
+            raise RowError(_("an unwanted answer: `{key}` is false"), key=label)
     system = columns.optional("system", *_SYSTEM)
     messages = LAYOUTS[layout][1](columns)
     first = ChatMessage(role="system", content=system)

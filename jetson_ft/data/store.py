@@ -129,7 +129,8 @@ def split_rows(data: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset, Sp
 
 def heldout_columns(source: Source, columns: Mapping[str, str]) -> Mapping[str, str]:
     """Return the chosen columns of the training rows if the source has them too, else none."""
-    return columns if _lacking(source, "auto", columns) is None else NO_COLUMNS
+    has_all = columns and _missing_column(_first_rows(source, "auto"), columns) is None
+    return columns if has_all else NO_COLUMNS
 
 
 def _hashes(rows: datasets.Dataset) -> Any:
@@ -200,11 +201,12 @@ def _write_cache(
     schema = pa.schema(
         [("row", pa.int64()), ("hash", pa.uint64()), ("messages", messages), ("tools", pa.string())]
     )
-    if (lacking := _lacking(source, encoding, columns)) is not None:
-        raise lacking
+    first_rows = _first_rows(source, encoding) if columns or layout == "auto" else []
+    if (missing := _missing_column(first_rows, columns)) is not None:
+        raise missing
     chosen = cast(Layout, layout)
     if layout == "auto":
-        chosen = _detect_layout(source, encoding, columns)
+        chosen = _detect_layout(first_rows, columns, source.name)
     report = ReadReport([], "", chosen, "", "")
     usable = _usable_rows(source, chosen, encoding, columns, report)
     with staged(path) as file:
@@ -229,9 +231,10 @@ def _first_rows(source: Source, encoding: str) -> list[dict[str, Any]]:
     return list(itertools.islice(values, _DETECTION_ROWS))
 
 
-def _lacking(source: Source, encoding: str, columns: Mapping[str, str]) -> UserError | None:
-    """Return the error for a column that none of the first rows has; None if there is none."""
-    first_rows = _first_rows(source, encoding) if columns else []
+def _missing_column(
+    first_rows: list[dict[str, Any]], columns: Mapping[str, str]
+) -> UserError | None:
+    """Return the error for a chosen column that no row has; None if every one is there."""
     names = dict.fromkeys(name for row in first_rows for name in row)
     for purpose, name in columns.items():
         if first_rows and name not in names:
@@ -247,9 +250,10 @@ def _lacking(source: Source, encoding: str, columns: Mapping[str, str]) -> UserE
     return None
 
 
-def _detect_layout(source: Source, encoding: str, columns: Mapping[str, str]) -> Layout:
-    """Return the layout that most of the first readable rows have."""
-    first_rows = _first_rows(source, encoding)
+def _detect_layout(
+    first_rows: list[dict[str, Any]], columns: Mapping[str, str], name: str
+) -> Layout:
+    """Return the layout that most of the rows have; `name` is that of the source."""
     if not first_rows:
         return "messages"  # any will do: the reading reports what is malformed
     detected = (layouts.detect_layout(row, columns) for row in first_rows)
@@ -260,7 +264,7 @@ def _detect_layout(source: Source, encoding: str, columns: Mapping[str, str]) ->
         return "alpaca"  # the reading reports that these are preference pairs
     raise UserError(
         _("The rows have no known layout; the first one has {keys}."),
-        source.name,
+        name,
         _(
             "Name the fields `instruction` and `output` (or `prompt` and `response`, `question` "
             "and `answer`), or give `conversations` (ShareGPT) or `messages` (OpenAI). Columns of "

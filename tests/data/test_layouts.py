@@ -179,6 +179,8 @@ def test_belle_dialogue_in_the_question_is_split_into_turns() -> None:
         "Human: q\nAssistant: a\nSummarise the above.",
         "Who wrote this?\nHuman: q\nAssistant:",
         "Assistant: a\nHuman: q\nAssistant:",
+        "Human: q\nAssistant: a\nHuman:",
+        "Human: q\nHuman: r\nAssistant:",
         "Human beings",
     ],
 )
