@@ -146,6 +146,7 @@ class Form:
                 "data", "inspect", data.train, "--json", "--model", recipe.model,
                 "--max-length", str(data.max_length), "--format", data.format,
                 "--encoding", data.encoding,
+                *(["--chat-template", data.chat_template] if data.chat_template else []),
             )  # fmt: skip
             return render("inspection.jinja", self.t, **result)
 
