@@ -48,11 +48,13 @@ def prepare_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> Prepar
     sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     key = f"{split.train.cache_key}-{split.heldout.cache_key if split.heldout else data.heldout}"
     train_ids, train_report = tokenize.tokenize_rows(
-        train, f"{key}-train", tokenizer, data.max_length, data.truncation, data.on_invalid
-    )
+        train, f"{key}-train", tokenizer, data.max_length, data.truncation, data.on_invalid,
+        data.train,
+    )  # fmt: skip
     heldout_ids, heldout_report = tokenize.tokenize_rows(
-        heldout, f"{key}-heldout", tokenizer, data.max_length, on_invalid=data.on_invalid
-    )
+        heldout, f"{key}-heldout", tokenizer, data.max_length, on_invalid=data.on_invalid,
+        source=split.heldout_from,
+    )  # fmt: skip
     kept = set(heldout_ids["row"])
     indices = [index for index, number in enumerate(heldout["row"]) if number in kept]
     return PreparedRows(

@@ -69,11 +69,13 @@ def tokenize_rows(
     max_length: int,
     truncation: str = "truncate",
     on_invalid: str = "error",
+    source: str = "",
 ) -> tuple[Dataset, TokenReport]:
     """Encode `rows` (columns row, messages, perhaps tools), identified in the cache by `rows_key`.
 
     Args:
         on_invalid: a row that the chat template refuses: `error`, or `skip` and count it.
+        source: where the rows are from, for errors.
 
     Returns:
         The rows kept, with the columns row, input_ids (int32), segments (uint8), length,
@@ -115,7 +117,8 @@ def tokenize_rows(
         path.unlink()
         raise UserError(
             _("{count} of {rows} rows can't be encoded:\n  - {refusals}"),
-            fix=_(
+            source,
+            _(
                 "Fix the rows, leave them out with `--set data.on_invalid=skip`, or set "
                 "`data.chat_template` to another template, such as `chatml`."
             ),

@@ -42,7 +42,7 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
         )
         encoded, _report = tokenize.tokenize_rows(
             messages, report.cache_key, tokenizer, recipe.data.max_length,
-            on_invalid=recipe.data.on_invalid,
+            on_invalid=recipe.data.on_invalid, source=data,
         )  # fmt: skip
         numbers = set(encoded["row"])
         conversations = [row for row in messages if row["row"] in numbers]

@@ -223,7 +223,7 @@ def inspect_data(
     base = files.resolve_model(model, weights=False)
     tokenizer = loading.load_tokenizer(base, chat_template)
     encoded, token_report = tokenize.tokenize_rows(
-        rows, read_report.cache_key, tokenizer, max_length, on_invalid="skip"
+        rows, read_report.cache_key, tokenizer, max_length, on_invalid="skip", source=name
     )
     kept = set(encoded["row"])
     usable = [index for index, number in enumerate(rows["row"]) if number in kept]
