@@ -144,7 +144,9 @@ def find_base_name(folder: Path) -> tuple[str | None, Path]:
     file, key = folder / BASE_FILE, "name"
     if not file.is_file():  # an adapter of another program has PEFT's entry only
         file, key = folder / "adapter_config.json", "base_model_name_or_path"
-    return read_json(file).get(key) or None, file
+    values = read_json(file)
+    name = values.get(key) if isinstance(values, dict) else None
+    return name if name and isinstance(name, str) else None, file
 
 
 def base_warning(base: BaseModelFiles, folder: Path) -> Message | None:

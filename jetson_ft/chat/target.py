@@ -9,7 +9,7 @@ from typing import get_args
 from jetson_ft import adapter
 from jetson_ft.chat import memory_guard
 from jetson_ft.chat.session import ChatSession
-from jetson_ft.errors import Message, UserError, _
+from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.hardware import detect
 from jetson_ft.models import fast_import, files, loading
 from jetson_ft.models.loading import weight_format
@@ -75,14 +75,17 @@ def open_session(target: ChatTarget) -> ChatSession:
     name, adapter_dir = target.recipe.model, target.adapter_dir
     device = detect.detect_device()
     weights = weight_format(target.recipe, device)
-    try:
-        files.resolve_model(name, weights=False)
-    except UserError as error:
-        if not target.named_in:
-            raise
-        where = Message(_("{name}, named in {file}"), {"name": name, "file": str(target.named_in)})
-        fix = _("Name the adapter's base model with `--model NAME`.")
-        raise UserError(error.what, where, fix) from error
+    if target.named_in:
+        try:
+            files.resolve_model(name, weights=False)
+        except UserError as error:
+            values = {"name": name, "file": str(target.named_in)}
+            fix = Message(_("Name the adapter's base model with `--model NAME`."))
+            raise UserError(
+                error.what,
+                Message(_("{name}, named in {file}"), values),
+                joined([error.fix, fix], " ") if str(error.fix) else fix,
+            ) from error
     memory_guard.require_memory(name, weights, device)
     base = files.resolve_model(name)
     if adapter_dir:
