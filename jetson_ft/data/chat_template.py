@@ -74,14 +74,15 @@ def encode(
     """
     messages = until_last_trained(messages)
     chat = _conversation(tokenizer, messages, tools)
-    full, spans = chat.answers(chat.render(), whole=True)
+    full = chat.render()
+    chat.check_tools(full)
+    full, spans = chat.answers(full, whole=True)
     if spans and not spans[-1]:
         raise UserError(
             _("The model's chat template doesn't put the last answer unchanged after the prompt."),
             chat.roles(),
             CHOOSE_TEMPLATE,
         )
-    chat.check_tools()
     trained = [_is_trained(message) for message in messages if message["role"] == "assistant"]
     kept = [span for span in (spans[-1:] if None in spans else spans) if span]
     result = _encode_turns(tokenizer, full, kept, trained[-len(kept) :])
@@ -226,7 +227,8 @@ class _Conversation:
             opening = self._opening(count)
             if opening.startswith(text) and opening[len(text) :].strip():
                 text = opening
-        if text.rstrip().endswith("<think>"):  # the template has no `enable_thinking`
+        is_open = text.rstrip().endswith("<think>")  # the template has no `enable_thinking`
+        if is_open and not self._opening(count).rstrip().endswith("<think>"):
             text = text.rstrip().removesuffix("<think>") + _CLOSED_THOUGHT
         return text
 
@@ -283,7 +285,7 @@ class _Conversation:
                 return _Span(start, start + offset + len(text), len(after))
         return None
 
-    def check_tools(self) -> None:
+    def check_tools(self, full: str) -> None:
         """Raise a UserError if the template renders no tools, tool calls or tool results.
 
         That is so where the text is the same without tools, or with other calls or results.
@@ -307,7 +309,7 @@ class _Conversation:
             if variant == self:
                 continue
             try:
-                is_ignored = variant.render() == self.render()
+                is_ignored = variant.render() == full
             except UserError:  # the template depends on what was changed
                 is_ignored = False
             if is_ignored:
@@ -327,21 +329,29 @@ def _conversation(
     def broken(text: str) -> str:
         return pattern.sub(lambda token: token[0][0] + _BREAK + token[0][1:], text)
 
-    def parsed(text: str) -> Any:
+    def parsed(text: str) -> list[dict[str, Any]]:
         # Written again first: JSON can hide a control token behind escapes.
-        return json.loads(broken(json.dumps(json.loads(text), ensure_ascii=False)))
+        listed = json.loads(broken(json.dumps(json.loads(text), ensure_ascii=False)))
+        # Templates expect OpenAI's form: `{"type": "function", "function": …}`.
+        items = [
+            item if "function" in item else {"type": "function", "function": item}
+            for item in listed
+        ]
+        for function in (item["function"] for item in items):
+            if not isinstance(function, dict) or not function.get("name"):
+                raise ValueError(function)
+        return items
 
     prepared = []
-    for message in messages:
-        entry = {"role": message["role"], "content": broken(message["content"])}
-        if calls := message.get("tool_calls"):
-            entry["tool_calls"] = parsed(calls)
-        prepared.append(entry)
-    # Templates expect OpenAI's form, in which a tool is `{"type": "function", "function": …}`.
-    listed = [
-        tool if "function" in tool else {"type": "function", "function": tool}
-        for tool in (parsed(tools) if tools else [])
-    ]
+    try:
+        for message in messages:
+            entry = {"role": message["role"], "content": broken(message["content"])}
+            if calls := message.get("tool_calls"):
+                entry["tool_calls"] = parsed(calls)
+            prepared.append(entry)
+        listed = parsed(tools) if tools else None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(_("Tools or tool calls are not a JSON list of named functions.")) from error
     return _Conversation(tokenizer, prepared, listed or None)
 
 

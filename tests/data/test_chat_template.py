@@ -338,6 +338,20 @@ def test_shipped_templates_train_on_every_answer(chat: Any, name: str) -> None:
     assert encoded.ids[: len(prompt)] == prompt
 
 
+def test_thought_that_the_template_opens_before_every_answer_stays_open(chat: Any) -> None:
+    opened = "{{ '<Assistant><think>\\n' + m['content'] + eos_token }}"
+    chat.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<User>' + m['content'] }}"
+        f"{{% else %}}{opened}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<Assistant><think>\\n' }}{% endif %}"
+    )
+    messages = messages_of([("user", "q"), ("assistant", "t</think>a")] * 2)
+    prompt = encode_prompt(chat, messages[:-1])
+    assert chat.decode(prompt).endswith("<think>\n")
+    assert encode(chat, messages).ids[: len(prompt)] == prompt
+    assert text_of(chat, messages, ANSWER) == "t</think>a" * 2
+
+
 # Answers that are not trained on
 
 
@@ -428,10 +442,18 @@ def test_bare_tools_are_given_in_the_form_of_openai(chat: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    "tools", ["{", "3", "[3]", '["a"]', "[{}]", '[{"function": "name"}]', "null"]
+)
+def test_malformed_tools_are_refused(chat: Any, tools: str) -> None:
+    with pytest.raises(UserError, match="not a JSON list of named functions"):
+        encode(chat, messages_of(FIRST), tools)
+
+
+@pytest.mark.parametrize(
     ("messages", "tools", "what"),
     [
         (CALLING[:1] + CALLING[3:], TOOLS, "renders no tools"),
-        (CALLING, "", "renders no tool calls|doesn't put the last answer"),
+        (CALLING, "", "renders no tool calls"),
         (CALLING[:1] + CALLING[2:], "", "renders no tool results"),
     ],
 )
