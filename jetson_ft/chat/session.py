@@ -12,7 +12,7 @@ from jetson_ft.data.chat_template import encode_prompt, end_ids
 from jetson_ft.data.formats import ChatMessage, RowError
 from jetson_ft.data.json_rows import parse_json
 from jetson_ft.data.layouts import detect_layout, to_conversation
-from jetson_ft.errors import UserError, _
+from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors
 from jetson_ft.inference.generate import Sampling, stream_reply
 
@@ -35,6 +35,7 @@ class ChatSession:
         system: the system message; may be empty.
         examples: few-shot turns before the conversation.
         turns: questions and answers so far.
+        warning: what a person should know about the model.
     """
 
     model: Any = field(repr=False)
@@ -45,6 +46,7 @@ class ChatSession:
     system: str = ""
     examples: list[ChatMessage] = field(default_factory=list)
     turns: list[ChatMessage] = field(default_factory=list)
+    warning: Message | None = None
 
     def ask(
         self, text: str, sampling: Sampling = DEFAULT_SAMPLING, use_adapter: bool = True

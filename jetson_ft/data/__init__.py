@@ -2,6 +2,7 @@
 
 In the order of use: `sources` (files of a name), `compression`, `encodings` and `readers` (rows of
 a file), `layouts` and `formats` (messages of a row), `store` (rows on disk, held-out split) with
-its `report`, `chat_template` and `tokenize` (token ids), `lengths` (what planning needs). Batches
-are made in `kernels.packing` and `training.batches`. Start with `prepare`, which runs all of it.
+its `report`, `templates` (those that a recipe can name), `chat_template` and `tokenize` (token
+ids), `lengths` (what planning needs). Batches are made in `kernels.packing` and `training.batches`.
+Start with `prepare`, which runs all of it.
 """

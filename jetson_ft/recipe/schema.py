@@ -95,6 +95,13 @@ class DataRecipe(_Section):
         "auto",
         description=_("Text encoding of `train` (`utf-8`, `gb18030`, …); `auto` detects it."),
     )
+    chat_template: Text | None = Field(
+        None,
+        description=_(
+            "Chat template for training, evaluation and chat: `chatml`, `plain`, or a file with "
+            "Jinja text; null: the model's own, or `plain` if it has none."
+        ),
+    )
 
 
 class LoraRecipe(_Section):

@@ -124,7 +124,7 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
         ]
     try:
         base = files.resolve_model(recipe.model, weights=False)
-        rows = prepare_rows(recipe.data, loading.load_tokenizer(base))
+        rows = prepare_rows(recipe.data, loading.load_tokenizer(base, recipe.data.chat_template))
     except UserError as error:
         planned = "; ".join(f"{data} with {model}" for data, model in lengths.KNOWN_LENGTHS)
         fix = Message(_("Planned without any file: {known}."), {"known": planned})
@@ -175,7 +175,7 @@ class DryRun:
 def dry_run(recipe: Recipe) -> DryRun:
     """Read and tokenize the rows as a run would, and plan its steps; load no weights."""
     base = files.resolve_model(recipe.model, weights=False)
-    rows = prepare_rows(recipe.data, loading.load_tokenizer(base))
+    rows = prepare_rows(recipe.data, loading.load_tokenizer(base, recipe.data.chat_template))
     lengths = tokenize.token_counts(rows.train)
     steps = plan_steps(lengths, recipe.train)
     forecast = forecast_here(recipe, describe_workload(recipe, _ANY_WEIGHTS, base, rows))
@@ -208,6 +208,7 @@ def inspect_data(
     layout: str = "auto",
     encoding: str = "auto",
     columns: Iterable[str] = (),
+    chat_template: str | None = None,
 ) -> Inspection:
     """Read and tokenize every row; unusable ones are counted, not refused.
 
@@ -217,29 +218,38 @@ def inspect_data(
         max_length: tokens at which a row is truncated.
         samples: number of rows to preview, evenly spread.
         columns: settings of `data.columns`, such as `question=title`.
+        chat_template: as in a recipe's `data.chat_template`.
     """
     settings = parse_recipe("", overrides=[f"data.columns.{text}" for text in columns]).data
     rows, read_report = store.read_source(
         sources.resolve_source(name), layout=layout, encoding=encoding, on_invalid="skip",
         columns=settings.columns.chosen(),
     )  # fmt: skip
-    tokenizer = loading.load_tokenizer(files.resolve_model(model, weights=False))
-    _tokens, token_report = tokenize.tokenize_rows(
-        rows, read_report.cache_key, tokenizer, max_length
+    base = files.resolve_model(model, weights=False)
+    tokenizer = loading.load_tokenizer(base, chat_template)
+    encoded, token_report = tokenize.tokenize_rows(
+        rows, read_report.cache_key, tokenizer, max_length, on_invalid="skip", source=name
     )
-    chosen = [number * len(rows) // samples for number in range(min(samples, len(rows)))]
+    kept = set(encoded["row"])
+    usable = [index for index, number in enumerate(rows["row"]) if number in kept]
+    samples = min(samples, len(usable))
+    chosen = [rows[usable[number * len(usable) // samples]] for number in range(samples)]
     return Inspection(
         read=asdict(read_report),
         model=model,
         max_length=max_length,
         tokens=asdict(token_report),
-        previews=[preview_segments(tokenizer, rows[index]["messages"]) for index in chosen],
+        previews=[
+            preview_segments(tokenizer, row["messages"], row.get("tools") or "") for row in chosen
+        ],
     )
 
 
-def preview_segments(tokenizer: Any, messages: list[ChatMessage]) -> PreviewSegments:
+def preview_segments(
+    tokenizer: Any, messages: list[ChatMessage], tools: str = ""
+) -> PreviewSegments:
     """Return a row as the model reads it: stretches of text, trained on or context."""
-    encoded = encode(tokenizer, messages)
+    encoded = encode(tokenizer, messages, tools)
     tokens = zip(encoded.ids, encoded.segments, strict=True)
     return [
         (tokenizer.decode([token for token, _segment in group]), is_trained)

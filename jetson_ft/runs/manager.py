@@ -28,6 +28,7 @@ from jetson_ft.data import layouts, readers, sources
 from jetson_ft.data import store as rows_store
 from jetson_ft.data.formats import RowError
 from jetson_ft.data.sources import Source
+from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors, printable, staged, write_atomic, write_json
 from jetson_ft.hardware import detect
@@ -224,9 +225,11 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths, to resume the run from any folder."""
     copy = recipe.model_copy(deep=True)
     copy.output_dir = str(Path(recipe.output_dir).expanduser().absolute())
-    for section, key in ((copy, "model"), (copy.data, "train"), (copy.data, "heldout")):
+    names = "embedded", "bundled", "auto", *TEMPLATES
+    keys = (copy.data, "train"), (copy.data, "heldout"), (copy.data, "chat_template")
+    for section, key in ((copy, "model"), *keys):
         value = getattr(section, key)
-        if isinstance(value, str) and value not in ("embedded", "bundled", "auto"):
+        if isinstance(value, str) and value not in names:
             path = Path(value).expanduser()
             if path.exists():
                 setattr(section, key, str(path.absolute()))

@@ -147,6 +147,7 @@ class Form:
                 "--max-length", str(data.max_length), "--format", data.format,
                 "--encoding", data.encoding,
                 *(f"--column={part}={name}" for part, name in data.columns.chosen().items()),
+                *(["--chat-template", data.chat_template] if data.chat_template else []),
             )  # fmt: skip
             return render("inspection.jinja", self.t, **result)
 
