@@ -6,8 +6,9 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jetson_ft.errors import UserError, _
+from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors, read_json, write_json
+from jetson_ft.models import loading
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.recipe import LoraRecipe
 
@@ -108,7 +109,8 @@ def load_adapter(model: Any, base: BaseModelFiles, folder: Path) -> PeftModel:
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    _check_base(base, folder, read_adapter_config(folder))
+    read_adapter_config(folder)
+    _check_base(base, folder)
     try:
         return PeftModel.from_pretrained(model, folder).eval()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
@@ -120,31 +122,69 @@ def load_adapter(model: Any, base: BaseModelFiles, folder: Path) -> PeftModel:
         ) from error
 
 
-def _check_base(base: BaseModelFiles, folder: Path, config: dict[str, Any]) -> None:
-    """Compare fingerprints; for adapters of other programs only the base's name is known."""
-    what = _("This adapter was made for another base: {name}, not {model}.")
-    if (folder / BASE_FILE).is_file():
-        stored = read_json(folder / BASE_FILE)
-        trained_for, fingerprint = str(stored.get("fingerprint")), base.fingerprint()
-        if trained_for != fingerprint:
-            raise UserError(
-                what,
-                str(folder),
-                _("Load it with `--model {base}`."),
-                name=f"{stored.get('name')} ({trained_for[:12]})",
-                model=f"{base.name} ({fingerprint[:12]})",
-                base=stored.get("name"),
-            )
+def _check_base(base: BaseModelFiles, folder: Path) -> None:
+    """Compare fingerprints; adapters of other programs have none."""
+    if not (folder / BASE_FILE).is_file():
         return
-    name = config.get("base_model_name_or_path")
-    if name and name not in (base.name, str(base.folder)):
+    stored = read_json(folder / BASE_FILE)
+    trained_for, fingerprint = str(stored.get("fingerprint")), base.fingerprint()
+    if trained_for != fingerprint:
         raise UserError(
-            what,
+            _("This adapter was made for another base: {name}, not {model}."),
             str(folder),
-            _(
-                "Load it with `--model {name}`; if both are the same model, write {model} as "
-                "base_model_name_or_path into its adapter_config.json."
-            ),
-            name=name,
-            model=base.name,
+            _("Load it with `--model {base}`."),
+            name=f"{stored.get('name')} ({trained_for[:12]})",
+            model=f"{base.name} ({fingerprint[:12]})",
+            base=stored.get("name"),
         )
+
+
+def find_base_name(folder: Path) -> tuple[str | None, Path]:
+    """Return the name of the adapter's base model, and the file that has it."""
+    file, key = folder / BASE_FILE, "name"
+    if not file.is_file():  # an adapter of another program has PEFT's entry only
+        file, key = folder / "adapter_config.json", "base_model_name_or_path"
+    values = read_json(file)
+    name = values.get(key) if isinstance(values, dict) else None
+    return name if name and isinstance(name, str) else None, file
+
+
+def base_warning(base: BaseModelFiles, folder: Path) -> Message | None:
+    """Return a warning if the adapter may be for another base, but has no fingerprint of it."""
+    name, file = find_base_name(folder)
+    if file.name == BASE_FILE or name in (None, base.name, str(base.folder)):
+        return None
+    template = _(
+        "Warning: the adapter was made for {name}. Whether {model} is the same model can't be "
+        "checked: the adapter has no fingerprint of it."
+    )
+    return Message(template, {"name": name, "model": base.name})
+
+
+def load_tokenizer(base: BaseModelFiles, folder: Path) -> Any:
+    """Return the tokenizer and chat template saved with the adapter, else the base's.
+
+    Raises:
+        UserError: the tokenizer can't be loaded, or has tokens that the model doesn't have.
+    """
+    own_template = folder / "chat_template.jinja"
+    settings = folder / "tokenizer_config.json"
+    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not settings.is_file() or not any((folder / name).is_file() for name in vocabularies):
+        template = str(own_template) if own_template.is_file() else None
+        return loading.load_tokenizer(base, template)
+    tokenizer = loading.load_tokenizer(BaseModelFiles(base.name, folder))
+    if not own_template.is_file() and "chat_template" not in read_json(settings):
+        tokenizer.chat_template = loading.load_tokenizer(base).chat_template
+    size = loading.load_config(base).get_text_config().vocab_size
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= size:
+        raise UserError(
+            _("The adapter's vocabulary doesn't fit {model}: token {highest} of {size}."),
+            str(folder),
+            _("Merge the adapter with the program that enlarged the vocabulary."),
+            highest=highest,
+            model=base.name,
+            size=size,
+        )
+    return tokenizer

@@ -70,6 +70,8 @@ class Terminal:
     def loop(self) -> None:
         """Read and answer lines until /quit or the end of input."""
         show(f"{self.session.title}\n/help lists the commands.")
+        if self.session.warning:
+            show(str(self.session.warning))
         while True:
             try:
                 line = input("\nyou> ").strip()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jetson_ft.data.templates import TEMPLATES, read_template
 from jetson_ft.errors import UserError, _
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import fast_import
@@ -16,16 +18,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# GPT-2 style base models have no chat format; this one is plain text whose end token is
-# supervised, so that the model learns to stop.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'Human:\\n' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ 'Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
-)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,12 +48,18 @@ def weight_format(recipe: Recipe, device: Device) -> WeightFormat:
     return WeightFormat(device.precision(recipe.precision), recipe.quantize, recipe.double_quantize)
 
 
-def load_tokenizer(base: BaseModelFiles) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with a chat template (else `PLAIN_TEMPLATE`) and a pad token.
+def load_tokenizer(
+    base: BaseModelFiles, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with a chat template and a pad token.
+
+    Args:
+        chat_template: a recipe's `data.chat_template`; None: the tokenizer's own, or `plain`.
 
     Raises:
-        UserError: it is missing or damaged, or has no end token.
+        UserError: it is missing or damaged, or has no end token; or the template is.
     """
+    from jinja2 import TemplateSyntaxError
     from transformers import AutoTokenizer
 
     try:
@@ -72,11 +71,21 @@ def load_tokenizer(base: BaseModelFiles) -> PreTrainedTokenizerBase:
         raise UserError(
             _("The tokenizer has no end token."), str(base.folder), _("Set eos_token in it.")
         )
-    if not tokenizer.chat_template:
+    name = chat_template or (None if tokenizer.chat_template else "plain")
+    if name:
         # Models that were trained with a start token before every text need it here too.
         start = tokenizer.bos_token_id
         has_start = start is not None and tokenizer("a")["input_ids"][0] == start
-        tokenizer.chat_template = ("{{ bos_token }}" if has_start else "") + PLAIN_TEMPLATE
+        prefix = "{{ bos_token }}" if has_start and name in TEMPLATES else ""
+        tokenizer.chat_template = prefix + read_template(name)
+    if chat_template:
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            what = _("The chat template is not valid Jinja: line {line}: {error}")
+            raise UserError(what, chat_template, line=error.lineno, error=error.message) from error
+        except Exception:  # it may need other messages; rows that it refuses are reported
+            logger.debug("the chat template refuses a single question", exc_info=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -30,6 +30,33 @@ class _Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+class ColumnsRecipe(_Section):
+    """Names of the columns of `train` by what is in them; null: detected by the usual names."""
+
+    question: Text | None = Field(
+        None, description=_("Column of the question, such as `title`; null: detected.")
+    )
+    answer: Text | None = Field(
+        None, description=_("Column of the answer, such as `body` or `chosen`; null: detected.")
+    )
+    context: Text | None = Field(
+        None, description=_("Column of a text to put before the question; null: `context`.")
+    )
+    system: Text | None = Field(
+        None, description=_("Column of the system message; null: `system` or the like.")
+    )
+    history: Text | None = Field(
+        None, description=_("Column of the earlier questions and answers; null: `history`.")
+    )
+    messages: Text | None = Field(
+        None, description=_("Column of a whole conversation, a list of messages; null: detected.")
+    )
+
+    def chosen(self) -> dict[str, str]:
+        """Return the names that are set, by purpose."""
+        return self.model_dump(exclude_none=True)
+
+
 class DataRecipe(_Section):
     """The rows to train on and the held-out rows."""
 
@@ -37,8 +64,9 @@ class DataRecipe(_Section):
         "bundled",
         description=_(
             "Rows to train on: `bundled` or `bundled-short` (Chinese rows that come with the "
-            "program, with long or short answers), a file (.json, .jsonl, .csv, .parquet) or a Hub "
-            "data set id such as `owner/name`."
+            "program, with long or short answers), a file (.json, .jsonl, .csv, .parquet, "
+            ".json.gz, .jsonl.gz, .csv.gz, or .zip with one of them) or a Hub data set id such as "
+            "`owner/name`."
         ),
     )
     heldout: Count | Text = Field(
@@ -63,9 +91,17 @@ class DataRecipe(_Section):
     format: Literal["auto", Layout] = Field(
         "auto", description=_("Layout of the rows of `train`; `auto` detects it and reports it.")
     )
+    columns: ColumnsRecipe = Field(ColumnsRecipe(), description=ColumnsRecipe.__doc__ or "")
     encoding: Text = Field(
         "auto",
         description=_("Text encoding of `train` (`utf-8`, `gb18030`, …); `auto` detects it."),
+    )
+    chat_template: Text | None = Field(
+        None,
+        description=_(
+            "Chat template for training, evaluation and chat: `chatml`, `plain`, or a file with "
+            "Jinja text; null: the model's own, or `plain` if it has none."
+        ),
     )
 
 

@@ -5,6 +5,7 @@ Memory and time are predicted for this machine and for every known board.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -22,7 +23,7 @@ from jetson_ft.models import catalog, files, loading
 from jetson_ft.models.dims import ModelDims
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
-from jetson_ft.recipe import Recipe
+from jetson_ft.recipe import Recipe, parse_recipe
 from jetson_ft.training import memory, planner
 from jetson_ft.training.batches import plan_steps
 from jetson_ft.training.cost_model import COST_MODELS, Workload, describe_workload
@@ -140,12 +141,12 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
         return _workload(recipe, dims, scaled), [model_source, f"rows: {source} (within 20%)"]
     try:
         if base and has_tokenizer:
-            rows = prepare_rows(data, loading.load_tokenizer(base))
+            rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
             source = f"rows: {len(rows.train):,} read from {data.train} and tokenized"
             return describe_workload(recipe, _ANY_WEIGHTS, base, rows), [model_source, source]
         read, _report = store.read_source(
             sources.resolve_source(data.train), layout=data.format, encoding=data.encoding,
-            on_invalid=data.on_invalid,
+            on_invalid=data.on_invalid, columns=data.columns.chosen(),
         )  # fmt: skip
     except UserError as error:
         names = ", ".join(dict.fromkeys(name for name, _model in lengths.KNOWN_LENGTHS))
@@ -287,7 +288,7 @@ class DryRun:
 def dry_run(recipe: Recipe) -> DryRun:
     """Read and tokenize the rows as a run would, and plan its steps; load no weights."""
     base = files.resolve_model(recipe.model, weights=False)
-    rows = prepare_rows(recipe.data, loading.load_tokenizer(base))
+    rows = prepare_rows(recipe.data, loading.load_tokenizer(base, recipe.data.chat_template))
     lengths = tokenize.token_counts(rows.train)
     steps = plan_steps(lengths, recipe.train)
     forecast = forecast_here(recipe, describe_workload(recipe, _ANY_WEIGHTS, base, rows))
@@ -319,6 +320,8 @@ def inspect_data(
     samples: int = 3,
     layout: str = "auto",
     encoding: str = "auto",
+    columns: Iterable[str] = (),
+    chat_template: str | None = None,
 ) -> Inspection:
     """Read and tokenize every row; unusable ones are counted, not refused.
 
@@ -327,27 +330,39 @@ def inspect_data(
         model: the one whose tokenizer is used.
         max_length: tokens at which a row is truncated.
         samples: number of rows to preview, evenly spread.
+        columns: settings of `data.columns`, such as `question=title`.
+        chat_template: as in a recipe's `data.chat_template`.
     """
+    settings = parse_recipe("", overrides=[f"data.columns.{text}" for text in columns]).data
     rows, read_report = store.read_source(
-        sources.resolve_source(name), layout=layout, encoding=encoding, on_invalid="skip"
+        sources.resolve_source(name), layout=layout, encoding=encoding, on_invalid="skip",
+        columns=settings.columns.chosen(),
+    )  # fmt: skip
+    base = files.resolve_model(model, weights=False)
+    tokenizer = loading.load_tokenizer(base, chat_template)
+    encoded, token_report = tokenize.tokenize_rows(
+        rows, read_report.cache_key, tokenizer, max_length, on_invalid="skip", source=name
     )
-    tokenizer = loading.load_tokenizer(files.resolve_model(model, weights=False))
-    _tokens, token_report = tokenize.tokenize_rows(
-        rows, read_report.cache_key, tokenizer, max_length
-    )
-    chosen = [number * len(rows) // samples for number in range(min(samples, len(rows)))]
+    kept = set(encoded["row"])
+    usable = [index for index, number in enumerate(rows["row"]) if number in kept]
+    samples = min(samples, len(usable))
+    chosen = [rows[usable[number * len(usable) // samples]] for number in range(samples)]
     return Inspection(
         read=asdict(read_report),
         model=model,
         max_length=max_length,
         tokens=asdict(token_report),
-        previews=[preview_segments(tokenizer, rows[index]["messages"]) for index in chosen],
+        previews=[
+            preview_segments(tokenizer, row["messages"], row.get("tools") or "") for row in chosen
+        ],
     )
 
 
-def preview_segments(tokenizer: Any, messages: list[ChatMessage]) -> PreviewSegments:
+def preview_segments(
+    tokenizer: Any, messages: list[ChatMessage], tools: str = ""
+) -> PreviewSegments:
     """Return a row as the model reads it: stretches of text, trained on or context."""
-    encoded = encode(tokenizer, messages)
+    encoded = encode(tokenizer, messages, tools)
     tokens = zip(encoded.ids, encoded.segments, strict=True)
     return [
         (tokenizer.decode([token for token, _segment in group]), is_trained)

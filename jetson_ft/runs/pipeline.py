@@ -88,6 +88,8 @@ class Pipeline:
             rows = self._prepare_rows(base)
             self._assert_same_on_all_ranks(weights, base, rows)
             emit(events.DataPrepared(**rows.report))
+            for notice in rows.report["train"]["notices"]:
+                emit(events.Warned.of_message(Message.from_json(notice)))
         with self.phase("plan"):
             workload = describe_workload(recipe, weights, base, rows)
             workload = oom.limit_memory(self.run, workload)
@@ -154,7 +156,7 @@ class Pipeline:
 
     def _prepare_rows(self, base: BaseModelFiles) -> PreparedRows:
         """Prepare the rows on each machine's first rank; the others take them from the cache."""
-        tokenizer = loading.load_tokenizer(base)
+        tokenizer = loading.load_tokenizer(base, self.recipe.data.chat_template)
         if not self.dist.is_local_main:
             self.dist.barrier()
             return prepare_rows(self.recipe.data, tokenizer)
@@ -179,6 +181,7 @@ class Pipeline:
         """Refuse machines that would train something else; paths may differ."""
         recipe = self.recipe.model_copy(deep=True)
         recipe.output_dir = recipe.model = recipe.data.train = recipe.data.heldout = ""
+        recipe.data.chat_template = str(rows.tokenizer.chat_template)
         counts = tokenize.token_counts(rows.train).tobytes()
         self.dist.assert_same_on_all_ranks(
             {
@@ -302,7 +305,7 @@ class Pipeline:
         return compare.compare_adapter(
             model,
             rows.tokenizer,
-            list(rows.heldout_messages["messages"]),
+            list(rows.heldout_messages),
             list(make_packs(list(rows.heldout), plan.micro_batch_tokens)),
             rows.heldout_characters,
             self.recipe.eval.max_new_tokens,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jetson_ft.data.formats import to_messages
+from jetson_ft.data.layouts import to_conversation
 from jetson_ft.data.sources import BUNDLED
 
 Row = dict[str, Any]
@@ -72,7 +72,7 @@ def test_all_ten_kinds_are_there(name: str) -> None:
 
 def test_every_row_is_a_conversation() -> None:
     for row in everything():
-        assert to_messages(row, "messages") == row["messages"], row["id"]
+        assert to_conversation(row, "messages").messages == row["messages"], row["id"]
         assert all(m["content"] == m["content"].strip() for m in row["messages"]), row["id"]
 
 

@@ -79,7 +79,7 @@ def test_estimate_from_characters_is_near_what_tokenizers_count(
 ) -> None:
     rows = [
         json.loads(line)["messages"]
-        for line in sources.BUNDLED_TRAIN.read_text(encoding="utf-8").splitlines()
+        for line in sources.BUNDLED["bundled"].train.read_text(encoding="utf-8").splitlines()
     ]
     estimated = lengths.estimate_lengths(rows, vocabulary)
     assert estimated.rows == 690

@@ -68,6 +68,8 @@ class FakeHub:
     [
         (["README.md", "dataset_infos.json", "zh.json"], "o/n", ["zh.json"]),
         (["test.json", "train.json"], "o/n", ["train.json"]),
+        (["pictures.zip", "rows.jsonl.gz", "archive.tar.gz"], "o/n", ["rows.jsonl.gz"]),
+        (["README.md", "rows.zip"], "o/n", ["rows.zip"]),
         (["constraints.json", "train.json"], "o/n", ["train.json"]),
         (
             ["d/train-00000-of-00002.parquet", "d/train-00001-of-00002.parquet", "d/test.parquet"],

@@ -15,12 +15,12 @@ from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from jetson_ft.adapter import attach_adapter
+from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError
 from jetson_ft.kernels.lm_head_loss import token_losses
 from jetson_ft.kernels.packing import pack_rows
 from jetson_ft.models.files import BaseModelFiles, resolve_model
 from jetson_ft.models.loading import (
-    PLAIN_TEMPLATE,
     WeightFormat,
     bytes_per_part,
     load_model,
@@ -225,7 +225,7 @@ def test_foreign_code_is_refused_without_a_question(
 
 def test_a_base_model_gets_the_plain_template_and_a_pad_token(tiny_phi: Path) -> None:
     tokenizer = load_tokenizer(BaseModelFiles("x", tiny_phi))
-    assert tokenizer.chat_template == PLAIN_TEMPLATE
+    assert tokenizer.chat_template == TEMPLATES["plain"]
     assert tokenizer.pad_token == "<|endoftext|>"
 
 
@@ -240,7 +240,7 @@ def test_the_plain_template_starts_with_the_start_token_of_the_tokenizer(copy: P
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.save_pretrained(copy)
-    assert load_tokenizer(BaseModelFiles("x", copy)).chat_template == PLAIN_TEMPLATE
+    assert load_tokenizer(BaseModelFiles("x", copy)).chat_template == TEMPLATES["plain"]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
     )

@@ -99,6 +99,17 @@ def test_the_recipes_encoding_is_used(tmp_path: Path) -> None:
         check_recipe(recipe(train=str(path)))
 
 
+def test_the_recipes_columns_are_used_where_the_rows_have_them(tmp_path: Path) -> None:
+    train = rows(tmp_path / "a.jsonl", {"title": "q", "body": "a"})
+    heldout = rows(tmp_path / "b.jsonl", ROW)
+    columns = {"question": "title", "answer": "body"}
+    check_recipe(recipe(train=train, heldout=heldout, columns=columns))
+    with pytest.raises(UserError, match="no known layout"):
+        check_recipe(recipe(train=train))
+    with pytest.raises(UserError, match="no column `title`"):
+        check_recipe(recipe(train=heldout, columns=columns))
+
+
 def test_a_missing_model_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Model not found"):
         check_recipe(recipe(model=str(tmp_path / "gone")))

@@ -145,7 +145,10 @@ class Form:
             result = run_cli_json(
                 "data", "inspect", "--json", "--model", recipe.model,
                 "--max-length", str(data.max_length), "--format", data.format,
-                "--encoding", data.encoding, "--", data.train,
+                "--encoding", data.encoding,
+                *(f"--column={part}={name}" for part, name in data.columns.chosen().items()),
+                *(["--chat-template", data.chat_template] if data.chat_template else []),
+                "--", data.train,
             )  # fmt: skip
             return render("inspection.jinja", self.t, **result)
 
