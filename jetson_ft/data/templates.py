@@ -5,8 +5,6 @@ A template is Jinja text; transformers renders it in a sandboxed environment.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors, expand_user
 

@@ -51,7 +51,9 @@ def test_other_model_and_rows_are_planned_from_their_files(rows_file: Path, tiny
 def test_missing_rows_are_refused_with_the_built_in_ones_named() -> None:
     with pytest.raises(UserError) as refusal:
         forecast_recipe(load_recipe("phi-1_5-zh", ["data.train=gone.json"]), "orin-nx-16gb")
-    assert "Planned without their file: llamafactory/alpaca_zh, bundled." in str(refusal.value.fix)
+    assert "Planned without their file: llamafactory/alpaca_zh, bundled, bundled-short" in str(
+        refusal.value.fix
+    )
 
 
 # --- models known by name ---------------------------------------------------------------------
