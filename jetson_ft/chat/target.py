@@ -82,6 +82,7 @@ def open_session(target: ChatTarget) -> ChatSession:
     fast_import.import_libraries()
     tokenizer = loading.load_tokenizer(base)
     model = loading.load_model(base, weights, device.kind)
+    loading.check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), base)
     if adapter_dir:
         model = adapter.load_adapter(model, base, adapter_dir)
     context_length = int(getattr(model.config, "max_position_embeddings", None) or 2048)

@@ -24,13 +24,14 @@ from typing import IO, Any, cast
 
 from jetson_ft import hub
 from jetson_ft import recipe as recipes
+from jetson_ft.adapter import check_target_modules
 from jetson_ft.data import formats, readers, sources
 from jetson_ft.data import store as rows_store
 from jetson_ft.data.formats import RowError
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors, printable, staged, write_atomic, write_json
 from jetson_ft.hardware import detect
-from jetson_ft.models import files
+from jetson_ft.models import catalog, files
 from jetson_ft.recipe import Layout, Recipe
 from jetson_ft.runs import exit_status, processes, store
 from jetson_ft.runs.processes import DistributedConfig
@@ -60,12 +61,16 @@ def default_recipe(
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise `UserError` if the model or the data don't exist, or no row can be used.
+    """Raise `UserError` if the model can't be trained, or the data has no row that can be used.
 
     Data sets on the hub are fetched, and small files of models there.
     """
-    if recipe.model != "embedded":
-        files.resolve_model(recipe.model, weights=Path(recipe.model).expanduser().exists())
+    if recipe.model == "embedded":
+        dims = catalog.KNOWN_DIMS[recipe.model]
+    else:
+        is_local = Path(recipe.model).expanduser().exists()
+        dims = catalog.model_dims(files.resolve_model(recipe.model, weights=is_local))
+    check_target_modules(dims, recipe.lora.target_modules)
     data = recipe.data
     if data.train != "bundled":
         _check_rows(data.train, data.format, data.encoding, data.on_invalid)
