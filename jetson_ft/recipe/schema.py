@@ -96,9 +96,9 @@ class LoraRecipe(_Section):
             self.alpha = 2.0 * self.rank
         return self
 
-    @field_validator("target_modules")
+    @field_validator("target_modules", mode="before")
     @classmethod
-    def _split_names(cls, targets: str | list[str]) -> str | list[str]:
+    def _split_names(cls, targets: Any) -> Any:
         """Make a list of names that a text has with commas between them."""
         if isinstance(targets, str) and "," in targets:
             return [name for name in map(str.strip, targets.split(",")) if name]
