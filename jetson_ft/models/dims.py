@@ -147,7 +147,10 @@ class ModelDims:
             notes.append(Message(note, {"names": ", ".join(sorted(skipped))}))
         passed_over = sum(linear.parameters for linear in self.linears if not linear.is_quantized)
         if quantize != "none" and passed_over:
-            note = _("bitsandbytes does not quantize {share:.0%} of the parameters, linear layers.")
+            note = _(
+                "bitsandbytes does not quantize some of the linear layers: {share:.0%} of the "
+                "parameters."
+            )
             notes.append(Message(note, {"share": passed_over / self.parameters}))
         return Coverage(
             parameters=self.parameters,

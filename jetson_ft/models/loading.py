@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.errors import UserError, _
@@ -153,7 +155,7 @@ def load_model(base: BaseModelFiles, weights: WeightFormat, device: str) -> PreT
             example=min(faulty),
         )
     model.requires_grad_(False)
-    _keep_unpackable_layers(model)
+    _repair_quantized_layers(model)
     # While replies are written, the head's input is the last position of each row, with strides.
     # For such an input PyTorch's `linear` on a CPU copies the whole weight matrix for each row.
     head = model.get_output_embeddings()
@@ -161,17 +163,27 @@ def load_model(base: BaseModelFiles, weights: WeightFormat, device: str) -> PreT
     return model.eval()
 
 
-def _keep_unpackable_layers(model: PreTrainedModel) -> None:
-    """Exclude layers from bitsandbytes' packing of nf4 weights where their shape doesn't allow it.
+def _repair_quantized_layers(model: PreTrainedModel) -> None:
+    """Let bitsandbytes' layers (0.50) evaluate where they would raise an error.
 
-    Before the first reply on a CPU with AVX512-BF16, bitsandbytes (0.50) packs 32 outputs together,
-    with whole blocks of a row's weights; it raises for a layer of another shape.
+    Before the first reply on a CPU with AVX512-BF16, nf4 layers are packed: 32 outputs together,
+    with whole blocks of a row's weights. Layers of another shape are excluded from that.
+    int8 layers take inputs of at most three dimensions; DeepSeek's attention has four.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             block = module.weight.quant_state.blocksize
             fits = module.out_features % _PACKED_OUTPUTS == 0 and module.in_features % block == 0
             module.support_avx512bf16_for_cpu = fits
+        elif type(module).__name__ == "Linear8bitLt":
+            module.forward = partial(_flat_forward, module.forward)
+
+
+def _flat_forward(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """[..., in] to [..., out], by a function for at most three dimensions."""
+    if x.ndim <= 3:
+        return forward(x)
+    return forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def check_vocabulary(

@@ -23,7 +23,7 @@ from jetson_ft.models.files import BaseModelFiles, resolve_model
 from jetson_ft.models.loading import (
     PLAIN_TEMPLATE,
     WeightFormat,
-    _keep_unpackable_layers,
+    _repair_quantized_layers,
     bytes_per_part,
     check_vocabulary,
     load_model,
@@ -160,8 +160,16 @@ def test_layers_that_cannot_be_packed_are_excluded_from_it(tmp_path: Path) -> No
     for layer in model:
         layer.weight.quant_state = SimpleNamespace(blocksize=64)
         layer.support_avx512bf16_for_cpu = True
-    _keep_unpackable_layers(model)
+    _repair_quantized_layers(model)
     assert [layer.support_avx512bf16_for_cpu for layer in model] == [True, False, False]
+
+
+def test_int8_layers_take_inputs_of_four_dimensions(wide_phi: Path) -> None:
+    """As in DeepSeek's attention."""
+    model = load_model(BaseModelFiles("x", wide_phi), WeightFormat("fp32", "int8"), "cpu")
+    layer, x = model.model.layers[0].mlp.fc1, torch.randn(2, 1, 5, 64)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), layer(x[:, 0])[:, None])
 
 
 def test_a_gguf_file_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
