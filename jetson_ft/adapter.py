@@ -70,7 +70,12 @@ def check_target_modules(dims: ModelDims, targets: str | list[str]) -> None:
         UserError: a name is no layer that can have an adapter, or the model has no such layer.
     """
     paths = [group.path for group in dims.linears if not group.no_adapter]
-    _check_targets(paths, {starred(name): name for name in _target_names(targets)})
+    ends: dict[str, str] = {}
+    for name in _target_names(targets):
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        is_in_range = max(numbers, default=0) < dims.layers
+        ends[starred(name) if is_in_range else name] = name
+    _check_targets(paths, ends)
 
 
 def _target_names(targets: str | list[str]) -> list[str]:

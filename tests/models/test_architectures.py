@@ -269,7 +269,7 @@ def test_targets_of_the_model_pass(targets: Any) -> None:
     check_target_modules(dims_from_config(tiny_config("gpt2")), targets)
 
 
-@pytest.mark.parametrize("targets", ["q_proj", ["c_attn", "lm_head"], ["h.1"]])
+@pytest.mark.parametrize("targets", ["q_proj", ["c_attn", "lm_head"], ["h.1"], ["h.2.mlp.c_fc"]])
 def test_other_targets_are_refused_with_the_models_names(targets: Any) -> None:
     with pytest.raises(UserError, match="has no linear layer named") as caught:
         check_target_modules(dims_from_config(tiny_config("gpt2")), targets)
