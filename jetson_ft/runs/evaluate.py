@@ -48,6 +48,7 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
         conversations = [row for row in messages if row["row"] in numbers]
     device = detect.detect_device()
     model = loading.load_model(base, weight_format(recipe, device), device.kind)
+    loading.check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), base)
     model = adapter.load_adapter(model, base, folder)
     pack_tokens = _PACK_TOKENS if attention.supports_packing(model) else 0
     return compare.compare_adapter(

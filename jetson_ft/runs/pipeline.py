@@ -98,7 +98,14 @@ class Pipeline:
             model = loading.load_model(base, weights, device.kind)
             model = adapter.attach_adapter(model, recipe.lora, recipe.train.seed)
             fused = fuse_layers(model)
-            emit(events.WeightsLoaded(bytes=loading.bytes_per_part(model), fused=fused))
+            coverage = workload.coverage
+            emit(events.WeightsLoaded(
+                bytes=loading.bytes_per_part(model), fused=fused,
+                adapter_parameters=coverage.adapter_parameters,
+                adapted_share=coverage.adapted_share, quantized_share=coverage.quantized_share,
+            ))  # fmt: skip
+            for note in coverage.notes:
+                emit(events.Warned.of_message(note))
         with oom.explain_oom(self.run, workload, plan, device, dist):
             if plan.shards > 1:
                 with self.phase("sharding", f"the layers among {plan.shards} processes"):

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from boards_in_folders import NANO, FakeMachine
+from safetensors.torch import load_file
 
 from jetson_ft.chat.target import open_session, resolve_target
 from jetson_ft.errors import UserError
@@ -29,6 +30,7 @@ from jetson_ft.events import (
     Step,
     TotalSteps,
     Warned,
+    WeightsLoaded,
 )
 from jetson_ft.hardware.boards import find_board
 from jetson_ft.hardware.detect import Device
@@ -63,6 +65,14 @@ def test_finished_run_has_all_documented_files(finished: Run) -> None:
         "checkpoints", "adapter", "report.json", "report.md", "report.html",
     }  # fmt: skip
     assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_share_of_adapted_parameters_is_an_event(finished: Run) -> None:
+    (event,) = (event for event in finished.events() if isinstance(event, WeightsLoaded))
+    trained = load_file(finished.adapter / "adapter_model.safetensors").values()
+    assert event.adapter_parameters == sum(tensor.numel() for tensor in trained)
+    assert event.adapted_share and 0.3 < event.adapted_share < 1
+    assert event.quantized_share == 0
 
 
 def test_adapter_loads_with_peft(finished: Run, tiny_phi: Path) -> None:
