@@ -8,7 +8,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 image=${IMAGE:-jetson-ft:jp6}
-host=${HOST:-127.0.0.1}
+# An IPv6 address needs brackets before a port.
+bracketed() {
+    case $1 in
+        "["*) echo "$1" ;;
+        *:*) echo "[$1]" ;;
+        *) echo "$1" ;;
+    esac
+}
+host=$(bracketed "${HOST:-127.0.0.1}")
 port=${PORT:-7860}
 root=${SYSTEM_ROOT:-} # tests set it in place of /
 
@@ -19,10 +27,10 @@ user=${SUDO_UID:-$(id -u)}:${SUDO_GID:-$(id -g)}
 
 # If the page listens on all addresses, its link shows the first one.
 address=$host
-if [ "$host" = 0.0.0.0 ]; then
+if [ "$host" = 0.0.0.0 ] || [ "$host" = "[::]" ]; then
     read -r address _ < <(hostname -I 2>/dev/null || true) || true
 fi
-reached_as=${address:-127.0.0.1}:$port
+reached_as=$(bracketed "${address:-127.0.0.1}"):$port
 
 # Groups by number: the image has no such names. Without video and render, CUDA fails with 801.
 gid() { getent group "$1" | cut -d: -f3; }

@@ -6,9 +6,12 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jetson_ft.errors import UserError, _
+from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors, read_json, write_json
+from jetson_ft.models import loading
+from jetson_ft.models.dims import ModelDims, starred
 from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.layers import linear_layers
 from jetson_ft.recipe import LoraRecipe
 
 if TYPE_CHECKING:
@@ -25,14 +28,11 @@ def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) 
     """
     import torch
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     from jetson_ft.kernels.lora_linear import register_layers
 
-    targets = lora.target_modules
-    if targets != "all-linear":
-        # A list even for a single name: PEFT takes a string for a pattern.
-        targets = [targets] if isinstance(targets, str) else targets
-        _check_targets(model, targets)
+    paths = _target_paths(model, lora.target_modules)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else bitsandbytes (0.50) repacks nf4 weights at the first evaluation on a CPU. The
@@ -44,7 +44,8 @@ def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) 
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=paths,
+        fan_in_fan_out=any(isinstance(model.get_submodule(path), Conv1D) for path in paths),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
@@ -54,13 +55,48 @@ def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) 
     return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
-def _check_targets(model: Any, wanted: list[str]) -> None:
-    """Check that each name is the end of a linear layer's path, at a dot, as in PEFT."""
-    import torch
+def _target_paths(model: Any, targets: str | list[str]) -> list[str]:
+    """Return the paths of the layers that get an adapter."""
+    paths = [path for path, reason in linear_layers(model).items() if not reason]
+    names = _target_names(targets)
+    _check_targets(paths, {name: name for name in names})
+    ends = tuple(f".{name}" for name in names) or ("",)
+    return [path for path in paths if f".{path}".endswith(ends)]
 
-    paths = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+def check_target_modules(dims: ModelDims, targets: str | list[str]) -> None:
+    """Check the recipe's `target_modules` against a model's dimensions; no weights are needed.
+
+    Raises:
+        UserError: a name is no layer that can have an adapter, or the model has no such layer.
+    """
+    paths = [group.path for group in dims.linears if not group.no_adapter]
+    ends: dict[str, str] = {}
+    for name in _target_names(targets):
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        is_in_range = max(numbers, default=0) < dims.layers
+        ends[starred(name) if is_in_range else name] = name
+    _check_targets(paths, ends)
+
+
+def _target_names(targets: str | list[str]) -> list[str]:
+    if targets == "all-linear":
+        return []
+    return [targets] if isinstance(targets, str) else targets
+
+
+def _check_targets(paths: list[str], wanted: dict[str, str]) -> None:
+    """Check that each key is the end of a path, at a dot, as in PEFT; messages show the value."""
+    if not paths:
+        raise UserError(
+            _("No layer of this model can have an adapter."),
+            "lora.target_modules",
+            _("Choose another model."),
+        )
     linear = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    unknown = [name for name in wanted if not any(f".{p}".endswith(f".{name}") for p in paths)]
+    unknown = [
+        name for end, name in wanted.items() if not any(f".{p}".endswith(f".{end}") for p in paths)
+    ]
     if unknown:
         near: list[str] = []
         for name in unknown:
@@ -108,7 +144,8 @@ def load_adapter(model: Any, base: BaseModelFiles, folder: Path) -> PeftModel:
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    _check_base(base, folder, read_adapter_config(folder))
+    read_adapter_config(folder)
+    _check_base(base, folder)
     try:
         return PeftModel.from_pretrained(model, folder).eval()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
@@ -120,31 +157,69 @@ def load_adapter(model: Any, base: BaseModelFiles, folder: Path) -> PeftModel:
         ) from error
 
 
-def _check_base(base: BaseModelFiles, folder: Path, config: dict[str, Any]) -> None:
-    """Compare fingerprints; for adapters of other programs only the base's name is known."""
-    what = _("This adapter was made for another base: {name}, not {model}.")
-    if (folder / BASE_FILE).is_file():
-        stored = read_json(folder / BASE_FILE)
-        trained_for, fingerprint = str(stored.get("fingerprint")), base.fingerprint()
-        if trained_for != fingerprint:
-            raise UserError(
-                what,
-                str(folder),
-                _("Load it with `--model {base}`."),
-                name=f"{stored.get('name')} ({trained_for[:12]})",
-                model=f"{base.name} ({fingerprint[:12]})",
-                base=stored.get("name"),
-            )
+def _check_base(base: BaseModelFiles, folder: Path) -> None:
+    """Compare fingerprints; adapters of other programs have none."""
+    if not (folder / BASE_FILE).is_file():
         return
-    name = config.get("base_model_name_or_path")
-    if name and name not in (base.name, str(base.folder)):
+    stored = read_json(folder / BASE_FILE)
+    trained_for, fingerprint = str(stored.get("fingerprint")), base.fingerprint()
+    if trained_for != fingerprint:
         raise UserError(
-            what,
+            _("This adapter was made for another base: {name}, not {model}."),
             str(folder),
-            _(
-                "Load it with `--model {name}`; if both are the same model, write {model} as "
-                "base_model_name_or_path into its adapter_config.json."
-            ),
-            name=name,
-            model=base.name,
+            _("Load it with `--model {base}`."),
+            name=f"{stored.get('name')} ({trained_for[:12]})",
+            model=f"{base.name} ({fingerprint[:12]})",
+            base=stored.get("name"),
         )
+
+
+def find_base_name(folder: Path) -> tuple[str | None, Path]:
+    """Return the name of the adapter's base model, and the file that has it."""
+    file, key = folder / BASE_FILE, "name"
+    if not file.is_file():  # an adapter of another program has PEFT's entry only
+        file, key = folder / "adapter_config.json", "base_model_name_or_path"
+    values = read_json(file)
+    name = values.get(key) if isinstance(values, dict) else None
+    return name if name and isinstance(name, str) else None, file
+
+
+def base_warning(base: BaseModelFiles, folder: Path) -> Message | None:
+    """Return a warning if the adapter may be for another base, but has no fingerprint of it."""
+    name, file = find_base_name(folder)
+    if file.name == BASE_FILE or name in (None, base.name, str(base.folder)):
+        return None
+    template = _(
+        "Warning: the adapter was made for {name}. Whether {model} is the same model can't be "
+        "checked: the adapter has no fingerprint of it."
+    )
+    return Message(template, {"name": name, "model": base.name})
+
+
+def load_tokenizer(base: BaseModelFiles, folder: Path) -> Any:
+    """Return the tokenizer and chat template saved with the adapter, else the base's.
+
+    Raises:
+        UserError: the tokenizer can't be loaded, or has tokens that the model doesn't have.
+    """
+    own_template = folder / "chat_template.jinja"
+    settings = folder / "tokenizer_config.json"
+    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not settings.is_file() or not any((folder / name).is_file() for name in vocabularies):
+        template = str(own_template) if own_template.is_file() else None
+        return loading.load_tokenizer(base, template)
+    tokenizer = loading.load_tokenizer(BaseModelFiles(base.name, folder))
+    if not own_template.is_file() and "chat_template" not in read_json(settings):
+        tokenizer.chat_template = loading.load_tokenizer(base).chat_template
+    size = loading.load_config(base).get_text_config().vocab_size
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= size:
+        raise UserError(
+            _("The adapter's vocabulary doesn't fit {model}: token {highest} of {size}."),
+            str(folder),
+            _("Merge the adapter with the program that enlarged the vocabulary."),
+            highest=highest,
+            model=base.name,
+            size=size,
+        )
+    return tokenizer

@@ -95,6 +95,9 @@ class WeightsLoaded(Event, kind="weights"):
 
     bytes: Annotated[dict[str, int], "by part: embedding, head, linear, adapter, other"]
     fused: Annotated[dict[str, int], "modules replaced by faster ones, by kind"]
+    adapter_parameters: Annotated[int | None, "that are trained"] = None
+    adapted_share: Annotated[float | None, "base weights with an adapter beside them"] = None
+    quantized_share: Annotated[float | None, "of the base weights"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ class Planned(Event, kind="plan"):
 
 @dataclass(frozen=True, kw_only=True)
 class TotalSteps(Event, kind="total_steps"):
-    """The number of steps is settled (`train.max_minutes`)."""
+    """The number of steps is estimated for the first time (`train.max_minutes`)."""
 
     step: Annotated[int, "steps made"]
     total_steps: Annotated[int, "steps in all"]
@@ -125,7 +128,7 @@ class Step(Event, kind="step"):
     """An optimizer step."""
 
     step: Annotated[int, "from 1"]
-    total_steps: Annotated[int | None, "null until it is settled"]
+    total_steps: Annotated[int | None, "null until it is estimated; `max_minutes` changes it"]
     loss: Annotated[float | None, "mean over the step's supervised tokens"]
     lr: Annotated[float, "learning rate of the step"]
     grad_norm: Annotated[float, "before clipping"]

@@ -37,6 +37,26 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "jetson-ft")
 
 
+def expand_user(text: str) -> Path:
+    """Return the path, with the user's home folder in place of `~` or `~NAME` at its start.
+
+    Raises:
+        UserError: the user is unknown, or has no home folder.
+    """
+    try:
+        # Unlike pathlib, it does not read `./~x` as `~x`.
+        path = os.path.expanduser(text)  # noqa: PTH111
+    except ValueError:  # a null character, or half a surrogate pair
+        path = text
+    if path.startswith("~"):
+        raise UserError(
+            _("The user in this path is unknown, or has no home folder."),
+            text,
+            _("Check the name after ~; if a file's own name begins with ~, write ./ before it."),
+        )
+    return Path(path)
+
+
 def safe_name(name: str) -> str:
     """Return the name unchanged if it is safe as a folder's name.
 

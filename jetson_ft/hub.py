@@ -62,23 +62,44 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
+def cache_folder() -> Path:
+    """Return the folder of the client's cache: `HF_HUB_CACHE`, or else `HF_HOME` decides."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def list_files(repo: str, kind: Kind) -> list[str]:
     """Return the paths of a repository's files; of the cached ones if the Hub can't be reached."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError
+    from huggingface_hub import HfApi
 
     with hub_errors(repo, kind):
         # Checked first, since the client retries for half a minute before it gives up.
         if reachable():
             return sorted(HfApi().list_repo_files(repo, repo_type=kind))
-        try:
-            folder = Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
-        except IncompleteSnapshotError as error:  # usual: only the files that we need are fetched
-            folder = Path(error.snapshot_path)
-        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-        if not files:
+        folder = cached_folder(repo, kind)
+        files = [path for path in folder.rglob("*") if path.is_file()] if folder else []
+        if not folder or not files:
             raise ConnectionError("no answer")
-        return sorted(files)
+        return sorted(str(path.relative_to(folder)) for path in files)
+
+
+def cached_folder(repo: str, kind: Kind) -> Path | None:
+    """Return the folder of the files that are in the local cache, or None; use no network.
+
+    Raises:
+        UserError: the name is impossible, or the cache can't be read.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    with hub_errors(repo, kind):
+        try:
+            return Path(snapshot_download(repo, repo_type=kind, local_files_only=True))
+        except IncompleteSnapshotError as error:  # usual: only needed files are downloaded
+            return Path(error.snapshot_path)
+        except LocalEntryNotFoundError:
+            return None
 
 
 def downloaded_models() -> list[str]:
@@ -144,7 +165,7 @@ def _fetch_large_files(repo: str, kind: Kind, patterns: list[str]) -> None:
     from huggingface_hub.utils._headers import build_hf_headers
 
     info: Any = HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
-    cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type=kind)
+    cache = cache_folder() / repo_folder_name(repo_id=repo, repo_type=kind)
     for file in info.siblings:
         matches = any(fnmatch(file.rfilename, pattern) for pattern in patterns)
         blob = cache / "blobs" / file.lfs.sha256 if matches and file.lfs else None
@@ -202,7 +223,7 @@ def is_offline() -> bool:
 @contextmanager
 def hub_errors(repo: str, kind: Kind) -> Iterator[None]:
     """Raise any error of the Hub's client about `repo` as one plain `UserError`."""
-    from huggingface_hub import constants, errors
+    from huggingface_hub import errors
 
     status = 0
     try:
@@ -230,7 +251,7 @@ def hub_errors(repo: str, kind: Kind) -> Iterator[None]:
             if is_offline():
                 what = _("'{repo}' can't be downloaded: HF_HUB_OFFLINE is set.")
         elif isinstance(error, OSError):
-            raise disk_error(Path(error.filename or constants.HF_HOME), error) from error
+            raise disk_error(Path(error.filename or cache_folder()), error) from error
         else:
             raise
         where = f"{endpoint()}/{'datasets/' if kind == 'dataset' else ''}{repo}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,27 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     return save_model(tmp_path_factory.mktemp("models") / "tiny-llama", config, CHAT_TEMPLATE)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that makes a small model of the architecture of a model in the catalog."""
+    from transformers import AutoConfig
+
+    from jetson_ft.models.catalog import MODELS
+
+    @functools.cache
+    def make(name: str) -> Path:
+        config = MODELS[name].config | {
+            "vocab_size": 259, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+            "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 0,
+            "pad_token_id": 0,
+        }  # fmt: skip
+        folder = tmp_path_factory.mktemp("models") / f"tiny-{config['model_type']}"
+        return save_model(folder, AutoConfig.for_model(**config), CHAT_TEMPLATE)
+
+    return make
 
 
 @pytest.fixture(scope="session")

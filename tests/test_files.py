@@ -7,14 +7,25 @@ import hashlib
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jetson_ft import files
+from jetson_ft.chat.target import resolve_target
+from jetson_ft.cli.chat import Terminal
+from jetson_ft.data.sources import resolve_source
 from jetson_ft.errors import Message, Problem, RecipeError, UserError
+from jetson_ft.inference.generate import Sampling
+from jetson_ft.models.files import resolve_model
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import manager, store
+
+UNUSED: Any = None
 
 
 def test_error_has_what_where_and_fix() -> None:
@@ -32,6 +43,40 @@ def test_recipe_error_lists_all_mistakes_and_has_them_as_problems() -> None:
         "The recipe has 2 mistakes:\n  - line 3: too small\n  - too long\n"
     )
     assert "The recipe has a mistake:" in str(RecipeError(problems[:1], ""))
+
+
+@pytest.mark.parametrize(
+    "resolve",
+    [
+        files.expand_user,
+        resolve_model,
+        resolve_source,
+        lambda name: resolve_target(name, Path("runs")),
+        lambda name: store.find_run(name, Path("runs")),
+        lambda name: store.create_run(Recipe(output_dir=name), "x"),
+        lambda name: manager.launch(Recipe(output_dir=name), "x"),
+        lambda name: manager.check_recipe(Recipe(model=name)),
+        lambda name: manager.check_recipe(Recipe.model_validate({"data": {"heldout": name}})),
+        lambda name: Terminal(UNUSED, Sampling())._run_command(f"/examples {name}"),
+    ],
+)
+def test_path_of_an_unknown_user_is_refused(resolve: Callable[[str], Any]) -> None:
+    with pytest.raises(UserError, match="user") as caught:
+        resolve("~nobody-here/x")
+    assert "~nobody-here/x" in str(caught.value.where) and "./" in str(caught.value.fix)
+
+
+def test_user_is_expanded_at_the_start_of_a_path_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    texts = "~", "~/x", "./~x", "a/~/b", "", "/~"
+    paths = "/home/me", "/home/me/x", "~x", "a/~/b", ".", "/~"
+    assert [str(files.expand_user(text)) for text in texts] == [*paths]
+
+
+@pytest.mark.parametrize("text", ["~a\0b", "~\ud800", "~" + "x" * 5000])
+def test_impossible_user_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="user"):
+        files.expand_user(text)
 
 
 @pytest.mark.parametrize("name", ["a", "20261121-run_2.b", "x" * 100])

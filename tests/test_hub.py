@@ -253,6 +253,16 @@ def test_cached_files_work_without_the_hub(server: FakeHub, tmp_path: Path) -> N
     assert "the Hub can't be reached" in incomplete["what"]
 
 
+def test_cached_folder_is_returned_without_the_hub(server: FakeHub, tmp_path: Path) -> None:
+    call = ("cached_folder", "o/n", "model")
+    before, fetched = run_client(server.address, tmp_path, call, FETCH)
+    after, impossible = run_client(
+        closed_port(), tmp_path, call, ("cached_folder", "o/n--x", "model")
+    )
+    assert before["value"] is None and after["value"] == fetched["value"]
+    assert "Model 'o/n--x' not found" in impossible["what"]
+
+
 def test_each_refusal_has_its_message(server: FakeHub, tmp_path: Path) -> None:
     gated, missing, forbidden, impossible = run_client(
         server.address,

@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
@@ -255,6 +252,23 @@ def test_page_for_network_names_this_machine_in_link(board: RunScript) -> None:
     assert ("--env", "JETSON_FT_REACHED_AS=192.168.1.7:8000") in options
 
 
+@pytest.mark.parametrize(
+    ("host", "addresses", "published", "reached_as"),
+    [("fd00::1", "", "[fd00::1]", "[fd00::1]"), ("[fd00::1]", "", "[fd00::1]", "[fd00::1]"),
+     ("::1", "", "[::1]", "[::1]"), ("::", "192.168.1.7 fd00::1", "[::]", "192.168.1.7"),
+     ("0.0.0.0", "fd00::1 ", "0.0.0.0", "[fd00::1]"), ("::", "", "[::]", "127.0.0.1")],
+)  # fmt: skip
+def test_ipv6_address_is_in_brackets_before_the_port(
+    host: str, addresses: str, published: str, reached_as: str, board: RunScript, fake: FakeProgram
+) -> None:
+    fake("hostname", f"echo {addresses}")
+    options = set(pairwise(board(HOST=host)))
+    assert ("--publish", f"{published}:7860:7860") in options
+    assert ("--env", f"JETSON_FT_REACHED_AS={reached_as}:7860") in options
+    settings = board("--env", HOST=host)
+    assert {f"PUBLISH={published}", f"REACHED_AS={reached_as}:7860"} <= set(settings)
+
+
 def test_other_command_publishes_no_port(board: RunScript) -> None:
     words = board("train", "quickstart-zh", "--set", "data.train=it's mine.json")
     assert words[-5:] == [
@@ -363,88 +377,3 @@ def test_published_wheel_is_kept_and_unknown_source_fails(kernels: Any, tmp_path
     assert not (tmp_path / "git.txt").exists()
     done = kernels(8_000_000, source="weel")
     assert done.returncode == 1 and "BNB_SOURCE=weel" in done.stderr
-
-
-# --- entrypoint.py, in a mount namespace of its own as in a container ---
-
-FAKE_SUPERVISOR = """
-import signal, sys, time
-from pathlib import Path
-
-stopped = []
-signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-Path(sys.argv[1], "up").touch()
-end = time.monotonic() + 30  # without a signal
-while not stopped and time.monotonic() < end:
-    time.sleep(0.02)
-time.sleep(0.5)  # the rest of the step
-if not stopped:
-    sys.exit("no SIGTERM")
-Path(sys.argv[1], "checkpoint").touch()
-"""
-
-
-def start_entrypoint(folder: Path, program: str) -> subprocess.Popen[str]:
-    """Start the entrypoint with `program` as its jetson-ft, beside a fake supervisor.
-
-    Return once the program has created the file `page`, or has ended.
-    """
-    (folder / "bin").mkdir()
-    (folder / "bin/jetson-ft").write_text(f"#!{sys.executable}\n{program}")
-    (folder / "bin/jetson-ft").chmod(0o755)
-    (folder / "supervisor.py").write_text(FAKE_SUPERVISOR)
-    supervisor = f"{sys.executable} supervisor.py {folder} jetson_ft.runs.supervisor"
-    entrypoint = f"{sys.executable} -IS {DOCKER}/entrypoint.py webui"
-    wait = "while [ ! -e up ]; do sleep 0.05; done"
-    unshare = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--mount"]
-    if subprocess.call([*unshare, "true"], stderr=subprocess.DEVNULL):
-        pytest.skip("this system allows no namespaces")
-    process = subprocess.Popen(
-        [*unshare, "sh", "-c", f"setsid {supervisor} & {wait}; exec {entrypoint}"],
-        cwd=folder, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
-        env={**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"},
-    )  # fmt: skip
-    while not (folder / "page").exists() and process.poll() is None:
-        time.sleep(0.02)
-    return process
-
-
-def test_sigterm_waits_for_checkpoint_of_this_container_only(tmp_path: Path) -> None:
-    other = subprocess.Popen(  # as in another container: must not be stopped
-        [sys.executable, "-c", "import time; time.sleep(60)", "jetson_ft.runs.supervisor"]
-    )
-    try:
-        process = start_entrypoint(tmp_path, "import time\nopen('page', 'w')\ntime.sleep(60)")
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 128 + signal.SIGTERM
-        assert (tmp_path / "checkpoint").exists()
-        assert other.poll() is None
-    finally:
-        other.kill()
-        other.wait()
-
-
-def test_exit_of_page_stops_runs(tmp_path: Path) -> None:
-    process = start_entrypoint(tmp_path, "import sys\nsys.exit(7)")
-    assert process.wait(20) == 7
-    assert (tmp_path / "checkpoint").exists()
-
-
-def test_sigint_without_terminal_reaches_program(tmp_path: Path) -> None:
-    program = "import time\ntry:\n    open('page', 'w')\n    time.sleep(60)\n"
-    program += "except KeyboardInterrupt:\n    raise SystemExit(3)\n"
-    process = start_entrypoint(tmp_path, program)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 3
-    assert (tmp_path / "checkpoint").exists()
-
-
-@pytest.mark.slow
-def test_program_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
-    stubborn = (
-        "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nopen('page', 'w')\ntime.sleep(60)"
-    )
-    process = start_entrypoint(tmp_path, stubborn)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 128 + signal.SIGKILL
-    assert (tmp_path / "checkpoint").exists()

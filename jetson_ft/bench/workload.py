@@ -182,11 +182,12 @@ def prepare_workload(settings: Settings) -> BenchWorkload:
     # For programs that tokenize themselves, the conversations of the same rows.
     stored, _report = store.read_source(sources.resolve_source(settings.data))
     index_of = {number: index for index, number in enumerate(stored["row"])}
+    messages = (stored[index_of[number]]["messages"] for number in rows["row"])
     return BenchWorkload(
         settings=settings,
         device=device,
         base=base,
         weights=weight_format(recipe, device),
         rows=list(rows.select_columns(["input_ids", "segments", "supervised"])),
-        messages=[list(stored[index_of[number]]["messages"]) for number in rows["row"]],
+        messages=[[{key: m[key] for key in ("role", "content")} for m in row] for row in messages],
     )

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.data.chat_template import encode_prompt, end_ids
-from jetson_ft.data.formats import ChatMessage, RowError, detect_layout, to_messages
+from jetson_ft.data.formats import ChatMessage, RowError
 from jetson_ft.data.json_rows import parse_json
-from jetson_ft.errors import UserError, _
+from jetson_ft.data.layouts import detect_layout, to_conversation
+from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors
 from jetson_ft.inference.generate import Sampling, stream_reply
 
@@ -34,6 +35,7 @@ class ChatSession:
         system: the system message; may be empty.
         examples: few-shot turns before the conversation.
         turns: questions and answers so far.
+        warning: what a person should know about the model.
     """
 
     model: Any = field(repr=False)
@@ -44,6 +46,7 @@ class ChatSession:
     system: str = ""
     examples: list[ChatMessage] = field(default_factory=list)
     turns: list[ChatMessage] = field(default_factory=list)
+    warning: Message | None = None
 
     def ask(
         self, text: str, sampling: Sampling = DEFAULT_SAMPLING, use_adapter: bool = True
@@ -123,7 +126,8 @@ def parse_examples(text: str, where: str) -> list[ChatMessage]:
                 layout = detect_layout(row) if isinstance(row, dict) else None
                 if layout is None:
                     raise RowError(_("a row without question and answer"))
-                messages += [m for m in to_messages(row, layout) if m["role"] != "system"]
+                turns = to_conversation(row, layout).messages
+                messages += [turn for turn in turns if turn["role"] != "system"]
     except RowError as error:
         fix = _('One row a line: {{"instruction": "…", "output": "…"}}')
         what = _("The examples can't be read: {error}.")

@@ -9,8 +9,8 @@ from typing import get_args
 from jetson_ft import adapter
 from jetson_ft.chat import memory_guard
 from jetson_ft.chat.session import ChatSession
-from jetson_ft.errors import UserError, _
-from jetson_ft.files import read_json
+from jetson_ft.errors import Message, UserError, _, joined
+from jetson_ft.files import expand_user
 from jetson_ft.hardware import detect
 from jetson_ft.models import fast_import, files, loading
 from jetson_ft.models.loading import weight_format
@@ -26,6 +26,7 @@ class ChatTarget:
     recipe: Recipe
     adapter_dir: Path | None = None
     adapter_mtime_ns: int = 0  # differs after another adapter was written to the same folder
+    named_in: Path | None = None  # the adapter's file that names the base
 
 
 def resolve_target(
@@ -47,23 +48,23 @@ def resolve_target(
         choices = ", ".join(get_args(Quantization))
         what, fix = _("quantize can't be {quantize!r}."), _("Choose one of {choices}.")
         raise UserError(what, fix=fix, quantize=quantize, choices=choices)
-    adapter_dir: Path | None = None
+    adapter_dir = named_in = None
     if files.is_base_model(name):
         recipe = Recipe() if name == "base" else Recipe(model=name)
-    elif (Path(name).expanduser() / "adapter_config.json").is_file():
-        adapter_dir = Path(name).expanduser()
-        if (adapter_dir / adapter.BASE_FILE).is_file():
-            base = read_json(adapter_dir / adapter.BASE_FILE)["name"]
-        else:  # an adapter of another program has PEFT's entry only
-            base = read_json(adapter_dir / "adapter_config.json").get("base_model_name_or_path")
-        recipe = Recipe(model=base or "embedded")
+    elif (expand_user(name) / "adapter_config.json").is_file():
+        adapter_dir = expand_user(name)
+        base, file = adapter.find_base_name(adapter_dir)
+        if not (base or model):
+            what = _("The adapter names no base model.")
+            raise UserError(what, str(file), _("Name it with `--model NAME`."))
+        recipe, named_in = Recipe(model=model or base or ""), None if model else file
     else:
         run = _latest_adapter_run(root) if name == "latest" else store.find_run(name, root)
         adapter_dir, recipe = run.require_adapter(), run.recipe()
     weights = adapter_dir / "adapter_model.safetensors" if adapter_dir else None
     mtime_ns = weights.stat().st_mtime_ns if weights and weights.exists() else 0
     changes = {"model": model or recipe.model, "quantize": quantize or recipe.quantize}
-    return ChatTarget(recipe.model_copy(update=changes), adapter_dir, mtime_ns)
+    return ChatTarget(recipe.model_copy(update=changes), adapter_dir, mtime_ns, named_in)
 
 
 def open_session(target: ChatTarget) -> ChatSession:
@@ -75,24 +76,40 @@ def open_session(target: ChatTarget) -> ChatSession:
     name, adapter_dir = target.recipe.model, target.adapter_dir
     device = detect.detect_device()
     weights = weight_format(target.recipe, device)
+    if target.named_in:
+        try:
+            files.resolve_model(name, weights=False)
+        except UserError as error:
+            values = {"name": name, "file": str(target.named_in)}
+            fix = Message(_("Name the adapter's base model with `--model NAME`."))
+            raise UserError(
+                error.what,
+                Message(_("{name}, named in {file}"), values),
+                joined([error.fix, fix], " ") if str(error.fix) else fix,
+            ) from error
     memory_guard.require_memory(name, weights, device)
     base = files.resolve_model(name)
     if adapter_dir:
         adapter.read_adapter_config(adapter_dir)
     fast_import.import_libraries()
-    tokenizer = loading.load_tokenizer(base)
+    tokenizer = (
+        adapter.load_tokenizer(base, adapter_dir) if adapter_dir else loading.load_tokenizer(base)
+    )
     model = loading.load_model(base, weights, device.kind)
+    loading.check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), base)
     if adapter_dir:
         model = adapter.load_adapter(model, base, adapter_dir)
     context_length = int(getattr(model.config, "max_position_embeddings", None) or 2048)
     with_adapter = f" with {adapter_dir}" if adapter_dir else ""
     title = f"{name}{with_adapter} ({weights}, {device.kind})"
-    return ChatSession(model, tokenizer, adapter_dir is not None, context_length, title)
+    warning = adapter.base_warning(base, adapter_dir) if adapter_dir else None
+    return ChatSession(
+        model, tokenizer, adapter_dir is not None, context_length, title, warning=warning
+    )
 
 
 def _latest_adapter_run(root: Path) -> Run:
-    for run in store.list_runs(root):
-        if run.adapter.is_dir():
-            return run
+    if runs := store.runs_with_adapter(root):
+        return runs[0]
     fix = _("`make finetune` makes one; `jetson-ft chat base` chats with the model as it is.")
     raise UserError(_("There is no adapter to chat with yet."), str(root), fix)

@@ -11,7 +11,7 @@ import typer
 from typer import Option
 
 from jetson_ft import __version__, logs
-from jetson_ft.cli import bench, chat, data, doctor, evaluate, recipe, runs, train
+from jetson_ft.cli import bench, chat, data, doctor, evaluate, models, recipe, runs, train
 from jetson_ft.cli.output import RUNS, RunsOption, as_user_error
 from jetson_ft.files import printable
 
@@ -47,7 +47,9 @@ def webui(
     serve(runs, host, port, tuple(host_name or ()), reached_as)
 
 
-for command in (train.train, recipe.plan, doctor.doctor, bench.bench, webui, chat.chat):
+for command in (
+    train.train, recipe.plan, models.models, doctor.doctor, bench.bench, webui, chat.chat,
+):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate.evaluate)
 for group, name in ((data.app, "data"), (recipe.app, "recipe"), (runs.app, "runs")):

@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from jetson_ft.cli.output import RUNS, RunsOption, out, show
 from jetson_ft.errors import UserError
+from jetson_ft.files import expand_user
 from jetson_ft.inference.generate import Sampling
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ class Terminal:
     def loop(self) -> None:
         """Read and answer lines until /quit or the end of input."""
         show(f"{self.session.title}\n/help lists the commands.")
+        if self.session.warning:
+            show(str(self.session.warning))
         while True:
             try:
                 line = input("\nyou> ").strip()
@@ -139,7 +142,7 @@ class Terminal:
                 show("system message " + ("set" if argument else "cleared"))
             case "/examples":
                 path = argument.strip("'\"")
-                self.session.examples = read_examples(Path(path).expanduser()) if path else []
+                self.session.examples = read_examples(expand_user(path)) if path else []
                 show(f"{len(self.session.examples) // 2} examples")
             case "/set":
                 self._set_sampling(*argument.partition(" ")[::2])

@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from jetson_ft.cli.output import JsonOption, json_errors, out, print_json, show
+from jetson_ft.errors import Message
 
 app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 
@@ -23,13 +24,21 @@ def inspect(
         Literal["auto", "alpaca", "sharegpt", "messages"], Option("--format", help="Row layout.")
     ] = "auto",
     encoding: Annotated[str, Option(help="auto, utf-8, gb18030, …")] = "auto",
+    column: Annotated[
+        list[str], Option(help="As in data.columns, such as question=title; several times.")
+    ] = [],  # noqa: B006 - typer copies it
+    chat_template: Annotated[
+        str | None, Option(help="Chat template, as `data.chat_template` in a recipe.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Format, invalid rows and lengths of the data, and rows as tokenized."""
     from jetson_ft.runs.forecast import inspect_data
 
     with json_errors(as_json):
-        inspection = inspect_data(path, model, max_length, samples, layout, encoding)
+        inspection = inspect_data(
+            path, model, max_length, samples, layout, encoding, column, chat_template
+        )
     if as_json:
         print_json(asdict(inspection))
         return
@@ -81,6 +90,9 @@ def print_source(read: dict[str, Any], places: int | None = None) -> None:
         f"rows:      {read['rows_read']:,} read, {read['rows_kept']:,} usable, "
         f"{read['duplicates']:,} duplicates"
     )
+    if read["unread"]:
+        names = ", ".join(f"{name} ({count:,})" for name, count in read["unread"].items())
+        show(f"not read:  {names}")
     for reason, entry in read["dropped"].items():
         listed = entry["where"][:places]
         more = ["…"] if entry["count"] > len(listed) else []
@@ -88,8 +100,10 @@ def print_source(read: dict[str, Any], places: int | None = None) -> None:
 
 
 def print_cut(tokens: dict[str, Any]) -> None:
-    """Print how many rows were cut at `max_length`, and the rows dropped."""
+    """Print how many rows were cut at `max_length`, the rows dropped, and notes on the others."""
     share = tokens["truncated"] / max(1, tokens["rows"])
     show(f"cut:       {tokens['truncated']:,} rows ({share:.1%}) at max_length")
     for reason, count in tokens["dropped"].items():
         show(f"dropped:   {count:,} {reason}")
+    for notice in tokens.get("notices", []):
+        show(f"note:      {Message.from_json(notice)}")

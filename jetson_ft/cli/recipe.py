@@ -10,9 +10,11 @@ from typer import Option
 
 from jetson_ft.cli import output
 from jetson_ft.cli.output import JsonOption, RecipeArgument, SetOption
+from jetson_ft.errors import UserError, _
 from jetson_ft.i18n import duration
 
 if TYPE_CHECKING:
+    from jetson_ft.models.dims import Coverage
     from jetson_ft.runs.forecast import DeviceForecast
 
 app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
@@ -53,7 +55,10 @@ def schema() -> None:
 
 
 def plan(
-    recipe: RecipeArgument,
+    recipe: Annotated[str | None, output.RECIPE] = None,
+    model: Annotated[
+        str | None, Option(help="Model to plan, as in `jetson-ft models`; else the recipe's.")
+    ] = None,
     device: Annotated[str | None, Option(help="One module, as orin-nx-16gb; else all.")] = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -63,14 +68,29 @@ def plan(
     from jetson_ft.runs.forecast import forecast_recipe
 
     with output.json_errors(as_json):
-        forecast = forecast_recipe(recipes.load_recipe(recipe, overrides or []), device)
+        overrides = [*(overrides or []), *([f"model={model}"] if model is not None else [])]
+        if recipe is not None:
+            planned = recipes.load_recipe(recipe, overrides)
+        elif model is not None:
+            planned = recipes.parse_recipe("", "", overrides)
+        else:
+            what, fix = _("Nothing to plan."), _("Name a recipe, or a model with `--model NAME`.")
+            raise UserError(what, "jetson-ft plan", fix)
+        forecast = forecast_recipe(planned, device)
     if as_json:
         output.print_json(forecast.as_json())
         return
     print_devices(forecast.devices)
+    print_coverage(forecast.coverage)
     here = [f"{d.name}: {d.device}, {d.precision}" for d in forecast.devices if d.is_this_machine]
     for line in [*here, *forecast.sources, *forecast.assumptions]:
         output.show(f"- {line}")
+
+
+def print_coverage(coverage: Coverage) -> None:
+    """Print how much of the model adapters and quantization apply to."""
+    for message in (coverage.as_message(), *coverage.notes):
+        output.show(f"- {message}")
 
 
 def print_devices(devices: list[DeviceForecast]) -> None:

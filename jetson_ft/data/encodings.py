@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from jetson_ft.data.compression import inspect_file, read_blocks
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import disk_errors
 
 BLOCK_BYTES = 1 << 20  # read at a time
 MAX_ROW_CHARACTERS = 1 << 28  # a quote or bracket that is never closed must not fill the memory
@@ -32,8 +33,7 @@ def detect_encoding(path: Path) -> str:
     A file that is UTF-8 but for a few bytes is called UTF-8 (reading it reports the invalid byte),
     since almost any bytes can be decoded as GB18030.
     """
-    with disk_errors(path), path.open("rb") as file:
-        head = file.read(4096)
+    _compression, _name, head = inspect_file(path)
     for mark, name in _BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return name
@@ -56,8 +56,7 @@ def detect_encoding(path: Path) -> str:
         str(path),
         _(
             "Save the file as UTF-8. For the file of `data.train`, its encoding can be set "
-            "instead, as in `--set data.encoding=gb18030` (or utf-16-le, big5, cp1252, …). Unpack "
-            "a compressed file first."
+            "instead, as in `--set data.encoding=gb18030` (or utf-16-le, big5, cp1252, …)."
         ),
         reason=Message(template, {"where": where}),
     )
@@ -73,17 +72,16 @@ def _encoding_shares(path: Path) -> tuple[float, float]:
     gb = codecs.getincrementaldecoder("gb18030")("ignore")
     non_ascii = as_utf8 = as_gb = characters = common = 0
     mixed = False
-    with disk_errors(path), path.open("rb") as file:
-        while block := file.read(1 << 20):
-            ascii_bytes = len(block.translate(None, _NON_ASCII))
-            non_ascii += len(block) - ascii_bytes
-            as_utf8 += len(utf8.decode(block).encode()) - ascii_bytes
-            text = gb.decode(block)
-            # GB2312 has the characters in everyday use; chance hits are outside of it.
-            as_gb += len(text.encode("gb2312", "ignore")) - ascii_bytes
-            characters += len(text) - ascii_bytes
-            common += sum(text.count(character) for character in _COMMON_HANZI)
-            mixed = mixed or bool(_UTF8_HANZI.search(block))
+    for block in read_blocks(path, 1 << 20):
+        ascii_bytes = len(block.translate(None, _NON_ASCII))
+        non_ascii += len(block) - ascii_bytes
+        as_utf8 += len(utf8.decode(block).encode()) - ascii_bytes
+        text = gb.decode(block)
+        # GB2312 has the characters in everyday use; chance hits are outside of it.
+        as_gb += len(text.encode("gb2312", "ignore")) - ascii_bytes
+        characters += len(text) - ascii_bytes
+        common += sum(text.count(character) for character in _COMMON_HANZI)
+        mixed = mixed or bool(_UTF8_HANZI.search(block))
     unusual = characters > 100 and common < 0.03 * characters
     return as_utf8 / non_ascii, 0.0 if mixed or unusual else as_gb / non_ascii
 
@@ -111,42 +109,41 @@ def decode_file(path: Path, encoding: str) -> Iterator[str]:
     """
     # The "-sig" codec would report offsets without the mark.
     decoder = codecs.getincrementaldecoder("utf-8" if encoding == "utf-8-sig" else encoding)()
-    offset, line, block, start = 0, 1, b"-", True
-    with disk_errors(path), path.open("rb") as file:
-        while block:
-            block, state = file.read(BLOCK_BYTES), decoder.getstate()
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                position = error.start - (len(error.object) - len(block))
-                decoder.setstate(state)
-                with suppress(UnicodeError):  # UTF-16 without its mark at the start has no lines
-                    line += decoder.decode(block[: max(0, position)]).count("\n")
-                values = {"path": str(path), "line": line, "offset": offset + position}
-                raise UserError(
-                    _("This file is {encoding} text, but the byte 0x{byte:02x} in it is not."),
-                    Message(_("{path}, line {line}, byte {offset} counted from 0"), values),
-                    _(
-                        "Fix that byte (mixed encodings or a cut-off file are the usual causes), "
-                        "or save the file as UTF-8. For the file of `data.train`, another encoding "
-                        "can be set with `--set data.encoding=…`."
-                    ),
-                    encoding=encoding,
-                    byte=error.object[error.start],
-                ) from None
-            except UnicodeError as error:  # a missing byte order mark, for instance
-                raise UserError(
-                    _("This file is not {encoding} text: {reason}."),
-                    str(path),
-                    _("Set another encoding."),
-                    encoding=encoding,
-                    reason=str(error),
-                ) from None
-            offset, line = offset + len(block), line + text.count("\n")
-            if text and start:
-                text, start = text.removeprefix("\ufeff"), False
-            if text:
-                yield text
+    offset, line, start = 0, 1, True
+    for block in itertools.chain(read_blocks(path, BLOCK_BYTES), [b""]):
+        state = decoder.getstate()
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            position = error.start - (len(error.object) - len(block))
+            decoder.setstate(state)
+            with suppress(UnicodeError):  # UTF-16 without its mark at the start has no lines
+                line += decoder.decode(block[: max(0, position)]).count("\n")
+            values = {"path": str(path), "line": line, "offset": offset + position}
+            raise UserError(
+                _("This file is {encoding} text, but the byte 0x{byte:02x} in it is not."),
+                Message(_("{path}, line {line}, byte {offset} counted from 0"), values),
+                _(
+                    "Fix that byte (mixed encodings or a cut-off file are the usual causes), "
+                    "or save the file as UTF-8. For the file of `data.train`, another encoding "
+                    "can be set with `--set data.encoding=…`."
+                ),
+                encoding=encoding,
+                byte=error.object[error.start],
+            ) from None
+        except UnicodeError as error:  # a missing byte order mark, for instance
+            raise UserError(
+                _("This file is not {encoding} text: {reason}."),
+                str(path),
+                _("Set another encoding."),
+                encoding=encoding,
+                reason=str(error),
+            ) from None
+        offset, line = offset + len(block), line + text.count("\n")
+        if text and start:
+            text, start = text.removeprefix("\ufeff"), False
+        if text:
+            yield text
 
 
 def read_lines(path: Path, encoding: str) -> Iterator[str]:

@@ -1,26 +1,35 @@
-"""The layouts that a row can have, and their conversion to messages.
+"""Messages, and their conversion from the forms that a row has them in.
 
-`LAYOUTS` is the one table; its names are those of `data.format` (`recipe.Layout`). A row that
-can't be used raises a `RowError` whose reason names no content, so that equal ones are counted.
+Which columns of a row have them is not here (see `layouts`). A row that can't be used raises a
+`RowError` whose reason names no content, so that equal ones are counted.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import json
 from typing import Any, TypedDict
 
 from jetson_ft.errors import Message, _
-from jetson_ft.recipe import Layout
+from jetson_ft.files import printable
 
 Row = dict[str, Any]
 
 
-class ChatMessage(TypedDict):
-    """One message of a conversation; the role is `system`, `user` or `assistant`."""
-
+class _RequiredFields(TypedDict):
     role: str
     content: str
+
+
+class ChatMessage(_RequiredFields, total=False):
+    """One message of a conversation; the role is `system`, `user`, `assistant` or `tool`.
+
+    Only messages of the assistant have the other fields: `train` (absent: True) is False for an
+    answer that is not trained on; `tool_calls` (absent or "": none) is the JSON text of OpenAI's
+    list: `[{"type": "function", "function": {"name": "…", "arguments": {…}}}]`.
+    """
+
+    train: bool
+    tool_calls: str
 
 
 class RowError(ValueError):
@@ -31,126 +40,215 @@ class RowError(ValueError):
         super().__init__(self.reason)
 
 
-NO_ANSWER = _("no answer")
+SEVERAL_ANSWERS = _("`{key}` is a list of answers, not one answer")
 
-_COLUMNS = (  # question, answer
-    ("instruction", "output"),
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-)
-_ROLES = {role: role for role in ("user", "assistant", "system")}
-_ROLES |= {"human": "user", "gpt": "assistant"}
-_DAMAGE = re.compile("[\ud800-\udfff\ufffd]")
-
-
-def _columns_to_messages(row: Row) -> list[ChatMessage]:
-    """Convert question and answer columns: the pairs of `history`, then the row's own pair."""
-    # The pair with both columns; else the first with one, so that the error names the other.
-    question, answer = max(_COLUMNS, key=lambda pair: (pair[0] in row) + (pair[1] in row))
-    texts: list[str] = []
-    for pair in _list(row, "history") if row.get("history") is not None else []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError(_("`{key}` is not a list of pairs"), key="history")
-        if not all(isinstance(text, str) for text in pair):
-            raise RowError(_("`{key}` has an item that is not text"), key="history")
-        texts += pair
-    parts = [_text(row, question), _optional_text(row, "input")]
-    texts += ["\n".join(part for part in parts if part), _text(row, answer)]
-    return [
-        ChatMessage(role="assistant" if position % 2 else "user", content=text)
-        for position, text in enumerate(texts)
-    ]
-
-
-def _turns_to_messages(row: Row, key: str) -> list[ChatMessage]:
-    """Convert a list of turns; {from, value} and {role, content} are accepted in either layout."""
-    messages = []
-    for turn in _list(row, key):
-        if not isinstance(turn, dict):
-            raise RowError(_("`{key}` has an item that is not an object"), key=key)
-        name = _text(turn, "from" if "from" in turn else "role")
-        if name not in _ROLES:
-            raise RowError(_("a role other than {roles}"), roles=", ".join(_ROLES))
-        content_key = "value" if "value" in turn else "content"
-        if isinstance(parts := turn.get(content_key), list):  # OpenAI's list of parts
-            if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-                raise RowError(_("`{key}` has a part that is not text"), key=content_key)
-            content = "".join(_text(part, "text") for part in parts)
-        else:
-            content = _text(turn, content_key)
-        if _ROLES[name] != "system" or content.strip():
-            messages.append(ChatMessage(role=_ROLES[name], content=content))
-    return messages
-
-
-# By layout, in the order of detection: whether a row has it; the row's messages without those of a
-# `system` column.
-LAYOUTS: dict[Layout, tuple[Callable[[Row], bool], Callable[[Row], list[ChatMessage]]]] = {
-    # OpenAI: {role, content} each
-    "messages": (lambda row: "messages" in row, lambda row: _turns_to_messages(row, "messages")),
-    # ShareGPT: {from, value} each
-    "sharegpt": (
-        lambda row: "conversations" in row,
-        lambda row: _turns_to_messages(row, "conversations"),
-    ),
-    # Alpaca: a question and an answer column, optional `input`, `history`
-    "alpaca": (
-        lambda row: any(question in row and answer in row for question, answer in _COLUMNS),
-        _columns_to_messages,
-    ),
+NO_CONTENT: tuple[Any, ...] = (None, "", [], {})
+_CALL = "call"  # a role in ShareGPT: the assistant's call of a tool
+_ROLES = {
+    name: role
+    for role, names in {
+        "system": "system developer 系统",
+        "user": "user human prompter 用户 人类 提问者 问",
+        "assistant": "assistant gpt chatgpt bot chatbot model ai moss 助手 助理 机器人 模型 答",
+        "tool": "tool observation function tool_response function_response 工具",
+        _CALL: "function_call tool_call",
+    }.items()
+    for name in names.split()
 }
+_ROLE_KEYS, _CONTENT_KEYS = ("from", "role"), ("value", "content", "text")
+_TRAIN_KEYS = ("weight", "loss", "train", "training")  # of OpenAI, SWIFT and Axolotl
+_CALL_KEYS = ("tool_calls", "function_call")
+_TURN_KEYS = {*_ROLE_KEYS, *_CONTENT_KEYS, *_TRAIN_KEYS, *_CALL_KEYS}
+_SHOWN_ROLE = 20  # characters
+
+# Names of a question and its answer, most specific pairs first; "input" is often an addition to
+# the question of another column.
+_ANSWERS = (
+    "output", "response", "completion", "answer", "target", "答案", "回答",
+    "outputs", "responses", "completions", "answers",
+)  # fmt: skip
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("instruction", "output"), ("prompt", "response"), ("prompt", "completion"),
+    ("question", "answer"), ("query", "response"), ("问题", "答案"),
+    *((question, answer) for question in ("instruction", "prompt", "question", "query", "问题",
+                                          "指令", "input") for answer in _ANSWERS),
+)  # fmt: skip
 
 
-def detect_layout(row: Row) -> Layout | None:
-    """Return the layout by the row's keys; None if it has no known one."""
-    return next((name for name, (matches, _convert) in LAYOUTS.items() if matches(row)), None)
+def role_of(name: str) -> str:
+    """Return the role that a name stands for; "" if it is unknown."""
+    return _ROLES.get(name.strip().casefold(), "")
 
 
-def to_messages(row: Row, layout: Layout) -> list[ChatMessage]:
-    """Return the row's messages: an optional system message, then user and assistant in turn.
-
-    Raises:
-        RowError: something required is missing, empty, not text or out of order.
-    """
-    system = _optional_text(row, "system")
-    messages = [ChatMessage(role="system", content=system)] if system.strip() else []
-    _matches, convert = LAYOUTS[layout]
-    messages += convert(row)
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise RowError(_("a system message that is not the first"))
-    turns = [role for role in roles if role != "system"]
-    if not turns:
-        raise RowError(_("no messages"))
-    if turns[-1] != "assistant":
-        raise RowError(_("the last message is not the assistant's"))
-    if any(role != ("user", "assistant")[index % 2] for index, role in enumerate(turns)):
-        raise RowError(_("user and assistant do not alternate"))
-    for message in messages:
-        if not message["content"].strip():
-            raise RowError(NO_ANSWER if message["role"] == "assistant" else _("no question"))
-        if _DAMAGE.search(message["content"]):
-            raise RowError(_("damaged text (U+FFFD, or half of a surrogate pair)"))
-    return messages
-
-
-def _list(row: Row, key: str) -> list[Any]:
-    if key not in row:
-        raise RowError(_("field `{key}` missing"), key=key)
-    if not isinstance(items := row[key], list):
-        raise RowError(_("`{key}` is not a list"), key=key)
-    return items
-
-
-def _text(row: Row, key: str) -> str:
+def text_of(row: Row, key: str) -> str:
+    """Return the text of a required field."""
     text = row.get(key)
     if isinstance(text, str):
         return text
     if key not in row:
         raise RowError(_("field `{key}` missing"), key=key)
+    if isinstance(text, list) and key in _ANSWERS:
+        raise RowError(SEVERAL_ANSWERS, key=key)
     raise RowError(_("`{key}` is null") if text is None else _("`{key}` is not text"), key=key)
 
 
-def _optional_text(row: Row, key: str) -> str:
-    return "" if row.get(key) is None else _text(row, key)
+def list_of(row: Row, key: str) -> list[Any]:
+    """Return a list, which in a cell of text is JSON."""
+    if key not in row:
+        raise RowError(_("field `{key}` missing"), key=key)
+    items = row[key]
+    if isinstance(items, str) and items.lstrip().startswith("["):
+        items = _parsed(items, _("`{key}` is not valid JSON"), key)
+    if isinstance(items, str) and not items.strip():
+        return []
+    if not isinstance(items, list):
+        raise RowError(_("`{key}` is not a list"), key=key)
+    return items
+
+
+def _parsed(text: str, template: str, key: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowError(template, key=key) from None
+
+
+def read_turns(turns: list[Any], key: str, unread: set[str]) -> list[ChatMessage]:
+    """Convert turns: {role, content}, {from, value}, or a question with its answer each.
+
+    Args:
+        key: the column's name, for reasons.
+        unread: gets the names of the turns' fields that have content and are not read.
+    """
+    messages: list[ChatMessage] = []
+    for turn in turns:
+        if not isinstance(turn, dict):
+            raise RowError(_("`{key}` has an item that is not an object"), key=key)
+        pair = _pair_of(turn)
+        if pair:
+            contents = {"user": text_of(turn, pair[0]), "assistant": text_of(turn, pair[1])}
+            messages += [ChatMessage(role=role, content=text) for role, text in contents.items()]
+            names = {*pair, *_TRAIN_KEYS}
+            if not _is_trained(turn):
+                messages[-1]["train"] = False
+        else:
+            names = _TURN_KEYS
+            _add_turn(messages, turn)
+        unread |= {f"{key}[].{name}" for name in set(turn) - names if turn[name] not in NO_CONTENT}
+    return messages
+
+
+def _pair_of(turn: Row) -> tuple[str, str] | None:
+    """Return the fields of a question and its answer; None for a turn with a role."""
+    if any(key in turn for key in _ROLE_KEYS):
+        return None
+    by_role = {role_of(name): name for name in turn}
+    if "user" in by_role and "assistant" in by_role:
+        return by_role["user"], by_role["assistant"]
+    return next((pair for pair in PAIRS if pair[0] in turn and pair[1] in turn), None)
+
+
+def _add_turn(messages: list[ChatMessage], turn: Row) -> None:
+    """Append a turn's message; a call belongs to the assistant's message before it."""
+    name = text_of(turn, first_key(turn, _ROLE_KEYS, "role"))
+    content_key = first_key(turn, _CONTENT_KEYS, "content")
+    role = role_of(name)
+    if not role:
+        shown = printable(name.strip()[:_SHOWN_ROLE])
+        raise RowError(_("unknown role `{role}`"), role=shown)
+    calls: list[Any] = []
+    if role == _CALL:
+        role, content = "assistant", ""
+        calls = _read_calls(turn, content_key)
+    else:
+        if role == "assistant":
+            for key in _CALL_KEYS:
+                calls += _read_calls(turn, key) if turn.get(key) else []
+        content = "" if calls and turn.get(content_key) is None else _content(turn, content_key)
+        if role == "system" and not content.strip():
+            return
+    message = ChatMessage(role=role, content=content)
+    if role == "assistant" and not _is_trained(turn):
+        message["train"] = False
+    if calls:
+        message["tool_calls"] = _as_json(calls, content_key)
+    previous = messages[-1] if messages else None
+    if calls and not content and previous and previous["role"] == "assistant":
+        earlier = json.loads(previous.get("tool_calls") or "[]")
+        previous["tool_calls"] = _as_json(earlier + calls, content_key)
+        previous.update({"train": False} if "train" in message else {})
+    else:
+        messages.append(message)
+
+
+def first_key(turn: Row, names: tuple[str, ...], default: str) -> str:
+    """Return the first name that has a value, else the first that there is, else the default."""
+    present = [name for name in names if name in turn]
+    filled = [name for name in present if turn[name] is not None]
+    return (filled or present or [default])[0]
+
+
+def _content(turn: Row, key: str) -> str:
+    parts = turn.get(key)
+    if not isinstance(parts, list):
+        return text_of(turn, key)
+    # OpenAI's list of parts
+    if not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        raise RowError(_("`{key}` has a part that is not text"), key=key)
+    return "".join(text_of(part, "text") for part in parts)
+
+
+def _is_trained(turn: Row) -> bool:
+    for key in _TRAIN_KEYS:
+        if (value := turn.get(key)) is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise RowError(_("`{key}` is neither 1 nor 0 (true nor false)"), key=key)
+        if not value:
+            return False
+    return True
+
+
+def _read_calls(turn: Row, key: str) -> list[Any]:
+    """Return OpenAI's list of calls from a list, from one call, or from JSON text of either."""
+    template = _("`{key}` is not a tool call (JSON with `name` and `arguments`)")
+    calls = turn.get(key)
+    if isinstance(calls, str):
+        calls = _parsed(calls, template, key)
+    result = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(template, key=key)
+        arguments = function.get("arguments")
+        if isinstance(arguments, str) and arguments.strip():
+            arguments = _parsed(arguments, template, key)
+        if arguments in (None, ""):
+            arguments = {}
+        if not isinstance(arguments, dict):
+            raise RowError(template, key=key)
+        named = {"name": function["name"], "arguments": arguments}
+        result.append({"type": "function", "function": named})
+    return result
+
+
+def read_tools(row: Row, key: str) -> str:
+    """Return the JSON text of a row's tools in OpenAI's form; "" if there are none."""
+    template = _("`{key}` is not a list of tools (JSON, each with a `name`)")
+    tools = row[key]
+    if isinstance(tools, str):
+        tools = _parsed(tools, template, key) if tools.strip() else []
+    result = []
+    for tool in tools if isinstance(tools, list) else [tools]:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(template, key=key)
+        result.append({"type": "function", "function": function})
+    return _as_json(result, key) if result else ""
+
+
+def _as_json(value: Any, key: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise RowError(_("`{key}` is nested too deeply"), key=key) from None

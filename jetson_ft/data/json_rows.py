@@ -20,7 +20,14 @@ from jetson_ft.files import printable
 LocatedValue = tuple[int | None, Any]  # line (None in binary files), and a value or a `RowError`
 
 UNREADABLE_REST = _("{reason}; nothing from here on can be read")  # of the file's last row
-_ROW_LISTS = {"messages", "conversations", "history"}  # lists inside a row, not lists of rows
+COLUMNAR = _("columns with all their values, not rows")
+_COMMENT = _("not valid JSON (a comment, which JSON does not have)")
+# Lists inside a row, not lists of rows.
+_ROW_LISTS = {
+    "messages", "conversations", "conversation", "dialog", "dialogue", "chat", "history", "tools",
+    "functions", "chosen", "rejected", "prompt", "completion", "completions",
+}  # fmt: skip
+_OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval"}  # not read, unlike `train`
 
 
 def parse_json(text: str) -> Any:
@@ -43,7 +50,9 @@ def _invalid_json(error: Exception) -> RowError:
 def read_jsonl(path: Path, encoding: str) -> Iterator[LocatedValue]:
     """Yield the value of each line that is not blank; a malformed one does not end the reading."""
     for number, line in enumerate(encodings.read_lines(path, encoding), 1):
-        if not line.isspace():
+        if line.lstrip().startswith(("#", "//")):
+            yield number, RowError(_COMMENT)
+        elif not line.isspace():
             yield number, parse_json(line)
 
 
@@ -127,6 +136,23 @@ class _JsonStream:
             separator = self.take(",}")
         return ""
 
+    def items(self) -> Iterator[LocatedValue]:
+        """Consume a list and yield its values, each with the line it starts on."""
+        self.take("[")
+        if self.peek() == "]":
+            self.take("]")
+            return
+        separator = ","
+        while separator == ",":
+            self.peek()
+            yield self.line, self.value()
+            separator = self.take(",]")
+
+    def skip_list(self) -> tuple[int, str]:
+        """Skip a list; return its length, and the key of the next one as `next_list` does."""
+        length = sum(1 for _item in self.items())
+        return length, self.next_list() if self.take(",}") == "," else ""
+
     def _advance(self, end: int) -> None:
         self.line += self._text.count("\n", self._at, end)
         self._at = end
@@ -146,43 +172,70 @@ class _JsonStream:
 
 
 def list_key(path: Path, encoding: str) -> str:
-    """Return the key of the list of rows in a JSON object; "" if the file is no such object."""
+    """Return the key of the list of rows in a JSON object; "" if the file is no such object.
+
+    That is the first list; among the parts of a split data set it is `train`.
+    """
     stream = _JsonStream(encodings.decode_file(path, encoding))
+    first = key = ""
     try:
         stream.take("{")
-        return stream.next_list()
+        first = key = stream.next_list()
+        while key in _OTHER_SPLITS:
+            _length, key = stream.skip_list()
     except RowError:
-        return ""
+        pass
+    return key if key == "train" else first
 
 
-def read_json(path: Path, encoding: str, key: str) -> Iterator[LocatedValue]:
+def read_json(
+    path: Path, encoding: str, key: str, unread: dict[str, int]
+) -> Iterator[LocatedValue]:
     """Yield the rows of an array, of the list `key` in an object, or of objects in succession.
 
     Where the JSON is not valid, a `RowError` is the last row.
+
+    Args:
+        unread: gets the number of rows in the other parts of a split data set, by key.
     """
     stream = _JsonStream(encodings.decode_file(path, encoding))
     try:
-        if stream.peek() == "{" and not key:
+        if stream.peek() in ("#", "/"):
+            raise RowError(_COMMENT)
+        if key:
+            stream.take("{")
+            other = stream.next_list()
+            while other != key:
+                unread[other], other = stream.skip_list()
+        elif stream.peek() == "{":
             while stream.peek():
                 yield stream.line, stream.value()
             return
-        if key:
-            stream.take("{")
-            stream.next_list()
-        stream.take("[")
-        if stream.peek() == "]":
-            stream.take("]")
-        else:
-            separator = ","
-            while separator == ",":
-                stream.peek()
-                yield stream.line, stream.value()
-                separator = stream.take(",]")
-        if key and stream.take(",}") == "," and (second := stream.next_list()):
-            raise RowError(
-                _("a second list of rows, `{second}`, besides `{key}`"), second=second, key=key
-            )
+        yield from stream.items()
+        other = stream.next_list() if key and stream.take(",}") == "," else ""
+        while other:
+            if key != "train" or other not in _OTHER_SPLITS:
+                raise RowError(
+                    _("a second list of rows, `{second}`, besides `{key}`"), second=other, key=key
+                )
+            unread[other], other = stream.skip_list()
         if stream.peek():
             raise RowError(_("text after the end of the JSON"))
     except RowError as error:
         yield stream.line, RowError(UNREADABLE_REST, reason=error.reason)
+
+
+def is_columnar(value: Any) -> bool:
+    """Return whether an object has whole columns, or rows by number, as pandas writes them."""
+    if not isinstance(value, dict) or not value or set(value) <= _ROW_LISTS:
+        return False
+    columns = list(value.values())
+    if all(isinstance(column, dict) for column in columns):
+        return all("0" in column for column in columns) or "0" in value
+    return (
+        all(
+            isinstance(column, list) and column and not isinstance(column[0], dict)
+            for column in columns
+        )
+        and len({len(column) for column in columns}) == 1
+    )

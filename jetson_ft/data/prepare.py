@@ -41,16 +41,20 @@ def prepare_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> Prepar
     # Equal for two runs that train and evaluate on the same rows.
     parts = [
         split.train.sha256, split.heldout.sha256 if split.heldout else data.heldout,
-        data.format, data.encoding, data.on_invalid,
+        data.format, data.encoding, data.on_invalid, data.columns.chosen(),
     ]  # fmt: skip
+    if data.chat_template:  # of a file, which may change
+        parts.append(str(tokenizer.chat_template))
     sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     key = f"{split.train.cache_key}-{split.heldout.cache_key if split.heldout else data.heldout}"
     train_ids, train_report = tokenize.tokenize_rows(
-        train, f"{key}-train", tokenizer, data.max_length, data.truncation
-    )
+        train, f"{key}-train", tokenizer, data.max_length, data.truncation, data.on_invalid,
+        data.train,
+    )  # fmt: skip
     heldout_ids, heldout_report = tokenize.tokenize_rows(
-        heldout, f"{key}-heldout", tokenizer, data.max_length
-    )
+        heldout, f"{key}-heldout", tokenizer, data.max_length, on_invalid=data.on_invalid,
+        source=split.heldout_from,
+    )  # fmt: skip
     kept = set(heldout_ids["row"])
     indices = [index for index, number in enumerate(heldout["row"]) if number in kept]
     return PreparedRows(

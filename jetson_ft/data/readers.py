@@ -1,5 +1,7 @@
 """Read a file's rows as a stream: JSON and JSON Lines (`json_rows`), CSV, Parquet.
 
+Text files can be compressed (`compression`).
+
 What a row means is not here (see `formats`). Memory stays within a few times the largest row.
 """
 
@@ -7,19 +9,22 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from jetson_ft.data import encodings, json_rows
+from jetson_ft.data import compression, encodings, json_rows
+from jetson_ft.data.compression import TEXT_SUFFIXES, Compression
 from jetson_ft.data.formats import RowError
 from jetson_ft.data.json_rows import LocatedValue, parse_json
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import cached_sha256, disk_errors, printable
+from jetson_ft.files import cached_sha256, printable
 
 Container = Literal["json", "jsonl", "csv", "parquet"]
-SUFFIXES = tuple(f".{container}" for container in get_args(Container))
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".zip")
 _HEAD_CHARACTERS = 1 << 16  # enough to tell JSON from JSON Lines and CSV
 
 
@@ -27,7 +32,8 @@ _HEAD_CHARACTERS = 1 << 16  # enough to tell JSON from JSON Lines and CSV
 class FileInfo:
     """A data file's properties; `size` in bytes.
 
-    `key` is that of the list of rows, where the file is one JSON object with such a list.
+    `key` is that of the list of rows, where the file is one JSON object with such a list;
+    `unread_lists` gets the lengths of the other lists (test rows) while the rows are read.
     """
 
     path: Path
@@ -36,6 +42,8 @@ class FileInfo:
     size: int
     sha256: str
     key: str = ""
+    compression: Compression = ""
+    unread_lists: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,39 +67,58 @@ def read_rows(path: Path, encoding: str = "auto") -> tuple[FileInfo, Iterator[Nu
     """
     container: Container = "parquet"
     sha256, size, key = cached_sha256(path), path.stat().st_size, ""
-    with disk_errors(path), path.open("rb") as file:
-        magic = file.read(4)
-    if magic == b"PAR1":
+    packed, name, start = compression.inspect_file(path)
+    unread: dict[str, int] = {}
+    head = ""
+    if start.startswith(b"PAR1"):
         encoding, rows = "", _read_parquet(path)
     else:
         if encoding == "auto":
             encoding = encodings.detect_encoding(path)
-        encoding, head = encodings.check_encoding(encoding), ""
+        encoding = encodings.check_encoding(encoding)
         for text in encodings.decode_file(path, encoding):
             head = (head + text).lstrip()
             if len(head) >= _HEAD_CHARACTERS:
                 break
-        container = _detect_container(head, path.suffix.lower())
+        container = _detect_container(head, Path(name).suffix.lower())
         if not head:
             rows = iter(())
         elif container == "json":
             key = json_rows.list_key(path, encoding)
-            rows = json_rows.read_json(path, encoding, key)
+            rows = json_rows.read_json(path, encoding, key, unread)
         elif container == "jsonl":
             rows = json_rows.read_jsonl(path, encoding)
         else:
             rows = _read_csv(path, encoding, head.partition("\n")[0])
-    return FileInfo(path, container, encoding, size, sha256, key), _numbered(path, rows)
+    info = FileInfo(path, container, encoding, size, sha256, key, packed, unread)
+    return info, _numbered(path, rows, head.startswith("{") and not key)
 
 
 def _detect_container(head: str, suffix: str) -> Container:
     """Return the container by the first lines; the suffix decides where those are ambiguous."""
+    first_line = head.partition("\n")[0]
     if head.startswith("["):
+        try:  # a conversation is a list too: a file of those has one on each line
+            item, _end = json.JSONDecoder().raw_decode(head[1:].lstrip())
+        except (ValueError, RecursionError):
+            item = None
+        keys = item.keys() if isinstance(item, dict) else set()
+        is_turn = {"role", "content"} <= keys or {"from", "value"} <= keys
+        is_line = first_line == head or isinstance(parse_json(first_line), list)
+        return "jsonl" if is_turn and is_line else "json"
+    if not head.startswith("{"):
+        by_suffix: dict[str, Container] = {".json": "json", ".jsonl": "jsonl"}
+        return by_suffix.get(suffix, "csv")
+    if first_line.strip() == "{":
         return "json"
+    try:  # an object over several lines, or several on one line
+        end = json.JSONDecoder().raw_decode(head)[1]
+        if "\n" in head[:end] or head[end:].lstrip(" \t\r").startswith("{"):
+            return "json"
+    except (ValueError, RecursionError):
+        pass
     if suffix == ".jsonl":
         return "jsonl"
-    if not head.startswith("{"):
-        return "json" if suffix == ".json" else "csv"
     # JSON Lines: one of the first lines is a whole object and another object follows.
     lines = [line for line in head.split("\n", 20)[:20] if line.strip()]
     is_jsonl = any(
@@ -107,8 +134,14 @@ def _read_csv(path: Path, encoding: str, first_line: str) -> Iterator[LocatedVal
     The delimiter is the commonest one in `first_line`, the first that is not blank.
     """
     csv.field_size_limit(encodings.MAX_ROW_CHARACTERS)
+    lines: Iterator[str] = encodings.read_lines(path, encoding)
+    first_line = re.sub('"[^"]*"', "", first_line)
     delimiter = max(",;\t", key=first_line.count)
-    reader = csv.reader(encodings.read_lines(path, encoding), delimiter=delimiter, strict=True)
+    if declared := re.fullmatch(r"sep=(.)\s*", first_line):  # Excel's own line above the header
+        delimiter = declared[1]
+        blank = list(itertools.takewhile(lambda line: not line.strip("\ufeff \t\r\n"), lines))
+        lines = itertools.chain(blank, ["\n"], lines)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
         line = reader.line_num + 1
@@ -117,22 +150,33 @@ def _read_csv(path: Path, encoding: str, first_line: str) -> Iterator[LocatedVal
         except StopIteration:
             return
         except csv.Error as error:
+            count = reader.line_num - line + 1
             invalid = RowError(_("not valid CSV ({reason})"), reason=str(error))
-            if str(error) == "unexpected end of data":  # a quote that is never closed
-                invalid = RowError(json_rows.UNREADABLE_REST, reason=invalid.reason)
+            if str(error) == "unexpected end of data":
+                unclosed = _("a quote that is never closed (lines after it: {count})")
+                reason = RowError(unclosed, count=count - 1).reason
+                invalid = RowError(json_rows.UNREADABLE_REST, reason=reason)
+            elif count > 1:
+                template = _("not valid CSV ({reason}; lines read as one row: {count})")
+                invalid = RowError(template, reason=str(error), count=count)
             yield line, invalid
             continue
         if not cells:
             continue
         if not header:
             header = [cell.strip() for cell in cells]
+            while header and not header[-1]:
+                header.pop()
             if len(set(header)) < len(header):
                 raise UserError(
                     _("The first line of a CSV file must name the columns, each differently."),
                     Message(_("{path}, line {line}"), {"path": str(path), "line": line}),
                     _("Put a header above the rows, such as `instruction,input,output`."),
                 )
-        elif len(cells) != len(header):
+            continue
+        while len(cells) > len(header) and not cells[-1]:  # columns without a name and content
+            cells.pop()
+        if len(cells) != len(header):
             template = _("{cells} cells where the header has {header}")
             yield line, RowError(template, cells=len(cells), header=len(header))
         else:
@@ -154,10 +198,15 @@ def _read_parquet(path: Path) -> Iterator[LocatedValue]:
         yield None, RowError(json_rows.UNREADABLE_REST, reason=damage.reason)
 
 
-def _numbered(path: Path, rows: Iterator[LocatedValue]) -> Iterator[NumberedRow]:
+def _numbered(path: Path, rows: Iterator[LocatedValue], is_objects: bool) -> Iterator[NumberedRow]:
+    """Yield the rows with their numbers; `is_objects`: the file has JSON objects in succession."""
     number = 0
     for number, (line, value) in enumerate(rows, 1):
-        if not isinstance(value, dict | RowError):
+        if number == 1 and is_objects and json_rows.is_columnar(value):
+            value = RowError(json_rows.COLUMNAR)
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = {"messages": value}  # a conversation as it is
+        elif not isinstance(value, dict | RowError):
             value = RowError(_("null instead of a row") if value is None else _("not an object"))
         yield NumberedRow(number, line, value)
     if not number:

@@ -1,4 +1,4 @@
-"""Find the files of a data source: the bundled set, a file, or a data set on the Hub."""
+"""Find the files of a data source: a bundled set, a file, or a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -7,14 +7,31 @@ import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jetson_ft import hub
 from jetson_ft.data.readers import SUFFIXES
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import disk_errors
+from jetson_ft.files import disk_errors, expand_user
 
-BUNDLED_TRAIN = Path(__file__).with_name("bundled") / "zh_train.jsonl"
-BUNDLED_HELDOUT = BUNDLED_TRAIN.with_name("zh_heldout.jsonl")  # has no row of BUNDLED_TRAIN
+_BUNDLED = Path(__file__).with_name("bundled")
+
+
+class BundledSet(NamedTuple):
+    """Chinese rows that come with the program; no row is in both files."""
+
+    train: Path
+    heldout: Path
+    heldout_rows: int
+
+
+# By the name that `data.train` and `data.heldout` take.
+BUNDLED = {
+    "bundled": BundledSet(_BUNDLED / "zh_train.jsonl", _BUNDLED / "zh_heldout.jsonl", 66),
+    "bundled-short": BundledSet(
+        _BUNDLED / "zh_short_train.jsonl", _BUNDLED / "zh_short_heldout.jsonl", 100
+    ),
+}
 
 _SUFFIXES = ", ".join(SUFFIXES)
 _NOT_ROWS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
@@ -30,14 +47,14 @@ class Source:
 
 
 def resolve_source(name: str) -> Source:
-    """Return the files of `bundled`, a path, or `owner/name[/file]` on the Hub (downloaded).
+    """Return the files of a bundled set, a path, or `owner/name[/file]` on the Hub (downloaded).
 
     Raises:
         UserError: not found, or the data set has no file or several files that could be meant.
     """
-    if name == "bundled":
-        return Source(name, (BUNDLED_TRAIN,))
-    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    if name in BUNDLED:
+        return Source(name, (BUNDLED[name].train,))
+    path = expand_user(name)
     with disk_errors(path):
         if path.is_file():
             return Source(name, (path,))
@@ -57,8 +74,8 @@ def _not_found(path: Path) -> UserError:
     folder = path if path.is_dir() else path.parent
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     choices = Message(
-        _("`data.train` takes `bundled`, a file ({suffixes}) or a Hub data set id (`owner/name`)."),
-        {"suffixes": _SUFFIXES},
+        _("`data.train` takes {bundled}, a file ({suffixes}) or a Hub data set id (`owner/name`)."),
+        {"bundled": ", ".join(f"`{name}`" for name in BUNDLED), "suffixes": _SUFFIXES},
     )
     if path.is_dir():
         what = _("This is a folder, not a data file.")
@@ -75,6 +92,7 @@ def _not_found(path: Path) -> UserError:
 def _training_files(repo: str, inside: str, names: list[str]) -> list[str]:
     """Return the one file that has the rows, or its numbered parts."""
     data = [name for name in names if name.endswith(SUFFIXES) and Path(name).name not in _NOT_ROWS]
+    data = [name for name in data if not name.endswith(".zip")] or data  # often of pictures
     training = [name for name in data if re.search(r"(?<![a-z])train", name.lower())] or data
     wholes = {re.sub(r"\d+-of-\d+", "", name) for name in training}
     if len(wholes) == 1 and not inside:

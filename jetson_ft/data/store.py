@@ -7,65 +7,35 @@ reason and its place.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from jetson_ft.data import formats
-from jetson_ft.data.formats import ChatMessage, RowError
+from jetson_ft.data import layouts
+from jetson_ft.data.formats import RowError
+from jetson_ft.data.layouts import NO_COLUMNS, Conversation
 from jetson_ft.data.readers import read_rows
-from jetson_ft.data.sources import BUNDLED_HELDOUT, Source, resolve_source
-from jetson_ft.errors import Message, UserError, _, joined
+from jetson_ft.data.report import FIXES, MAX_NAME, ReadReport, check_dropped
+from jetson_ft.data.sources import BUNDLED, Source, resolve_source
+from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import cache_dir, cached_sha256, printable, read_json, staged, write_json
 from jetson_ft.recipe import DataRecipe, Layout
 
 if TYPE_CHECKING:
     import datasets
 
-_VERSION = 4  # increase when the columns or the report change
+_VERSION = 5  # increase when the columns or the report change
 
 _DETECTION_ROWS = 100  # that decide about the layout
-_MAX_PLACES = 20  # kept of the rows left out for one reason
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22
 
-_UsableRow = tuple[int, int, list[ChatMessage]]  # number, hash, messages
-
-
-@dataclass
-class ReadReport:
-    """What was read from a source, and what is usable.
-
-    `dropped` has the rows left out by their reason in English: `count`, the first places (`where`,
-    English), and both as `errors.Message.as_json` gives them (`message`, `places`).
-    """
-
-    files: list[dict[str, Any]]
-    container: str
-    layout: str
-    encoding: str
-    sha256: str
-    cache_key: str = ""  # of the content, the settings and this module's version
-    rows_read: int = 0
-    rows_kept: int = 0
-    dropped: dict[str, dict[str, Any]] = field(default_factory=dict)
-    duplicates: int = 0
-    empty_answers: int = 0
-    characters: dict[str, int] = field(default_factory=lambda: {"question": 0, "answer": 0})
-
-    def drop(self, reason: Message, place: Message) -> None:
-        """Count a row that is left out."""
-        empty = {"count": 0, "where": [], "message": reason.as_json(), "places": []}
-        entry = self.dropped.setdefault(str(reason), empty)
-        entry["count"] += 1
-        self.empty_answers += reason.template == formats.NO_ANSWER
-        if len(entry["where"]) < _MAX_PLACES:
-            entry["where"].append(str(place))
-            entry["places"].append(place.as_json())
+_UsableRow = tuple[int, int, list[dict[str, Any]], str]  # number, hash, messages, tools
 
 
 @dataclass(frozen=True)
@@ -81,15 +51,25 @@ class SplitInfo:
 
 
 def read_source(
-    source: Source, *, layout: str = "auto", encoding: str = "auto", on_invalid: str = "error"
+    source: Source,
+    *,
+    layout: str = "auto",
+    encoding: str = "auto",
+    on_invalid: str = "error",
+    columns: Mapping[str, str] = NO_COLUMNS,
 ) -> tuple[datasets.Dataset, ReadReport]:
-    """Return the usable rows of a source, memory-mapped, with the columns `row` and `messages`.
+    """Return the usable rows of a source, memory-mapped.
+
+    They have the columns `row`, `messages` (role, content, train, tool_calls) and `tools`.
+
+    Args:
+        columns: names of columns by purpose, as `data.columns` has them.
 
     Raises:
         UserError: the source can't be read, or has no usable row, or has unusable ones and
             `on_invalid` is `error` and not `skip`.
     """
-    rows, report = _read_cached(source, layout, encoding, on_invalid)
+    rows, report = _read_cached(source, layout, encoding, on_invalid, columns)
     return rows.remove_columns("hash"), report
 
 
@@ -101,17 +81,22 @@ def split_rows(data: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset, Sp
     """
     import numpy as np
 
+    columns: Mapping[str, str] = data.columns.chosen()
     rows, report = _read_cached(
-        resolve_source(data.train), data.format, data.encoding, data.on_invalid
+        resolve_source(data.train), data.format, data.encoding, data.on_invalid, columns
     )
     source = heldout_report = None
-    if data.heldout == "bundled" or (data.heldout == "auto" and data.train == "bundled"):
-        source = Source("bundled held-out rows", (BUNDLED_HELDOUT,))
+    name = data.train if data.heldout == "auto" else data.heldout
+    if name in BUNDLED:
+        source = Source(f"{name} held-out rows", (BUNDLED[name].heldout,))
     elif isinstance(data.heldout, str) and data.heldout != "auto":
         source = resolve_source(data.heldout)
     if source:
         train_rows = rows
-        heldout_rows, heldout_report = _read_cached(source, "auto", "auto", data.on_invalid)
+        columns = heldout_columns(source, columns)
+        heldout_rows, heldout_report = _read_cached(
+            source, "auto", "auto", data.on_invalid, columns
+        )
     else:
         count = data.heldout if isinstance(data.heldout, int) else max(1, min(60, len(rows) // 10))
         if count >= len(rows):
@@ -143,21 +128,28 @@ def split_rows(data: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset, Sp
     return train_rows, heldout_rows.remove_columns("hash"), info
 
 
+def heldout_columns(source: Source, columns: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the chosen columns of the training rows if the source has them too, else none."""
+    has_all = columns and _missing_column(_first_rows(source, "auto"), columns) is None
+    return columns if has_all else NO_COLUMNS
+
+
 def _hashes(rows: datasets.Dataset) -> Any:
     """Return the column as an array; `rows` must be whole or a slice, not picked rows."""
     return rows.data.column("hash").to_numpy()
 
 
 def _read_cached(
-    source: Source, layout: str, encoding: str, on_invalid: str
+    source: Source, layout: str, encoding: str, on_invalid: str, columns: Mapping[str, str]
 ) -> tuple[datasets.Dataset, ReadReport]:
     """Return the rows with their hashes from the cache; write them first if they are missing."""
     import datasets
     import numpy as np
 
     sums = [cached_sha256(path) for path in source.files]
-    suffixes = [path.suffix for path in source.files]  # they take part in the detection
-    parts = [_VERSION, sums, suffixes, layout, encoding, on_invalid]
+    # Suffixes take part in the detection.
+    suffixes = [path.suffixes[-2:] for path in source.files]
+    parts = [_VERSION, sums, suffixes, layout, encoding, on_invalid, sorted(columns.items())]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     rows_file = cache_dir("data") / f"{key}.arrow"
     report_file = rows_file.with_suffix(".json")
@@ -170,7 +162,7 @@ def _read_cached(
         for entry, path in zip(report.files, source.files, strict=True):
             entry["path"] = printable(str(path))  # equal content may be from another file
         return rows, report
-    report = _write_cache(source, layout, encoding, on_invalid, rows_file)
+    report = _write_cache(source, layout, encoding, on_invalid, columns, rows_file)
     if [cached_sha256(path) for path in source.files] != sums:
         rows_file.unlink()
         raise UserError(_("The data changed while it was read."), source.name, _("Start again."))
@@ -194,68 +186,116 @@ def open_arrow(path: Path, count: int) -> datasets.Dataset | None:
 
 
 def _write_cache(
-    source: Source, layout: str, encoding: str, on_invalid: str, path: Path
+    source: Source,
+    layout: str,
+    encoding: str,
+    on_invalid: str,
+    columns: Mapping[str, str],
+    path: Path,
 ) -> ReadReport:
     """Read the source into the file; after an error there is no file."""
     import pyarrow as pa
 
-    message = pa.struct([("role", pa.string()), ("content", pa.string())])
+    fields = ("role", pa.string()), ("content", pa.string())
+    more = ("train", pa.bool_()), ("tool_calls", pa.string())
+    messages = pa.list_(pa.struct([*fields, *more]))
     schema = pa.schema(
-        [("row", pa.int64()), ("hash", pa.uint64()), ("messages", pa.list_(message))]
+        [("row", pa.int64()), ("hash", pa.uint64()), ("messages", messages), ("tools", pa.string())]
     )
-    chosen = _detect_layout(source, encoding) if layout == "auto" else cast(Layout, layout)
+    first_rows = _first_rows(source, encoding) if columns or layout == "auto" else []
+    if (missing := _missing_column(first_rows, columns)) is not None:
+        raise missing
+    chosen = cast(Layout, layout)
+    if layout == "auto":
+        chosen = _detect_layout(first_rows, columns, source.name)
     report = ReadReport([], "", chosen, "", "")
+    usable = _usable_rows(source, chosen, encoding, columns, report)
     with staged(path) as file:
         with pa.ipc.new_stream(file, schema) as writer:
-            for batch in _batches(_usable_rows(source, chosen, encoding, report)):
+            for batch in _batches(usable):
                 writer.write_batch(pa.record_batch(list(zip(*batch, strict=True)), schema=schema))
-        _check_dropped(report, on_invalid, source.name)
+        check_dropped(report, on_invalid, source.name)
     sums = [info["sha256"] for info in report.files]
     combined = hashlib.sha256("\n".join(sums).encode()).hexdigest()
     report.sha256 = sums[0] if len(sums) == 1 else combined
-    report.container = ", ".join(dict.fromkeys(info["container"] for info in report.files))
+    kinds = [".".join(filter(None, (f["container"], f["compression"]))) for f in report.files]
+    report.container = ", ".join(dict.fromkeys(kinds))
     names = dict.fromkeys(info["encoding"] for info in report.files)
     report.encoding = ", ".join(name for name in names if name)  # Parquet has none
     return report
 
 
-def _detect_layout(source: Source, encoding: str) -> Layout:
-    """Return the layout that most of the first readable rows have."""
+def _first_rows(source: Source, encoding: str) -> list[dict[str, Any]]:
+    """Return the first readable rows, which decide about the layout."""
     rows = itertools.chain.from_iterable(read_rows(path, encoding)[1] for path in source.files)
     values = (row.value for row in rows if isinstance(row.value, dict))
-    first_rows = list(itertools.islice(values, _DETECTION_ROWS))
+    return list(itertools.islice(values, _DETECTION_ROWS))
+
+
+def _missing_column(
+    first_rows: list[dict[str, Any]], columns: Mapping[str, str]
+) -> UserError | None:
+    """Return the error for a chosen column that no row has; None if every one is there."""
+    names = dict.fromkeys(name for row in first_rows for name in row)
+    for purpose, name in columns.items():
+        if first_rows and name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            return UserError(
+                _("The rows have no column `{name}`; they have {keys}."),
+                f"data.columns.{purpose}",
+                _("Did you mean `{near}`?") if near else _("Name one of these columns."),
+                name=name,
+                keys=_listed(list(names)),
+                near=near[0] if near else "",
+            )
+    return None
+
+
+def _detect_layout(
+    first_rows: list[dict[str, Any]], columns: Mapping[str, str], name: str
+) -> Layout:
+    """Return the layout that most of the rows have; `name` is that of the source."""
     if not first_rows:
         return "messages"  # any will do: the reading reports what is malformed
-    counts = Counter(layout for row in first_rows if (layout := formats.detect_layout(row)))
+    detected = (layouts.detect_layout(row, columns) for row in first_rows)
+    counts = Counter(layout for layout in detected if layout)
     if counts:
         return counts.most_common(1)[0][0]
+    if any(layouts.rejected_column(row) for row in first_rows):
+        return "alpaca"  # the reading reports that these are preference pairs
     raise UserError(
         _("The rows have no known layout; the first one has {keys}."),
-        source.name,
+        name,
         _(
             "Name the fields `instruction` and `output` (or `prompt` and `response`, `question` "
-            "and `answer`), or give `conversations` (ShareGPT) or `messages` (OpenAI)."
+            "and `answer`), or give `conversations` (ShareGPT) or `messages` (OpenAI). Columns of "
+            "other names: `--set data.columns.question=NAME --set data.columns.answer=NAME`."
         ),
-        keys=", ".join(f"`{printable(str(key))[:40]}`" for key in list(first_rows[0])[:10]) or "{}",
+        keys=_listed(list(first_rows[0])),
     )
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{printable(name)[:MAX_NAME]}`" for name in names[:10]) or "{}"
+
+
 def _usable_rows(
-    source: Source, layout: Layout, encoding: str, report: ReadReport
+    source: Source, layout: Layout, encoding: str, columns: Mapping[str, str], report: ReadReport
 ) -> Iterator[_UsableRow]:
     """Yield the rows of all files as messages, numbered through; fill in the report."""
     for path in source.files:
         info, rows = read_rows(path, encoding)
-        report.files.append(asdict(info) | {"path": printable(str(path))})
         for row in rows:
             report.rows_read += 1
             try:
                 if isinstance(row.value, RowError):
                     raise row.value
-                messages = formats.to_messages(row.value, layout)
+                conversation = layouts.to_conversation(row.value, layout, columns)
             except RowError as error:
                 reason = error.reason
-                other = formats.detect_layout(row.value) if isinstance(row.value, dict) else None
+                other = None
+                if isinstance(row.value, dict) and reason.template not in FIXES:
+                    other = layouts.detect_layout(row.value, columns)
                 if other and other != layout:
                     template = _("layout `{other}` among rows of layout `{layout}`")
                     reason = Message(template, {"other": other, "layout": layout})
@@ -267,12 +307,24 @@ def _usable_rows(
                 report.drop(reason, place)
                 continue
             report.rows_kept += 1
-            for message in messages:
+            for name in conversation.unread:
+                report.add_unread(name)
+            for message in conversation.messages:
                 side = "answer" if message["role"] == "assistant" else "question"
                 report.characters[side] += len(message["content"])
-            text = json.dumps(messages, ensure_ascii=False).encode()
-            digest = hashlib.blake2b(text, digest_size=8).digest()
-            yield report.rows_read, int.from_bytes(digest, "little"), messages
+            yield report.rows_read, *_stored(conversation)
+        for key, count in info.unread_lists.items():
+            report.add_unread(f"{key}[]", count)
+        report.files.append(asdict(info) | {"path": printable(str(path))})
+
+
+def _stored(conversation: Conversation) -> tuple[int, list[dict[str, Any]], str]:
+    """Return the hash of the conversation's text, its messages with every field, its tools."""
+    messages = [{"train": True, "tool_calls": "", **message} for message in conversation.messages]
+    texts = [[message["role"], message["content"], message["tool_calls"]] for message in messages]
+    text = json.dumps([texts, conversation.tools], ensure_ascii=False).encode()
+    digest = hashlib.blake2b(text, digest_size=8).digest()
+    return int.from_bytes(digest, "little"), messages, conversation.tools
 
 
 def _batches(rows: Iterator[_UsableRow]) -> Iterator[list[_UsableRow]]:
@@ -281,33 +333,9 @@ def _batches(rows: Iterator[_UsableRow]) -> Iterator[list[_UsableRow]]:
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += sum(len(message["content"]) for message in row[2])
+        characters += len(row[3]) + sum(len(message["content"]) for message in row[2])
         if len(batch) == _BATCH_ROWS or characters > _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _check_dropped(report: ReadReport, on_invalid: str, name: str) -> None:
-    """Raise a UserError if rows are unusable and may not be skipped, or if all are unusable."""
-    if report.rows_kept and (on_invalid == "skip" or not report.dropped):
-        return
-    reasons = []
-    for entry in report.dropped.values():
-        reason, count = Message.from_json(entry["message"]), entry["count"]
-        places = [Message.from_json(place) for place in entry["places"]]
-        if count > len(places):
-            places.append(Message("…"))
-        values = {"reason": reason, "count": count, "places": joined(places, ", ")}
-        reasons.append(Message(_("{reason}: {count} ({places})"), values))
-    raise UserError(
-        _("{unusable} of {rows} rows can't be used:\n  - {reasons}"),
-        name,
-        _("Fix the rows, or leave them out with `--set data.on_invalid=skip`.")
-        if report.rows_kept
-        else _("Fix the rows."),
-        unusable=report.rows_read - report.rows_kept,
-        rows=report.rows_read,
-        reasons=joined(reasons, "\n  - "),
-    )

@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jetson_ft.data.chat_template import ANSWER, encode
+from jetson_ft.data.chat_template import ANSWER, Encoded, encode
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.data.store import open_arrow
-from jetson_ft.errors import UserError, _
+from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.files import cache_dir, disk_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 4  # increase when the columns or the encoding change
-_COUNTS = ("length", "supervised", "full_length", "characters", "answer_characters")
-# By `status`; the first one means that the row is kept.
-_REASONS = ("", _("longer than max_length"), _("no answer within max_length"))
-_KEPT, _TOO_LONG, _NO_ANSWER_LEFT = range(3)
+_VERSION = 5  # increase when the columns or the encoding change
+_COUNTS = (
+    "length", "supervised", "full_length", "characters", "answer_characters", "context_answers",
+    "system_dropped", "control_texts",
+)  # fmt: skip
+_REASONS = {"long": _("longer than max_length"), "no answer": _("no answer within max_length")}
+_REFUSED = _("refused by the chat template")
+_MAX_PLACES = 20  # named of the rows that are refused for one reason
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class TokenReport:
     tokens_per_character: float
     lengths: dict[str, int]  # before truncation: p50, p90, p99, max
     truncated: int  # rows truncated at max_length
+    context_answers: int  # answers only read, because the chat template rewrites earlier turns
+    systems_dropped: int  # rows whose system message the chat template doesn't render
+    control_rows: int  # rows whose text spells out control tokens
+    control_texts: int  # control tokens that the text of these rows spells out
+    notices: list[dict[str, Any]]  # these, and refused rows, in words; by `Message.as_json`
     from_cache: bool
 
 
@@ -58,15 +68,21 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     truncation: str = "truncate",
+    on_invalid: str = "error",
+    source: str = "",
 ) -> tuple[Dataset, TokenReport]:
-    """Encode `rows` (columns row, messages), which `rows_key` identifies in the cache.
+    """Encode `rows` (columns row, messages, perhaps tools), identified in the cache by `rows_key`.
+
+    Args:
+        on_invalid: a row that the chat template refuses: `error`, or `skip` and count it.
+        source: where the rows are from, for errors.
 
     Returns:
         The rows kept, with the columns row, input_ids (int32), segments (uint8), length,
         supervised (tokens trained on), answer_characters; and the report about them.
 
     Raises:
-        UserError: no row is kept, or the template refuses one.
+        UserError: no row is kept, or the template refuses one and `on_invalid` is `error`.
     """
     from datasets import Features, List, Value
 
@@ -78,23 +94,39 @@ def tokenize_rows(
         input_ids=List(Value("int32")),
         segments=List(Value("uint8")),
         **dict.fromkeys(_COUNTS, Value("int32")),
-        status=Value("int8"),
+        dropped=Value("string"),
     )
     with disk_errors(path):
         cached = open_arrow(path, len(rows))
         if not cached:
             path.unlink(missing_ok=True)
         encoded = cached or rows.map(
-            lambda row: _encode_row(row["messages"], tokenizer, max_length, truncation),
-            remove_columns=["messages"],
+            lambda row: _encode_row(row, tokenizer, max_length, truncation),
+            remove_columns=[name for name in rows.column_names if name != "row"],
             cache_file_name=str(path),
             new_fingerprint=key[:32],
             features=features,
             writer_batch_size=256,
             desc="tokenize",
         )
-    report = _report(encoded, from_cache=cached is not None)
-    kept = np.flatnonzero(_column(encoded, "status") == _KEPT)
+    reasons = np.asarray(encoded["dropped"][:], dtype=object)
+    kept = np.flatnonzero(reasons == "")
+    refused = [i for i, reason in enumerate(reasons) if reason and reason not in _REASONS]
+    refusals = _refusals(encoded, refused)
+    if refused and (on_invalid == "error" or not len(kept)):
+        path.unlink()
+        raise UserError(
+            _("{count} of {rows} rows can't be encoded:\n  - {refusals}"),
+            source,
+            _(
+                "Fix the rows, leave them out with `--set data.on_invalid=skip`, or set "
+                "`data.chat_template` to another template, such as `chatml`."
+            ),
+            count=len(refused),
+            rows=len(encoded),
+            refusals=joined(refusals, "\n  - "),
+        )
+    report = _report(encoded, reasons, refusals, from_cache=cached is not None)
     if not len(kept):
         raise UserError(
             _("No row has an answer within max_length."),
@@ -116,44 +148,117 @@ def _column(encoded: Dataset, name: str) -> np.ndarray[Any, Any]:
     return np.asarray(encoded.with_format("numpy")[name][:])
 
 
+def _refusals(encoded: Dataset, refused: list[int]) -> list[Message]:
+    """Return the reasons why the chat template refuses rows, with the numbers of the rows."""
+    places: dict[str, list[Message]] = {}
+    for index in refused:
+        row = encoded[index]
+        place = Message(_("row {row}"), {"row": row["row"]})
+        places.setdefault(row["dropped"], []).append(place)
+    messages = []
+    for reason, listed in places.items():
+        more = [Message("…")] if len(listed) > _MAX_PLACES else []
+        values = {
+            "count": len(listed),
+            "places": joined([*listed[:_MAX_PLACES], *more], ", "),
+            "reason": Message.from_json(json.loads(reason)),
+        }
+        messages.append(Message(_("refused: {count} ({places}): {reason}"), values))
+    return messages
+
+
 def _encode_row(
-    messages: list[ChatMessage], tokenizer: Any, max_length: int, truncation: str
+    row: dict[str, Any], tokenizer: Any, max_length: int, truncation: str
 ) -> dict[str, Any]:
-    encoded = encode(tokenizer, messages)
+    """Return the row's columns; `dropped`: why it is not kept, of `_REASONS` or a message."""
+    messages: list[ChatMessage] = row["messages"]
+    tools = row.get("tools") or ""
+    try:
+        encoded, dropped = encode(tokenizer, messages, tools), ""
+    except UserError as error:
+        encoded, dropped = Encoded(), json.dumps(error.what.as_json())
     ids, segments = encoded.ids[:max_length], encoded.segments[:max_length]
-    characters, status = encoded.characters, _KEPT if ANSWER in segments else _NO_ANSWER_LEFT
+    characters = encoded.characters
+    if not dropped and ANSWER not in segments:
+        dropped = "no answer"
     if len(encoded.ids) > max_length:
         kept = [i for i, segment in zip(ids, segments, strict=True) if segment == ANSWER]
         characters = len(tokenizer.decode(kept).rstrip("\ufffd"))
         if truncation == "drop":
-            status = _TOO_LONG
+            dropped = "long"
+    texts = [message["content"] + str(message.get("tool_calls") or "") for message in messages]
     return {
         "input_ids": ids,
         "segments": segments,
         "length": len(ids),
         "supervised": sum(map(bool, segments[1:])),  # a first token is not predicted
         "full_length": len(encoded.ids),
-        "characters": sum(len(message["content"]) for message in messages),
+        "characters": sum(map(len, texts)) + len(tools),
         "answer_characters": characters,  # of the tokens that are left
-        "status": status,
+        "context_answers": encoded.context_answers,
+        "system_dropped": encoded.system_dropped,
+        "control_texts": encoded.control_texts,
+        "dropped": dropped,
     }
 
 
-def _report(encoded: Dataset, from_cache: bool) -> TokenReport:
-    status, full, length, supervised, characters = (
-        _column(encoded, name)
-        for name in ("status", "full_length", "length", "supervised", "characters")
-    )
-    kept = status == _KEPT
+def _report(
+    encoded: Dataset, reasons: np.ndarray[Any, Any], refusals: list[Message], from_cache: bool
+) -> TokenReport:
+    column = {name: _column(encoded, name) for name in _COUNTS}
+    kept = reasons == ""
+    is_encoded = column["full_length"] > 0
+    full, length = column["full_length"][is_encoded], column["length"]
+    dropped = Counter(_REASONS.get(reason, _REFUSED) for reason in reasons if reason)
     percentiles = {f"p{share}": int(np.percentile(full, share)) for share in (50, 90, 99)}
-    counts = {reason: int((status == code).sum()) for code, reason in enumerate(_REASONS) if code}
+    context, systems, control = (
+        column[name][kept] for name in ("context_answers", "system_dropped", "control_texts")
+    )
+    counts = {
+        "context_answers": int(context.sum()),
+        "systems_dropped": int(systems.sum()),
+        "control_rows": int((control > 0).sum()),
+        "control_texts": int(control.sum()),
+    }
     return TokenReport(
         rows=int(kept.sum()),
-        dropped={reason: count for reason, count in counts.items() if count},
+        dropped=dict(dropped),
         tokens=int(length[kept].sum()),
-        supervised_tokens=int(supervised[kept].sum()),
-        tokens_per_character=round(float(full.sum()) / max(1, int(characters.sum())), 3),
+        supervised_tokens=int(column["supervised"][kept].sum()),
+        tokens_per_character=round(
+            float(full.sum()) / max(1, int(column["characters"][is_encoded].sum())), 3
+        ),
         lengths={**percentiles, "max": int(full.max())},
-        truncated=int(((full > length) & kept).sum()),
+        truncated=int(((column["full_length"] > length) & kept).sum()),
+        **counts,
+        notices=[message.as_json() for message in [*refusals, *_notices(counts)]],
         from_cache=from_cache,
     )
+
+
+def _notices(counts: dict[str, int]) -> Iterator[Message]:
+    """Yield what a person should know about the rows that are kept."""
+    if counts["context_answers"]:
+        yield Message(
+            _(
+                "{context_answers} answers are read but not trained on: the chat template rewrites "
+                "earlier turns. `data.chat_template: chatml` trains on every answer."
+            ),
+            counts,
+        )
+    if counts["systems_dropped"]:
+        yield Message(
+            _(
+                "The system messages of {systems_dropped} rows are not used: the chat template "
+                "leaves them out. `data.chat_template: chatml` keeps them."
+            ),
+            counts,
+        )
+    if counts["control_texts"]:
+        yield Message(
+            _(
+                "{control_rows} rows spell out control tokens ({control_texts} in all), which are "
+                "read as ordinary text."
+            ),
+            counts,
+        )

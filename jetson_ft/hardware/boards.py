@@ -66,6 +66,8 @@ _BOARDS = (
     Board("Jetson AGX Orin 64GB", 64, 12, 2048, 1300e6),
 )
 BOARDS = {board.name: board for board in _BOARDS}
+# The slowest module of each memory size in GiB. Of 4 GiB, 1 GB is free for a run: too little.
+BOARD_CLASSES = {board.memory_gib: board for board in reversed(_BOARDS) if board.memory_gib >= 8}
 
 
 def find_board(name: str) -> Board:

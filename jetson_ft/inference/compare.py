@@ -9,8 +9,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from jetson_ft.data.chat_template import encode_prompt, end_ids
-from jetson_ft.data.formats import ChatMessage
+from jetson_ft.data.chat_template import end_ids, prompt_and_reference, until_last_trained
 from jetson_ft.inference.generate import Reply, generate_replies
 from jetson_ft.inference.metrics import reply_metrics
 from jetson_ft.kernels import attention
@@ -23,7 +22,7 @@ ProgressCallback = Callable[[str, str, int, int], None]  # (side, part, done, to
 def compare_adapter(
     model: Any,
     tokenizer: Any,
-    conversations: Sequence[list[ChatMessage]],
+    conversations: Sequence[dict[str, Any]],
     packs: Sequence[Pack],
     characters: int,
     max_new_tokens: int,
@@ -34,7 +33,8 @@ def compare_adapter(
     """Measure a PEFT model with its adapter disabled ("before") and enabled ("after").
 
     Args:
-        conversations: held-out rows; the last turn is the reference answer.
+        conversations: held-out rows (messages, perhaps tools); the last answer that is trained on
+            is the reference.
         packs: the same rows as tokens.
         characters: of all reference answers.
         samples: rows whose replies are part of the result.
@@ -45,8 +45,11 @@ def compare_adapter(
     Returns:
         `report.json`'s `eval` and, under "generation", how the replies were generated.
     """
-    prompts = [encode_prompt(tokenizer, messages[:-1]) for messages in conversations]
-    references = [messages[-1]["content"] for messages in conversations]
+    pairs = [
+        prompt_and_reference(tokenizer, row["messages"], row.get("tools") or "")
+        for row in conversations
+    ]
+    prompts, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     eos_ids = end_ids(tokenizer, model)
     result: dict[str, Any] = {"rows": len(conversations)}
     started = time.monotonic()
@@ -63,7 +66,7 @@ def compare_adapter(
         result[side] = {
             **asdict(score),
             **reply_metrics(replies, references),
-            "samples": _select_samples(conversations, replies, samples),
+            "samples": _select_samples(conversations, references, replies, samples),
         }
     seconds = round(time.monotonic() - started, 1)
     generation = {"method": "greedy", "max_new_tokens": max_new_tokens, "seconds": seconds}
@@ -89,13 +92,19 @@ def _measure_loss(
 
 
 def _select_samples(
-    conversations: Sequence[list[ChatMessage]], replies: Sequence[Reply], count: int
+    conversations: Sequence[dict[str, Any]],
+    references: list[str],
+    replies: Sequence[Reply],
+    count: int,
 ) -> list[dict[str, Any]]:
     """Return evenly spaced rows with their replies; the same rows for both sides."""
     count = min(count, len(conversations))
     samples = []
     for row in (number * len(conversations) // count for number in range(count)):
-        *messages, answer = conversations[row]
-        sample = {"row": row, "messages": messages, "reference": answer["content"]}
+        messages = [
+            {"role": message["role"], "content": message["content"] or message.get("tool_calls")}
+            for message in until_last_trained(conversations[row]["messages"])[:-1]
+        ]
+        sample = {"row": row, "messages": messages, "reference": references[row]}
         samples.append(sample | {"reply": replies[row].text, "ended": replies[row].ended})
     return samples

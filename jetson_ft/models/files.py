@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jetson_ft import hub
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import read_json
+from jetson_ft.files import expand_user, read_json
 from jetson_ft.models import embedded
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -55,7 +55,7 @@ def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
     """
     if name == "embedded":
         return BaseModelFiles(name, embedded.embedded_folder())
-    folder = Path(name).expanduser()
+    folder = expand_user(name)
     if folder.is_dir():
         base = BaseModelFiles(name, folder.resolve(), _single_gguf(folder))
     elif folder.is_file() and folder.suffix == ".gguf":
@@ -90,11 +90,11 @@ def is_base_model(name: str) -> bool:
     if name in ("base", "embedded"):
         return True
     try:
-        path = Path(name).expanduser()
+        path = expand_user(name)
         if not path.exists():  # `runs/NAME` is a path, even if that run doesn't exist
             return hub.REPO_ID.fullmatch(name) is not None and not path.parent.exists()
         files = [file.name for file in path.iterdir()] if path.is_dir() else [path.name]
-    except (OSError, RuntimeError):  # not readable; a `~user` that doesn't exist
+    except (OSError, UserError):  # not readable; a `~user` that doesn't exist
         return False
     is_model = "config.json" in files or any(file.endswith(".gguf") for file in files)
     return is_model and "adapter_config.json" not in files

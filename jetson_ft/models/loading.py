@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from jetson_ft.data.templates import TEMPLATES, read_template
 from jetson_ft.errors import UserError, _
+from jetson_ft.files import read_json
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import fast_import
 from jetson_ft.models.files import BaseModelFiles
@@ -16,16 +23,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-# GPT-2 style base models have no chat format; this one is plain text whose end token is
-# supervised, so that the model learns to stop.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'user' %}{{ 'Human:\\n' + message['content'] + '\\n\\n' }}"
-    "{% else %}{{ 'Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
-)
+logger = logging.getLogger(__name__)
+
+
+_PACKED_OUTPUTS = 32  # of bitsandbytes' nf4 layers on a CPU with AVX512-BF16
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,18 @@ def weight_format(recipe: Recipe, device: Device) -> WeightFormat:
     return WeightFormat(device.precision(recipe.precision), recipe.quantize, recipe.double_quantize)
 
 
-def load_tokenizer(base: BaseModelFiles) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with a chat template (else `PLAIN_TEMPLATE`) and a pad token.
+def load_tokenizer(
+    base: BaseModelFiles, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with a chat template and a pad token.
+
+    Args:
+        chat_template: a recipe's `data.chat_template`; None: the tokenizer's own, or `plain`.
 
     Raises:
-        UserError: it is missing or damaged, or has no end token.
+        UserError: it is missing or damaged, or has no end token; or the template is.
     """
+    from jinja2 import TemplateSyntaxError
     from transformers import AutoTokenizer
 
     try:
@@ -72,23 +79,49 @@ def load_tokenizer(base: BaseModelFiles) -> PreTrainedTokenizerBase:
         raise UserError(
             _("The tokenizer has no end token."), str(base.folder), _("Set eos_token in it.")
         )
-    if not tokenizer.chat_template:
+    name = chat_template or (None if tokenizer.chat_template else "plain")
+    if name:
         # Models that were trained with a start token before every text need it here too.
         start = tokenizer.bos_token_id
         has_start = start is not None and tokenizer("a")["input_ids"][0] == start
-        tokenizer.chat_template = ("{{ bos_token }}" if has_start else "") + PLAIN_TEMPLATE
+        prefix = "{{ bos_token }}" if has_start and name in TEMPLATES else ""
+        tokenizer.chat_template = prefix + read_template(name)
+    if chat_template:
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            what = _("The chat template is not valid Jinja: line {line}: {error}")
+            raise UserError(what, chat_template, line=error.lineno, error=error.message) from error
+        except Exception:  # it may need other messages; rows that it refuses are reported
+            logger.debug("the chat template refuses a single question", exc_info=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_config(base: BaseModelFiles) -> PretrainedConfig:
-    """Return the model's config, of a GGUF file too."""
-    from transformers import AutoConfig
+    """Return the model's config, of a GGUF file too.
+
+    Raises:
+        UserError: it is missing, damaged, or of an architecture that transformers doesn't have.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     try:
-        return AutoConfig.from_pretrained(**_source(base))
-    except (OSError, ValueError, KeyError) as error:
+        return transformers.AutoConfig.from_pretrained(**_source(base))
+    except Exception as error:  # a config's class checks the types of its values, in its own ways
+        path = base.folder / "config.json"
+        config = read_json(path) if path.is_file() and not base.gguf_file else {}
+        model_type = config.get("model_type") if isinstance(config, dict) else None
+        if model_type and model_type not in CONFIG_MAPPING_NAMES:
+            raise UserError(
+                _("The model can't be loaded: transformers {version} has no architecture {name}."),
+                str(base.folder),
+                _("Update it (`pip install -U transformers`), or choose another model."),
+                version=transformers.__version__,
+                name=json.dumps(model_type),
+            ) from error
         raise _load_error(base, error) from error
 
 
@@ -115,7 +148,7 @@ def load_model(base: BaseModelFiles, weights: WeightFormat, device: str) -> PreT
         what = _("The model's weights are damaged or cut off: {error}")
         fix = _("Delete the file and download it again.")
         raise _load_error(base, error, what, fix) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(base, error) from error
     # transformers would fill these with random numbers.
     faulty = [*info["missing_keys"], *(key for key, *_shapes in info["mismatched_keys"])]
@@ -131,6 +164,7 @@ def load_model(base: BaseModelFiles, weights: WeightFormat, device: str) -> PreT
             example=min(faulty),
         )
     model.requires_grad_(False)
+    _repair_quantized_layers(model)
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         # transformers 5.20, which JetPack 6's Python is limited to, drops the soft cap elsewhere.
         model.set_attn_implementation("eager")
@@ -139,6 +173,58 @@ def load_model(base: BaseModelFiles, weights: WeightFormat, device: str) -> PreT
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return model.eval()
+
+
+def _repair_quantized_layers(model: PreTrainedModel) -> None:
+    """Let bitsandbytes' layers (0.50) evaluate where they would raise an error.
+
+    Before the first reply on a CPU with AVX512-BF16, nf4 layers are packed: 32 outputs together,
+    with whole blocks of a row's weights. Layers of another shape are excluded from that.
+    int8 layers take inputs of at most three dimensions; DeepSeek's attention has four.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            block = module.weight.quant_state.blocksize
+            fits = module.out_features % _PACKED_OUTPUTS == 0 and module.in_features % block == 0
+            module.support_avx512bf16_for_cpu = fits
+        elif type(module).__name__ == "Linear8bitLt":
+            module.forward = partial(_flat_forward, module.forward)
+
+
+def _flat_forward(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """[..., in] to [..., out], by a function for at most three dimensions."""
+    if x.ndim <= 3:
+        return forward(x)
+    return forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, rows: int, base: BaseModelFiles, largest_id: int = 0
+) -> None:
+    """Check that the embedding, of `rows` rows, has one for each token that any text can have.
+
+    Added tokens that neither the chat template nor the tokenizer puts into a text may be without
+    one: Gemma 3's tokenizer has a token for images, also beside models without it.
+
+    Args:
+        largest_id: of the tokens of the rows, if they are known.
+
+    Raises:
+        UserError: it has not.
+    """
+    ids = [tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id, largest_id]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    with suppress(Exception):  # faults of a template have a message of their own
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    if max(ids) >= rows:
+        raise UserError(
+            _("The tokenizer has {tokens:,} tokens, but the model's embedding only {rows:,} rows."),
+            str(base.folder),
+            _("Download tokenizer and weights again, from one place."),
+            tokens=max(len(tokenizer), max(ids) + 1),
+            rows=rows,
+        )
 
 
 def _options(base: BaseModelFiles, weights: WeightFormat, device: str) -> dict[str, Any]:

@@ -87,8 +87,10 @@ def _apply(
     elif key not in _FIELDS:
         message = Message(_OVERRIDE, {"problem": _unknown_key(key)})
     else:
-        section, _dot, name = key.rpartition(".")
-        place = values.setdefault(section, {}) if section else values
+        *sections, name = key.split(".")
+        place: Any = values
+        for section in sections:
+            place = place.setdefault(section, {}) if isinstance(place, dict) else None
         if isinstance(place, dict):  # else the schema reports that the section is not a mapping
             place[name] = strict_yaml.parse_scalar(text)
             lines[tuple(key.split("."))] = 0  # the value is not in the file
@@ -97,7 +99,7 @@ def _apply(
 
 
 _FIELDS = fields()
-_SECTIONS = [name for name in Recipe.model_fields if name not in _FIELDS]
+_SECTIONS = list(dict.fromkeys(key.rpartition(".")[0] for key in _FIELDS if "." in key))
 _OVERRIDE = _("--set: {problem}")
 _TYPE_ERRORS = {
     "int_type", "string_type", "list_type", "float_type", "bool_type", "literal_error",

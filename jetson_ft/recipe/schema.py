@@ -12,7 +12,7 @@ from functools import reduce
 from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from jetson_ft.errors import Message, _
 from jetson_ft.recipe import strict_yaml
@@ -30,14 +30,43 @@ class _Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
+class ColumnsRecipe(_Section):
+    """Names of the columns of `train` by what is in them; null: detected by the usual names."""
+
+    question: Text | None = Field(
+        None, description=_("Column of the question, such as `title`; null: detected.")
+    )
+    answer: Text | None = Field(
+        None, description=_("Column of the answer, such as `body` or `chosen`; null: detected.")
+    )
+    context: Text | None = Field(
+        None, description=_("Column of a text to put before the question; null: `context`.")
+    )
+    system: Text | None = Field(
+        None, description=_("Column of the system message; null: `system` or the like.")
+    )
+    history: Text | None = Field(
+        None, description=_("Column of the earlier questions and answers; null: `history`.")
+    )
+    messages: Text | None = Field(
+        None, description=_("Column of a whole conversation, a list of messages; null: detected.")
+    )
+
+    def chosen(self) -> dict[str, str]:
+        """Return the names that are set, by purpose."""
+        return self.model_dump(exclude_none=True)
+
+
 class DataRecipe(_Section):
     """The rows to train on and the held-out rows."""
 
     train: Text = Field(
         "bundled",
         description=_(
-            "Rows to train on: `bundled` (the bundled Chinese set), a file (.json, .jsonl, .csv, "
-            ".parquet) or a Hub data set id such as `owner/name`."
+            "Rows to train on: `bundled` or `bundled-short` (Chinese rows that come with the "
+            "program, with long or short answers), a file (.json, .jsonl, .csv, .parquet, "
+            ".json.gz, .jsonl.gz, .csv.gz, or .zip with one of them) or a Hub data set id such as "
+            "`owner/name`."
         ),
     )
     heldout: Count | Text = Field(
@@ -62,9 +91,17 @@ class DataRecipe(_Section):
     format: Literal["auto", Layout] = Field(
         "auto", description=_("Layout of the rows of `train`; `auto` detects it and reports it.")
     )
+    columns: ColumnsRecipe = Field(ColumnsRecipe(), description=ColumnsRecipe.__doc__ or "")
     encoding: Text = Field(
         "auto",
         description=_("Text encoding of `train` (`utf-8`, `gb18030`, …); `auto` detects it."),
+    )
+    chat_template: Text | None = Field(
+        None,
+        description=_(
+            "Chat template for training, evaluation and chat: `chatml`, `plain`, or a file with "
+            "Jinja text; null: the model's own, or `plain` if it has none."
+        ),
     )
 
 
@@ -80,9 +117,18 @@ class LoraRecipe(_Section):
     )
     target_modules: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         "all-linear",
-        description=_("Layers that get an adapter: `all-linear`, or a list of module names."),
+        description=_(
+            "Layers that get an adapter: `all-linear`, or a list of module names (a text may name "
+            "them with commas between)."
+        ),
     )
     rslora: bool = Field(False, description=_("Scale by alpha / sqrt(rank) instead (rsLoRA)."))
+    plus: float = Field(
+        1.0,
+        ge=1,
+        le=64,
+        description=_("Learning rate of the B matrices, as a multiple of the A matrices' (LoRA+)."),
+    )
     dora: bool = Field(
         False, description=_("Train magnitude and direction separately (DoRA); slower.")
     )
@@ -92,6 +138,14 @@ class LoraRecipe(_Section):
         if self.alpha is None:
             self.alpha = 2.0 * self.rank
         return self
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _split_names(cls, targets: Any) -> Any:
+        """Make a list of names that a text has with commas between them."""
+        if isinstance(targets, str) and "," in targets:
+            return [name for name in map(str.strip, targets.split(",")) if name]
+        return targets
 
 
 class TrainRecipe(_Section):
@@ -104,8 +158,8 @@ class TrainRecipe(_Section):
     max_minutes: Positive | None = Field(
         None,
         description=_(
-            "Maximum training time in minutes; null: no limit. The number of steps is fixed after "
-            "the first few have been timed."
+            "Training time in minutes, in steps alone; null: no limit. The number of steps follows "
+            "the speed of the newest ones, and the learning rate's schedule ends with the last."
         ),
     )
     learning_rate: float = Field(2e-4, gt=0, le=1, description=_("Peak learning rate."))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jetson_ft import adapter
 from jetson_ft.data import sources, tokenize
 from jetson_ft.data.prepare import prepare_rows
-from jetson_ft.data.store import read_source
+from jetson_ft.data.store import heldout_columns, read_source
 from jetson_ft.hardware import detect
 from jetson_ft.kernels.packing import make_packs
 from jetson_ft.models import files, loading
@@ -32,21 +32,23 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
     folder = run.require_adapter()
     recipe = run.recipe()
     base = files.resolve_model(recipe.model)
-    tokenizer = loading.load_tokenizer(base)
+    tokenizer = adapter.load_tokenizer(base, folder)
     if data is None:
         rows = prepare_rows(recipe.data, tokenizer)
-        conversations, encoded = list(rows.heldout_messages["messages"]), rows.heldout
+        conversations, encoded = list(rows.heldout_messages), rows.heldout
     else:
-        messages, report = read_source(
-            sources.resolve_source(data), on_invalid=recipe.data.on_invalid
-        )
+        source = sources.resolve_source(data)
+        columns = heldout_columns(source, recipe.data.columns.chosen())
+        messages, report = read_source(source, on_invalid=recipe.data.on_invalid, columns=columns)
         encoded, _report = tokenize.tokenize_rows(
-            messages, report.cache_key, tokenizer, recipe.data.max_length
-        )
+            messages, report.cache_key, tokenizer, recipe.data.max_length,
+            on_invalid=recipe.data.on_invalid, source=data,
+        )  # fmt: skip
         numbers = set(encoded["row"])
-        conversations = [row["messages"] for row in messages if row["row"] in numbers]
+        conversations = [row for row in messages if row["row"] in numbers]
     device = detect.detect_device()
     model = loading.load_model(base, weight_format(recipe, device), device.kind)
+    loading.check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), base)
     model = adapter.load_adapter(model, base, folder)
     longest = int(tokenize.token_counts(encoded).max())
     pack_tokens = 0 if packing_obstacle(model, longest) else _PACK_TOKENS

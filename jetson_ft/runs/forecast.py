@@ -5,10 +5,13 @@ Memory and time are predicted for this machine and for every known board.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from jetson_ft import hub
+from jetson_ft.adapter import check_target_modules
 from jetson_ft.data import lengths, sources, store, tokenize
 from jetson_ft.data.chat_template import CONTEXT, encode
 from jetson_ft.data.formats import ChatMessage
@@ -18,8 +21,10 @@ from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import catalog, files, loading
+from jetson_ft.models.dims import Coverage, ModelDims
+from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
-from jetson_ft.recipe import Recipe
+from jetson_ft.recipe import Recipe, parse_recipe
 from jetson_ft.training import memory, planner
 from jetson_ft.training.batches import plan_steps
 from jetson_ft.training.cost_model import COST_MODELS, Workload, describe_workload
@@ -27,7 +32,7 @@ from jetson_ft.training.planner import Plan
 
 THIS_MACHINE = "this machine"
 _ANY_WEIGHTS = WeightFormat("bf16")  # `_forecast` puts the device's own in its place
-_BUNDLED_HELDOUT, _AUTO_HELDOUT = 66, 60  # rows
+_AUTO_HELDOUT = 60  # rows
 
 PreviewSegments = list[tuple[str, bool]]  # text, and whether it is trained on
 
@@ -55,10 +60,11 @@ class Forecast:
     devices: list[DeviceForecast]
     sources: list[str]  # of the model's dimensions and of the rows' lengths
     assumptions: list[str]
+    coverage: Coverage  # of the model by adapters and quantization
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `plan --json` prints."""
-        return {"schema": 1, **asdict(self)}
+        return {"schema": 1, **asdict(self), "coverage": self.coverage.as_json()}
 
 
 def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
@@ -79,7 +85,12 @@ def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
         "Predicted; no board has run this yet.",
         "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
     ]
-    return Forecast(devices, origins, assumptions)
+    return Forecast(devices, origins, assumptions, _coverage(recipe, workload))
+
+
+def _coverage(recipe: Recipe, workload: Workload) -> Coverage:
+    weights = replace(workload.weights, quantize=recipe.quantize)
+    return replace(workload, weights=weights).coverage
 
 
 def forecast_here(recipe: Recipe, workload: Workload) -> DeviceForecast:
@@ -111,45 +122,156 @@ def _forecast(
 
 
 def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
-    """Return the workload by built-in dimensions and lengths, or by files; and its sources."""
-    dims = catalog.KNOWN_DIMS.get(recipe.model)
-    known = lengths.KNOWN_LENGTHS.get((recipe.data.train, recipe.model))
-    if dims and known:
-        train, heldout = _split(recipe, known)
-        others = recipe.lora, recipe.train, train, heldout * train.mean
-        return Workload(dims, _ANY_WEIGHTS, *others), [
-            f"model: built-in dimensions of {recipe.model}; no file was read",
-            f"rows: built-in lengths of {recipe.data.train}, {known.rows:,} rows; no file was read",
-        ]
+    """Return the workload by built-in dimensions and lengths, or by files; and its sources.
+
+    Of a model in the catalog nothing is downloaded. Lengths are estimated for rows that have
+    built-in lengths for another tokenizer, and where the model's tokenizer is not on this machine.
+    """
+    data, dims = recipe.data, catalog.KNOWN_DIMS.get(recipe.model)
+    known, base = lengths.KNOWN_LENGTHS.get((data.train, recipe.model)), None
+    if dims:
+        model_source = f"model: built-in dimensions of {recipe.model}; no file was read"
+    else:
+        base = _files_of_unknown_model(recipe.model)
+        dims = catalog.model_dims(base)
+        model_source = f"model: config of {recipe.model}; no weights were read"
+    check_target_modules(dims, recipe.lora.target_modules)
+    if known:
+        source = f"built-in lengths of {data.train}, {known.rows:,} rows; no file was read"
+        return _workload(recipe, dims, known), [model_source, f"rows: {source}"]
+    scaled = _scaled_lengths(data.train, dims.vocabulary)
+    if base is None and (data.train == "bundled" or not scaled):
+        base = _files_here(recipe.model)
+    has_tokenizer = base is not None and _has_tokenizer(base)
+    # A known data set on the Hub is large: it is neither downloaded nor tokenized for a prediction.
+    if scaled and not (has_tokenizer and data.train == "bundled"):
+        source = f"built-in lengths of {data.train} for another tokenizer, converted"
+        return _workload(recipe, dims, scaled), [model_source, f"rows: {source} (within 20%)"]
     try:
-        base = files.resolve_model(recipe.model, weights=False)
-        rows = prepare_rows(recipe.data, loading.load_tokenizer(base))
+        if base and has_tokenizer:
+            rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
+            source = f"rows: {len(rows.train):,} read from {data.train} and tokenized"
+            return describe_workload(recipe, _ANY_WEIGHTS, base, rows), [model_source, source]
+        read, _report = store.read_source(
+            sources.resolve_source(data.train), layout=data.format, encoding=data.encoding,
+            on_invalid=data.on_invalid, columns=data.columns.chosen(),
+        )  # fmt: skip
     except UserError as error:
-        planned = "; ".join(f"{data} with {model}" for data, model in lengths.KNOWN_LENGTHS)
-        fix = Message(_("Planned without any file: {known}."), {"known": planned})
+        names = ", ".join(dict.fromkeys(name for name, _model in lengths.KNOWN_LENGTHS))
+        fix = Message(_("Planned without their file: {names}."), {"names": names})
         fixes = [error.fix, fix] if str(error.fix) else [fix]
         raise UserError(error.what, error.where, joined(fixes, " ")) from error
-    return describe_workload(recipe, _ANY_WEIGHTS, base, rows), [
-        f"model: config of {recipe.model}; no weights were read",
-        f"rows: {len(rows.train):,} read from {recipe.data.train} and tokenized",
-    ]
+    estimated = lengths.estimate_lengths(read["messages"], dims.vocabulary)
+    source = f"{len(read):,} read from {data.train}; tokens estimated from characters (within 20%)"
+    return _workload(recipe, dims, estimated), [model_source, f"rows: {source}: no tokenizer here"]
 
 
-def _split(recipe: Recipe, known: LengthHistogram) -> tuple[LengthHistogram, int]:
-    """Return the lengths of the training rows, and the number of held-out rows.
+def _files_here(model: str) -> BaseModelFiles | None:
+    """Return a known model's files as far as they are on this machine."""
+    if model == "embedded":
+        return files.resolve_model(model)
+    folder = hub.cached_folder(model, "model")
+    return BaseModelFiles(model, folder) if folder else None
+
+
+def _files_of_unknown_model(model: str) -> BaseModelFiles:
+    """Return a model's files without its weights; of one on the Hub its config is enough."""
+    try:
+        return files.resolve_model(model, weights=False)
+    except UserError as error:
+        if error.__cause__ is not None and hub.REPO_ID.fullmatch(model):  # of the Hub's client
+            base = _files_here(model)
+            if base and (base.folder / "config.json").is_file():
+                return base
+        fix = _("`jetson-ft models` lists the models that are planned without their files.")
+        fixes = [error.fix, Message(fix)] if str(error.fix) else [Message(fix)]
+        if near := catalog.nearest_name(model):
+            fixes.insert(0, Message(_("Did you mean `{near}`?"), {"near": near}))
+        raise UserError(error.what, error.where, joined(fixes, " ")) from error
+
+
+def _has_tokenizer(base: BaseModelFiles) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return bool(base.gguf_file) or any((base.folder / name).is_file() for name in names)
+
+
+def _scaled_lengths(train: str, vocabulary: int) -> LengthHistogram | None:
+    """Return the known lengths of a data set for a tokenizer with that vocabulary, or None."""
+    for (name, model), histogram in lengths.KNOWN_LENGTHS.items():
+        if name == train:
+            counted = catalog.KNOWN_DIMS[model].vocabulary
+            return histogram.scaled(lengths.token_factor(counted, vocabulary))
+    return None
+
+
+def _workload(recipe: Recipe, dims: ModelDims, known: LengthHistogram) -> Workload:
+    """Return the workload of training on rows of these lengths, some of them held out.
 
     The number of rows in a held-out file is an estimate. All rows above the length limit count as
     truncated, also those that would be dropped.
     """
     data = recipe.data
     rows = known.cut(data.max_length)
-    if isinstance(data.heldout, int):
-        count = min(data.heldout, rows.rows - 1)
-    elif data.train == "bundled":
-        return rows, _BUNDLED_HELDOUT
+    heldout = min(_AUTO_HELDOUT, max(1, rows.rows // 10))
+    if data.train in sources.BUNDLED and not isinstance(data.heldout, int):
+        train, heldout = rows, sources.BUNDLED[data.train].heldout_rows
     else:
-        count = _AUTO_HELDOUT
-    return replace(rows, rows=rows.rows - count), count
+        if isinstance(data.heldout, int):
+            heldout = data.heldout
+        heldout = min(heldout, rows.rows - 1)
+        train = replace(rows, rows=rows.rows - heldout)
+    return Workload(dims, _ANY_WEIGHTS, recipe.lora, recipe.train, train, heldout * train.mean)
+
+
+# --- all known models -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelForecast:
+    """A known model, and in which weight format it is trained on modules of each memory size."""
+
+    name: str
+    parameters: int
+    file_bytes: int
+    licence: str
+    gated: bool
+    # By memory in GiB: the largest `format` that fits with its `peak_memory_bytes`, or None.
+    fits: dict[int, dict[str, Any] | None]
+
+
+def forecast_models() -> tuple[Recipe, list[ModelForecast]]:
+    """Plan one job for each known model on each class of boards; return the job's recipe too."""
+    job = Recipe.model_validate({"data": {"train": "llamafactory/alpaca_zh", "max_length": 1024}})
+    forecasts = []
+    for name, model in catalog.MODELS.items():
+        known = _scaled_lengths(job.data.train, model.dims.vocabulary)
+        assert known is not None
+        workload = _workload(job, model.dims, known)
+        forecast = ModelForecast(
+            name=name,
+            parameters=model.dims.parameters,
+            file_bytes=model.file_bytes,
+            licence=model.licence,
+            gated=model.gated,
+            fits={
+                memory_gib: _largest_format(workload, board.device())
+                for memory_gib, board in sorted(boards.BOARD_CLASSES.items())
+            },
+        )
+        forecasts.append(forecast)
+    return job, forecasts
+
+
+def _largest_format(workload: Workload, device: Device) -> dict[str, Any] | None:
+    """Return the first weight format that fits of bf16, int8 and nf4."""
+    budget = planner.memory_budget(workload, device)
+    for quantize in ("none", "int8", "nf4"):
+        weights = WeightFormat("bf16", quantize)
+        peak = planner.least_memory(replace(workload, weights=weights), device)
+        if peak <= budget:
+            name = "bf16" if quantize == "none" else quantize
+            return {"format": name, "peak_memory_bytes": peak}
+    return None
 
 
 # --- dry run and inspection -------------------------------------------------------------------
@@ -165,26 +287,29 @@ class DryRun:
     tokens: int  # over all planned steps
     rows_per_step: float
     forecast: DeviceForecast  # of this machine
+    coverage: Coverage  # of the model by adapters and quantization
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `train --dry-run --json` prints."""
-        return {"schema": 1, **asdict(self), "recipe": self.recipe.model_dump()}
+        recipe, coverage = self.recipe.model_dump(), self.coverage.as_json()
+        return {"schema": 1, **asdict(self), "recipe": recipe, "coverage": coverage}
 
 
 def dry_run(recipe: Recipe) -> DryRun:
     """Read and tokenize the rows as a run would, and plan its steps; load no weights."""
     base = files.resolve_model(recipe.model, weights=False)
-    rows = prepare_rows(recipe.data, loading.load_tokenizer(base))
+    rows = prepare_rows(recipe.data, loading.load_tokenizer(base, recipe.data.chat_template))
     lengths = tokenize.token_counts(rows.train)
     steps = plan_steps(lengths, recipe.train)
-    forecast = forecast_here(recipe, describe_workload(recipe, _ANY_WEIGHTS, base, rows))
+    workload = describe_workload(recipe, _ANY_WEIGHTS, base, rows)
     return DryRun(
         recipe=recipe,
         rows=rows.report,
         steps=len(steps),
         tokens=int(sum(lengths[step].sum() for step in steps)),
         rows_per_step=sum(map(len, steps)) / max(1, len(steps)),
-        forecast=forecast,
+        forecast=forecast_here(recipe, workload),
+        coverage=_coverage(recipe, workload),
     )
 
 
@@ -206,6 +331,8 @@ def inspect_data(
     samples: int = 3,
     layout: str = "auto",
     encoding: str = "auto",
+    columns: Iterable[str] = (),
+    chat_template: str | None = None,
 ) -> Inspection:
     """Read and tokenize every row; unusable ones are counted, not refused.
 
@@ -214,27 +341,39 @@ def inspect_data(
         model: the one whose tokenizer is used.
         max_length: tokens at which a row is truncated.
         samples: number of rows to preview, evenly spread.
+        columns: settings of `data.columns`, such as `question=title`.
+        chat_template: as in a recipe's `data.chat_template`.
     """
+    settings = parse_recipe("", overrides=[f"data.columns.{text}" for text in columns]).data
     rows, read_report = store.read_source(
-        sources.resolve_source(name), layout=layout, encoding=encoding, on_invalid="skip"
+        sources.resolve_source(name), layout=layout, encoding=encoding, on_invalid="skip",
+        columns=settings.columns.chosen(),
+    )  # fmt: skip
+    base = files.resolve_model(model, weights=False)
+    tokenizer = loading.load_tokenizer(base, chat_template)
+    encoded, token_report = tokenize.tokenize_rows(
+        rows, read_report.cache_key, tokenizer, max_length, on_invalid="skip", source=name
     )
-    tokenizer = loading.load_tokenizer(files.resolve_model(model, weights=False))
-    _tokens, token_report = tokenize.tokenize_rows(
-        rows, read_report.cache_key, tokenizer, max_length
-    )
-    chosen = [number * len(rows) // samples for number in range(min(samples, len(rows)))]
+    kept = set(encoded["row"])
+    usable = [index for index, number in enumerate(rows["row"]) if number in kept]
+    samples = min(samples, len(usable))
+    chosen = [rows[usable[number * len(usable) // samples]] for number in range(samples)]
     return Inspection(
         read=asdict(read_report),
         model=model,
         max_length=max_length,
         tokens=asdict(token_report),
-        previews=[preview_segments(tokenizer, rows[index]["messages"]) for index in chosen],
+        previews=[
+            preview_segments(tokenizer, row["messages"], row.get("tools") or "") for row in chosen
+        ],
     )
 
 
-def preview_segments(tokenizer: Any, messages: list[ChatMessage]) -> PreviewSegments:
+def preview_segments(
+    tokenizer: Any, messages: list[ChatMessage], tools: str = ""
+) -> PreviewSegments:
     """Return a row as the model reads it: stretches of text, trained on or context."""
-    encoded = encode(tokenizer, messages)
+    encoded = encode(tokenizer, messages, tools)
     tokens = zip(encoded.ids, encoded.segments, strict=True)
     return [
         (tokenizer.decode([token for token, _segment in group]), is_trained)

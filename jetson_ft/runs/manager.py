@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -24,13 +24,16 @@ from typing import IO, Any, cast
 
 from jetson_ft import hub
 from jetson_ft import recipe as recipes
-from jetson_ft.data import formats, readers, sources
+from jetson_ft.adapter import check_target_modules
+from jetson_ft.data import layouts, readers, sources
 from jetson_ft.data import store as rows_store
 from jetson_ft.data.formats import RowError
+from jetson_ft.data.sources import Source
+from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import disk_errors, printable, staged, write_atomic, write_json
+from jetson_ft.files import disk_errors, expand_user, printable, staged, write_atomic, write_json
 from jetson_ft.hardware import detect
-from jetson_ft.models import files
+from jetson_ft.models import catalog, files
 from jetson_ft.recipe import Layout, Recipe
 from jetson_ft.runs import exit_status, processes, store
 from jetson_ft.runs.processes import DistributedConfig
@@ -60,35 +63,48 @@ def default_recipe(
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise `UserError` if the model or the data don't exist, or no row can be used.
+    """Raise `UserError` if the model can't be trained, or the data has no row that can be used.
 
     Data sets on the hub are fetched, and small files of models there.
     """
-    if recipe.model != "embedded":
-        files.resolve_model(recipe.model, weights=Path(recipe.model).expanduser().exists())
+    if recipe.model == "embedded":
+        dims = catalog.KNOWN_DIMS[recipe.model]
+    else:
+        is_local = expand_user(recipe.model).exists()
+        dims = catalog.model_dims(files.resolve_model(recipe.model, weights=is_local))
+    check_target_modules(dims, recipe.lora.target_modules)
     data = recipe.data
-    if data.train != "bundled":
-        _check_rows(data.train, data.format, data.encoding, data.on_invalid)
-    if isinstance(data.heldout, str) and data.heldout not in ("auto", "bundled"):
-        _check_rows(data.heldout, "auto", "auto", data.on_invalid)
+    columns: Mapping[str, str] = data.columns.chosen()
+    if data.train not in sources.BUNDLED:
+        source = sources.resolve_source(data.train)
+        _check_rows(source, data.format, data.encoding, data.on_invalid, columns)
+    if isinstance(data.heldout, str) and data.heldout not in ("auto", *sources.BUNDLED):
+        source = sources.resolve_source(data.heldout)
+        columns = rows_store.heldout_columns(source, columns)
+        _check_rows(source, "auto", "auto", data.on_invalid, columns)
 
 
-def _check_rows(name: str, layout: str, encoding: str, on_invalid: str) -> None:
-    source = sources.resolve_source(name)
+def _check_rows(
+    source: Source, layout: str, encoding: str, on_invalid: str, columns: Mapping[str, str]
+) -> None:
     for path in source.files:
         _report, rows = readers.read_rows(path, encoding)
-        if any(_is_usable(row.value, layout) for row in islice(rows, _PREFLIGHT_ROWS)):
+        values = (row.value for row in islice(rows, _PREFLIGHT_ROWS))
+        if any(_is_usable(value, layout, columns) for value in values):
             return
     # Reading all rows finds what is wrong with them, and raises it.
-    rows_store.read_source(source, layout=layout, encoding=encoding, on_invalid=on_invalid)
+    rows_store.read_source(
+        source, layout=layout, encoding=encoding, on_invalid=on_invalid, columns=columns
+    )
 
 
-def _is_usable(value: object, layout: str) -> bool:
+def _is_usable(value: object, layout: str, columns: Mapping[str, str]) -> bool:
     if not isinstance(value, dict):
         return False
-    row_layout = formats.detect_layout(value) if layout == "auto" else cast(Layout, layout)
+    is_auto = layout == "auto"
+    row_layout = layouts.detect_layout(value, columns) if is_auto else cast(Layout, layout)
     try:
-        return bool(row_layout and formats.to_messages(value, row_layout))
+        return bool(row_layout and layouts.to_conversation(value, row_layout, columns))
     except RowError:
         return False
 
@@ -213,11 +229,13 @@ def check_only_longer(run: Run, old: Recipe, new: Recipe) -> None:
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths, to resume the run from any folder."""
     copy = recipe.model_copy(deep=True)
-    copy.output_dir = str(Path(recipe.output_dir).expanduser().absolute())
-    for section, key in ((copy, "model"), (copy.data, "train"), (copy.data, "heldout")):
+    copy.output_dir = str(expand_user(recipe.output_dir).absolute())
+    names = "embedded", "auto", *sources.BUNDLED, *TEMPLATES
+    keys = (copy.data, "train"), (copy.data, "heldout"), (copy.data, "chat_template")
+    for section, key in ((copy, "model"), *keys):
         value = getattr(section, key)
-        if isinstance(value, str) and value not in ("embedded", "bundled", "auto"):
-            path = Path(value).expanduser()
+        if isinstance(value, str) and value not in names:
+            path = expand_user(value)
             if path.exists():
                 setattr(section, key, str(path.absolute()))
     return copy

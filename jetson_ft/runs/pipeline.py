@@ -88,6 +88,8 @@ class Pipeline:
             rows = self._prepare_rows(base)
             self._assert_same_on_all_ranks(weights, base, rows)
             emit(events.DataPrepared(**rows.report))
+            for notice in rows.report["train"]["notices"]:
+                emit(events.Warned.of_message(Message.from_json(notice)))
         with self.phase("plan"):
             workload = describe_workload(recipe, weights, base, rows)
             workload = oom.limit_memory(self.run, workload)
@@ -96,7 +98,14 @@ class Pipeline:
             model = loading.load_model(base, weights, device.kind)
             model = adapter.attach_adapter(model, recipe.lora, recipe.train.seed)
             fused = fuse_layers(model)
-            emit(events.WeightsLoaded(bytes=loading.bytes_per_part(model), fused=fused))
+            coverage = workload.coverage
+            emit(events.WeightsLoaded(
+                bytes=loading.bytes_per_part(model), fused=fused,
+                adapter_parameters=coverage.adapter_parameters,
+                adapted_share=coverage.adapted_share, quantized_share=coverage.quantized_share,
+            ))  # fmt: skip
+            for note in coverage.notes:
+                emit(events.Warned.of_message(note))
         with oom.explain_oom(self.run, workload, plan, device, dist):
             if plan.shards > 1:
                 with self.phase("sharding", f"the layers among {plan.shards} processes"):
@@ -155,7 +164,7 @@ class Pipeline:
 
     def _prepare_rows(self, base: BaseModelFiles) -> PreparedRows:
         """Prepare the rows on each machine's first rank; the others take them from the cache."""
-        tokenizer = loading.load_tokenizer(base)
+        tokenizer = loading.load_tokenizer(base, self.recipe.data.chat_template)
         if not self.dist.is_local_main:
             self.dist.barrier()
             return prepare_rows(self.recipe.data, tokenizer)
@@ -180,6 +189,7 @@ class Pipeline:
         """Refuse machines that would train something else; paths may differ."""
         recipe = self.recipe.model_copy(deep=True)
         recipe.output_dir = recipe.model = recipe.data.train = recipe.data.heldout = ""
+        recipe.data.chat_template = str(rows.tokenizer.chat_template)
         counts = tokenize.token_counts(rows.train).tobytes()
         self.dist.assert_same_on_all_ranks(
             {
@@ -246,6 +256,7 @@ class Pipeline:
             dist=self.dist,
             monitor=self.monitor,
             max_temperature=self.recipe.device.max_temperature_c,
+            lora_plus=self.recipe.lora.plus,
         )
         steps = len(batches.plan_steps(job.train_tokens, job.recipe))
         if self.dist.is_local_main:
@@ -315,7 +326,7 @@ class Pipeline:
         return compare.compare_adapter(
             model,
             rows.tokenizer,
-            list(rows.heldout_messages["messages"]),
+            list(rows.heldout_messages),
             list(make_packs(list(rows.heldout), plan.micro_batch_tokens)),
             rows.heldout_characters,
             self.recipe.eval.max_new_tokens,

@@ -27,7 +27,7 @@ import orjson
 from jetson_ft import recipe as recipes
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Event, from_json, to_json
-from jetson_ft.files import disk_errors, read_json, safe_name, write_atomic, write_json
+from jetson_ft.files import disk_errors, expand_user, read_json, safe_name, write_atomic, write_json
 from jetson_ft.recipe import Recipe
 
 SCHEMA = 1
@@ -223,7 +223,7 @@ def try_lock(file: IO[bytes]) -> bool:
 
 def create_run(recipe: Recipe, label: str) -> Run:
     """Make a run's folder under `recipe.output_dir`; it is a run once a state is written."""
-    root = Path(recipe.output_dir).expanduser().absolute()
+    root = expand_user(recipe.output_dir).absolute()
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "run"
     base = safe_name(f"{time.strftime('%Y%m%d-%H%M%S')}-{stem[:60]}")
     with disk_errors(root):
@@ -243,7 +243,7 @@ def create_run(recipe: Recipe, label: str) -> Run:
 
 def find_run(name: str, root: Path) -> Run:
     """Return a run by path, by name under the root, or `latest`; refuse an unknown name."""
-    direct = Path(name).expanduser()
+    direct = expand_user(name)
     if _is_run(direct):
         return Run(direct.absolute())
     runs = list_runs(root)
@@ -277,6 +277,11 @@ def list_runs(root: Path) -> list[Run]:
         paths = sorted(root.absolute().iterdir(), reverse=True)
         # A name with a dot: a run that is being deleted.
         return [Run(path) for path in paths if not path.name.startswith(".") and _is_run(path)]
+
+
+def runs_with_adapter(root: Path) -> list[Run]:
+    """Return the runs under the root that have a finished adapter, newest first."""
+    return [run for run in list_runs(root) if run.adapter.is_dir()]
 
 
 def _is_run(path: Path) -> bool:

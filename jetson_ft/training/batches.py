@@ -8,19 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jetson_ft.kernels.packing import Pack, make_packs
 from jetson_ft.recipe import TrainRecipe
-from jetson_ft.training.state import TrainState
+from jetson_ft.training.state import MEASURED_STEPS, TrainState
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-MEASURED_STEPS = 5  # timed before `max_minutes` becomes a number of steps
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -110,48 +107,63 @@ def resolve_total_steps(
     train: TrainRecipe,
     step_tokens: Sequence[int],
     heldout_tokens: int,
-    step_rates: Sequence[float],
 ) -> bool:
-    """Set `state.total_steps` once for the recipe's present limits; return whether it was set now.
+    """Set `state.total_steps`; return whether this was the first time for the recipe's limits.
 
-    With `max_minutes` it is set after `MEASURED_STEPS` timed steps. `step_tokens` are the tokens of
-    each planned step, `step_rates` the tokens per second of each step of this attempt.
+    With `max_minutes` it is set after `MEASURED_STEPS` timed steps, and again after each further
+    one, since machines grow slower or faster. `step_tokens` are the tokens of each planned step.
     """
     limits = [train.epochs, train.max_steps, train.max_minutes]
-    total = len(step_tokens)
-    if state.length_limits == limits:
-        return False
+    total, is_settled = len(step_tokens), state.length_limits == limits
     if train.max_minutes:
         if state.step < min(MEASURED_STEPS, total):
             return False
-        # The median: the first step loads kernels, and other programs slow down some.
-        rate = median(step_rates) if step_rates else state.tokens_per_second
-        total = steps_within(step_tokens, state.step, rate, train.max_minutes)
-    state.total_steps = max(total, state.total_steps or 0)
+        seconds_left = 60 * train.max_minutes - state.train_seconds
+        total = state.step + steps_within(
+            step_tokens[state.step :], seconds_left, state.recent_rate
+        )
+        if is_settled:
+            state.total_steps = total
+    if is_settled:
+        return False
+    state.total_steps = max(total, state.step)
     state.length_limits = limits
+    passed = (state.step - train.warmup_steps) / max(1, state.total_steps - train.warmup_steps)
+    state.lr_decay = min(1.0, max(0.0, passed))
     state.eval_every = choose_eval_every(train, step_tokens, heldout_tokens, state.total_steps)
     state.stopped_early, state.evals_without_improvement = False, 0
     return True
 
 
-def steps_within(
-    step_tokens: Sequence[int], done: int, tokens_per_second: float, max_minutes: float
-) -> int:
-    """Return how many planned steps fit into the time; never fewer than `done` plus one."""
-    seconds = np.cumsum(np.asarray(step_tokens)) / tokens_per_second
-    fitting = int(np.searchsorted(seconds, max_minutes * 60, side="right"))
-    return min(len(step_tokens), max(done + 1, fitting))
+def steps_within(step_tokens: Sequence[int], seconds: float, tokens_per_second: float) -> int:
+    """Return how many of the steps to come end nearest to the time; 0 if half of one is too much.
+
+    `step_tokens` are the tokens of each step to come.
+    """
+    tokens = np.asarray(step_tokens, dtype=float)
+    middles = (np.cumsum(tokens) - tokens / 2) / tokens_per_second
+    return int(np.searchsorted(middles, seconds, side="right"))
 
 
-def lr_multiplier(step: int, total: int | None, train: TrainRecipe) -> float:
-    """Return the share of the peak learning rate at a step (from 0); total None: not set yet."""
-    if step < train.warmup_steps:
-        return (step + 1) / (train.warmup_steps + 1)
-    if total is None or train.lr_scheduler == "constant":
+def advance_lr(state: TrainState, train: TrainRecipe) -> None:
+    """Count the step just made in the learning rate's schedule.
+
+    The rest of the schedule is shared equally by the steps that are left at present, so that it
+    ends with the last step also where `max_minutes` has changed their number.
+    """
+    if state.step > train.warmup_steps and state.total_steps is not None:
+        steps_left = max(1, state.total_steps - state.step + 1)
+        state.lr_decay += (1 - state.lr_decay) / steps_left
+
+
+def lr_multiplier(state: TrainState, train: TrainRecipe) -> float:
+    """Return the share of the peak learning rate for the next step."""
+    if state.step < train.warmup_steps:
+        return (state.step + 1) / (train.warmup_steps + 1)
+    if train.lr_scheduler == "constant":
         return 1.0
-    passed = min(1.0, (step - train.warmup_steps) / max(1, total - train.warmup_steps))
     is_linear = train.lr_scheduler == "linear"
-    return 1.0 - passed if is_linear else 0.5 * (1 + math.cos(math.pi * passed))
+    return 1 - state.lr_decay if is_linear else 0.5 * (1 + math.cos(math.pi * state.lr_decay))
 
 
 def choose_eval_every(

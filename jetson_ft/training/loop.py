@@ -57,6 +57,7 @@ class TrainingJob:
     dist: DistributedContext = field(default_factory=DistributedContext)
     monitor: Monitor = field(default_factory=Monitor)
     max_temperature: float | None = None  # degrees Celsius; None: no limit
+    lora_plus: float = 1.0  # learning rate of the B matrices, as a multiple of the A matrices'
     share_prefix: bool = True  # the rows of a pack share one copy of their common prefix
 
 
@@ -74,7 +75,6 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
     job.monitor.step = state.step
     steps = batches.plan_steps(job.train_tokens, recipe)
     step_tokens = [int(job.train_tokens[rows].sum()) for rows in steps]
-    step_rates: list[float] = []  # tokens per second, of each step of this attempt
     step_batches = batches.StepBatches(
         job.train_rows, job.train_tokens, steps, job.plan.micro_batch_tokens,
         dist.rank, dist.size, job.share_prefix,
@@ -94,13 +94,14 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
     parameters = trainable_parameters(model)
     dist.broadcast_parameters(parameters)
     optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
+        parameter_groups(model, job.lora_plus), lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay, fused=True,
+    )  # fmt: skip
     if resume:
         checkpoint.load_adapter_weights(model, resume)
         checkpoint.load_optimizer(optimizer, resume)
     heldout_tokens = sum(heldout_lengths)
-    batches.resolve_total_steps(state, recipe, step_tokens, heldout_tokens, step_rates)
+    batches.resolve_total_steps(state, recipe, step_tokens, heldout_tokens)
     saved_at = time.monotonic()
     if state.evaluation_due:  # a stop went before it
         evaluate_adapter(model, heldout, job, state)
@@ -119,23 +120,22 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm))
         if not math.isfinite(grad_norm):
             raise _diverged(_("gradient"), state.step + 1, job)
-        lr = recipe.learning_rate * batches.lr_multiplier(state.step, state.total_steps, recipe)
+        lr = recipe.learning_rate * batches.lr_multiplier(state, recipe)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         optimizer.step()
         optimizer.zero_grad()
 
         stats = reduce_stats(job, started, saved_at)
         state.add_step(batch, stats)
-        step_rates.append(batch.tokens / max(1e-9, stats.seconds))
         job.monitor.step = state.step
-        resolved = batches.resolve_total_steps(
-            state, recipe, step_tokens, heldout_tokens, step_rates
-        )
+        resolved = batches.resolve_total_steps(state, recipe, step_tokens, heldout_tokens)
+        if not resolved:
+            batches.advance_lr(state, recipe)
         seconds_left = None
         if state.total_steps is not None:
             tokens_left = sum(step_tokens[state.step : state.total_steps])
-            seconds_left = tokens_left / state.tokens_per_second
+            seconds_left = tokens_left / state.recent_rate
             if resolved:
                 job.emit(TotalSteps(
                     step=state.step, total_steps=state.total_steps, seconds_left=seconds_left
@@ -274,6 +274,20 @@ def save(
 def trainable_parameters(model: Any) -> Sequence[torch.nn.Parameter]:
     """Return the adapter's parameters, in the model's order."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def parameter_groups(model: Any, lora_plus: float) -> list[dict[str, Any]]:
+    """Return the optimizer's groups, each with the factor on its learning rate.
+
+    LoRA+ (Hayou et al., 2024, https://arxiv.org/abs/2402.12354) trains the B matrices at a higher
+    rate than the A matrices.
+    """
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_b = ".lora_B." in name or ".lora_embedding_B." in name
+            groups.setdefault(lora_plus if is_b else 1.0, []).append(parameter)
+    return [{"params": group, "lr_factor": factor} for factor, group in groups.items()]
 
 
 def _diverged(quantity: str, step: int, job: TrainingJob) -> UserError:

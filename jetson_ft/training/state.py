@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
+
+MEASURED_STEPS = 5  # whose rate `recent_rate` is; `max_minutes` is no number of steps before
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,12 @@ class TrainState:
     """The counters of a run: all that a resumed run needs besides the tensors."""
 
     step: int = 0  # optimizer steps made
-    total_steps: int | None = None  # None until `max_minutes` has become a number of steps
+    # None until `max_minutes` has become a number of steps; settled again after each step since
+    total_steps: int | None = None
     # epochs, max_steps and max_minutes that `total_steps` was computed from
     length_limits: list[float | None] | None = None
+    lr_decay: float = 0.0  # share of the learning rate's schedule after the warm-up, 0 to 1
+    step_rates: list[float] = field(default_factory=list)  # newest steps' tokens per second
     eval_every: int | None = None
     evaluated_step: int = 0  # of the newest held-out loss that counts; 0: none yet
     tokens: int = 0
@@ -43,6 +49,9 @@ class TrainState:
         self.tokens += batch.tokens
         self.supervised_tokens += batch.supervised_tokens
         self.train_seconds += stats.seconds
+        self.step_rates = [
+            *self.step_rates[1 - MEASURED_STEPS :], batch.tokens / max(1e-9, stats.seconds)
+        ]  # fmt: skip
         if self.energy_joules is not None:
             self.energy_joules = None if stats.joules is None else self.energy_joules + stats.joules
 
@@ -55,6 +64,11 @@ class TrainState:
         else:
             self.evals_without_improvement += 1
             self.stopped_early = patience is not None and self.evals_without_improvement >= patience
+
+    @property
+    def recent_rate(self) -> float:
+        """Tokens per second, the median of the newest steps: outliers don't count."""
+        return median(self.step_rates) if self.step_rates else self.tokens_per_second
 
     @property
     def tokens_per_second(self) -> float:

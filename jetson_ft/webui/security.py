@@ -120,6 +120,8 @@ class AccessMiddleware:
 def is_known_host(host: str, names: Iterable[str]) -> bool:
     """Return whether `Host` is an address, localhost or one of the names, on any port."""
     name = re.sub(r":\d*$", "", host.strip().lower())
+    if not name:
+        return False
     if name == "localhost" or name in {known.lower() for known in names}:
         return True
     try:

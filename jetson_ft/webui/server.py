@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import re
 import secrets
 import socket
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,9 +25,12 @@ def serve(
         host: the address to listen on; beyond loopback a token is required, the link contains it.
         host_names: names accepted as `Host` besides IP addresses and localhost.
         reached_as: HOST or HOST:PORT of the link, where it differs from `host`: in a container.
+
+    Raises:
+        UserError: the page can't be served there, or `reached_as` is not an address.
     """
     if reached_as:
-        host_names = (*host_names, urlsplit(f"//{reached_as}").hostname or "")
+        host_names = (*host_names, _host_name(reached_as))
     policy = AccessPolicy("" if is_loopback(host) else secrets.token_hex(16), host_names)
     listener = _listen(host, port)
     import uvicorn
@@ -54,6 +59,23 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _host_name(address: str) -> str:
+    """Return the host of HOST or HOST:PORT; refuse other texts with a `UserError`."""
+    match = re.fullmatch(r"([\w.-]+|\[[\da-f:.]+])(?::(\d{1,5}))?", address, re.ASCII | re.I)
+    host, port = match.groups() if match else ("", None)
+    with suppress(ValueError):
+        if host.startswith("["):
+            ipaddress.IPv6Address(host[1:-1])
+        if host and 0 < int(port or 80) < 1 << 16:
+            return str(host)
+    raise UserError(
+        _("{address!r} is not the address of a page."),
+        "--reached-as (JETSON_FT_REACHED_AS)",
+        _("Give HOST or HOST:PORT; an IPv6 address needs brackets, as in [fd00::1]:7860."),
+        address=address,
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jetson_ft import adapter
 from jetson_ft.chat.session import ChatSession
 from jetson_ft.chat.target import ChatTarget, open_session, resolve_target
 from jetson_ft.errors import UserError
 from jetson_ft.inference.generate import Sampling
-from jetson_ft.models import files
-from jetson_ft.recipe import Recipe
+from jetson_ft.models import files, loading
+from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.recipe import LoraRecipe, Recipe
 from jetson_ft.runs import store
 from jetson_ft.runs.store import Run
 
@@ -31,11 +34,6 @@ def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 def adapter_folder(tiny_phi: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an adapter that changes the replies."""
     import torch
-
-    from jetson_ft import adapter
-    from jetson_ft.models import loading
-    from jetson_ft.models.files import BaseModelFiles
-    from jetson_ft.recipe import LoraRecipe
 
     base = BaseModelFiles(str(tiny_phi), tiny_phi)
     model = adapter.attach_adapter(
@@ -113,16 +111,96 @@ def test_adapter_folder_opens_with_its_base(finished: Run, tmp_path: Path, tiny_
     assert chat.has_adapter and chat.title.startswith(str(tiny_phi))
 
 
+@pytest.fixture
+def foreign(finished: Run, tmp_path: Path) -> Callable[..., Path]:
+    """Return a maker of an adapter of other software, with changes to its configuration."""
+
+    def make(**changes: Any) -> Path:
+        folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
+        (folder / "base.json").unlink()
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return folder
+
+    return make
+
+
 def test_adapter_of_other_software_opens_with_the_base_in_its_config(
-    finished: Run, tmp_path: Path
+    foreign: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(finished.adapter, tmp_path / "adapter"))
-    (folder / "base.json").unlink()
-    config = json.loads((folder / "adapter_config.json").read_text())
-    for configured, base in (("owner/name", "owner/name"), (None, "embedded")):
-        config["base_model_name_or_path"] = configured
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        assert resolve_target(str(folder), tmp_path).recipe.model == base
+    folder = foreign(base_model_name_or_path="owner/name")
+    assert resolve_target(str(folder), tmp_path).recipe.model == "owner/name"
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_adapter_without_a_base_name_needs_one_given(
+    foreign: Callable[..., Path], tmp_path: Path, tiny_phi: Path, name: str | None
+) -> None:
+    folder = foreign(base_model_name_or_path=name)
+    with pytest.raises(UserError, match="names no base model") as caught:
+        resolve_target(str(folder), tmp_path)
+    assert str(caught.value.where).endswith("adapter_config.json")
+    assert "--model" in str(caught.value.fix)
+    chat = open_run(str(folder), tmp_path, model=str(tiny_phi))
+    assert chat.has_adapter and chat.warning is None
+
+
+def test_missing_base_is_reported_with_the_file_that_names_it(
+    foreign: Callable[..., Path], tmp_path: Path, tiny_phi: Path
+) -> None:
+    folder = foreign(base_model_name_or_path="/data/of/others/base")
+    with pytest.raises(UserError, match="Model not found") as caught:
+        open_run(str(folder), tmp_path)
+    assert "/data/of/others/base, named in" in str(caught.value.where)
+    assert str(caught.value.where).endswith("adapter_config.json")
+    assert "--model NAME" in str(caught.value.fix)
+    chat = open_run(str(folder), tmp_path, model=str(tiny_phi))
+    assert "made for /data/of/others/base" in str(chat.warning)
+
+
+def test_missing_model_that_was_given_is_not_blamed_on_the_adapter(
+    foreign: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="Model not found") as caught:
+        open_run(str(foreign()), tmp_path, model="/no/such/model")
+    assert str(caught.value.where) == "/no/such/model"
+
+
+def test_tokenizer_and_template_of_the_adapter_are_used(
+    foreign: Callable[..., Path], tmp_path: Path, tiny_phi: Path
+) -> None:
+    folder = foreign(base_model_name_or_path=str(tiny_phi))
+    template = "{% for m in messages %}{{ 'Q: ' + m['content'] }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"eos_token": "<|im_end|>"})
+    )
+    chat = open_run(str(folder), tmp_path)
+    assert (chat.tokenizer.chat_template, chat.tokenizer.eos_token) == (template, "<|im_end|>")
+    (folder / "tokenizer.json").unlink()
+    chat = open_run(str(folder), tmp_path)
+    assert (chat.tokenizer.chat_template, chat.tokenizer.eos_token) == (template, "<|endoftext|>")
+
+
+def test_adapter_without_template_uses_the_one_of_the_base(
+    foreign: Callable[..., Path], tmp_path: Path, tiny_llama: Path, tiny_phi: Path
+) -> None:
+    folder = foreign()
+    (folder / "chat_template.jinja").unlink()
+    llama = BaseModelFiles("llama", tiny_llama)
+    assert "<|im_start|>" in adapter.load_tokenizer(llama, folder).chat_template
+
+
+def test_enlarged_vocabulary_is_refused(
+    foreign: Callable[..., Path], tmp_path: Path, tiny_phi: Path
+) -> None:
+    folder = foreign(base_model_name_or_path=str(tiny_phi))
+    tokenizer = loading.load_tokenizer(BaseModelFiles("adapter", folder))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"vocabulary doesn't fit .*: token 259 of 259"):
+        open_run(str(folder), tmp_path)
 
 
 def test_adapter_of_another_base_is_refused(

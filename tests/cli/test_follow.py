@@ -144,6 +144,7 @@ def test_data_weights_plan_total_steps_and_best_have_their_lines(followed: Follo
         "train": {
             "files": [{"path": "rows.json"}], "container": "json", "layout": "alpaca",
             "encoding": "utf-8", "rows_read": 1200, "rows_kept": 1195, "duplicates": 3,
+            "unread": {},
             "dropped": {"empty answer": {"count": 2, "where": ["row 4", "row 9"]}},
         },
         "heldout_from": "the last 60 rows", "left_out": 1,

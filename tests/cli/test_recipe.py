@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -44,6 +45,21 @@ def test_shipped_recipes_are_listed_with_a_description() -> None:
 def test_format_option_has_the_recipes_choices() -> None:
     offered = get_type_hints(data.inspect)["layout"]
     assert offered == recipes.fields()["data.format"].annotation
+
+
+def test_inspection_lists_what_is_not_read_and_reads_chosen_columns(
+    jetson: Jetson, tmp_path: Path, tiny_phi: Path
+) -> None:
+    row = {"title": "q", "body": "a", "metadata": "x"}
+    (tmp_path / "here" / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    command = "data", "inspect", "rows.jsonl", "--model", str(tiny_phi), "--samples", "0"
+    columns = "--column", "question=title", "--column", "answer=body"
+    done = jetson(*command, *columns)
+    assert done.returncode == 0
+    assert "not read:  metadata (3)\n" in done.stdout
+    wrong = jetson(*command, "--column", "qestion=title")
+    assert wrong.returncode == 2
+    assert "did you mean `data.columns.question`?" in wrong.stderr
 
 
 def test_trained_segments_are_marked_without_colours(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The bundled Chinese rows: enough, well formed, different from each other, held-out apart."""
+"""The bundled rows with long answers: enough, well formed, different, held-out apart."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from jetson_ft.data.formats import to_messages
-from jetson_ft.data.sources import BUNDLED_HELDOUT
+from jetson_ft.data.layouts import to_conversation
+from jetson_ft.data.sources import BUNDLED
 
 Row = dict[str, Any]
 KINDS = {
@@ -23,7 +23,7 @@ KINDS = {
 
 @cache
 def rows(name: str) -> list[Row]:
-    path = BUNDLED_HELDOUT.with_name(f"zh_{name}.jsonl")
+    path = getattr(BUNDLED["bundled"], name)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -72,7 +72,7 @@ def test_all_ten_kinds_are_there(name: str) -> None:
 
 def test_every_row_is_a_conversation() -> None:
     for row in everything():
-        assert to_messages(row, "messages") == row["messages"], row["id"]
+        assert to_conversation(row, "messages").messages == row["messages"], row["id"]
         assert all(m["content"] == m["content"].strip() for m in row["messages"]), row["id"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,10 @@ from jetson_ft.data.chat_template import (
     encode,
     encode_prompt,
     end_ids,
+    prompt_and_reference,
 )
 from jetson_ft.data.formats import ChatMessage
+from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import load_tokenizer
@@ -50,6 +53,56 @@ QWEN_3 = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
     "{% if enable_thinking is defined and enable_thinking is false %}"
     "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+)
+# Takes the thought out of an answer's text, and writes one, perhaps empty, only after the last
+# question. Calls are written in tags.
+QWEN_3_THINKING = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% set text = m['content'] %}"
+    "{% if m['role'] == 'assistant' %}{% set thought = '' %}{% if '</think>' in text %}"
+    "{% set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+    "{% set text = text.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+    "{% if loop.index0 > ns.last and (loop.last or thought) %}"
+    "{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ text }}"
+    "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + (call | tojson) + '</tool_call>' }}"
+    "{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+)
+# A reasoning model: history without thoughts, and an open thought before each answer.
+R1 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<User>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{{ '<Assistant>' }}"
+    "{{ m['content'].split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<Assistant><think>\n' }}{% endif %}"
+)
+# An answer opens its turn; there is no generation prompt.
+NO_PROMPT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+)
+# Of Gemma and Llama 3: the role is `model`, the system message precedes the first question; calls
+# are JSON, results are quoted.
+GEMMA_3 = (
+    "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set first, rest = '', messages %}{% endif %}"
+    "{% for m in rest %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<|im_start|>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ (first if loop.first else '') + m['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>model\n' }}{% endif %}"
+)
+LLAMA_3 = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' }}"
+    "{% if 'tool_calls' in m %}{% set call = m['tool_calls'][0]['function'] %}"
+    "{{ {'name': call.name, 'parameters': call.arguments} | tojson }}"
+    "{% elif m['role'] == 'tool' %}{{ m['content'] | tojson }}{% else %}{{ m['content'] | trim }}"
+    "{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
 SHOUTING = "{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}"
 STRIKING = "{% for m in messages %}{{ m['content'] | replace('X', '') + eos_token }}{% endfor %}"
@@ -158,7 +211,7 @@ def test_any_text_is_encoded_unchanged_and_any_prompt_is_a_prefix(
 # Templates of other models
 
 
-@pytest.mark.parametrize("template", [PHI_3, QWEN_3])
+@pytest.mark.parametrize("template", [PHI_3, QWEN_3, QWEN_3_THINKING])
 def test_template_that_rewrites_earlier_turns_trains_on_the_last_answer_only(
     chat: Any, template: str
 ) -> None:
@@ -168,6 +221,7 @@ def test_template_that_rewrites_earlier_turns_trains_on_the_last_answer_only(
     )
     assert text_of(chat, messages, ANSWER) == "ddd"
     assert encode(chat, messages).characters == 3
+    assert encode(chat, messages).context_answers == 1
     prompt = encode_prompt(chat, messages[:-1])
     assert encode(chat, messages).ids[: len(prompt)] == prompt
 
@@ -221,6 +275,194 @@ def test_template_with_enable_thinking_is_rendered_without_thinking(chat: Any) -
         "<think>\n\n</think>\n\n"
     )
     assert text_of(chat, messages_of(FIRST), ANSWER) == FIRST[-1][1]
+
+
+def test_open_thought_of_the_prompt_is_closed_in_training_as_in_chatting(chat: Any) -> None:
+    chat.chat_template = R1
+    chat.bos_token = "<|endoftext|>"
+    prompt = encode_prompt(chat, messages_of(FIRST[:1]))
+    assert chat.decode(prompt) == (
+        f"<|endoftext|><User>{FIRST[0][1]}<Assistant><think>\n\n</think>\n\n"
+    )
+    encoded = encode(chat, messages_of(FIRST))
+    assert encoded.ids[: len(prompt)] == prompt
+    assert text_of(chat, messages_of(FIRST), ANSWER) == FIRST[1][1]
+    assert text_of(chat, messages_of(FIRST), END) == "<|im_end|>"
+    assert encode(chat, messages_of([*FIRST, *FIRST])).context_answers == 1
+
+
+@pytest.mark.parametrize("template", [R1, QWEN_3_THINKING])
+def test_answer_with_a_thought_that_the_template_moves_is_refused_with_a_way_out(
+    chat: Any, template: str
+) -> None:
+    chat.chat_template = template
+    messages = messages_of([("user", "q"), ("assistant", "<think>\nt\n</think>\n\na")])
+    with pytest.raises(UserError, match="doesn't put the last answer unchanged") as caught:
+        encode(chat, messages)
+    assert "data.chat_template" in str(caught.value.fix) and "chatml" in str(caught.value.fix)
+    chat.chat_template = TEMPLATES["chatml"]
+    assert text_of(chat, messages, ANSWER) == messages[1]["content"]
+
+
+def test_template_without_generation_prompt_opens_the_turn_in_training_and_chat(chat: Any) -> None:
+    chat.chat_template = NO_PROMPT
+    messages = messages_of([*FIRST, ("user", "c"), ("assistant", "d")])
+    prompt = encode_prompt(chat, messages[:-1])
+    assert chat.decode(prompt).endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+    assert encode(chat, messages).ids[: len(prompt)] == prompt
+    assert text_of(chat, messages, ANSWER) == FIRST[1][1] + "d"
+
+
+def test_system_message_before_the_first_question_is_kept(chat: Any) -> None:
+    chat.chat_template = GEMMA_3
+    messages = messages_of(CONVERSATIONS["system"])
+    assert "user\nBe brief.\n\n" in chat.decode(encode(chat, messages).ids)
+    assert not encode(chat, messages).system_dropped
+
+
+def test_system_message_that_the_template_drops_is_noticed(chat: Any) -> None:
+    chat.chat_template = NO_PROMPT.replace("messages %}", "messages if m['role'] != 'system' %}", 1)
+    assert encode(chat, messages_of(CONVERSATIONS["system"])).system_dropped
+    assert not encode(chat, messages_of(FIRST)).system_dropped
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_shipped_templates_train_on_every_answer(chat: Any, name: str) -> None:
+    chat.chat_template = TEMPLATES[name]
+    messages = messages_of([("system", "S"), *CONVERSATIONS["multi"]])
+    encoded = encode(chat, messages)
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    assert text_of(chat, messages, ANSWER) == "".join(answers)
+    assert (encoded.context_answers, encoded.system_dropped) == (0, False)
+    prompt = encode_prompt(chat, messages[:-1])
+    assert encoded.ids[: len(prompt)] == prompt
+
+
+def test_thought_that_the_template_opens_before_every_answer_stays_open(chat: Any) -> None:
+    opened = "{{ '<Assistant><think>\\n' + m['content'] + eos_token }}"
+    chat.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<User>' + m['content'] }}"
+        f"{{% else %}}{opened}{{% endif %}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<Assistant><think>\\n' }}{% endif %}"
+    )
+    messages = messages_of([("user", "q"), ("assistant", "t</think>a")] * 2)
+    prompt = encode_prompt(chat, messages[:-1])
+    assert chat.decode(prompt).endswith("<think>\n")
+    assert encode(chat, messages).ids[: len(prompt)] == prompt
+    assert text_of(chat, messages, ANSWER) == "t</think>a" * 2
+
+
+# Answers that are not trained on
+
+
+def test_answer_that_is_not_to_be_trained_on_is_context(chat: Any) -> None:
+    messages = messages_of(CONVERSATIONS["multi"])
+    whole = encode(chat, messages)
+    for message, train in zip(messages, [None, False, None, True, None, None], strict=True):
+        message.update({"train": train})  # type: ignore[typeddict-item]
+    encoded = encode(chat, messages)
+    assert encoded.ids == whole.ids
+    assert text_of(chat, messages, ANSWER) == " four \n等于二。"
+    assert text_of(chat, messages, END) == "<|im_end|>" * 2
+    assert encoded.characters == whole.characters - len(FIRST[1][1])
+    assert encoded.context_answers == 0, "only what the template rewrites"
+
+
+def test_messages_after_the_last_trained_answer_are_left_out(chat: Any) -> None:
+    chat.chat_template = QWEN_3
+    messages = messages_of([*FIRST, ("user", "c"), ("assistant", "d")])
+    messages[-1].update({"train": False})  # type: ignore[typeddict-item]
+    assert encode(chat, messages).ids == encode(chat, messages_of(FIRST)).ids
+    prompt, reference = prompt_and_reference(chat, messages)
+    assert (prompt, reference) == (encode_prompt(chat, messages[:1]), FIRST[1][1])
+
+
+# Tools
+
+CALL = json.dumps(
+    [{"type": "function", "function": {"name": "humidity", "arguments": {"room": 3}}}]
+)
+TOOLS = json.dumps([{"type": "function", "function": {"name": "humidity", "parameters": {}}}])
+CALLING: list[Any] = [
+    {"role": "user", "content": "三号仓库？", "tool_calls": None, "train": None},
+    {"role": "assistant", "content": "", "tool_calls": CALL, "train": None},
+    {"role": "tool", "content": '{"percent": 61}', "tool_calls": None, "train": None},
+    {"role": "assistant", "content": "61%。", "tool_calls": None, "train": None},
+]
+CHATML_CALL = '<tool_call>\n{"name": "humidity", "arguments": {"room": 3}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("template", "call"),
+    [
+        (TEMPLATES["chatml"], CHATML_CALL),
+        (LLAMA_3, '{"name": "humidity", "parameters": {"room": 3}}'),
+    ],
+)
+def test_tool_calls_are_trained_on_and_tools_and_results_are_context(
+    chat: Any, template: str, call: str
+) -> None:
+    chat.chat_template = template
+    encoded = encode(chat, CALLING, TOOLS)
+    pairs = list(zip(encoded.ids, encoded.segments, strict=True))
+    assert chat.decode([i for i, role in pairs if role == ANSWER]) == call + "61%。"
+    assert chat.decode([i for i, role in pairs if role == END]) == "<|im_end|>" * 2
+    context = chat.decode([i for i, role in pairs if role == CONTEXT])
+    assert "parameters" in context and "61}" in context
+    for count in (1, 3):
+        prompt = encode_prompt(chat, CALLING[:count], TOOLS)
+        assert encoded.ids[: len(prompt)] == prompt
+    prompt, reference = prompt_and_reference(chat, CALLING[:2], TOOLS)
+    assert (prompt, reference) == (encode_prompt(chat, CALLING[:1], TOOLS), call)
+
+
+def test_tool_call_that_the_template_rewrites_is_context(chat: Any) -> None:
+    chat.chat_template = QWEN_3_THINKING
+    encoded = encode(chat, CALLING, TOOLS)
+    assert encoded.context_answers == 1
+    pairs = zip(encoded.ids, encoded.segments, strict=True)
+    assert chat.decode([i for i, role in pairs if role == ANSWER]) == "61%。"
+    call = encode(chat, CALLING[:2], TOOLS)
+    pairs = zip(call.ids, call.segments, strict=True)
+    assert "humidity" in chat.decode([i for i, role in pairs if role == ANSWER])
+
+
+def test_text_before_a_tool_call_is_trained_on_with_it(chat: Any) -> None:
+    chat.chat_template = TEMPLATES["chatml"]
+    call = {**CALLING[1], "content": "Let me look."}
+    encoded = encode(chat, [CALLING[0], call], TOOLS)
+    answer = [i for i, role in zip(encoded.ids, encoded.segments, strict=True) if role == ANSWER]
+    assert chat.decode(answer) == f"Let me look.\n{CHATML_CALL}"
+
+
+def test_bare_tools_are_given_in_the_form_of_openai(chat: Any) -> None:
+    chat.chat_template = TEMPLATES["chatml"]
+    bare = json.dumps([tool["function"] for tool in json.loads(TOOLS)])
+    assert encode(chat, CALLING, bare).ids == encode(chat, CALLING, TOOLS).ids
+
+
+@pytest.mark.parametrize(
+    "tools", ["{", "3", "[3]", '["a"]', "[{}]", '[{"function": "name"}]', "null"]
+)
+def test_malformed_tools_are_refused(chat: Any, tools: str) -> None:
+    with pytest.raises(UserError, match="not a JSON list of named functions"):
+        encode(chat, messages_of(FIRST), tools)
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "what"),
+    [
+        (CALLING[:1] + CALLING[3:], TOOLS, "renders no tools"),
+        (CALLING, "", "renders no tool calls"),
+        (CALLING[:1] + CALLING[2:], "", "renders no tool results"),
+    ],
+)
+def test_template_without_tools_is_refused_with_a_way_out(
+    plain: Any, messages: list[Any], tools: str, what: str
+) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        encode(plain, messages, tools)
+    assert "data.chat_template" in str(caught.value.fix)
 
 
 # What ends a reply

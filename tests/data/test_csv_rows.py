@@ -47,8 +47,34 @@ def test_csv_cells_stay_text_and_rows_of_other_length_are_malformed(tmp_path: Pa
 
 def test_csv_quote_that_is_never_closed_makes_the_rest_unreadable(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", 'q,a\n1,2\n"3,4\n5,6\n')
-    reason = "not valid CSV (unexpected end of data)"
+    reason = "a quote that is never closed (lines after it: 1)"
     assert located(path)[1:] == [(3, f"{reason}; nothing from here on can be read")]
+
+
+def test_csv_quote_that_is_closed_in_another_row_is_reported_with_its_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", 'q,a\n1,"2\n3,4\n5,"6\n7,8\n')
+    reason = "not valid CSV (',' expected after '\"'; lines read as one row: 3)"
+    assert located(path) == [(2, reason), (5, {"q": "7", "a": "8"})]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_csv_separator_line_of_excel_names_the_delimiter(tmp_path: Path, delimiter: str) -> None:
+    text = f"\ufeff\nsep={delimiter}\nq{delimiter}a\nsep=.{delimiter}2\n"
+    assert located(write(tmp_path, "a.csv", text)) == [(4, {"q": "sep=.", "a": "2"})]
+
+
+def test_csv_delimiters_inside_a_quoted_name_do_not_count(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", '"q;;;",a\n"1;2;3",4\n')
+    assert located(path) == [(2, {"q;;;": "1;2;3", "a": "4"})]
+
+
+def test_csv_columns_without_name_and_content_at_the_end_are_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "q,a,,\n1,2,,\n3,4\n5,6,,,\n7,8,9,\n")
+    row_7 = "3 cells where the header has 2"
+    assert located(path) == [
+        (2, {"q": "1", "a": "2"}), (3, {"q": "3", "a": "4"}), (4, {"q": "5", "a": "6"}),
+        (5, row_7),
+    ]  # fmt: skip
 
 
 def test_csv_text_after_a_closed_quote_makes_only_its_row_malformed(tmp_path: Path) -> None:

@@ -1,158 +1,113 @@
-"""Layouts are detected, and every unusable row gets a reason that can be counted."""
+"""Turns become messages: roles, what is trained on, calls of tools."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+import json
+from typing import Any
 
 import pytest
 
-from jetson_ft import recipe
-from jetson_ft.cli import data as cli_data
-from jetson_ft.data.formats import LAYOUTS, RowError, detect_layout, to_messages
-from jetson_ft.recipe import Layout
+from jetson_ft.data.formats import RowError, read_turns
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
-SYSTEM = {"role": "system", "content": "s"}
+
+
+def turns_of(*turns: Any) -> list[Any]:
+    return read_turns(list(turns), "messages", set())
 
 
 @pytest.mark.parametrize(
-    ("value", "layout", "messages"),
+    ("name", "role"),
     [
-        ({"instruction": "q", "output": "a"}, "alpaca", [USER, ASSISTANT]),
-        ({"instruction": "q", "input": "", "output": "a"}, "alpaca", [USER, ASSISTANT]),
-        ({"instruction": "q", "input": None, "output": "a"}, "alpaca", [USER, ASSISTANT]),
-        (
-            {"instruction": "q", "input": "x", "output": "a"},
-            "alpaca",
-            [{"role": "user", "content": "q\nx"}, ASSISTANT],
-        ),
-        (
-            {"instruction": "q", "output": "a", "system": "s", "history": [["q", "a"]]},
-            "alpaca",
-            [SYSTEM, USER, ASSISTANT, USER, ASSISTANT],
-        ),
-        ({"prompt": "q", "response": "a"}, "alpaca", [USER, ASSISTANT]),
-        ({"prompt": "q", "completion": "a"}, "alpaca", [USER, ASSISTANT]),
-        ({"question": "q", "answer": "a", "id": 7}, "alpaca", [USER, ASSISTANT]),
-        (
-            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-            "sharegpt",
-            [USER, ASSISTANT],
-        ),
-        (
-            {
-                "conversations": [
-                    {"from": "user", "value": "q"},
-                    {"from": "assistant", "value": "a"},
-                ],
-                "system": "s",
-            },
-            "sharegpt",
-            [SYSTEM, USER, ASSISTANT],
-        ),
-        ({"messages": [SYSTEM, USER, ASSISTANT]}, "messages", [SYSTEM, USER, ASSISTANT]),
-        (
-            {"messages": [{"role": "system", "content": ""}, USER, ASSISTANT]},
-            "messages",
-            [USER, ASSISTANT],
-        ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}],
-                    },
-                    ASSISTANT,
-                ]
-            },
-            "messages",
-            [{"role": "user", "content": "q!"}, ASSISTANT],
-        ),
+        ("Human", "user"), ("human ", "user"), ("USER", "user"), ("用户", "user"),
+        ("gpt ", "assistant"), ("Assistant", "assistant"), ("chatgpt", "assistant"),
+        ("bot", "assistant"), ("model", "assistant"), ("助手", "assistant"),
+        ("developer", "system"), ("System", "system"), ("observation", "tool"),
     ],
-)
-def test_row_of_each_layout_is_detected_and_converted(
-    value: dict[str, Any], layout: Layout, messages: list[dict[str, str]]
-) -> None:
-    assert detect_layout(value) == layout
-    assert to_messages(value, layout) == messages
+)  # fmt: skip
+def test_role_is_known_by_each_of_its_names(name: str, role: str) -> None:
+    expected = [{"role": role, "content": "t"}]
+    assert turns_of({"from": name, "value": "t"}) == expected
+    assert turns_of({"role": name, "content": "t", "from": None, "value": None}) == expected
 
 
-@pytest.mark.parametrize("value", [{}, {"text": "a"}, {"instruction": "q"}, {"output": "a"}])
-def test_row_of_unknown_layout_is_not_detected(value: dict[str, Any]) -> None:
-    assert detect_layout(value) is None
+@pytest.mark.parametrize("key", ["weight", "loss", "train", "training"])
+def test_answer_that_is_not_to_be_trained_on_is_marked(key: str) -> None:
+    for no in (0, 0.0, False):
+        assert turns_of({**ASSISTANT, key: no}) == [{**ASSISTANT, "train": False}]
+        assert turns_of({"user": "q", "assistant": "a", key: no})[1]["train"] is False
+        assert turns_of({**USER, key: no}) == [USER]
+    for yes in (1, 1.0, True, None):
+        assert turns_of({**ASSISTANT, key: yes}) == [ASSISTANT]
+
+
+@pytest.mark.parametrize("value", [0.5, 2, "no", [0]])
+def test_other_weight_is_refused(value: Any) -> None:
+    with pytest.raises(RowError, match=r"^`weight` is neither 1 nor 0"):
+        turns_of({**ASSISTANT, "weight": value})
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def calls_of(*turns: Any) -> list[Any]:
+    (message,) = turns_of(*turns)
+    assert message["role"] == "assistant"
+    return list(json.loads(message["tool_calls"]))
 
 
 @pytest.mark.parametrize(
-    ("value", "reason"),
-    [
-        ({"instruction": "q"}, "field `output` missing"),
-        ({"output": "a"}, "field `instruction` missing"),
-        ({"completion": "a"}, "field `prompt` missing"),
-        ({}, "field `instruction` missing"),
-        ({"instruction": "q", "output": None}, "`output` is null"),
-        ({"instruction": 3, "output": "a"}, "`instruction` is not text"),
-        ({"instruction": "q", "output": " \n"}, "no answer"),
-        ({"instruction": "", "output": "a"}, "no question"),
-        ({"instruction": "q", "input": ["x"], "output": "a"}, "`input` is not text"),
-        ({"instruction": "q", "output": "a", "system": 1}, "`system` is not text"),
-        ({"instruction": "q", "output": "a", "history": "x"}, "`history` is not a list"),
-        (
-            {"instruction": "q", "output": "a", "history": [["q"]]},
-            "`history` is not a list of pairs",
-        ),
-        (
-            {"instruction": "q", "output": "a", "history": [["q", None]]},
-            "`history` has an item that is not text",
-        ),
-        ({"instruction": "q", "output": "a\ufffd"}, "damaged text"),
-        ({"instruction": "\ud83d", "output": "a"}, "damaged text"),
+    "value", [
+        '{"name": "f", "arguments": {"x": 1}}', '[{"name": "f", "arguments": {"x": 1}}]',
+        '{"name": "f", "arguments": "{\\"x\\": 1}"}', {"name": "f", "arguments": {"x": 1}},
     ],
-)
-def test_unusable_columns_have_a_reason(value: dict[str, Any], reason: str) -> None:
-    with pytest.raises(RowError, match=f"^{reason}"):
-        to_messages(value, "alpaca")
+)  # fmt: skip
+def test_function_call_of_sharegpt_is_a_tool_call(value: Any) -> None:
+    assert calls_of({"from": "function_call", "value": value}) == [call(x=1)]
+
+
+@pytest.mark.parametrize("content", [None, "", "I look."])
+def test_tool_calls_of_openai_are_read(content: str | None) -> None:
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}},
+        {"id": "2", "type": "function", "function": {"name": "f", "arguments": '{"x": "汉"}'}},
+    ]
+    for value in (calls, json.dumps(calls)):
+        turn = {"role": "assistant", "content": content, "tool_calls": value}
+        assert calls_of(turn) == [call(), call(x="汉")]
+        assert turns_of(turn)[0]["content"] == (content or "")
+    legacy = {"role": "assistant", "content": content, "function_call": calls[1]["function"]}
+    assert calls_of(legacy) == [call(x="汉")]
+
+
+def test_function_calls_in_succession_belong_to_one_message() -> None:
+    turn = {"from": "function_call", "value": '{"name": "f"}'}
+    assert calls_of(turn, turn) == [call(), call()]
+    assert calls_of({"from": "gpt", "value": "I look."}, turn) == [call()]
+    (message,) = turns_of({"from": "gpt", "value": "I look."}, {**turn, "loss": False})
+    assert (message["content"], message["train"]) == ("I look.", False)
 
 
 @pytest.mark.parametrize(
-    ("turns", "reason"),
-    [
-        (None, "`messages` is not a list"),
-        ([], "no messages"),
-        ([SYSTEM], "no messages"),
-        (["q", "a"], "`messages` has an item that is not an object"),
-        ([USER], "the last message is not the assistant's"),
-        ([USER, ASSISTANT, USER], "the last message is not the assistant's"),
-        ([ASSISTANT], "user and assistant do not alternate"),
-        ([USER, USER, ASSISTANT], "user and assistant do not alternate"),
-        ([USER, SYSTEM, ASSISTANT], "a system message that is not the first"),
-        ([{"role": "tool", "content": "q"}, ASSISTANT], "a role other than"),
-        ([{"content": "q"}, ASSISTANT], "field `role` missing"),
-        ([{"role": ["user"], "content": "q"}, ASSISTANT], "`role` is not text"),
-        ([{"role": "user"}, ASSISTANT], "field `content` missing"),
-        ([USER, {"role": "assistant", "content": None}], "`content` is null"),
-        ([USER, {"role": "assistant", "content": ""}, USER, ASSISTANT], "no answer"),
-        (
-            [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT],
-            "`content` has a part that is not text",
-        ),
-        ([{"role": "user", "content": [{"type": "text"}]}, ASSISTANT], "field `text` missing"),
-    ],
-)
-def test_unusable_conversation_has_a_reason(turns: Any, reason: str) -> None:
-    with pytest.raises(RowError, match=f"^{reason}"):
-        to_messages({"messages": turns}, "messages")
+    "value",
+    ["f(x)", "{", "[1]", "null", "{}", '{"name": 1}', '{"name": "f", "arguments": [1]}',
+     '{"name": "f", "arguments": "x"}', None, 5],
+)  # fmt: skip
+def test_malformed_call_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(RowError, match=r"^`value` is not a tool call"):
+        turns_of({"from": "function_call", "value": value})
 
 
-def test_missing_list_is_reported() -> None:
-    with pytest.raises(RowError, match="field `conversations` missing"):
-        to_messages({}, "sharegpt")
+def test_malformed_tool_calls_are_refused_by_name() -> None:
+    for value in ("f", [1], [{"function": {}}], 5, {"x": 1}):
+        with pytest.raises(RowError, match=r"^`tool_calls` is not a tool call"):
+            turns_of({**ASSISTANT, "tool_calls": value})
 
 
-def test_every_layout_of_the_recipe_is_converted_and_documented() -> None:
-    assert set(LAYOUTS) == set(get_args(recipe.Layout))
-    options = get_args(get_type_hints(cli_data.inspect)["layout"])  # a copy: no pydantic for help
-    assert options == ("auto", *get_args(recipe.Layout))
-    page = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text(encoding="utf-8")
-    assert all(f"\n| `{name}` | " in page for name in LAYOUTS)
+def test_deeply_nested_call_is_refused() -> None:
+    value = '{"name": "f", "arguments": {"x": ' + "[" * 900 + "]" * 900 + "}}"
+    try:
+        turns_of({"from": "function_call", "value": value})
+    except RowError as error:
+        assert "value" in str(error.reason)

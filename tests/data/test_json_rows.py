@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from row_files import as_json, block_bytes, located, quick, values, write
+from row_files import as_json, as_jsonl, block_bytes, located, quick, values, write
 
 from jetson_ft.data.formats import RowError
+from jetson_ft.data.readers import read_rows
 
 
 def test_object_with_messages_is_one_row(tmp_path: Path) -> None:
@@ -82,6 +83,100 @@ def test_malformed_array_ends_with_one_malformed_row(
         first, last = located(path)
     assert first == (1, {"a": 1})
     assert last == (line, f"{reason}; nothing from here on can be read")
+
+
+def test_train_list_is_read_and_the_other_splits_are_named(tmp_path: Path) -> None:
+    train, test = [{"a": 1}, {"a": 2}], [{"a": 3}]
+    one, other = {"test": test}, {"test": test, "dev": [{}, {}]}
+    for value, lists in (
+        ({"train": train, **one}, {"test": 1}),
+        ({**other, "train": train}, {"test": 1, "dev": 2}),
+    ):
+        for indent in (None, 1):
+            info, rows = read_rows(write(tmp_path, "a.json", as_json(value, indent=indent)))
+            with block_bytes(7):
+                assert [row.value for row in rows] == train
+            assert (info.key, info.unread_lists) == ("train", lists)
+
+
+def test_only_list_of_an_object_is_read_whatever_its_name(tmp_path: Path) -> None:
+    info, rows = read_rows(write(tmp_path, "a.json", as_json({"test": [{"a": 3}]})))
+    assert ([row.value for row in rows], info.key) == ([{"a": 3}], "test")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"q": {"0": "x", "1": "y"}, "a": {"0": "x", "1": "y"}},
+        {"q": ["x", "y"], "a": ["x", "y"]},
+        {"0": {"q": "x", "a": "y"}, "1": {"q": "x", "a": "y"}},
+    ],
+)
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_columns_instead_of_rows_are_refused_by_name(
+    tmp_path: Path, value: Any, suffix: str, indent: int | None
+) -> None:
+    path = write(tmp_path, f"a.{suffix}", as_json(value, indent=indent))
+    assert located(path) == [(1, "columns with all their values, not rows")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "q"}]},
+        {"history": [["q", "a"]], "instruction": "q", "output": "a"},
+        {"conversation": [{"human": "q", "assistant": "a"}]},
+        {"chat": {"turn_1": {"Human": "q", "MOSS": "a"}}},
+        {"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]},
+    ],
+)
+def test_one_row_with_lists_is_a_row(tmp_path: Path, row: dict[str, Any]) -> None:
+    for suffix in ("json", "jsonl"):
+        for indent in (None, 1):
+            assert values(write(tmp_path, f"a.{suffix}", as_json(row, indent=indent))) == [row]
+
+
+CONVERSATION = [{"role": "user", "content": "q"}, {"content": "a", "role": "assistant"}]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "txt"])
+def test_list_of_messages_is_a_row(tmp_path: Path, suffix: str) -> None:
+    row = {"messages": CONVERSATION}
+    one, two = as_json(CONVERSATION), as_jsonl([CONVERSATION] * 2)
+    assert values(write(tmp_path, f"a.{suffix}", one)) == [row]
+    assert located(write(tmp_path, f"b.{suffix}", two)) == [(1, row), (2, row)]
+    for indent in (None, 1):
+        array = as_json([CONVERSATION, CONVERSATION], indent=indent)
+        assert values(write(tmp_path, f"c.{suffix}", array)) == [row, row]
+
+
+def test_long_list_of_messages_is_a_row(tmp_path: Path) -> None:
+    long = [CONVERSATION[0], {"role": "assistant", "content": "a" * 100_000}]
+    path = write(tmp_path, "a.jsonl", as_jsonl([long, CONVERSATION]))
+    assert values(path) == [{"messages": long}, {"messages": CONVERSATION}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{\n "a": 1\n}\n{\n "a": 2\n}\n', '{"a": 1,\n"b": 2}\n{"a": 2}', '{"a": 1}{"a": 2}\n',
+        '{"a": 1} {"a": 2}', "{\n" + '"b": "' + "x" * 70_000 + '"\n}',
+    ],
+)  # fmt: skip
+def test_objects_over_several_lines_are_rows_in_a_jsonl_file(tmp_path: Path, text: str) -> None:
+    info, rows = read_rows(write(tmp_path, "a.jsonl", text))
+    assert info.container == "json"
+    assert all(isinstance(row.value, dict) for row in rows)
+
+
+def test_comments_are_refused_by_name(tmp_path: Path) -> None:
+    reason = "not valid JSON (a comment, which JSON does not have)"
+    text = '# rows\n{"a": 1}\n  // more\n{"a": 2}\n'
+    rows = [(1, reason), (2, {"a": 1}), (3, reason), (4, {"a": 2})]
+    assert located(write(tmp_path, "a.jsonl", text)) == rows
+    rest = f"{reason}; nothing from here on can be read"
+    assert located(write(tmp_path, "a.json", '// rows\n[{"a": 1}]')) == [(1, rest)]
 
 
 def test_malformed_lines_do_not_end_the_reading(tmp_path: Path) -> None:

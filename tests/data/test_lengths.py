@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jetson_ft.data import lengths, sources, store, tokenize
+from jetson_ft.data.formats import ChatMessage
 from jetson_ft.data.lengths import KNOWN_LENGTHS
 from jetson_ft.models import embedded, loading
 from jetson_ft.models.files import BaseModelFiles
@@ -49,16 +51,60 @@ def test_known_lengths_of_alpaca_have_the_counted_mean() -> None:
     assert known.cut(1024).longest == 1024
 
 
-@pytest.mark.slow
-def test_known_lengths_of_the_bundled_rows_are_true() -> None:
-    from jetson_ft.runs.forecast import _BUNDLED_HELDOUT
+# Counted in tokens over texts without a template: 690 bundled rows, 800 of alpaca_zh.
+@pytest.mark.parametrize(
+    ("vocabulary", "bundled", "alpaca"),
+    [(49_152, 234.2, 331.0), (128_256, 122.3, 157.1), (151_936, 102.4, 124.3)],
+    ids=["SmolLM2", "Llama 3", "Qwen3"],
+)
+def test_converted_lengths_are_near_what_other_tokenizers_count(
+    vocabulary: int, bundled: float, alpaca: float
+) -> None:
+    template = 15  # tokens that a usual one adds to two messages
+    by_phi = KNOWN_LENGTHS["llamafactory/alpaca_zh", "microsoft/phi-1_5"]
+    converted = by_phi.scaled(lengths.token_factor(51_200, vocabulary))
+    assert converted.mean == pytest.approx(alpaca + template, rel=0.2)
+    by_smollm = KNOWN_LENGTHS["bundled", "embedded"]
+    converted = by_smollm.scaled(lengths.token_factor(49_152, vocabulary))
+    assert converted.mean == pytest.approx(bundled + template, rel=0.2)
+    assert converted.supervised == pytest.approx(by_smollm.supervised)
+    assert converted.longest >= converted.groups[-1][0]
 
-    histogram = lengths.measure_lengths(tokenized(sources.BUNDLED_TRAIN))
-    known = KNOWN_LENGTHS["bundled", "embedded"].cut(512)
+
+@pytest.mark.parametrize(
+    ("vocabulary", "counted"), [(49_152, 234.2), (128_256, 122.3), (151_936, 102.4)]
+)
+def test_estimate_from_characters_is_near_what_tokenizers_count(
+    vocabulary: int, counted: float
+) -> None:
+    rows = [
+        json.loads(line)["messages"]
+        for line in sources.BUNDLED["bundled"].train.read_text(encoding="utf-8").splitlines()
+    ]
+    estimated = lengths.estimate_lengths(rows, vocabulary)
+    assert estimated.rows == 690
+    assert estimated.mean == pytest.approx(counted + 10, rel=0.2)
+
+
+@given(st.lists(st.text(max_size=40), min_size=2, max_size=4))
+def test_any_text_has_an_estimate(texts: list[str]) -> None:
+    roles = ("user", "assistant")
+    row = [ChatMessage(role=roles[i % 2], content=text) for i, text in enumerate(texts)]
+    estimated = lengths.estimate_lengths([row], 151_936)
+    ((size, supervised),) = estimated.groups
+    assert 0 < supervised <= size == estimated.longest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sources.BUNDLED)
+def test_known_lengths_of_the_bundled_rows_are_true(name: str) -> None:
+    bundled = sources.BUNDLED[name]
+    histogram = lengths.measure_lengths(tokenized(bundled.train))
+    known = KNOWN_LENGTHS[name, "embedded"].cut(512)
     assert (histogram.rows, histogram.longest) == (known.rows, known.longest)
     assert histogram.mean == pytest.approx(known.mean, rel=0.01)
     assert histogram.supervised == pytest.approx(known.supervised, rel=0.01)
-    assert len(sources.BUNDLED_HELDOUT.read_text(encoding="utf-8").splitlines()) == _BUNDLED_HELDOUT
+    assert len(bundled.heldout.read_text(encoding="utf-8").splitlines()) == bundled.heldout_rows
 
 
 def tokenized(path: Path) -> Any:
@@ -66,4 +112,4 @@ def tokenized(path: Path) -> Any:
     gguf = embedded._packaged_gguf()
     tokenizer = loading.load_tokenizer(BaseModelFiles("embedded", gguf.parent, gguf.name))
     rows, _ = store.read_source(sources.resolve_source(str(path)))
-    return tokenize.tokenize_rows(rows, "bundled", tokenizer, 512)[0]
+    return tokenize.tokenize_rows(rows, str(path), tokenizer, 512)[0]

@@ -10,6 +10,8 @@ from row_files import as_jsonl, write
 
 from jetson_ft.data import store
 from jetson_ft.data.prepare import prepare_rows
+from jetson_ft.data.templates import TEMPLATES
+from jetson_ft.errors import UserError
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import load_tokenizer
 from jetson_ft.recipe import DataRecipe
@@ -62,3 +64,38 @@ def test_new_version_of_the_row_cache_tokenizes_again(
     assert from_cache() == [True] * 3
     monkeypatch.setattr(store, "_VERSION", 0)
     assert from_cache() == [False] * 3
+
+
+@pytest.mark.parametrize("name", ["chatml", "file"])
+def test_chat_template_of_the_recipe_is_used_and_part_of_the_sha256(
+    tmp_path: Path, tiny_phi: Path, name: str
+) -> None:
+    if name == "file":
+        name = str(tmp_path / "mine.jinja")
+        Path(name).write_text(TEMPLATES["chatml"], encoding="utf-8-sig")
+    base = BaseModelFiles("tiny", tiny_phi)
+    data = DataRecipe(train=rows_file(tmp_path, "a.jsonl"), heldout=2, chat_template=name)
+    own = prepare_rows(data, load_tokenizer(base))
+    rows = prepare_rows(data, load_tokenizer(base, name))
+    text = rows.tokenizer.decode(rows.train[0]["input_ids"])
+    assert text.startswith("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na")
+    assert rows.report["sha256"] != own.report["sha256"]
+    assert rows.report["train"]["from_cache"] is False
+
+
+def test_rows_that_the_template_refuses_are_left_out_of_both_sets(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] == 'no' %}{{ raise_exception('x') }}{% endif %}"
+        "{{ m['content'] + eos_token }}{% endfor %}"
+    )
+    questions = ("a", "no", "b", "no", "c")
+    rows = [{"question": q, "answer": str(n)} for n, q in enumerate(questions)]
+    path = str(write(tmp_path, "a.jsonl", as_jsonl(rows)))
+    data = DataRecipe(train=path, heldout=2, on_invalid="skip")
+    prepared = prepare_rows(data, tokenizer)
+    assert prepared.train["row"][:] == [1, 3] and prepared.heldout["row"][:] == [5]
+    with pytest.raises(UserError, match="row 2") as caught:
+        prepare_rows(data.model_copy(update={"on_invalid": "error"}), tokenizer)
+    assert str(caught.value.where) == path

@@ -15,7 +15,8 @@ from jetson_ft.errors import UserError
 
 
 def test_bundled_and_file_are_resolved(tmp_path: Path) -> None:
-    assert resolve_source("bundled").files == (sources.BUNDLED_TRAIN,)
+    for name, bundled in sources.BUNDLED.items():
+        assert resolve_source(name).files == (bundled.train,)
     path = write(tmp_path, "a.json", "[]")
     assert resolve_source(str(path)).files == (path,)
 
@@ -67,6 +68,8 @@ class FakeHub:
     [
         (["README.md", "dataset_infos.json", "zh.json"], "o/n", ["zh.json"]),
         (["test.json", "train.json"], "o/n", ["train.json"]),
+        (["pictures.zip", "rows.jsonl.gz", "archive.tar.gz"], "o/n", ["rows.jsonl.gz"]),
+        (["README.md", "rows.zip"], "o/n", ["rows.zip"]),
         (["constraints.json", "train.json"], "o/n", ["train.json"]),
         (
             ["d/train-00000-of-00002.parquet", "d/train-00001-of-00002.parquet", "d/test.parquet"],

@@ -34,6 +34,10 @@ def source(folder: Path, rows: list[Any], name: str = "a.jsonl") -> Source:
     return resolve_source(str(folder / name))
 
 
+def stored(role: str, content: str, train: bool = True, tool_calls: str = "") -> dict[str, Any]:
+    return {"role": role, "content": content, "train": train, "tool_calls": tool_calls}
+
+
 def answers(rows: Any) -> list[str]:
     return [messages[-1]["content"] for messages in rows["messages"]]
 
@@ -58,14 +62,9 @@ DROPPED = {
 def test_usable_rows_are_kept_and_reported(tmp_path: Path) -> None:
     data = source(tmp_path, [row(1), row(2), row(1)])
     rows, report = store.read_source(data)
-    assert rows.column_names == ["row", "messages"]
-    assert rows[1] == {
-        "row": 2,
-        "messages": [
-            {"role": "user", "content": "问题2"},
-            {"role": "assistant", "content": "答案2"},
-        ],
-    }
+    assert rows.column_names == ["row", "messages", "tools"]
+    messages = [stored("user", "问题2"), stored("assistant", "答案2")]
+    assert rows[1] == {"row": 2, "messages": messages, "tools": ""}
     sha256 = files.cached_sha256(data.files[0])
     size = data.files[0].stat().st_size
     assert report == store.ReadReport(
@@ -77,6 +76,8 @@ def test_usable_rows_are_kept_and_reported(tmp_path: Path) -> None:
                 "size": size,
                 "sha256": sha256,
                 "key": "",
+                "compression": "",
+                "unread_lists": {},
             }
         ],
         container="jsonl",
@@ -128,6 +129,75 @@ def test_source_without_usable_row_is_refused_even_when_skipping(tmp_path: Path)
 def test_unknown_layout_is_refused_with_the_fields(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no known layout; the first one has `text`, `label`"):
         store.read_source(source(tmp_path, [{"text": "x", "label": 1}]))
+
+
+def test_what_messages_say_about_training_and_tools_is_stored(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "r"},
+        {"role": "assistant", "content": "b", "weight": 0},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a", "weight": 1},
+    ]
+    tool = {"type": "function", "function": {"name": "f"}}
+    data = source(tmp_path, [{"messages": turns, "tools": [tool]}])
+    for rows in (store.read_source(data)[0], store.read_source(data)[0]):  # then from the cache
+        messages = rows[0]["messages"]
+        assert [message["train"] for message in messages] == [True] * 3 + [False] + [True] * 2
+        assert json.loads(messages[1]["tool_calls"]) == [call]
+        assert json.loads(rows[0]["tools"]) == [tool]
+
+
+def test_conversations_that_differ_only_in_what_is_trained_on_are_duplicates(
+    tmp_path: Path,
+) -> None:
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    turns = [user, answer, user]
+    rows = [
+        {"messages": [*turns, answer]},
+        {"messages": [user, {**answer, "weight": 0}, user, answer]},
+    ]
+    assert store.read_source(source(tmp_path, rows))[1].duplicates == 1
+    tools = [{"messages": [user, answer]}, {"messages": [user, answer], "tools": [{"name": "f"}]}]
+    assert store.read_source(source(tmp_path, tools))[1].duplicates == 0
+
+
+# Chosen columns
+
+
+def test_chosen_columns_are_read_and_take_part_in_the_cache(tmp_path: Path) -> None:
+    data = source(tmp_path, [{"instruction": "q", "output": "a", "title": "t", "body": "b"}])
+    assert answers(store.read_source(data)[0]) == ["a"]
+    rows, report = store.read_source(data, columns={"question": "title", "answer": "body"})
+    assert [message["content"] for message in rows[0]["messages"]] == ["t", "b"]
+    assert list(report.unread) == ["instruction", "output"]
+    assert answers(store.read_source(data)[0]) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"), [("titel", "Did you mean `title`?"), ("zzz", "Name one of these columns.")]
+)
+def test_chosen_column_that_no_row_has_is_refused(tmp_path: Path, name: str, fix: str) -> None:
+    data = source(tmp_path, [{"title": "t", "body": "b"}])
+    for columns in ({"question": name, "answer": "body"}, {"system": name}):
+        with pytest.raises(
+            UserError, match=f"no column `{name}`; they have `title`, `body`"
+        ) as caught:
+            store.read_source(data, columns=columns)
+        assert str(caught.value.where) == f"data.columns.{next(iter(columns))}"
+        assert str(caught.value.fix) == fix
+
+
+def test_chosen_columns_are_read_in_heldout_rows_that_have_them(tmp_path: Path) -> None:
+    data = source(tmp_path, [{"title": f"t{number}", "body": "b"} for number in range(3)])
+    same = source(tmp_path, [{"title": "t9", "body": "b9"}], "same.jsonl")
+    other = source(tmp_path, [row(9)], "other.jsonl")
+    columns = {"question": "title", "answer": "body"}
+    for heldout, answer in ((same.name, "b9"), (other.name, "答案9")):
+        _train, held, _info = split(data, heldout, columns=columns)
+        assert answers(held) == [answer]
 
 
 def test_row_of_another_layout_is_unusable(tmp_path: Path) -> None:
@@ -224,13 +294,13 @@ def test_source_changed_while_reading_is_refused(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = source(tmp_path, [row(1)])
-    check = store._check_dropped
+    check = store.check_dropped
 
     def change(*arguments: Any) -> None:
         check(*arguments)
         source(tmp_path, [row(1), row(2)])
 
-    monkeypatch.setattr(store, "_check_dropped", change)
+    monkeypatch.setattr(store, "check_dropped", change)
     with pytest.raises(UserError, match="changed while it was read"):
         store.read_source(data)
     assert not list(cache.glob("*.arrow"))
@@ -280,7 +350,7 @@ def test_heldout_rows_are_taken_from_the_end(
     train, held, info = split(data, heldout)
     assert train["row"][:] == list(range(1, count - kept + 1))
     assert held["row"][:] == list(range(count - kept + 1, count + 1))
-    assert train.column_names == held.column_names == ["row", "messages"]
+    assert train.column_names == held.column_names == ["row", "messages", "tools"]
     assert (info.train_rows, info.heldout_rows, info.left_out) == (count - kept, kept, 0)
     assert info.heldout is None
 
@@ -300,7 +370,7 @@ def test_heldout_file_has_its_own_detection(tmp_path: Path) -> None:
     (tmp_path / "h.json").write_text(text, "utf-16")
     train, held, info = split(data, str(tmp_path / "h.json"), format="alpaca")
     assert train["row"][:] == [2]
-    assert held["messages"][0] == messages
+    assert held["messages"][0] == [stored("user", "问题1"), stored("assistant", "答案1")]
     assert info.heldout is not None
     assert (info.heldout.layout, info.heldout.encoding) == ("messages", "utf-16")
     assert info.heldout_from == str(tmp_path / "h.json")
@@ -311,8 +381,7 @@ def test_bundled_rows_have_their_own_heldout_set(
 ) -> None:
     train = source(tmp_path, [row(1)], "train.jsonl").files[0]
     heldout = source(tmp_path, [row(2)], "heldout.jsonl").files[0]
-    monkeypatch.setattr(sources, "BUNDLED_TRAIN", train)
-    monkeypatch.setattr(store, "BUNDLED_HELDOUT", heldout)
+    monkeypatch.setitem(sources.BUNDLED, "bundled", sources.BundledSet(train, heldout, 0))
     train_rows, held, _ = store.split_rows(DataRecipe())
     assert (answers(train_rows), answers(held)) == (["答案1"], ["答案2"])
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from jetson_ft.data import tokenize
 from jetson_ft.data.chat_template import END, encode
 from jetson_ft.data.tokenize import token_counts, tokenize_rows
-from jetson_ft.errors import UserError
+from jetson_ft.errors import Message, UserError
 from jetson_ft.files import cache_dir
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import load_tokenizer
@@ -126,6 +126,81 @@ def test_damaged_cache_is_written_again(chat: Any, cache: Path, damage: str) -> 
     encoded, report = tokenize_rows(rows_of(ANSWERS * 50), "sum", chat, 1000)
     assert encoded.to_list() == good.to_list()
     assert not report.from_cache
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}"
+    "{% endif %}{{ m['content'] + eos_token }}{% endfor %}"
+)
+
+
+def rows_with_a_system_message() -> Dataset:
+    """Rows 10, 11, 12 as above; then row 13 with a system message."""
+    system = [{"role": "system", "content": "S"}, *rows_of(["a"])[0]["messages"]]
+    return Dataset.from_list([*rows_of(ANSWERS), {"row": 13, "messages": system}])
+
+
+def test_row_that_the_template_refuses_is_named_with_its_number(chat: Any) -> None:
+    chat.chat_template = NO_SYSTEM
+    with pytest.raises(UserError, match="1 of 4 rows can't be encoded") as caught:
+        tokenize_rows(rows_with_a_system_message(), "sum", chat, 1000)
+    assert "(row 13): The model's chat template refuses a conversation: no system" in str(
+        caught.value.what
+    )
+    assert "data.on_invalid=skip" in str(caught.value.fix)
+    assert "data.chat_template" in str(caught.value.fix)
+
+
+def test_row_that_the_template_refuses_is_skipped_and_counted(chat: Any) -> None:
+    chat.chat_template = NO_SYSTEM
+    for from_cache in (False, True):
+        encoded, report = tokenize_rows(
+            rows_with_a_system_message(), "sum", chat, 1000, on_invalid="skip"
+        )
+        assert encoded["row"][:] == [10, 11, 12]
+        assert (report.rows, report.dropped) == (3, {"refused by the chat template": 1})
+        assert "(row 13)" in str(Message.from_json(report.notices[0]))
+        assert report.from_cache is from_cache
+        assert report.lengths["p50"] == 24, "of the rows that are encoded"
+    with pytest.raises(UserError, match="row 13"):
+        tokenize_rows(rows_with_a_system_message(), "sum", chat, 1000)
+
+
+def test_cached_refusal_is_an_error_without_skip_and_when_no_row_is_left(chat: Any) -> None:
+    chat.chat_template = "{{ raise_exception('no {x}') }}"
+    with pytest.raises(UserError, match="3 of 3 rows") as caught:
+        tokenize_rows(rows_of(ANSWERS), "sum", chat, 1000, on_invalid="skip")
+    assert "no {x}" in str(caught.value)
+
+
+def test_report_counts_context_answers_system_messages_and_control_texts(chat: Any) -> None:
+    turns = [("system", "S"), ("user", "<|im_end|>"), ("assistant", "a"), ("user", "c")]
+    messages = [{"role": r, "content": c} for r, c in [*turns, ("assistant", "<|im_end|>")]]
+    rows = Dataset.from_list([*rows_of(["b"]), {"row": 5, "messages": messages}])
+    _, report = tokenize_rows(rows, "sum", chat, 1000)
+    assert (report.context_answers, report.systems_dropped) == (0, 0)
+    assert (report.control_rows, report.control_texts) == (1, 2)
+    assert len(report.notices) == 1
+    chat.chat_template = (  # without system messages and earlier answers
+        "{% for m in messages %}{% if m['role'] == 'user' or loop.last %}"
+        "{{ m['role'] + ': ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    _, report = tokenize_rows(rows, "sum", chat, 1000)
+    assert (report.context_answers, report.systems_dropped) == (1, 1)
+    assert len(report.notices) == 3
+    assert "chatml" in str(Message.from_json(report.notices[0]))
+
+
+def test_tools_of_a_row_are_encoded_with_it(chat: Any) -> None:
+    chat.chat_template = (
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + chat.chat_template
+    )
+    tools = '[{"type": "function", "function": {"name": "humidity"}}]'
+    rows = rows_of(["b", "c"]).add_column("tools", [tools, ""])
+    encoded, _ = tokenize_rows(rows, "sum", chat, 1000)
+    assert chat.decode(encoded[0]["input_ids"]).startswith("humidity<|im_start|>")
+    assert chat.decode(encoded[1]["input_ids"]).startswith("<|im_start|>")
 
 
 def test_refused_row_writes_nothing_to_the_cache(chat: Any, cache: Path) -> None:

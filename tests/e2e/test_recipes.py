@@ -1,13 +1,16 @@
-"""Every shipped recipe through the real command line, with the model swapped for a tiny Phi."""
+"""Every shipped recipe through the real command line, with a small model in place of its own."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
+from program import main_in_fork
 
 from jetson_ft import recipe
 
@@ -18,14 +21,15 @@ def run_cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(recipe.shipped()))
-def test_shipped_recipe_trains_and_reports(
-    name: str, wide_phi: Path, rows_file: Path, tmp_path: Path
-) -> None:
-    shipped = recipe.load_recipe(name)
+# Those for the quickstart's and the example's model, and those for the catalog's other models.
+RECIPES = {name: recipe.load_recipe(name) for name in sorted(recipe.shipped())}
+FIRST = [name for name, one in RECIPES.items() if one.model in ("embedded", "microsoft/phi-1_5")]
+
+
+def flags(model: Path, rows_file: Path) -> list[str]:
+    """Settings with which a recipe trains a small model for two steps."""
     sets = {
-        "model": str(wide_phi),
+        "model": str(model),
         "train.max_steps": "2",
         "train.tokens_per_step": "512",
         "train.learning_rate": "1e-2",  # two steps teach more than bf16 rounds away
@@ -34,16 +38,41 @@ def test_shipped_recipe_trains_and_reports(
         "eval.max_new_tokens": "4",
         "data.train": str(rows_file),
     }
-    flags = [flag for key, value in sets.items() for flag in ("--set", f"{key}={value}")]
-    done = run_cli("train", name, *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = (tmp_path / "runs").iterdir()
+    return [flag for key, value in sets.items() for flag in ("--set", f"{key}={value}")]
+
+
+def assert_trained(runs: Path, quantize: str) -> None:
+    (run,) = runs.iterdir()
     report = json.loads((run / "report.json").read_text())
     assert report["train"]["steps"] == 2
-    assert report["precision"].startswith(shipped.quantize if shipped.quantize != "none" else "")
+    assert report["precision"].startswith(quantize if quantize != "none" else "")
     assert report["eval"]["rows"] == 4
     assert report["eval"]["after"]["loss"] < report["eval"]["before"]["loss"]
     assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIRST)
+def test_shipped_recipe_trains_and_reports(
+    name: str, wide_phi: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    done = run_cli("train", name, *flags(wide_phi, rows_file), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_trained(tmp_path / "runs", RECIPES[name].quantize)
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - set(FIRST)))
+def test_recipe_trains_a_small_model_of_its_architecture(
+    name: str, tiny_model_of: Callable[[str], Path], rows_file: Path, tmp_path: Path
+) -> None:
+    output, runs = tmp_path / "output", tmp_path / "runs"
+    arguments = ["train", name, "--foreground", "--set", f"output_dir={runs}"]
+    arguments += flags(tiny_model_of(RECIPES[name].model), rows_file)
+    process = forked.context().Process(target=main_in_fork, args=(arguments, str(output)))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0, output.read_text()
+    assert_trained(runs, RECIPES[name].quantize)
 
 
 def test_every_key_a_shipped_recipe_sets_is_commented() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jetson_ft.errors import UserError
-from jetson_ft.hardware.boards import BOARDS, Board, find_board
+from jetson_ft.hardware.boards import BOARD_CLASSES, BOARDS, Board, find_board
 
 # Dense INT8 operations per second on the GPU, half of the data sheets' sparse figures. The FP16
 # rate is half of these again.
@@ -38,6 +38,13 @@ def test_available_memory_of_the_known_module_is_the_published_one() -> None:
 )
 def test_modules_have_the_cores_of_their_data_sheet(name: str, cores: int) -> None:
     assert find_board(name).device().cores == cores
+
+
+def test_each_memory_size_has_its_slowest_module() -> None:
+    names = {memory: board.name for memory, board in sorted(BOARD_CLASSES.items())}
+    assert names == {
+        8: "orin-nano-8gb", 16: "orin-nx-16gb", 32: "agx-orin-32gb", 64: "agx-orin-64gb",
+    }  # fmt: skip
 
 
 def test_mistyped_name_suggests_the_nearest() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from boards_in_folders import AGX, LAPTOP, NANO, NX, Board, FakeMachine
+from huggingface_hub import constants
 
 from jetson_ft.errors import Message
 from jetson_ft.hardware import detect, doctor
@@ -194,7 +195,7 @@ def test_free_disk_space_decides_the_status(
 def test_folders_of_one_disk_give_one_finding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
     finding = find(system.examine(machine(FakeMachine(tmp_path / "board", LAPTOP))), "disk")
     for name in ("hf", "cache", "board/runs"):

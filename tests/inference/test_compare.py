@@ -42,7 +42,7 @@ def compared(tiny_phi: Path, phi: Any) -> tuple[dict[str, Any], list[Any], Any, 
     calls: list[Any] = []
     characters = sum(len(row[1]["content"]) for row in ROWS)
     result = compare_adapter(
-        model.eval(), phi.tokenizer, ROWS, packed, characters, 10, 2,
+        model.eval(), phi.tokenizer, [{"messages": row} for row in ROWS], packed, characters, 10, 2,
         lambda *call: calls.append(call),
     )  # fmt: skip
     return result, calls, model, packed
@@ -110,6 +110,7 @@ def test_progress_is_called_for_both_sides(compared: Any) -> None:
 )
 def test_samples_are_spread_evenly(count: int, rows: list[int]) -> None:
     replies = [Reply(str(n), True) for n in range(4)]
-    selected = _select_samples(ROWS, replies, count)
+    conversations = [{"messages": row} for row in ROWS]
+    selected = _select_samples(conversations, ["R"] * 4, replies, count)
     assert [sample["row"] for sample in selected] == rows
     assert [sample["reply"] for sample in selected] == [str(row) for row in rows]

@@ -96,11 +96,9 @@ def test_row_by_row_gives_plain_pefts_loss_and_gradients(kind: str, checkpointin
             if "lora_" in name:
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
 
-    # PEFT refuses the output projections of Mamba layers.
-    targets = ["q_proj", "in_proj"] if kind == "falcon_h1" else "all-linear"
-    lora = LoraRecipe(rank=4, alpha=8, target_modules=targets)
     ours, base = (tiny_architectures.tiny_model(kind).requires_grad_(False) for _ in range(2))
-    ours = attach_adapter(ours, lora, seed=0)
+    ours = attach_adapter(ours, LoraRecipe(rank=4, alpha=8), seed=0)
+    targets = ours.peft_config["default"].target_modules
     torch.manual_seed(0)
     settings = LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     peft = get_peft_model(base, settings)

@@ -38,6 +38,32 @@ def test_numbers_and_words_have_their_types() -> None:
     assert recipe.lora.target_modules == ["q", "v"]
 
 
+def test_columns_are_set_in_the_file_and_by_overrides() -> None:
+    recipe = recipes.parse_recipe(
+        "data: {columns: {question: title}}", overrides=["data.columns.answer=body text"]
+    )
+    assert recipe.data.columns.chosen() == {"question": "title", "answer": "body text"}
+    assert recipes.parse_recipe(recipe.to_yaml()) == recipe
+    assert Recipe().data.columns.chosen() == {}
+
+
+def test_mistakes_in_columns_are_reported_by_line() -> None:
+    text = "data:\n  columns:\n    qestion: a\n    answer: 3\n"
+    assert mistakes(text) == [
+        "line 3: unknown key `data.columns.qestion`; did you mean `data.columns.question`?",
+        "line 4: `data.columns.answer`: must be text or null, not 3",
+    ]
+    assert mistakes("data: {columns: title}") == [
+        'line 1: `data.columns`: must be a group of keys, not "title"'
+    ]
+    assert mistakes("", "data.columns=title") == [
+        "--set: `data.columns` is a group of keys; set one of them, as data.columns.KEY"
+    ]
+    assert mistakes("data: [1]", "data.columns.answer=a") == [
+        "line 1: `data`: must be a group of keys, not [1]"
+    ]
+
+
 def test_alpha_is_twice_the_rank_unless_set() -> None:
     assert recipes.parse_recipe("lora: {rank: 8}").lora.alpha == 16
     assert recipes.parse_recipe("lora: {rank: 8, alpha: 4}").lora.alpha == 4
@@ -192,8 +218,10 @@ def test_wrong_values_raise_nothing_but_recipe_errors(
 ) -> None:
     nested: dict[str, Any] = {}
     for key, value in values.items():
-        section, _, name = key.rpartition(".")
-        place = nested.setdefault(section, {}) if section else nested
+        *sections, name = key.split(".")
+        place: Any = nested
+        for section in sections:
+            place = place.setdefault(section, {}) if isinstance(place, dict) else None
         if isinstance(place, dict):
             place[name] = value
     try:
@@ -212,7 +240,8 @@ def test_wrong_values_raise_nothing_but_recipe_errors(
 
 SHIPPED = {
     "quickstart-zh", "phi-1_5-zh", "phi-1_5-zh-quick", "phi-1_5-zh-qlora", "phi-1_5-zh-int8",
-    "phi-1_5-zh-seeed", "embedded-zh-1h",
+    "phi-1_5-zh-seeed", "embedded-zh-1h", "qwen3-0.6b-zh", "qwen3-1.7b", "qwen3-4b-qlora",
+    "llama-3.2-1b", "gemma-3-1b", "smollm2-360m",
 }  # fmt: skip
 
 
@@ -246,10 +275,12 @@ def test_shipped_recipe_has_a_comment_for_every_key(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("quickstart-zh", ("embedded", "bundled", "none")),
+        ("quickstart-zh", ("embedded", "bundled-short", "none")),
         ("phi-1_5-zh", ("microsoft/phi-1_5", "llamafactory/alpaca_zh", "none")),
         ("phi-1_5-zh-qlora", ("microsoft/phi-1_5", "llamafactory/alpaca_zh", "nf4")),
         ("phi-1_5-zh-int8", ("microsoft/phi-1_5", "llamafactory/alpaca_zh", "int8")),
+        ("qwen3-0.6b-zh", ("Qwen/Qwen3-0.6B", "bundled", "none")),
+        ("qwen3-4b-qlora", ("Qwen/Qwen3-4B", "llamafactory/alpaca_zh", "nf4")),
     ],
 )
 def test_shipped_recipe_has_the_settings_of_its_name(

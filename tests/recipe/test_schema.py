@@ -36,6 +36,7 @@ def recipe_values(draw: st.DrawFn) -> dict[str, Any]:
             "max_length": st.integers(16, 131072),
             "truncation": st.sampled_from(["truncate", "drop"]),
             "encoding": _WORDS,
+            "columns": st.fixed_dictionaries({}, optional={"question": _WORDS, "answer": _WORDS}),
         },
         "lora": {
             "rank": st.integers(1, 1024),
@@ -87,12 +88,15 @@ def test_written_recipe_is_the_same_for_other_yaml_readers(values: dict[str, Any
 
 def test_resolved_recipe_has_every_key() -> None:
     written = yaml.safe_load(Recipe().to_yaml())
-    flat = {
-        f"{name}.{key}" if isinstance(value, dict) else name
-        for name, value in written.items()
-        for key in (value if isinstance(value, dict) else [""])
-    }
-    assert flat == set(recipes.fields())
+
+    def keys(values: dict[str, Any], prefix: str = "") -> set[str]:
+        flat = set()
+        for name, value in values.items():
+            key = prefix + name
+            flat |= keys(value, f"{key}.") if isinstance(value, dict) else {key}
+        return flat
+
+    assert keys(written) == set(recipes.fields())
 
 
 def test_hash_ignores_order_comments_and_written_defaults() -> None:
@@ -169,9 +173,10 @@ _TRIALS = (
 
 @pytest.mark.parametrize("key", recipes.fields())
 def test_json_schema_and_parser_agree_on_every_key(key: str) -> None:
-    section, _, name = key.rpartition(".")
     for value in _TRIALS:
-        values = {section: {name: value}} if section else {name: value}
+        values: Any = value
+        for name in reversed(key.split(".")):
+            values = {name: values}
         try:
             recipes.parse_recipe(json.dumps(values))
             read = True
@@ -196,7 +201,20 @@ def test_every_key_has_help() -> None:
         ("quantize", "one of none, int8, nf4"), ("data.heldout", "a whole number or text"),
         ("lora.target_modules", "text or a list of names"), ("train.epochs", "a number"),
         ("lora.dora", "true or false"), ("version", "1"), ("model", "text"),
+        ("data.columns.answer", "text or null"),
     ],
 )  # fmt: skip
 def test_type_name_is_in_plain_words(key: str, words: str) -> None:
     assert str(recipes.type_name(recipes.fields()[key].annotation)) == words
+
+
+@pytest.mark.parametrize("text", ["q_proj,v_proj", " q_proj , v_proj,"])
+def test_target_modules_with_commas_are_a_list(text: str) -> None:
+    recipe = Recipe.model_validate({"lora": {"target_modules": text}})
+    assert recipe.lora.target_modules == ["q_proj", "v_proj"]
+    assert Recipe.model_validate({"lora": {"target_modules": "fc1"}}).lora.target_modules == "fc1"
+
+
+def test_target_modules_of_commas_alone_are_refused() -> None:
+    with pytest.raises(ValueError, match="target_modules"):
+        Recipe.model_validate({"lora": {"target_modules": ","}})

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jetson_ft import hub
+from jetson_ft import recipe as recipes
 from jetson_ft.errors import UserError
 from jetson_ft.hardware.boards import BOARDS
+from jetson_ft.models import catalog
 from jetson_ft.recipe import Recipe, load_recipe
-from jetson_ft.runs.forecast import THIS_MACHINE, forecast_recipe
+from jetson_ft.runs.forecast import THIS_MACHINE, dry_run, forecast_models, forecast_recipe
 
 
 def test_built_in_model_and_rows_need_no_file() -> None:
@@ -44,7 +49,139 @@ def test_other_model_and_rows_are_planned_from_their_files(rows_file: Path, tiny
     assert forecast.sources[1].startswith("rows: 36 read from ")
 
 
+def test_share_of_adapted_and_quantized_parameters_is_part_of_it() -> None:
+    sets = ["quantize=nf4", "lora.target_modules=q_proj,v_proj"]
+    coverage = forecast_recipe(load_recipe("phi-1_5-zh", sets), "orin-nx-16gb").as_json()[
+        "coverage"
+    ]
+    parameters = 1_418_270_720
+    assert coverage == {
+        "parameters": parameters,
+        "adapter_parameters": 16 * 2 * 24 * (2048 + 2048),
+        "adapted_share": 2 * 24 * 2048**2 / parameters,
+        "quantized_share": 1_207_959_552 / parameters,
+        "notes": [],
+    }
+
+
+@pytest.mark.parametrize("board", ["orin-nx-16gb", None])
+def test_wrong_target_module_is_refused_before_planning(
+    board: str | None, rows_file: Path, tiny_phi: Path
+) -> None:
+    recipe = load_recipe("phi-1_5-zh", ["lora.target_modules=[c_attn]"])
+    if board is None:
+        recipe.model, recipe.data.train, recipe.data.heldout = str(tiny_phi), str(rows_file), 5
+    with pytest.raises(UserError, match="no linear layer named c_attn"):
+        forecast_recipe(recipe, board)
+
+
+def test_tokenizer_larger_than_the_embedding_is_refused(
+    rows_file: Path, tiny_phi: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_phi, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 250}))
+    recipe = Recipe.model_validate({"model": str(model), "data": {"train": str(rows_file)}})
+    with pytest.raises(UserError, match="has 259 tokens, but the model's embedding only 250 rows"):
+        dry_run(recipe)
+
+
 def test_missing_rows_are_refused_with_the_built_in_ones_named() -> None:
     with pytest.raises(UserError) as refusal:
         forecast_recipe(load_recipe("phi-1_5-zh", ["data.train=gone.json"]), "orin-nx-16gb")
-    assert "llamafactory/alpaca_zh with microsoft/phi-1_5" in str(refusal.value.fix)
+    assert "Planned without their file: llamafactory/alpaca_zh, bundled, bundled-short" in str(
+        refusal.value.fix
+    )
+
+
+# --- models known by name ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(hub, "reachable", refuse)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("data", ["bundled", "llamafactory/alpaca_zh"])
+@pytest.mark.parametrize("name", sorted(set(catalog.MODELS) - {"embedded"}))
+def test_known_model_is_planned_without_files_or_network(name: str, data: str) -> None:
+    recipe = Recipe.model_validate({"model": name, "data": {"train": data}})
+    forecast = forecast_recipe(recipe, "agx-orin-64gb")
+    assert forecast.devices[0].fits
+    assert forecast.sources[0] == f"model: built-in dimensions of {name}; no file was read"
+    assert forecast.sources[1].startswith(f"rows: built-in lengths of {data}")
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("name", sorted(recipes.shipped()))
+def test_shipped_recipe_is_planned_without_a_network(name: str) -> None:
+    assert forecast_recipe(load_recipe(name), "agx-orin-64gb").devices[0].fits
+
+
+def test_rows_are_counted_where_the_known_model_has_its_tokenizer_here(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "cached_folder", lambda *_: tiny_llama)
+    forecast = forecast_recipe(Recipe(model="Qwen/Qwen3-0.6B"), "orin-nx-16gb")
+    assert forecast.sources == [
+        "model: built-in dimensions of Qwen/Qwen3-0.6B; no file was read",
+        "rows: 690 read from bundled and tokenized",
+    ]
+
+
+def test_lengths_of_other_rows_are_estimated_where_no_tokenizer_is_here(rows_file: Path) -> None:
+    recipe = Recipe.model_validate(
+        {"model": "Qwen/Qwen3-0.6B", "data": {"train": str(rows_file)}, "train": {"epochs": 1}}
+    )
+    forecast = forecast_recipe(recipe, "orin-nx-16gb")
+    assert forecast.devices[0].plan and forecast.devices[0].plan.seconds
+    assert forecast.sources[1] == (
+        f"rows: 40 read from {rows_file}; tokens estimated from characters (within 20%): no "
+        "tokenizer here"
+    )
+
+
+def test_config_alone_is_enough_for_a_model_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    monkeypatch.setattr(hub, "cached_folder", lambda *_: tmp_path)  # without its other files
+    forecast = forecast_recipe(Recipe(model="o/gpt2"), "orin-nx-16gb")
+    assert forecast.devices[0].fits
+    assert forecast.sources == [
+        "model: config of o/gpt2; no weights were read",
+        "rows: built-in lengths of bundled for another tokenizer, converted (within 20%)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("Qwen3-0.6B", "Did you mean `Qwen/Qwen3-0.6B`? "),
+        ("qwen/qwen3-4b-x", "Qwen/Qwen3-4B"),
+        ("x/y", ""),
+    ],
+)
+def test_unknown_model_is_refused_with_the_nearest_and_the_list(name: str, near: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        forecast_recipe(Recipe(model=name), "orin-nx-16gb")
+    fix = str(refusal.value.fix)
+    assert near in fix and ("Did you mean" in fix) == bool(near)
+    assert "`jetson-ft models` lists the models" in fix
+
+
+def test_each_known_model_fits_a_larger_board_with_no_smaller_format() -> None:
+    job, forecasts = forecast_models()
+    assert job.lora.rank == 16 and [one.name for one in forecasts] == list(catalog.MODELS)
+    order = {"bf16": 0, "int8": 1, "nf4": 2, None: 3}
+    for forecast in forecasts:
+        formats = [order[fit["format"] if fit else None] for fit in forecast.fits.values()]
+        assert list(forecast.fits) == [8, 16, 32, 64] and formats == sorted(formats, reverse=True)
+        assert formats[-1] == 0
+    largest = {one.name: one.fits for one in forecasts}
+    assert largest["Qwen/Qwen3-0.6B"][8] and largest["Qwen/Qwen3-0.6B"][8]["format"] == "bf16"
+    assert largest["Qwen/Qwen3-8B"][8] is None

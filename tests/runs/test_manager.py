@@ -235,11 +235,19 @@ def test_launched_recipe_has_absolute_paths(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.json").write_text('[{"instruction": "a", "output": "b"}]')
-    recipe = Recipe.model_validate({"output_dir": "here", "data": {"train": "rows.json"}})
+    for name in ("mine.jinja", "chatml"):
+        (tmp_path / name).touch()
+    data = {"train": "rows.json", "chat_template": "mine.jinja"}
+    recipe = Recipe.model_validate({"output_dir": "here", "data": data})
     run = manager.launch(recipe, "x")
+    assert run.recipe().data.chat_template == str(tmp_path / "mine.jinja")
     assert run.recipe().data.train == str(tmp_path / "rows.json")
     assert run.recipe().output_dir == str(tmp_path / "here")
     assert (run.recipe().model, run.recipe().data.heldout) == ("embedded", "auto")
+    light_runs.wait(run, "finished")
+    recipe.data.chat_template = "chatml"
+    run = manager.launch(recipe, "y")
+    assert run.recipe().data.chat_template == "chatml", "a shipped one, whatever files there are"
     light_runs.wait(run, "finished")
 
 

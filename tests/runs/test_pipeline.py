@@ -16,8 +16,10 @@ from typing import Any
 import psutil
 import pytest
 from boards_in_folders import NANO, FakeMachine
+from safetensors.torch import load_file
 from workbench import Workbench
 
+from jetson_ft.chat.target import open_session, resolve_target
 from jetson_ft.errors import UserError
 from jetson_ft.events import (
     Evaluated,
@@ -30,10 +32,13 @@ from jetson_ft.events import (
     Step,
     TotalSteps,
     Warned,
+    WeightsLoaded,
 )
 from jetson_ft.hardware.boards import find_board
+from jetson_ft.hardware.detect import Device
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import exit_status, pipeline, store
+from jetson_ft.runs.evaluate import evaluate_run
 from jetson_ft.runs.store import EventLog, Run
 from jetson_ft.training import checkpoint
 
@@ -64,6 +69,14 @@ def test_finished_run_has_all_documented_files(finished: Run) -> None:
     assert not [name for name in names if name.endswith(".tmp")]
 
 
+def test_share_of_adapted_parameters_is_an_event(finished: Run) -> None:
+    (event,) = (event for event in finished.events() if isinstance(event, WeightsLoaded))
+    trained = load_file(finished.adapter / "adapter_model.safetensors").values()
+    assert event.adapter_parameters == sum(tensor.numel() for tensor in trained)
+    assert event.adapted_share and 0.3 < event.adapted_share < 1
+    assert event.quantized_share == 0
+
+
 def test_adapter_loads_with_peft(finished: Run, tiny_phi: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,6 +92,43 @@ def test_same_run_twice_gives_the_same_bytes(workbench: Any, finished: Run) -> N
     again = workbench.run("again")
     assert workbench.work(again) == 0
     assert adapter_bytes(again) == adapter_bytes(finished)
+
+
+def test_chat_template_of_the_recipe_is_saved_and_used_to_evaluate_and_chat(
+    workbench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Device, "precision", lambda self, wanted: "fp32")
+    template = tmp_path / "mine.jinja"
+    template.write_text(  # rewrites earlier answers, and leaves system messages out
+        "{% for m in messages if m['role'] != 'system' %}{{ m['role'] + '> ' }}"
+        "{% if m['role'] == 'user' or loop.last %}{{ m['content'] + eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant> ' }}{% endif %}"
+    )
+    turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "<|endoftext|>")]
+    rows = [
+        {"messages": [{"role": r, "content": c} for r, c in [*turns, ("assistant", f"{n}")]]}
+        for n in range(12)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    recipe = workbench.run("unused", tmp_path / "rows.json", max_steps=2).recipe()
+    recipe.data.chat_template = str(template)
+    run = store.create_run(recipe, "template")
+    run.write_state("queued")
+    assert workbench.work(run) == 0, (run.path / "log.txt").read_text()
+    report = json.loads((run.path / "report.json").read_text())
+    assert report["data"]["train"]["context_answers"] == 7
+    assert report["data"]["train"]["systems_dropped"] == 7
+    assert report["data"]["train"]["control_texts"] == 7
+    assert sum(isinstance(event, Warned) for event in run.events()) == 3
+    assert "7 answers are read but not trained on" in (run.path / "report.md").read_text()
+    assert "有 7 个回答只作上文" in (run.path / "report.html").read_text()
+    template.unlink()
+    run.write_state("finished")
+    again = evaluate_run(run, None, lambda *_: None)["eval"]
+    assert again["before"]["loss"] == pytest.approx(report["eval"]["before"]["loss"], rel=1e-4)
+    chat = open_session(resolve_target(str(run.path), tmp_path))
+    prompt = chat.tokenizer.apply_chat_template(chat.messages("q"), tokenize=False)
+    assert prompt == "user> q<|endoftext|>"
 
 
 SLOW = pytest.mark.slow
@@ -100,19 +150,16 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @pytest.mark.slow
-def test_timed_run_resumes_with_the_resolved_number_of_steps(workbench: Any) -> None:
-    run = workbench.run("minutes", max_minutes=1e-2, epochs=30.0)
+def test_timed_run_resumes_and_ends_at_its_minutes(workbench: Any) -> None:
+    run = workbench.run("minutes", max_minutes=0.05, epochs=500.0, eval_every=40)
     assert workbench.work(run, "step-6") == -signal.SIGKILL
-    twin = copy_of(run, workbench.root / "twins")
-    (settled,) = [event for event in run.events() if isinstance(event, TotalSteps)]
-    for one in (run, twin):
-        assert workbench.work(one) == 0
-        assert losses(one) == losses(run)
-        assert (
-            checkpoint.step_of(checkpoint.list_checkpoints(one.checkpoints)[-1])
-            == settled.total_steps
-        )
-    assert adapter_bytes(run) == adapter_bytes(twin)
+    assert workbench.work(run) == 0
+    assert len([event for event in run.events() if isinstance(event, TotalSteps)]) == 1
+    steps = [event for event in run.events() if isinstance(event, Step)]
+    last = checkpoint.list_checkpoints(run.checkpoints)[-1]
+    state = checkpoint.read_state(last)
+    assert steps[-1].step == steps[-1].total_steps == state.step == checkpoint.step_of(last)
+    assert 2.4 < state.train_seconds < 3.6  # of 3; one more slow step is possible
 
 
 def test_longer_run_continues(workbench: Any, finished: Run, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_folders import step_event
+from run_folders import make_run, step_event
 
 from jetson_ft.errors import Message, UserError
 from jetson_ft.events import CheckpointSaved, Event, PhaseStarted, Sensors, Step
@@ -89,6 +89,16 @@ def test_run_without_a_state_is_not_listed(tmp_path: Path) -> None:
     assert store.list_runs(tmp_path) == []
     made.write_state("queued")
     assert len(store.list_runs(tmp_path)) == 1
+
+
+def test_runs_with_a_finished_adapter_are_listed_newest_first(tmp_path: Path) -> None:
+    assert store.runs_with_adapter(tmp_path / "none") == []
+    for name in ("1-old", "2-none", "3-file", "4-new"):
+        make_run(tmp_path, name)
+    for name in ("1-old", "4-new"):
+        (tmp_path / name / "adapter").mkdir()
+    (tmp_path / "3-file" / "adapter").touch()
+    assert [run.name for run in store.runs_with_adapter(tmp_path)] == ["4-new", "1-old"]
 
 
 # --- state -----------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,12 +16,16 @@ from hypothesis import strategies as st
 
 from jetson_ft.recipe import Recipe, TrainRecipe
 from jetson_ft.training.batches import (
+    StepBatch,
+    advance_lr,
     choose_eval_every,
     lr_multiplier,
     plan_steps,
+    resolve_total_steps,
     rows_of_rank,
     steps_within,
 )
+from jetson_ft.training.state import StepStats, TrainState
 
 lengths_of_rows = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
@@ -99,24 +107,79 @@ def test_longer_runs_begin_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "done", "speed", "minutes", "steps"),
+    ("tokens", "seconds", "steps"),
     [
-        ([600] * 10, 2, 10.0, 5.0, 5),  # a step a minute
-        ([600] * 10, 2, 10.0, 4.99, 4),
-        ([600] * 10, 2, 10.0, 60.0, 10),  # never more than planned
-        ([600] * 10, 5, 10.0, 1.0, 6),  # never fewer than made, and one to end on
-        ([600] * 5, 5, 10.0, 1.0, 5),
-        ([60, 600, 6000], 1, 10.0, 1.2, 2),  # long steps count as long ones
+        ([600] * 10, 300.0, 5),  # a step a minute
+        ([600] * 10, 329.0, 5),  # nearer to five than to six
+        ([600] * 10, 331.0, 6),
+        ([600] * 10, 3600.0, 10),  # never more than planned
+        ([600] * 10, 29.0, 0),
+        ([600] * 10, -1.0, 0),
+        ([], 60.0, 0),
+        ([60, 600, 6000], 70.0, 2),  # long steps count as long ones
     ],
 )
-def test_minutes_to_steps(
-    tokens: list[int], done: int, speed: float, minutes: float, steps: int
+def test_steps_end_nearest_to_the_time(tokens: list[int], seconds: float, steps: int) -> None:
+    assert steps_within(tokens, seconds, tokens_per_second=10.0) == steps
+
+
+def simulate(
+    recipe: TrainRecipe, seconds: Callable[[TrainState], float], planned: int = 1000,
+    state: TrainState | None = None, stop: int | None = None,
+) -> tuple[TrainState, list[float]]:  # fmt: skip
+    """Return the end of a run of steps of 100 tokens, and the learning rates as shares of the peak.
+
+    `seconds` returns a step's time; the run is stopped after the step number `stop`.
+    """
+    state, rates = deepcopy(state) if state else TrainState(), []
+    resolve_total_steps(state, recipe, [100] * planned, 0)
+    while not state.is_complete and state.step != stop:
+        rates.append(lr_multiplier(state, recipe))
+        batch = StepBatch(packs=[], rows=1, tokens=100, supervised_tokens=50)
+        state.add_step(batch, StepStats(seconds(state), 0.0, False, None))
+        if not resolve_total_steps(state, recipe, [100] * planned, 0):
+            advance_lr(state, recipe)
+    return state, rates
+
+
+@pytest.mark.parametrize("before", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
+def test_training_takes_the_minutes_when_the_speed_changes(
+    before: float, factor: float, scheduler: str
 ) -> None:
-    assert steps_within(tokens, done, speed, minutes) == steps
+    """Also where the first step is ten times as slow, and one in the middle."""
+    recipe = train(max_minutes=4.0, lr_scheduler=scheduler)
+
+    def seconds(state: TrainState) -> float:
+        usual = before * (factor if state.train_seconds > 120 else 1.0)
+        return 10 * usual if state.step in (0, 20) else usual
+
+    state, rates = simulate(recipe, seconds)
+    assert state.train_seconds == pytest.approx(240, rel=0.02 if before < 4 else 0.1)
+    decayed = rates[recipe.warmup_steps :]
+    assert decayed == sorted(decayed, reverse=True)
+    assert max(rates) == 1.0 and rates[-1] < 0.07
 
 
-def factors(total: int | None, **values: Any) -> list[float]:
-    return [lr_multiplier(step, total, train(**values)) for step in range(total or 12)]
+def test_resumed_run_goes_on_with_steps_and_schedule_of_the_stopped_one() -> None:
+    recipe = train(max_minutes=1.0)
+    whole, rates = simulate(recipe, lambda _: 0.5)
+    stopped, before = simulate(recipe, lambda _: 0.5, stop=40)
+    state = TrainState(**json.loads(json.dumps(asdict(stopped))))
+    resumed, after = simulate(recipe, lambda _: 0.5, state=state)
+    assert (resumed, before + after) == (whole, rates)
+
+
+def test_more_minutes_raise_steps_and_rate_of_a_resumed_run() -> None:
+    short, rates = simulate(train(max_minutes=1.0), lambda _: 0.5)
+    longer, again = simulate(train(max_minutes=2.0), lambda _: 0.5, state=short)
+    assert (short.step, longer.step) == (120, 240)
+    assert again[0] > rates[-1] > again[-1]
+
+
+def factors(total: int, **values: Any) -> list[float]:
+    return simulate(train(**values), lambda _: 1.0, planned=total)[1]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -137,11 +200,18 @@ def test_rate_falls_as_asked(schedule: str, middle: float, last: float) -> None:
 
 
 def test_rate_stays_up_until_the_length_is_known() -> None:
-    assert factors(None, warmup_steps=2)[2:] == [1.0] * 10
+    rates = simulate(train(warmup_steps=2, max_minutes=60.0), lambda _: 1.0, stop=5)[1]
+    assert rates[2:] == [1.0] * 3
 
 
-def test_rate_is_never_negative_beyond_the_end() -> None:
-    assert lr_multiplier(99, 10, train(lr_scheduler="linear")) == 0.0
+@given(st.integers(1, 60), st.integers(0, 70), st.sampled_from(["cosine", "linear"]))
+def test_rate_follows_the_schedule_of_a_fixed_number_of_steps(
+    total: int, warmup: int, scheduler: str
+) -> None:
+    for step, rate in enumerate(factors(total, warmup_steps=warmup, lr_scheduler=scheduler)):
+        passed = (step - warmup) / max(1, total - warmup)
+        decayed = 1 - passed if scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * passed))
+        assert rate == pytest.approx((step + 1) / (warmup + 1) if step < warmup else decayed)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_the_newest_adapter_is_chosen_until_the_user_chooses(tmp_path: Path) -> 
     assert value(chat.open(BASE, False, TURNS)) == BASE, "a conversation is not interrupted"
     assert value(chat.open("a-deleted-one", True, TURNS)) == "20260102-000000-new"
     folder = str(tmp_path / "20260101-000000-old" / "adapter")
-    (Path(folder) / "adapter_config.json").write_text("{}")
+    (Path(folder) / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
     for typed in ("microsoft/phi-1_5", "latest", folder):
         assert value(chat.open(typed, True, [])) == typed
 

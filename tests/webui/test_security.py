@@ -61,6 +61,11 @@ def test_an_accepted_host_name_passes() -> None:
     assert client(names=("Orin.local",)).get("/", headers={"Host": "orin.local:7860"}).is_success
 
 
+@pytest.mark.parametrize("host", ["", ":80", " "])
+def test_a_request_without_host_is_foreign_also_with_an_empty_name(host: str) -> None:
+    assert not is_known_host(host, ("", "orin.local"))
+
+
 @given(st.text(alphabet="ab.:[]019-", max_size=20))
 def test_any_host_is_known_or_not_without_an_exception(host: str) -> None:
     assert is_known_host(host, ()) in (True, False)

@@ -15,11 +15,15 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import uvicorn
 from served import Served
 
+from jetson_ft.errors import UserError
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
-from jetson_ft.webui.server import is_loopback, link
+from jetson_ft.webui import page
+from jetson_ft.webui.security import AccessPolicy, is_known_host
+from jetson_ft.webui.server import is_loopback, link, serve
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,34 @@ def test_a_link_has_a_reachable_host_and_the_token() -> None:
     assert "0.0.0.0" not in link("0.0.0.0", 7860, "abc")
     assert link("0.0.0.0", 7860, "abc", "orin.local") == "http://orin.local:7860/?token=abc"
     assert link("0.0.0.0", 7860, "abc", "[fd00::1]:80") == "http://[fd00::1]:80/?token=abc"
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["host:abc", ":::7860", "::1", "http://1.2.3.4:7860", ":7860", "host:", "host:0", "host:65536",
+     "host/x", "me@host", "a b", "[::1", " "],
+)  # fmt: skip
+def test_an_address_of_the_link_without_host_or_valid_port_is_refused(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_: None)
+    with pytest.raises(UserError, match="is not the address of a page") as caught:
+        serve(tmp_path, "127.0.0.1", 0, (), address)
+    assert "--reached-as" in str(caught.value.where) and "HOST:PORT" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    "address", ["orin.local", "a_b:1", "1.2.3.4:65535", "[fd00::1]:80", "[::1]"]
+)
+def test_an_address_of_the_link_is_known_as_host(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies: list[AccessPolicy] = []
+    monkeypatch.setattr(page, "make_app", lambda _runs, policy: policies.append(policy))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_: None)
+    serve(tmp_path, "127.0.0.1", 0, (), address)
+    assert is_known_host(address, policies[0].host_names)
+    assert "" not in policies[0].host_names
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +188,7 @@ def test_in_a_container_link_and_host_check_use_the_outside_name(
 ) -> None:
     monkeypatch.setenv("JETSON_FT_HOST", "0.0.0.0")
     monkeypatch.setenv("JETSON_FT_REACHED_AS", "localhost")
-    served = Served(tmp_path, "--reached-as", "localhost")
+    served = Served(tmp_path)
     try:
         assert re.fullmatch(r"http://localhost:\d+/\?token=[0-9a-f]{32}", served.link)
         token = {"Authorization": f"Bearer {served.link.partition('token=')[2]}"}

@@ -30,7 +30,7 @@ def values(**changed: Any) -> list[Any]:
 
 
 def test_mistakes_are_shown_at_their_fields_in_the_pages_language(form: Any) -> None:
-    outcome, *marks = form.plan("", *values(**{"lora.rank": "x", "lora.dropout": "2"}))
+    outcome, *marks = form.plan(*values(**{"lora.rank": "x", "lora.dropout": "2"}))
     assert "请修改标出的字段" in outcome
     wrong = [mark["info"] for mark in marks if mark["elem_classes"] == ["mistake"]]
     assert wrong == [
@@ -59,8 +59,13 @@ def test_a_failed_dry_run_shows_its_error_in_the_pages_language(
 ) -> None:
     done = subprocess.CompletedProcess([], 2, stdout, "Killed\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    outcome, *_ = form.plan("", *values())
+    outcome, *_ = form.plan(*values())
     assert outcome == f'<div class="complaint" role="alert">{text}</div>'
+
+
+def test_a_data_file_with_a_dash_first_is_no_option(form: Any) -> None:
+    outcome, *_ = form.inspect(*values(**{"data.train": "--help"}))
+    assert "没有这个数据文件。" in outcome and "--help" in outcome
 
 
 def test_an_upload_that_can_not_be_stored_raises(form: Any, tmp_path: Path) -> None:

@@ -158,9 +158,8 @@ def _swap(machine: Machine) -> Iterator[Finding]:
 
 def _disks(machine: Machine) -> Iterator[Finding]:
     """Check each file system of the folders for runs, caches and models."""
-    models = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
     disks: dict[int, list[Path]] = {}
-    for folder in (machine.runs, cache_root(), models):
+    for folder in (machine.runs, cache_root(), hub.cache_folder()):
         disks.setdefault(existing_parent(folder).stat().st_dev, []).append(folder)
     for folders in disks.values():
         yield _disk(folders)

@@ -45,7 +45,7 @@ _SLOWDOWNS = {
     "oc2": _("Power: the mean current rose too high (oc2: {count:,}); this lowers the clocks."),
     "oc3": _("Power: the current peaked too high (oc3: {count:,}); this lowers the clocks."),
 }
-_ROLES = {"user": _("user"), "assistant": _("assistant"), "system": _("system")}
+_ROLES = {"user": _("user"), "assistant": _("assistant"), "system": _("system"), "tool": _("tool")}
 
 
 def write_report(run: Run, report: dict[str, Any]) -> None:
@@ -142,6 +142,11 @@ def sensor_warnings(sensors: dict[str, Any] | None) -> list[Message]:
     ]
 
 
+def _warnings(report: dict[str, Any]) -> list[Message]:
+    notices = map(Message.from_json, report["data"]["train"].get("notices", []))
+    return [*sensor_warnings(report["sensors"]), *notices]
+
+
 def metric_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     """Return the before/after table: key, name (template), formatted values, and a verdict."""
     rows = []
@@ -175,7 +180,7 @@ def render_markdown(name: str, report: dict[str, Any]) -> str:
         f"({train['tokens_per_second']:,.0f} tokens/s), "
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB, "
         f"{report['device']['board'] or report['device']['name']}{energy_phrase(report)}.",
-        *(f"\n{message}" for message in sensor_warnings(report["sensors"])),
+        *(f"\n{message}" for message in _warnings(report)),
         "",
         f"| {report['eval']['rows']} held-out rows | base | adapter |",
         "|---|---:|---:|",
@@ -228,7 +233,7 @@ def render_html(name: str, report: dict[str, Any], events: list[Event]) -> str:
         metrics=metric_rows(report),
         pairs=sample_pairs(report),
         chart=chart.losses(train, heldout),
-        warnings=sensor_warnings(report["sensors"]),
+        warnings=_warnings(report),
         roles=_ROLES,
         duration=duration,
         created=time.strftime("%Y-%m-%d %H:%M"),

@@ -16,7 +16,6 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.models import files
 from jetson_ft.runs import monitor, store
-from jetson_ft.runs.store import Run
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
 
@@ -103,13 +102,11 @@ class ChatTab:
 
     def choices(self) -> list[tuple[str, str]]:
         """Return (label, name) of every run with an adapter and every downloaded base model."""
-        adapters = [(monitor.run_title(run), run.name) for run in self._runs_with_adapter()]
+        runs = store.runs_with_adapter(self.runs)
+        adapters = [(monitor.run_title(run), run.name) for run in runs]
         label = _("{model}, no adapter")
         bases = [(self.t(label, model=name), name) for name in hub.downloaded_models()]
         return [(self.t(_("embedded model, no adapter")), BASE), *adapters, *bases]
-
-    def _runs_with_adapter(self) -> list[Run]:
-        return [run for run in store.list_runs(self.runs) if run.adapter.is_dir()]
 
     def open(self, name: str, chosen_by_user: bool, turns: ChatTurns) -> Any:
         """Return an update of the choices; choose the newest adapter until the user has chosen."""
@@ -119,7 +116,7 @@ class ChatTab:
         except UserError:
             keep = False
         if not keep:
-            name = next((run.name for run in self._runs_with_adapter()), BASE)
+            name = next((run.name for run in store.runs_with_adapter(self.runs)), BASE)
         return gr.Dropdown(self.choices(), value=name, allow_custom_value=True)
 
     def stop(self, request: gr.Request) -> None:

@@ -68,16 +68,16 @@ def build(t: Locale, runs: Path, page: Any, tabs: Any) -> None:
         yaml = gr.Code(language="yaml", interactive=False, label=t(_("Recipe")))
     ticket = gr.State(lambda: uuid.uuid4().hex)
     started = gr.Textbox(visible="hidden")
-    inputs = [name, *fields.values()]
-    outputs = [outcome, *fields.values()]
+    inputs = [*fields.values()]
+    outputs = [outcome, *inputs]
     name.input(form.load, name, outputs)
     own_recipe.upload(form.load, own_recipe, outputs)
     upload.upload(form.store_upload, upload, fields["data.train"])
     inspect.click(form.inspect, inputs, outputs, concurrency_limit=2)
     plan.click(form.plan, inputs, outputs, concurrency_limit=2)
-    export.expand(form.export, inputs, [command, yaml])
-    page.load(form.open_address, None, [outcome, tabs, *fields.values()])
-    start.click(form.start, [ticket, *inputs], [outcome, started, ticket, *fields.values()]).then(
+    export.expand(form.export, [name, *inputs], [command, yaml])
+    page.load(form.open_address, None, [outcome, tabs, *inputs])
+    start.click(form.start, [ticket, name, *inputs], [outcome, started, ticket, *inputs]).then(
         lambda name: gr.Tabs(selected="runs") if name else gr.Tabs(), started, tabs
     ).then(None, started, js="name => { if (name) window.jetsonFt.choose(name) }")
 
@@ -125,7 +125,7 @@ class Form:
             raise gr.Error(self.t(error)) from error
         return str(folder / source.name)
 
-    def plan(self, name: str, *values: Any) -> list[Any]:
+    def plan(self, *values: Any) -> list[Any]:
         """Return the dry run's HTML, and updates of all fields."""
 
         def html(recipe: Recipe) -> str:
@@ -137,15 +137,18 @@ class Form:
 
         return self._outcome(values, html)
 
-    def inspect(self, name: str, *values: Any) -> list[Any]:
+    def inspect(self, *values: Any) -> list[Any]:
         """Return the HTML of the data's inspection, and updates of all fields."""
 
         def html(recipe: Recipe) -> str:
             data = recipe.data
             result = run_cli_json(
-                "data", "inspect", data.train, "--json", "--model", recipe.model,
+                "data", "inspect", "--json", "--model", recipe.model,
                 "--max-length", str(data.max_length), "--format", data.format,
                 "--encoding", data.encoding,
+                *(f"--column={part}={name}" for part, name in data.columns.chosen().items()),
+                *(["--chat-template", data.chat_template] if data.chat_template else []),
+                "--", data.train,
             )  # fmt: skip
             return render("inspection.jinja", self.t, **result)
 

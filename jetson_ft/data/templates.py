@@ -1,0 +1,79 @@
+"""Chat templates that a recipe can name instead of the model's own: shipped ones, and files.
+
+A template is Jinja text; transformers renders it in a sandboxed environment.
+"""
+
+from __future__ import annotations
+
+from jetson_ft.errors import UserError, _
+from jetson_ft.files import disk_errors, expand_user
+
+CHOOSE_TEMPLATE = _(
+    "Set `data.chat_template`: to `chatml`, which keeps every message, or to a file with a "
+    "template of your own."
+)
+
+# By name. No turn changes when others follow it, so that every answer is trained on.
+TEMPLATES = {
+    # The control tokens of Qwen, SmolLM and others, with their form of tool calls.
+    "chatml": """\
+{%- if tools %}
+  {{- '<|im_start|>system\\n' }}
+  {%- if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n\\n' }}{% endif %}
+  {{- 'These functions can be called:\\n<tools>\\n' }}
+  {%- for tool in tools %}{{ (tool | tojson) + '\\n' }}{% endfor %}
+  {{- '</tools>\\nTo call one, write its name and arguments as JSON:\\n<tool_call>\\n' }}
+  {{- '{"name": ..., "arguments": {...}}\\n</tool_call><|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+  {%- if message['role'] == 'tool' %}
+    {{- '<|im_start|>user\\n<tool_response>\\n' + message['content'] }}
+    {{- '\\n</tool_response><|im_end|>\\n' }}
+  {%- elif not (tools and loop.first and message['role'] == 'system') %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] }}
+    {%- for call in message['tool_calls'] or [] %}
+      {{- '\\n' if message['content'] or not loop.first else '' }}
+      {{- '<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
+    # Text whose end token is supervised, so that the model learns to stop. GPT-2 style base models
+    # have no chat format; they get this one.
+    "plain": (
+        "{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'user' %}{{ 'Human:\\n' + message['content'] + '\\n\\n' }}"
+        "{% elif message['role'] == 'assistant' %}"
+        "{{ 'Assistant:\\n' + message['content'] + eos_token + '\\n\\n' }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
+    ),
+}
+
+
+def read_template(name: str) -> str:
+    """Return the shipped template of that name, or the text of a file.
+
+    Raises:
+        UserError: there is neither, or the file is empty or not UTF-8.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    path = expand_user(name)
+    fix = _("`data.chat_template` takes a file with Jinja text, or one of {names}.")
+    names = ", ".join(TEMPLATES)
+    if not path.is_file():
+        raise UserError(_("Chat template not found."), name, fix, names=names)
+    with disk_errors(path):
+        content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            _("The chat template is not UTF-8 text."), name, fix, names=names
+        ) from error
+    if not text.strip():
+        raise UserError(_("The chat template is empty."), name, fix, names=names)
+    return text
