@@ -165,6 +165,9 @@ def load_model(base: BaseModelFiles, weights: WeightFormat, device: str) -> PreT
         )
     model.requires_grad_(False)
     _repair_quantized_layers(model)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # transformers 5.20, which JetPack 6's Python is limited to, drops the soft cap elsewhere.
+        model.set_attn_implementation("eager")
     # While replies are written, the head's input is the last position of each row, with strides.
     # For such an input PyTorch's `linear` on a CPU copies the whole weight matrix for each row.
     head = model.get_output_embeddings()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import write_gguf
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, PhiConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Gemma2Config, PhiConfig
 
 from jetson_ft.adapter import attach_adapter
 from jetson_ft.data.templates import TEMPLATES
@@ -195,6 +195,17 @@ def test_a_model_without_sdpa_loads_too(tmp_path: Path) -> None:
 
 
 # Files that are damaged, or must not be loaded
+
+
+def test_a_model_with_soft_capped_scores_has_eager_attention(tmp_path: Path) -> None:
+    """transformers 5.20 would load it with another one, which has no cap."""
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(resolve_model(str(tmp_path)), WeightFormat("fp32"), "cpu")
+    assert model.config._attn_implementation == "eager"
 
 
 def cut_weights(folder: Path) -> None:
