@@ -14,7 +14,6 @@ from chat_templates import (
     LLAMA_2,
     LLAMA_3,
     NO_PROMPT,
-    NO_SYSTEM,
     PHI_3,
     QWEN_3,
     QWEN_3_THINKING,
@@ -443,7 +442,7 @@ def test_hostile_template_is_refused_and_runs_nothing(
 
 
 def test_template_that_refuses_system_messages_is_reported(chat: Any) -> None:
-    chat.chat_template = NO_SYSTEM
+    chat.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(UserError) as caught:
         encode(chat, messages_of(CONVERSATIONS["system"]))
     assert "System role not supported" in str(caught.value.what)

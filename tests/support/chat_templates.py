@@ -75,4 +75,3 @@ LLAMA_3 = (
 )
 SHOUTING = "{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}"
 STRIKING = "{% for m in messages %}{{ m['content'] | replace('X', '') + eos_token }}{% endfor %}"
-NO_SYSTEM = "{{ raise_exception('System role not supported') }}"
