@@ -164,7 +164,10 @@ def print_end(run: Run, state: State) -> None:
         show("This machine's part is done; adapter and report are on machine 0.")
     else:
         report = run.report()
-        print_figures(report)
+        if report["eval"]:
+            print_figures(report)
+        else:
+            show(f"warning: {report['comparison_error']}")
         train = report["train"]
         show(
             f"{train['steps']} steps, {train['tokens']:,} tokens in "

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from jetson_ft.data.chat_template import ANSWER
 from jetson_ft.data.formats import ChatMessage
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class LengthHistogram:
         return sum(part for _, part in self.groups) / sum(size for size, _ in self.groups)
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens that are not supervised, in the group with the most of them."""
+        return math.ceil(max(size - supervised for size, supervised in self.groups))
+
+    @property
     def token_weighted_mean_length(self) -> float:
         """Mean tokens of the row that a token is in, over all tokens: E[n²] / E[n]."""
         return sum(size**2 for size, _ in self.groups) / sum(size for size, _ in self.groups)
@@ -64,6 +70,17 @@ def measure_lengths(encoded: Dataset) -> LengthHistogram:
     """Return the histogram of rows that `tokenize_rows` has encoded."""
     columns = encoded.with_format("numpy")
     return lengths_from_counts(columns["length"][:], columns["supervised"][:])
+
+
+def longest_prompt(encoded: Dataset) -> int:
+    """Return the most tokens before the last answer of a row."""
+    longest = 0
+    for segments in encoded["segments"]:
+        start = len(segments) - segments[::-1].index(ANSWER) - 1
+        while start and segments[start - 1] == ANSWER:
+            start -= 1
+        longest = max(longest, start)
+    return longest
 
 
 def lengths_from_counts(sizes: Any, supervised: Any) -> LengthHistogram:

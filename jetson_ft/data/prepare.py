@@ -30,6 +30,11 @@ class PreparedRows:
         """Characters of all held-out answers."""
         return int(sum(self.heldout["answer_characters"]))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(int(tokenize.token_counts(part).max()) for part in (self.train, self.heldout))
+
 
 def prepare_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> PreparedRows:
     """Return the training and held-out rows as token ids.

@@ -17,10 +17,10 @@ from jetson_ft.data.chat_template import CONTEXT, encode
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.data.lengths import LengthHistogram
 from jetson_ft.data.prepare import prepare_rows
-from jetson_ft.errors import Message, UserError, _, joined
+from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device
-from jetson_ft.models import catalog, files, loading
+from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.models.dims import Coverage, ModelDims
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
@@ -150,6 +150,7 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     try:
         if base and has_tokenizer:
             rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
+            positions.check_longest_row(base, rows.longest)
             source = f"rows: {len(rows.train):,} read from {data.train} and tokenized"
             return describe_workload(recipe, _ANY_WEIGHTS, base, rows), [model_source, source]
         read, _report = store.read_source(
@@ -220,7 +221,10 @@ def _workload(recipe: Recipe, dims: ModelDims, known: LengthHistogram) -> Worklo
             heldout = data.heldout
         heldout = min(heldout, rows.rows - 1)
         train = replace(rows, rows=rows.rows - heldout)
-    return Workload(dims, _ANY_WEIGHTS, recipe.lora, recipe.train, train, heldout * train.mean)
+    return Workload(
+        dims, _ANY_WEIGHTS, recipe.lora, recipe.train, train, heldout * train.mean,
+        longest_prompt=train.longest_prompt, reply_tokens=recipe.eval.max_new_tokens,
+    )  # fmt: skip
 
 
 # --- all known models -------------------------------------------------------------------------
@@ -288,17 +292,25 @@ class DryRun:
     rows_per_step: float
     forecast: DeviceForecast  # of this machine
     coverage: Coverage  # of the model by adapters and quantization
+    warning: Message | None = None  # about the rows
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `train --dry-run --json` prints."""
-        recipe, coverage = self.recipe.model_dump(), self.coverage.as_json()
-        return {"schema": 1, **asdict(self), "recipe": recipe, "coverage": coverage}
+        changed = {"recipe": self.recipe.model_dump(), "coverage": self.coverage.as_json()}
+        if self.warning:
+            changed |= messages_as_json(warning=self.warning)
+        return {"schema": 1, **asdict(self), **changed}
 
 
 def dry_run(recipe: Recipe) -> DryRun:
-    """Read and tokenize the rows as a run would, and plan its steps; load no weights."""
+    """Read and tokenize the rows as a run would, and plan its steps; load no weights.
+
+    Raises:
+        UserError: the model or the rows can't be used, or don't fit together.
+    """
     base = files.resolve_model(recipe.model, weights=False)
     rows = prepare_rows(recipe.data, loading.load_tokenizer(base, recipe.data.chat_template))
+    warning = positions.check_longest_row(base, rows.longest)
     lengths = tokenize.token_counts(rows.train)
     steps = plan_steps(lengths, recipe.train)
     workload = describe_workload(recipe, _ANY_WEIGHTS, base, rows)
@@ -310,6 +322,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         rows_per_step=sum(map(len, steps)) / max(1, len(steps)),
         forecast=forecast_here(recipe, workload),
         coverage=_coverage(recipe, workload),
+        warning=warning,
     )
 
 

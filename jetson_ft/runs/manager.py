@@ -33,7 +33,7 @@ from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors, expand_user, printable, staged, write_atomic, write_json
 from jetson_ft.hardware import detect
-from jetson_ft.models import catalog, files
+from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.recipe import Layout, Recipe
 from jetson_ft.runs import exit_status, processes, store
 from jetson_ft.runs.processes import DistributedConfig
@@ -65,13 +65,15 @@ def default_recipe(
 def check_recipe(recipe: Recipe) -> None:
     """Raise `UserError` if the model can't be trained, or the data has no row that can be used.
 
-    Data sets on the hub are fetched, and small files of models there.
+    Data sets on the hub are fetched, and small files of models there. All rows are tokenized where
+    `data.max_length` allows longer ones than the model does.
     """
+    base = None
     if recipe.model == "embedded":
         dims = catalog.KNOWN_DIMS[recipe.model]
     else:
-        is_local = expand_user(recipe.model).exists()
-        dims = catalog.model_dims(files.resolve_model(recipe.model, weights=is_local))
+        base = files.resolve_model(recipe.model, weights=expand_user(recipe.model).exists())
+        dims = catalog.model_dims(base)
     check_target_modules(dims, recipe.lora.target_modules)
     data = recipe.data
     columns: Mapping[str, str] = data.columns.chosen()
@@ -82,6 +84,14 @@ def check_recipe(recipe: Recipe) -> None:
         source = sources.resolve_source(data.heldout)
         columns = rows_store.heldout_columns(source, columns)
         _check_rows(source, "auto", "auto", data.on_invalid, columns)
+    if base:
+        config = loading.load_config(base)
+        limit = positions.max_positions(config)
+        if limit and limit < data.max_length and positions.config_table_size(config):
+            from jetson_ft.data.prepare import prepare_rows
+
+            rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
+            positions.check_longest_row(base, rows.longest)
 
 
 def _check_rows(

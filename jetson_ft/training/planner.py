@@ -99,15 +99,33 @@ def memory_budget(workload: Workload, device: Device) -> float:
 def candidate_plans(workload: Workload, device: Device) -> Iterator[Plan]:
     """Yield every possible plan, fastest first; the last one takes the least memory.
 
-    Micro-batches are no larger than a step and no smaller than the longest row.
+    Micro-batches are no larger than a step and no smaller than the longest row. The peak is that of
+    training, or of the comparison with one reply at a time, if that takes more.
     """
+    reply = cost_model.predict_reply_memory(workload, device, 1, workload.longest_prompt)
     step, longest = workload.train.tokens_per_step, workload.lengths.longest
     allowed = cost_model.COST_MODELS[device.kind].micro_batches[workload.weights.bytes_per_number]
     sizes = sorted({max(longest, min(size, step)) for size in allowed}, reverse=True)
     for checkpointing in (False, True):
         for size in sizes:
-            parts = cost_model.predict_memory(workload, device, size, checkpointing)
+            training = cost_model.predict_memory(workload, device, size, checkpointing)
+            parts = max(training, reply, key=lambda parts: sum(parts.values()))
             yield Plan(size, checkpointing, workload.shards, sum(parts.values()), None, parts)
+
+
+def reply_batch_size(workload: Workload, device: Device, plan: Plan, width: int) -> int:
+    """Return how many replies the comparison can generate at a time within the plan's peak.
+
+    Args:
+        width: tokens of the batch's longest prompt.
+    """
+    rows = 1
+    while rows < cost_model.MAX_REPLY_BATCH:
+        parts = cost_model.predict_reply_memory(workload, device, rows + 1, width)
+        if sum(parts.values()) > plan.peak_memory_bytes:
+            break
+        rows += 1
+    return rows
 
 
 def least_memory(workload: Workload, device: Device) -> int:

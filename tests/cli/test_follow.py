@@ -256,3 +256,14 @@ def test_finished_run_prints_figures_and_paths(
     assert "40 steps, 90,000 tokens in 4 min 05 s (367 tokens/s), peak memory 2.00 GiB" in text
     for place in (run.adapter, run.path / "report.html", f"jetson-ft chat {run.name}"):
         assert str(place) in text
+
+
+def test_finished_run_without_comparison_prints_why(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = report() | {"eval": None, "comparison_error": "Out of memory."}
+    write_json(run.path / "report.json", failed)
+    follow.print_end(run, run.state())
+    text = capsys.readouterr().out
+    assert "warning: Out of memory." in text and "40 steps, 90,000 tokens" in text
+    assert "held-out" not in text

@@ -113,3 +113,23 @@ def tokenized(path: Path) -> Any:
     tokenizer = loading.load_tokenizer(BaseModelFiles("embedded", gguf.parent, gguf.name))
     rows, _ = store.read_source(sources.resolve_source(str(path)))
     return tokenize.tokenize_rows(rows, str(path), tokenizer, 512)[0]
+
+
+@given(st.lists(st.lists(st.sampled_from("cae"), min_size=1, max_size=9), min_size=1, max_size=4))
+def test_longest_prompt_ends_where_a_rows_last_answer_begins(roles: list[list[str]]) -> None:
+    from datasets import Dataset
+
+    rows = [[*row, "c", "a"] if "a" not in row else row for row in roles]
+    expected = 0
+    for row in rows:
+        starts = [i for i, role in enumerate(row) if role == "a" and row[:i][-1:] != ["a"]]
+        expected = max(expected, starts[-1])
+    encoded = Dataset.from_dict({"segments": [["cae".index(role) for role in row] for row in rows]})
+    assert lengths.longest_prompt(encoded) == expected
+
+
+@given(ROWS)
+def test_longest_prompt_of_a_histogram_is_that_of_its_groups(rows: list[tuple[int, int]]) -> None:
+    sizes, supervised = np.array(rows[:40]).T
+    histogram = lengths.lengths_from_counts(sizes, supervised)
+    assert histogram.longest_prompt == max(sizes - supervised)

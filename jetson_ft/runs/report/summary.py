@@ -144,11 +144,19 @@ def sensor_warnings(sensors: dict[str, Any] | None) -> list[Message]:
 
 def _warnings(report: dict[str, Any]) -> list[Message]:
     notices = map(Message.from_json, report["data"]["train"].get("notices", []))
-    return [*sensor_warnings(report["sensors"]), *notices]
+    warnings = [*sensor_warnings(report["sensors"]), *notices]
+    if not report["eval"]:
+        warnings.append(Message.from_json(report["messages"]["comparison_error"]))
+    return warnings
 
 
 def metric_rows(report: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the before/after table: key, name (template), formatted values, and a verdict."""
+    """Return the before/after table: key, name (template), formatted values, and a verdict.
+
+    It is empty where the comparison failed.
+    """
+    if not report["eval"]:
+        return []
     rows = []
     for key, name, number, sign in METRICS:
         before, after = report["eval"]["before"][key], report["eval"]["after"][key]
@@ -162,6 +170,8 @@ def metric_rows(report: dict[str, Any]) -> list[dict[str, str]]:
 
 def sample_pairs(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the sample conversations, with the replies of both models."""
+    if not report["eval"]:
+        return []
     before, after = (report["eval"][side]["samples"] for side in ("before", "after"))
     return [
         {**old, "before": old["reply"], "after": new["reply"]}
@@ -182,11 +192,11 @@ def render_markdown(name: str, report: dict[str, Any]) -> str:
         f"{report['device']['board'] or report['device']['name']}{energy_phrase(report)}.",
         *(f"\n{message}" for message in _warnings(report)),
         "",
-        f"| {report['eval']['rows']} held-out rows | base | adapter |",
-        "|---|---:|---:|",
-        *("| {name} | {before} | {after} |".format(**row) for row in metric_rows(report)),
-        "",
     ]
+    if report["eval"]:
+        lines += [f"| {report['eval']['rows']} held-out rows | base | adapter |", "|---|---:|---:|"]
+        lines += ["| {name} | {before} | {after} |".format(**row) for row in metric_rows(report)]
+        lines.append("")
     for number, pair in enumerate(sample_pairs(report), 1):
         lines += [f"## Pair {number}", ""]
         lines += [_quoted(message["role"], message["content"]) for message in pair["messages"]]
