@@ -106,7 +106,7 @@ def generate_replies(
     ]
     replies: dict[int, Reply] = {}
     progress(0, len(prompts))
-    for start, end in plan_batches(widths, sizes, _STEP_COST * max_new_tokens):
+    for start, end in plan_batches(widths, sizes, STEP_COST * max_new_tokens):
         batch = [prompts[index] for index in order[start:end]]
         greedy = Sampling(int(spaces[end - 1]), temperature=0.0, repetition_penalty=1.0)
         output = _generate(model, tokenizer, batch, eos_ids, greedy)
@@ -118,7 +118,7 @@ def generate_replies(
 
 # The cost of one decoding step of a batch, which reads all weights, in prompt tokens. It is the
 # ratio of arithmetic to memory bandwidth, which is about the same on CPUs and GPUs.
-_STEP_COST = 32
+STEP_COST = 32
 
 
 def plan_batches(

@@ -81,7 +81,7 @@ def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
         f"Boards reach {efficiency:.0%} of their FP16 peak in training (assumed).",
         "That peak is inferred from cores and clock: 16 operations per core and cycle.",
         "An 8 GB module has 5.2 GB for a run; other sizes by a rule from that one.",
-        "Early stopping is not foreseen; writing replies for the comparison is not counted.",
+        "Early stopping is not foreseen. `besides`: loading, and replies for the comparison.",
         "Predicted; no board has run this yet.",
         "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
     ]
@@ -223,7 +223,8 @@ def _workload(recipe: Recipe, dims: ModelDims, known: LengthHistogram) -> Worklo
         train = replace(rows, rows=rows.rows - heldout)
     return Workload(
         dims, _ANY_WEIGHTS, recipe.lora, recipe.train, train, heldout * train.mean,
-        longest_prompt=train.longest_prompt, reply_tokens=recipe.eval.max_new_tokens,
+        heldout_rows=heldout, longest_prompt=train.longest_prompt,
+        reply_tokens=recipe.eval.max_new_tokens,
     )  # fmt: skip
 
 

@@ -69,6 +69,11 @@ MARGIN = 0.05  # chosen: share of the free memory that is kept free
 # Bytes per attention score (fp32); an upper bound, as a CPU holds one block of queries at a time.
 _SCORE_BYTES = 4
 MAX_REPLY_BATCH = 36
+# Measured with the quickstart on a CPU: 66 replies of 48 tokens for either side took 27 s.
+_REPLY_EFFICIENCY = 0.65  # of the rate of training
+STEP_COST = 32  # of a decoding step, in prompt tokens; `inference.generate` has the same number
+_START_SECONDS = 8.0  # measured on a CPU, most of it imports
+_LOAD_BYTES_PER_SECOND = 5e8  # guessed, for an NVMe disk
 _LORA_BYTES = 16  # fp32: weight, gradient, and AdamW's two moments
 _NF4_BLOCK = 64  # weights that share a scale (QLoRA: Dettmers et al. 2023, section 3)
 _NF4_SUPER_BLOCK = 256  # scales that share one, when they are quantized to a byte too
@@ -85,6 +90,7 @@ class Workload:
     lengths: LengthHistogram  # of the training rows, cut at `max_length`
     heldout_tokens: float
     shards: int = 1  # processes that the frozen layers are split among
+    heldout_rows: int = 0
     longest_prompt: int = 0  # tokens, of the comparison
     reply_tokens: int = 0  # at most, of a reply in the comparison
 
@@ -127,6 +133,7 @@ def describe_workload(
         train=recipe.train,
         lengths=measure_lengths(rows.train),
         heldout_tokens=float(token_counts(rows.heldout).sum()),
+        heldout_rows=len(rows.heldout),
         longest_prompt=longest_prompt(rows.heldout),
         reply_tokens=recipe.eval.max_new_tokens,
     )
@@ -310,6 +317,24 @@ def predict_seconds(workload: Workload, kind: str, flops: float, checkpointing: 
     evaluations = 1 + math.ceil(steps / every)  # before training, at intervals, at the end
     forward = _flops(workload, linear=1, lora=1, attention=1, head=1)
     return tokens / speed + evaluations * heldout * forward / rate
+
+
+def predict_other_seconds(workload: Workload, kind: str, flops: float) -> float:
+    """Return the time of loading before training and of the comparison after it; both are rough.
+
+    Replies are generated for base and adapter, in batches: a decoding step of a batch costs as much
+    as `STEP_COST` tokens of a prompt, and one token for each reply (`inference.generate`).
+    """
+    weights = workload.weights
+    whole = weight_bytes(workload.dims, weights)
+    loading = _START_SECONDS + whole / _LOAD_BYTES_PER_SECOND
+    costs, rows = COST_MODELS[kind], workload.heldout_rows
+    batches_of_replies = math.ceil(rows / MAX_REPLY_BATCH)
+    generated = workload.reply_tokens * (rows + STEP_COST * batches_of_replies)
+    share = costs.efficiency[weights.bytes_per_number] * costs.quantized[weights.quantize]
+    forward = _flops(workload, linear=1, lora=1, attention=1, head=1)
+    tokens = 2 * (workload.heldout_tokens + generated)
+    return loading + tokens * forward / (flops * share * _REPLY_EFFICIENCY)
 
 
 def tokens_to_train(workload: Workload) -> float:

@@ -25,7 +25,8 @@ class Plan:
     checkpointing: bool
     shards: int = 1  # processes that share the frozen layers; 1: each has all of them
     peak_memory_bytes: int = 0
-    seconds: float | None = None
+    seconds: float | None = None  # of training, with the held-out measurements
+    other_seconds: float | None = None  # of loading before it and the comparison after it
     parts: dict[str, int] = field(default_factory=dict)  # bytes of the peak; `predict_memory`
 
     def as_json(self) -> dict[str, Any]:
@@ -65,7 +66,8 @@ def best_plan(workload: Workload, device: Device, flops: float) -> Plan | None:
     for plan in candidate_plans(workload, device):
         if plan.peak_memory_bytes <= budget:
             seconds = cost_model.predict_seconds(workload, device.kind, flops, plan.checkpointing)
-            return replace(plan, seconds=seconds)
+            others = cost_model.predict_other_seconds(workload, device.kind, flops)
+            return replace(plan, seconds=seconds, other_seconds=others)
     return None
 
 
@@ -110,7 +112,8 @@ def candidate_plans(workload: Workload, device: Device) -> Iterator[Plan]:
         for size in sizes:
             training = cost_model.predict_memory(workload, device, size, checkpointing)
             parts = max(training, reply, key=lambda parts: sum(parts.values()))
-            yield Plan(size, checkpointing, workload.shards, sum(parts.values()), None, parts)
+            peak = sum(parts.values())
+            yield Plan(size, checkpointing, workload.shards, peak, parts=parts)
 
 
 def reply_batch_size(workload: Workload, device: Device, plan: Plan, width: int) -> int:

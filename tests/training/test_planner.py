@@ -315,6 +315,21 @@ def test_a_cpus_time_depends_on_the_arithmetic_and_the_weights() -> None:
     assert list(shares.values()) == pytest.approx([0.55, 0.43, 0.43 * 0.95, 0.43 * 0.95])
 
 
+def test_the_quickstarts_comparison_and_loading_take_the_measured_time() -> None:
+    """Measured with 66 long rows on a CPU of 440 GFLOP/s in bf16: 27 s, and 10 s until training."""
+    from jetson_ft.inference import generate
+
+    rows = lengths.KNOWN_LENGTHS["bundled", "embedded"]
+    one = replace(
+        workload(KNOWN_DIMS["embedded"]), lengths=rows, heldout_rows=66,
+        heldout_tokens=66 * 130.0, reply_tokens=48,
+    )  # fmt: skip
+    assert cost_model.predict_other_seconds(one, "cpu", 4.4e11) == pytest.approx(37, rel=0.3)
+    short = replace(one, reply_tokens=24)
+    assert cost_model.predict_other_seconds(short, "cpu", 4.4e11) < 32
+    assert cost_model.STEP_COST == generate.STEP_COST
+
+
 def test_the_heads_logits_are_counted_by_its_chunks() -> None:
     """SmolLM2's 49,152: 341 positions in bf16, 42 of them in fp32 too, and all their gradients."""
     one = workload(KNOWN_DIMS["embedded"])
