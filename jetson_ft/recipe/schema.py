@@ -98,8 +98,8 @@ class DataRecipe(_Section):
             "Rows to train on: `bundled` or `bundled-short` (Chinese rows that come with the "
             "program, with long or short answers), a file (.json, .jsonl, .csv, .txt, .parquet, "
             ".json.gz, .jsonl.gz, .csv.gz, .txt.gz, or .zip with one of them) or a Hub data set id "
-            "such as `owner/name`. Or a list of these, each as a name or with a part of its rows, "
-            "as `{source: NAME, share: 0.5}` or `{source: NAME, rows: 1000}`."
+            "such as `owner/name`. Or a list of these, each a name or a mapping of `source` (the "
+            "name) and `share` (0.5: half of its rows) or `rows` (at most that many)."
         ),
     )
     heldout: Count | Text = Field(
@@ -356,7 +356,7 @@ def type_name(annotation: Any) -> Message:
     if get_origin(annotation) is list:
         values = {"item": type_name(*get_args(annotation))}
         return Message(_("a list, each item {item}"), values)
-    if isinstance(annotation, type):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return Message(_("a mapping of {keys}"), {"keys": ", ".join(annotation.model_fields)})
     return reduce(
         lambda one, other: Message(_("{one} or {other}"), {"one": one, "other": other}),

@@ -120,12 +120,13 @@ def test_an_address_with_copy_fills_the_form(tmp_path: Path) -> None:
 
 def test_an_inspection_marks_the_trained_text() -> None:
     result = {
-        "read": {"rows_read": 3, "rows_kept": 2, "layout": "alpaca", "encoding": "utf-8",
-                 "duplicates": 0,
-                 "dropped": {"no answer": {"count": 1, "where": ["line 2"],
-                                           "message": Message("no answer").as_json(),
-                                           "places": [Message("line {line}",
-                                                              {"line": 2}).as_json()]}}},
+        "sources": [{"name": "a.json", "read": {
+            "rows_read": 3, "rows_kept": 2, "layout": "alpaca", "encoding": "utf-8",
+            "duplicates": 0,
+            "dropped": {"no answer": {"count": 1, "where": ["line 2"],
+                                      "message": Message("no answer").as_json(),
+                                      "places": [Message("line {line}", {"line": 2}).as_json()]}},
+        }}],
         "tokens": {"tokens": 50, "supervised_tokens": 20, "tokens_per_character": 1.5,
                    "truncated": 0, "lengths": {"p50": 10, "p90": 20, "p99": 30, "max": 31}},
         "max_length": 1024, "previews": [[["<b>question", False], ["answer", True]]],
