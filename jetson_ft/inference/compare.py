@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from jetson_ft.data.chat_template import end_ids, prompt_and_reference, until_last_trained
+from jetson_ft.data.formats import TEXT
 from jetson_ft.inference.generate import Reply, generate_replies
 from jetson_ft.inference.metrics import reply_metrics
 from jetson_ft.kernels import attention
@@ -34,7 +35,7 @@ def compare_adapter(
 
     Args:
         conversations: held-out rows (messages, perhaps tools); the last answer that is trained on
-            is the reference.
+            is the reference, of a document the text after its beginning.
         packs: the same rows as tokens.
         characters: of all reference answers.
         samples: rows whose replies are part of the result.
@@ -46,12 +47,23 @@ def compare_adapter(
         `report.json`'s `eval` and, under "generation", how the replies were generated.
     """
     pairs = [
-        prompt_and_reference(tokenizer, row["messages"], row.get("tools") or "")
+        prompt_and_reference(tokenizer, row["messages"], row.get("tools") or "", max_new_tokens)
         for row in conversations
     ]
     prompts, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     eos_ids = end_ids(tokenizer, model)
-    result: dict[str, Any] = {"rows": len(conversations)}
+    documents, shown = 0, list(conversations)
+    for index, (row, (prompt, reference)) in enumerate(zip(conversations, pairs, strict=True)):
+        if row["messages"][0]["role"] == TEXT:
+            documents += 1
+            beginning = tokenizer.decode(prompt, skip_special_tokens=True)
+            shown[index] = {
+                "messages": [
+                    {"role": TEXT, "content": beginning},
+                    {"role": "assistant", "content": reference},
+                ]
+            }
+    result: dict[str, Any] = {"rows": len(conversations), "documents": documents}
     started = time.monotonic()
     for side in ("before", "after"):
         report = partial(progress, side)
@@ -66,7 +78,7 @@ def compare_adapter(
         result[side] = {
             **asdict(score),
             **reply_metrics(replies, references),
-            "samples": _select_samples(conversations, references, replies, samples),
+            "samples": _select_samples(shown, references, replies, samples),
         }
     seconds = round(time.monotonic() - started, 1)
     generation = {"method": "greedy", "max_new_tokens": max_new_tokens, "seconds": seconds}

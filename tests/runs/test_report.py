@@ -49,7 +49,7 @@ def test_report_has_exactly_the_documented_keys(made: dict[str, Any]) -> None:
     assert set(made) == TOP and made["schema"] == 1
     assert set(made["train"]) == TRAIN
     assert set(made["plan"]) == {"peak_memory_bytes", "seconds"}
-    assert set(made["eval"]) == {"rows", "before", "after"}
+    assert set(made["eval"]) == {"rows", "documents", "before", "after"}
     assert set(made["eval"]["before"]) == set(made["eval"]["after"]) == SIDE
     assert made["generation"].keys() >= {"method", "max_new_tokens"}
 
