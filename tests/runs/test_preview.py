@@ -67,6 +67,12 @@ def test_unusable_rows_are_counted_not_refused(tmp_path: Path, tiny_phi: Path) -
     assert len(preview.previews) == 1
 
 
+def test_preview_of_a_document_ends_at_max_length(tmp_path: Path, tiny_phi: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 1000)
+    (row,) = inspected(tmp_path / "a.txt", tiny_phi, max_length=20).previews
+    assert row == [("a" * 20, True)]
+
+
 def test_no_usable_row_is_refused(tmp_path: Path, tiny_phi: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("")

@@ -159,12 +159,12 @@ def _warnings(report: dict[str, Any]) -> list[Message]:
 def _is_text(report: dict[str, Any]) -> bool:
     """Return whether all held-out rows are plain text."""
     evaluated = report["eval"]
-    return bool(evaluated["documents"] == evaluated["rows"])
+    return bool(evaluated.get("documents") == evaluated["rows"])  # older runs don't have it
 
 
 def _sources(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the parts of the training sources, where there are several."""
-    sources: list[dict[str, Any]] = report["data"]["sources"]
+    sources: list[dict[str, Any]] = report["data"].get("sources", [])
     return sources if len(sources) > 1 else []
 
 
