@@ -202,8 +202,7 @@ def _heldout_sets(data: DataRecipe, taken: Sequence[TakenRows]) -> list[TakenRow
             source = Source(f"{name} held-out rows", (BUNDLED[name].heldout,))
         else:
             source = resolve_source(name)
-        layout = "text" if data.format == "text" and name not in BUNDLED else "auto"
-        columns = store.columns_of(source, "auto", data.columns.chosen())
+        layout, columns = store.heldout_settings(source, data)
         rows, report = store.read_cached(source, layout, "auto", data.on_invalid, columns)
         part = SourcePart(source.name, report, first)
         sets.append(TakenRows(part, rows, np.arange(len(rows))))

@@ -25,7 +25,7 @@ from jetson_ft.data.report import FIXES, MAX_NAME, ReadReport, check_dropped
 from jetson_ft.data.sources import Source
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import cache_dir, cached_sha256, printable, read_json, staged, write_json
-from jetson_ft.recipe import Layout
+from jetson_ft.recipe import DataRecipe, Layout
 
 if TYPE_CHECKING:
     import datasets
@@ -73,6 +73,19 @@ def columns_of(source: Source, encoding: str, columns: Mapping[str, str]) -> Map
     if any(part in columns and part not in present for part in ("question", "answer")):
         present = {k: name for k, name in present.items() if k not in ("question", "answer")}
     return present
+
+
+def heldout_settings(source: Source, data: DataRecipe) -> tuple[str, Mapping[str, str]]:
+    """Return the layout and the columns for held-out rows, whose layout is detected.
+
+    Where the training rows are set to be text, those of no known layout are too.
+    """
+    columns = columns_of(source, "auto", data.columns.chosen())
+    if data.format != "text":
+        return "auto", columns
+    first_rows = _first_rows(source, "auto")
+    is_known = any(layouts.detect_layout(row, columns) for row in first_rows)
+    return "auto" if is_known else "text", columns
 
 
 def hashes(rows: datasets.Dataset) -> Any:

@@ -83,6 +83,9 @@ class SourceRecipe(_Section):
         """Return the keys that have a value, for short lists in recipes."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
+    def __repr__(self) -> str:  # as a recipe has it, for messages about changed settings
+        return repr(self.model_dump())
+
     def __str__(self) -> str:
         if self.share is not None:
             return f"{self.source} (share {self.share:g})"

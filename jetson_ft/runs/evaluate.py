@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jetson_ft import adapter
 from jetson_ft.data import sources, tokenize
 from jetson_ft.data.prepare import prepare_rows
-from jetson_ft.data.store import columns_of, read_source
+from jetson_ft.data.store import heldout_settings, read_source
 from jetson_ft.hardware import detect
 from jetson_ft.kernels import attention
 from jetson_ft.kernels.packing import make_packs
@@ -38,8 +38,7 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
         conversations, encoded = list(rows.heldout_messages), rows.heldout
     else:
         source = sources.resolve_source(data)
-        columns = columns_of(source, "auto", recipe.data.columns.chosen())
-        layout = "text" if recipe.data.format == "text" else "auto"
+        layout, columns = heldout_settings(source, recipe.data)
         messages, report = read_source(
             source, layout=layout, on_invalid=recipe.data.on_invalid, columns=columns
         )

@@ -80,8 +80,7 @@ def check_recipe(recipe: Recipe) -> None:
         _check_rows(source, data.format, data.encoding, data.on_invalid, own)
     if isinstance(data.heldout, str) and data.heldout not in ("auto", *sources.BUNDLED):
         source = sources.resolve_source(data.heldout)
-        columns = rows_store.columns_of(source, "auto", columns)
-        layout = "text" if data.format == "text" else "auto"
+        layout, columns = rows_store.heldout_settings(source, data)
         _check_rows(source, layout, "auto", data.on_invalid, columns)
 
 

@@ -292,3 +292,5 @@ def test_heldout_file_of_text_is_read_as_text(tmp_path: Path) -> None:
     for options in ({"format": "text"}, {"columns": {"text": "content"}}):
         data = DataRecipe.model_validate({"train": names[0], "heldout": names[1], **options})
         assert answers(splitting.split_rows(data)[1]) == ["文2"]
+    data = DataRecipe.model_validate({"train": names[0], "heldout": "bundled", "format": "text"})
+    assert len(splitting.split_rows(data)[1]) == 66  # conversations, by their own layout

@@ -189,6 +189,11 @@ def test_list_of_sources_is_read_from_the_file_and_from_overrides() -> None:
     sources = [SourceRecipe(source="a.json"), SourceRecipe(source="b", share=0.25)]
     assert data.sources() == sources
     assert data.train_names() == "a.json, b (share 0.25)"
+    assert repr(data.sources()) == "[{'source': 'a.json'}, {'source': 'b', 'share': 0.25}]"
+    data = data.model_copy()
+    data.rename_sources(str.upper)
+    assert data.train_names() == "A.JSON, B (share 0.25)"
+    data = recipes.parse_recipe(text).data
     override = "data.train=[a.json, {source: b, share: 0.25}]"
     assert recipes.parse_recipe("", "", [override]).data == data
     assert recipes.parse_recipe("", "", ["data.train=c.json"]).data.sources() == [
