@@ -39,16 +39,20 @@ chat: setup ## chat with the newest adapter (RUN=NAME: with that run's)
 webui: setup ## the page on http://127.0.0.1:7860 (HOST=0.0.0.0: for the network, with a token)
 	@exec $(BIN)/jetson-ft webui$(if $(HOST), --host $(call quote,$(HOST)))
 
-# PROFILE names a file of build arguments; ARGS adds some: ARGS="PIP_INDEX_URL=https://…".
-docker-build: export IMAGE ?= jetson-ft:$(or $(PROFILE),jp6)
-docker-build: ## the container image (PROFILE=jp7: JetPack 7, ARGS="NAME=VALUE …": docs/docker.md)
+# $(profile): the name of a file of build arguments, PROFILE or the one for this board's JetPack.
+profile = $(or $(PROFILE),$(shell docker/profile.sh),$(error no profile for this board))
+build_arguments = $(shell grep -v '^#' $(or $(wildcard docker/$(profile).env),$(error docker/$(profile).env not found)))
+
+# ARGS adds build arguments: ARGS="PIP_INDEX_URL=https://…".
+docker-build: export IMAGE ?= jetson-ft:$(profile)
+docker-build: ## the container image (PROFILE=jp7: JetPack 7.2, ARGS="NAME=VALUE …": docs/docker.md)
 	@exec $(DOCKER) build --file docker/Dockerfile --tag "$$IMAGE" \
-		$(foreach arg,$(if $(PROFILE),$(shell grep -v '^#' docker/$(PROFILE).env)) $(ARGS),--build-arg $(call quote,$(arg))) \
+		$(foreach arg,$(build_arguments) $(ARGS),--build-arg $(call quote,$(arg))) \
 		--build-arg VERSION="$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' jetson_ft/__init__.py)" \
 		--build-arg REVISION="$$(git rev-parse --verify --quiet HEAD)" .
 
 docker-run docker-finetune: export HOST := $(HOST)
-docker-run docker-finetune: export IMAGE ?= jetson-ft:$(or $(PROFILE),jp6)
+docker-run docker-finetune: export IMAGE ?= jetson-ft:$(profile)
 docker-run docker-finetune: export DOCKER := $(DOCKER)
 docker-run: ## the page from the image (HOST=0.0.0.0: for the network, with a token)
 	@exec docker/run.sh webui
@@ -56,8 +60,8 @@ docker-run: ## the page from the image (HOST=0.0.0.0: for the network, with a to
 docker-finetune: ## fine-tune in the image (RECIPE=NAME, SET="lora.rank=32 train.epochs=1")
 	@exec docker/run.sh train$(if $(RECIPE), $(call quote,$(RECIPE)))$(foreach set,$(SET), --set $(call quote,$(set)))
 
-image-test: ## build the image on a substitute for NVIDIA's bases and use it (root, buildah; ARCH=arm64)
-	@exec $(PYTHON) scripts/image_test.py $(if $(ARCH),--arch $(call quote,$(ARCH)))
+image-test: ## build the image on a substitute for its base and use it (root, buildah; PROFILE=jp7, ARCH=arm64)
+	@exec $(PYTHON) scripts/image_test.py $(if $(PROFILE),--profile $(call quote,$(PROFILE))) $(if $(ARCH),--arch $(call quote,$(ARCH)))
 
 # In parallel, because they wait for different things: the package index, the processor, the disk.
 test: setup-dev ## everything CI runs

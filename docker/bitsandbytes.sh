@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# bitsandbytes.sh PACKAGE-FOLDER: replace the published package's CUDA kernels by kernels for this
-# board's GPU. On an Orin the published package imports, but fails at the first 4-bit weight.
+# bitsandbytes.sh PACKAGE-FOLDER: replace the published package's CUDA library by one built here.
+# Under JetPack 6 the published one imports, but fails at the first 4-bit weight: it is built with
+# the toolchain of Arm servers (SBSA), whose symbols don't match L4T's. Its sm_80 code would run.
 set -euo pipefail
 
 package=$1

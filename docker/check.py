@@ -84,18 +84,27 @@ def missing_libraries(listing: str) -> list[str]:
     return [name for name in names if not DRIVER.match(name)]
 
 
-def check_libraries(paths: Iterable[Path]) -> None:
+def check_libraries(paths: Iterable[Path], folders: Iterable[Path] = ()) -> None:
     """Check that these libraries and all that they need exist.
+
+    Args:
+        paths: the libraries.
+        folders: where torch loads NVIDIA's packages from. bitsandbytes, which has another path for
+            them, takes those that torch has loaded.
 
     Raises:
         CheckFailed: a library is missing.
     """
     missing: dict[str, str] = {}  # library -> a library that needs it
+    path_names = [*map(str, folders), os.environ.get("LD_LIBRARY_PATH", "")]
+    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, path_names))}
     for path in paths:
         if not path.exists():
             fix = "BNB_VERSION must have kernels for torch's CUDA."
             raise CheckFailed(f"{path} is missing.", fix)
-        run = subprocess.run(["ldd", str(path)], capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            ["ldd", str(path)], capture_output=True, text=True, check=True, env=environment
+        )
         missing.update(dict.fromkeys(missing_libraries(run.stdout), path.name))
     if missing:
         names = ", ".join(f"{name} (for {user})" for name, user in sorted(missing.items()))
@@ -111,7 +120,7 @@ def main() -> None:
     print(f"check: torch {version}, {'CUDA ' + cuda if cuda else 'a CPU build, as allowed'}")
     if "--load" in sys.argv[1:]:
         paths = libraries(torch, cuda)
-        check_libraries(paths)
+        check_libraries(paths, sorted(torch.parent.glob("nvidia/*/lib")))
         for name in ("torch", "bitsandbytes", "jetson_ft.runs.pipeline", "jetson_ft.webui.page"):
             import_module(name)
         print(f"check: {len(paths)} libraries with their dependencies, imports")

@@ -3,11 +3,11 @@
 #   docker/run.sh [webui]                  the page, for this board alone; HOST=0.0.0.0: the network
 #   docker/run.sh train RECIPE …, chat …   any other jetson-ft command
 #   docker/run.sh --env >docker/.env       print the same settings for docker/compose.yaml
-# Variables: IMAGE, HOST, PORT, HF_ENDPOINT, HF_TOKEN, DOCKER (e.g. podman).
+# Variables: IMAGE (by default the one for this board's JetPack), HOST, PORT, HF_ENDPOINT, HF_TOKEN, DOCKER (e.g. podman).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-image=${IMAGE:-jetson-ft:jp6}
+image=${IMAGE:-jetson-ft:$(docker/profile.sh)}
 # An IPv6 address needs brackets before a port.
 bracketed() {
     case $1 in

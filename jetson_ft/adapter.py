@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors, read_json, write_json
 from jetson_ft.models import loading
+from jetson_ft.models.dims import ModelDims, starred
 from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.layers import linear_layers
 from jetson_ft.recipe import LoraRecipe
 
 if TYPE_CHECKING:
@@ -26,14 +28,11 @@ def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) 
     """
     import torch
     from peft import LoraConfig, get_peft_model
+    from transformers.pytorch_utils import Conv1D
 
     from jetson_ft.kernels.lora_linear import register_layers
 
-    targets = lora.target_modules
-    if targets != "all-linear":
-        # A list even for a single name: PEFT takes a string for a pattern.
-        targets = [targets] if isinstance(targets, str) else targets
-        _check_targets(model, targets)
+    paths = _target_paths(model, lora.target_modules)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Else bitsandbytes (0.50) repacks nf4 weights at the first evaluation on a CPU. The
@@ -45,7 +44,8 @@ def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) 
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=targets,
+        target_modules=paths,
+        fan_in_fan_out=any(isinstance(model.get_submodule(path), Conv1D) for path in paths),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         task_type="CAUSAL_LM",
@@ -55,13 +55,48 @@ def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) 
     return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
-def _check_targets(model: Any, wanted: list[str]) -> None:
-    """Check that each name is the end of a linear layer's path, at a dot, as in PEFT."""
-    import torch
+def _target_paths(model: Any, targets: str | list[str]) -> list[str]:
+    """Return the paths of the layers that get an adapter."""
+    paths = [path for path, reason in linear_layers(model).items() if not reason]
+    names = _target_names(targets)
+    _check_targets(paths, {name: name for name in names})
+    ends = tuple(f".{name}" for name in names) or ("",)
+    return [path for path in paths if f".{path}".endswith(ends)]
 
-    paths = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+def check_target_modules(dims: ModelDims, targets: str | list[str]) -> None:
+    """Check the recipe's `target_modules` against a model's dimensions; no weights are needed.
+
+    Raises:
+        UserError: a name is no layer that can have an adapter, or the model has no such layer.
+    """
+    paths = [group.path for group in dims.linears if not group.no_adapter]
+    ends: dict[str, str] = {}
+    for name in _target_names(targets):
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        is_in_range = max(numbers, default=0) < dims.layers
+        ends[starred(name) if is_in_range else name] = name
+    _check_targets(paths, ends)
+
+
+def _target_names(targets: str | list[str]) -> list[str]:
+    if targets == "all-linear":
+        return []
+    return [targets] if isinstance(targets, str) else targets
+
+
+def _check_targets(paths: list[str], wanted: dict[str, str]) -> None:
+    """Check that each key is the end of a path, at a dot, as in PEFT; messages show the value."""
+    if not paths:
+        raise UserError(
+            _("No layer of this model can have an adapter."),
+            "lora.target_modules",
+            _("Choose another model."),
+        )
     linear = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    unknown = [name for name in wanted if not any(f".{p}".endswith(f".{name}") for p in paths)]
+    unknown = [
+        name for end, name in wanted.items() if not any(f".{p}".endswith(f".{end}") for p in paths)
+    ]
     if unknown:
         near: list[str] = []
         for name in unknown:

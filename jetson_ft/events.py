@@ -95,6 +95,9 @@ class WeightsLoaded(Event, kind="weights"):
 
     bytes: Annotated[dict[str, int], "by part: embedding, head, linear, adapter, other"]
     fused: Annotated[dict[str, int], "modules replaced by faster ones, by kind"]
+    adapter_parameters: Annotated[int | None, "that are trained"] = None
+    adapted_share: Annotated[float | None, "base weights with an adapter beside them"] = None
+    quantized_share: Annotated[float | None, "of the base weights"] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Build docker/Dockerfile on a substitute for NVIDIA's base images, then use the image.
+"""Build docker/Dockerfile on a substitute for the base images, then use the image.
 
-The substitute is a bare Debian with three empty libraries in place of CUDA's, and torch is the CPU
-build. docs/docker.md lists what this leaves untested. Needs root, buildah and debootstrap, but no
-Docker and no board. The images are deleted at the end; the bare Debian stays in .cache/. Another
+For JetPack 6 the substitute is a bare Debian with three empty libraries in place of CUDA's, and
+torch is the CPU build. For JetPack 7.2 (--profile jp7) it is Ubuntu 24.04, torch is the package
+index's build for CUDA 13, and NVIDIA's packages are installed: 4 GB to download, 20 GB of disk.
+docs/docker.md lists what this leaves untested. Needs root, buildah and debootstrap, but no
+Docker and no board. The images are deleted at the end; the bare systems stay in .cache/. Another
 processor's image (--arch arm64) also needs qemu-user-static and binfmt_misc, and up to an hour.
 This script runs on the system's Python with the standard library alone.
 """
@@ -27,14 +29,12 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE, STDOUT
 from typing import Any
 
+from image_base import CACHE, ROOT, TRIPLET, Failure, base_folder, run
 from installer import pip_settings, step
 
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = ROOT / ".cache" / "image-test"
-SUITE, PYTHON = "bookworm", "3.11"
+SUITES = {"jp6": "bookworm", "jp7": "noble"}
 # The newest on the package index that is a CPU build for that processor and fits the pins.
-TORCH = {"amd64": "2.13.0", "arm64": "2.8.0"}
-TRIPLET = {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
+CPU_TORCH = {"amd64": "2.13.0", "arm64": "2.8.0"}
 BASE, IMAGE = "localhost/base", "localhost/jetson-ft"
 NAMESPACES = ["--mount", "--pid", "--net", "--ipc", "--uts"]
 VOLUMES = ["cache", "srv/data", "srv/runs"]
@@ -57,20 +57,6 @@ config = LlamaConfig(
 LlamaForCausalLM(config).save_pretrained("data/tiny")
 tokenizer.save_pretrained("data/tiny")
 """
-
-
-class Failure(Exception):
-    pass
-
-
-def run(*command: object, **options: Any) -> str:
-    """Return the output of a command; raise Failure with its last lines if it fails."""
-    words = [str(word) for word in command]
-    process = subprocess.run(words, stdout=PIPE, stderr=STDOUT, errors="replace", **options)
-    if process.returncode:
-        tail = "\n".join(process.stdout.splitlines()[-25:])
-        raise Failure(f"{' '.join(words)[:200]}: exit code {process.returncode}\n{tail}")
-    return process.stdout
 
 
 def check(condition: object, message: object) -> None:
@@ -109,16 +95,8 @@ class Builder:
         self._run("copy", "--quiet", container, folder, "/")
         self._run("commit", "--quiet", "--rm", container, name)
 
-    def build(self, name: str, *options: str, **arguments: str) -> None:
-        """Build the Dockerfile with the substitute's build arguments and these.
-
-        build.log gets the output, each line with the seconds since the start.
-        """
-        arguments = {
-            "BASE_IMAGE": BASE, "RUNTIME_IMAGE": BASE, "PYTHON": PYTHON,
-            "TORCH_VERSION": TORCH[self._arch], "TORCH_INDEX": "", "BNB_SOURCE": "wheel",
-            **arguments,
-        }  # fmt: skip
+    def build(self, name: str, arguments: dict[str, str], *options: str) -> None:
+        """Build the Dockerfile; build.log gets the output, with the seconds since the start."""
         words = [*self._buildah, "build", "--format", "docker", "--network", "host"]
         words += ["--layers=false", "--arch", self._arch, "--pull-never", *options]
         words += [word for pair in arguments.items() for word in ("--build-arg", "=".join(pair))]
@@ -141,6 +119,22 @@ class Builder:
         return Path(self._run("mount", container)), inspected["Docker"]["config"]
 
 
+def build_arguments(profile: str, arch: str) -> dict[str, str]:
+    """Return a profile's build arguments, with those that its substitute needs in their place."""
+    lines = (ROOT / "docker" / f"{profile}.env").read_text().splitlines()
+    arguments = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+    arguments |= {"BASE_IMAGE": BASE, "RUNTIME_IMAGE": BASE, "TORCH_INDEX": ""}
+    return arguments if profile == "jp7" else arguments | cpu_arguments(arch)
+
+
+def cpu_arguments(arch: str) -> dict[str, str]:
+    """Return the build arguments of a build without CUDA on Debian 12."""
+    return {
+        "PYTHON": "3.11", "TORCH_VERSION": CPU_TORCH[arch], "BNB_SOURCE": "wheel",
+        "REQUIRE_CUDA": "0",
+    }  # fmt: skip
+
+
 def pip_volumes(work: Path) -> list[str]:
     """Return options that give the build's pip this machine's settings and the files they name."""
     mounts: dict[str, str] = {}
@@ -158,38 +152,6 @@ def pip_volumes(work: Path) -> list[str]:
     (work / "pip.conf").write_text("\n".join(lines) + "\n")
     mounts[str(work / "pip.conf")] = "/etc/pip.conf"
     return [word for pair in mounts.items() for word in ("--volume", f"{':'.join(pair)}:ro")]
-
-
-def base_folder(arch: str) -> Path:
-    """Return the substitute's root file system; download it on first use."""
-    folder, mark = CACHE / f"{SUITE}-{arch}", CACHE / f"{SUITE}-{arch}.done"
-    if not mark.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        run("debootstrap", f"--arch={arch}", "--variant=minbase", SUITE, folder)
-        for package in (folder / "var/cache/apt/archives").glob("*.deb"):
-            package.unlink()
-        add_cuda_stubs(folder, TRIPLET[arch])
-        mark.touch()
-    return folder
-
-
-def add_cuda_stubs(root: Path, triplet: str) -> None:
-    """Add libraries named like CUDA's, with the files and links of NVIDIA's base image."""
-    template = (root / "lib" / triplet / "libBrokenLocale.so.1").read_bytes()
-    system, cuda = root / "usr/lib" / triplet, root / "usr/local/cuda-12.6"
-    for folder, file, soname in (
-        (system, "libcudnn.so.9.3.0", "libcudnn.so.9"),
-        (system, "libcudnn_graph.so.9.3.0", "libcudnn_graph.so.9"),
-        (cuda / "extras/CUPTI/lib64", "libcupti.so.2024.3.2", "libcupti.so.12"),
-        (cuda / "lib64/stubs", "libnvToolsExt.so.1.0.0", "libnvToolsExt.so.1"),  # must stay behind
-    ):
-        folder.mkdir(parents=True, exist_ok=True)
-        old = b"libBrokenLocale.so.1\0"
-        assert template.count(old) == 1 and len(soname) < len(old)
-        (folder / file).write_bytes(template.replace(old, soname.encode().ljust(len(old), b"\0")))
-        (folder / soname).symlink_to(file)
-        (folder / soname.partition(".so")[0]).with_suffix(".so").symlink_to(soname)
 
 
 # --- running, as `docker run`, `docker exec` and `docker stop` ---
@@ -378,8 +340,11 @@ def check_image(root: Path, config: dict[str, Any], work: Path) -> None:
             check(other.wait(60) == 2 and "error:" in other.output(), other.output())
 
 
-def check_libraries(root: Path) -> None:
-    """Check that CUDA's libraries were copied once each, and linked in the image."""
+def check_libraries(root: Path, profile: str) -> None:
+    """Check that CUDA's libraries were copied once each, and linked in the image.
+
+    JetPack 7.2's base has none; torch's come with NVIDIA's packages.
+    """
     paths = (root / "opt/cuda-libs").iterdir()
     entries = {path.name: str(path.readlink()) if path.is_symlink() else "file" for path in paths}
     expected = {
@@ -387,6 +352,10 @@ def check_libraries(root: Path) -> None:
         "libcudnn_graph.so.9.3.0": "file", "libcudnn_graph.so.9": "libcudnn_graph.so.9.3.0",
         "libcupti.so.2024.3.2": "file", "libcupti.so.12": "libcupti.so.2024.3.2",
     }  # fmt: skip
+    if profile == "jp7":
+        expected = {}
+        name = "opt/venv/lib/python3.12/site-packages/nvidia/cu13/lib/libcublas.so.13"
+        check((root / name).exists(), f"{name} is missing")
     check(entries == expected, entries)
 
 
@@ -401,7 +370,7 @@ def print_sizes(root: Path) -> None:
     print("    packages: " + ", ".join(f"{Path(path).name} {size} MiB" for size, path in sizes[:8]))
 
 
-def main(arch: str, keep: bool) -> None:
+def main(profile: str, arch: str, keep: bool) -> None:
     missing = [name for name in ("buildah", "debootstrap", "unshare") if not shutil.which(name)]
     if os.geteuid() != 0 or missing:
         fix = "sudo apt install buildah debootstrap, then sudo make image-test"
@@ -413,29 +382,33 @@ def main(arch: str, keep: bool) -> None:
     print(f"Images and logs: {work}" + ("" if keep else " (deleted at the end)"))
     builder = Builder(work, arch)
     try:
-        with step(f"substitute for NVIDIA's base images: {SUITE}, {arch}"):
-            builder.commit_folder(base_folder(arch), BASE)
-        with step("build that requires CUDA: refused"):
-            try:
-                builder.build("localhost/refused", "--target", "build")
-            except Failure as failure:
-                check("is a CPU build" in str(failure), failure)
-            else:
-                raise Failure("the build accepted a CPU build of torch")
-        with step("build"):
-            builder.build(IMAGE, REQUIRE_CUDA="0")
+        with step(f"substitute for the base images: {SUITES[profile]}, {arch}"):
+            builder.commit_folder(base_folder(SUITES[profile], arch), BASE)
+        if profile == "jp6":
+            with step("build for JetPack 7.2 with a CPU build of torch: refused"):
+                arguments = build_arguments("jp7", arch) | cpu_arguments(arch)
+                try:
+                    arguments["REQUIRE_CUDA"] = "1"
+                    builder.build("localhost/refused", arguments, "--target", "build")
+                except Failure as failure:
+                    check("is a CPU build" in str(failure), failure)
+                else:
+                    raise Failure("the build accepted a CPU build of torch")
+        with step(f"build: {profile}"):
+            builder.build(IMAGE, build_arguments(profile, arch))
         root, config = builder.mount(IMAGE)
-        check_libraries(root)
+        check_libraries(root, profile)
         print_sizes(root)
         check_image(root, config, work)
     finally:
         if not keep:
             shutil.rmtree(work, ignore_errors=True)
-    print("skipped: CUDA, bitsandbytes from source, NVIDIA's container runtime; see docs/docker.md")
+    print("skipped: GPU, bitsandbytes from source, NVIDIA's container runtime; see docs/docker.md")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", default="jp6", choices=SUITES)
     parser.add_argument("--arch", default="amd64", choices=TRIPLET)
     parser.add_argument("--keep", action="store_true", help="keep the images and the logs")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
@@ -444,7 +417,7 @@ if __name__ == "__main__":
         enter_container(json.loads(arguments.inside))
     start = time.monotonic()
     try:
-        main(arguments.arch, arguments.keep)
+        main(arguments.profile, arguments.arch, arguments.keep)
     except Failure as failure:
         sys.exit(f"image-test: {failure}")
     print(f"image-test: {time.monotonic() - start:.0f} s")

@@ -47,6 +47,13 @@ LOCKS = [
         # The Jetson wheels of torch were built against numpy 1.
         "torch==2.8.0\ntransformers==5.20.2\nnumpy<2\n",
     ),
+    Lock(
+        "constraints/jetpack7-py312.txt",
+        "Pins for JetPack 7.2: aarch64, Python 3.12, the set that `make setup` installs there.",
+        "--python-platform aarch64-unknown-linux-gnu --python-version 3.12",
+        # The index of CUDA 13 builds has this version too; its packages of CUDA are left out.
+        "torch==2.13.0\n",
+    ),
 ]
 
 

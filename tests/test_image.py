@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -100,18 +101,42 @@ def test_every_install_is_followed_by_check_of_torch() -> None:
     assert users == [dict(DOCKERFILE)["USER"]]  # the check runs as the image's user
 
 
-def test_argument_defaults_match_setup_and_pins() -> None:
-    pins = (DOCKER.parent / arguments()["CONSTRAINTS"]).read_text()
-    assert f"torch=={arguments()['TORCH_VERSION']}\n" in pins
-    assert f"bitsandbytes=={arguments()['BNB_VERSION']}\n" in pins
-    assert f'"{arguments()["TORCH_INDEX"]}"' in (DOCKER.parent / "scripts" / "setup.py").read_text()
+def profile(name: str) -> dict[str, str]:
+    """Return the build arguments that a profile sets."""
+    lines = (DOCKER / f"{name}.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
 
-def test_profile_sets_declared_arguments_and_existing_files() -> None:
-    lines = (DOCKER / "jp7.env").read_text().splitlines()
-    given = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
-    assert given.keys() <= arguments().keys()
-    assert (DOCKER.parent / given["CONSTRAINTS"]).exists()
+@pytest.mark.parametrize("name", ["jp6", "jp7"])
+def test_arguments_of_a_profile_match_setup_and_pins(name: str) -> None:
+    assert profile(name).keys() <= arguments().keys()
+    values = {**arguments(), **profile(name)}
+    pins = (DOCKER.parent / values["CONSTRAINTS"]).read_text()
+    assert f"torch=={values['TORCH_VERSION']}\n" in pins
+    assert f"bitsandbytes=={values['BNB_VERSION']}\n" in pins
+    setup = (DOCKER.parent / "scripts" / "setup.py").read_text()
+    assert f'"{values["TORCH_INDEX"]}"' in setup and f'"{values["CONSTRAINTS"]}"' in setup
+    assert f"({values['PYTHON'].replace('.', ', ')})" in setup
+
+
+def test_jetpack_7_2_takes_published_packages_on_plain_ubuntu() -> None:
+    values = profile("jp7")
+    assert values["BASE_IMAGE"] == values["RUNTIME_IMAGE"] == "ubuntu:24.04"
+    assert (values["TORCH_DEPS"], values["BNB_SOURCE"]) == ("1", "wheel")
+
+
+def test_packages_of_cuda_come_with_the_other_packages_if_requested() -> None:
+    runs = [" ".join(text.split()) for kind, text in DOCKERFILE if kind == "RUN"]
+    torch, packages, _ = [text for text in runs if "pip install" in text]
+    assert 'pip install --no-compile --no-deps "torch==' in torch
+    assert "PIP_NO_DEPS=$((1 - TORCH_DEPS)) pip install --no-compile --constraint" in packages
+
+
+def test_image_asks_nvidias_runtime_for_the_driver() -> None:
+    """NVIDIA's bases set this variable, Ubuntu's doesn't."""
+    last = max(number for number, (kind, _) in enumerate(DOCKERFILE) if kind == "FROM")
+    environment = " ".join(text for kind, text in DOCKERFILE[last:] if kind == "ENV")
+    assert "NVIDIA_VISIBLE_DEVICES=all" in environment
 
 
 def test_image_runs_as_plain_user_under_init() -> None:
@@ -145,8 +170,9 @@ def test_unrequested_torch_ends_build_with_fix(
         check.check_torch(version, cuda, packages, arguments)
 
 
-def test_packages_pinned_for_jetpack_do_not_end_the_build() -> None:
-    pins = (DOCKER.parent / "constraints/jetpack6-py310.txt").read_text()
+@pytest.mark.parametrize("file", ["jetpack6-py310", "jetpack7-py312"])
+def test_packages_pinned_for_jetpack_do_not_end_the_build(file: str) -> None:
+    pins = (DOCKER.parent / f"constraints/{file}.txt").read_text()
     names = re.findall(r"^([\w.-]+)==", pins, re.MULTILINE)
     check.check_torch("2.8.0", "12.6", names, {"TORCH_VERSION": "2.8.0"})
 
@@ -187,6 +213,20 @@ def test_missing_library_is_named_with_its_user(tmp_path: Path, fake: FakeProgra
     check.check_libraries([library])
 
 
+def test_libraries_of_nvidias_packages_count_for_bitsandbytes(
+    tmp_path: Path, fake: FakeProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own path is that of a CUDA toolkit, but torch has loaded them when it needs them."""
+    library = tmp_path / "libbitsandbytes_cuda130.so"
+    library.touch()
+    path, line = f"{tmp_path}/nvidia/cu13/lib:/usr/own", "libcublas.so.13 => not found"
+    fake("ldd", f'[ "$LD_LIBRARY_PATH" = {path} ] || printf "\\t{line}\\n"')
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/own")
+    check.check_libraries([library], [tmp_path / "nvidia/cu13/lib"])
+    with pytest.raises(check.CheckFailed, match="libcublas"):
+        check.check_libraries([library])
+
+
 # --- the shell scripts, with fakes for the programs that they call ---
 
 
@@ -209,7 +249,8 @@ def board(tmp_path: Path, fake: FakeProgram, monkeypatch: pytest.MonkeyPatch) ->
     """Return a function that runs docker/run.sh as on a Jetson and returns docker's arguments."""
     clone, system = tmp_path / "clone", tmp_path / "system"
     (clone / "docker").mkdir(parents=True)
-    (clone / "docker/run.sh").write_text((DOCKER / "run.sh").read_text())
+    for name in ("run.sh", "profile.sh"):
+        shutil.copy(DOCKER / name, clone / "docker")
     (system / "proc/device-tree").mkdir(parents=True)
     (system / "proc/device-tree/model").write_bytes(b"NVIDIA Jetson Orin Nano\0")
     (system / "etc").mkdir()
@@ -244,6 +285,29 @@ def test_page_is_published_on_this_board_only(board: RunScript, tmp_path: Path) 
     assert (runs / ".nv_jetson_model").read_bytes().startswith(b"NVIDIA Jetson Orin Nano")
     assert not any("jtop" in word for word in words)
     assert ("--user", f"{os.getuid()}:{os.getgid()}") in options
+
+
+@pytest.mark.parametrize(("l4t", "image"), [("36", "jetson-ft:jp6"), ("39", "jetson-ft:jp7")])
+def test_image_is_that_of_the_boards_jetpack(
+    l4t: str, image: str, board: RunScript, tmp_path: Path
+) -> None:
+    release = f"# R{l4t} (release), REVISION: 2.0, GCID: 1, BOARD: generic\n# R1 (release)\n"
+    (tmp_path / "system/etc/nv_tegra_release").write_text(release)
+    assert board()[-1] == image and f"IMAGE={image}" in board("--env")
+    assert board(IMAGE="my:own")[-1] == "my:own"
+
+
+@pytest.mark.parametrize("l4t", ["35", "38", "47"])
+def test_other_jetpack_ends_with_fix_unless_an_image_is_named(
+    l4t: str, board: RunScript, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    release = f"# R{l4t} (release), REVISION: 2.0, GCID: 1\n"
+    (tmp_path / "system/etc/nv_tegra_release").write_text(release)
+    with pytest.raises(subprocess.CalledProcessError):
+        board()
+    error = capfd.readouterr().err
+    assert f"L4T r{l4t}" in error and "fix:" in error and ("Thor" in error) is (l4t == "38")
+    assert board(IMAGE="my:own")[-1] == "my:own"
 
 
 def test_page_for_network_names_this_machine_in_link(board: RunScript) -> None:
@@ -311,6 +375,11 @@ def test_env_option_prints_every_variable_of_compose(board: RunScript) -> None:
     text = (DOCKER / "compose.yaml").read_text()
     used = set(re.findall(r"\$\{(\w+)", text))
     assert used - {"HF_ENDPOINT", "HF_TOKEN"} == given.keys()
+
+
+def test_compose_needs_the_image_of_run_script_and_downloads_none() -> None:
+    service = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["jetson-ft"]
+    assert service["image"].startswith("${IMAGE:?") and service["pull_policy"] == "never"
 
 
 def test_compose_and_run_script_have_same_stop_timeout() -> None:

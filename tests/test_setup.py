@@ -27,7 +27,9 @@ from jetson_ft.models import embedded
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
-PINS = {name: ROOT / "constraints" / f"{name}.txt" for name in ("cpu", "jetpack6-py310")}
+JETPACKS = ("jetpack6-py310", "jetpack7-py312")
+PINS = {name: ROOT / "constraints" / f"{name}.txt" for name in ("cpu", *JETPACKS)}
+CU130 = "https://download.pytorch.org/whl/cu130"
 
 
 def load_script(name: str) -> ModuleType:
@@ -69,7 +71,7 @@ def test_sources_that_pip_is_set_to_come_before_the_cpu_index(
         monkeypatch.setenv(f"PIP_{setting}", "https://example.org/simple")
     monkeypatch.setattr(setup, "make_venv", lambda: None)
     monkeypatch.setattr(setup, "VENV", Path(sys.prefix))
-    monkeypatch.setattr(setup, "detect_hardware", lambda: ("", ""))
+    monkeypatch.setattr(setup, "detect_hardware", lambda: ("", 0, ""))
     choices: list[Any] = []
 
     def install_all(choice: Any, extras: list[str]) -> None:
@@ -90,11 +92,75 @@ def test_machine_with_gpu_needs_cuda_build() -> None:
     assert "RTX 4070" in choice.reason
 
 
-def test_jetpack_6_gets_its_own_torch_and_pins() -> None:
-    choice = choose(python=(3, 10), jetson="NVIDIA Jetson Orin Nano", gpu="Orin (nvgpu)")
+@pytest.mark.parametrize("l4t", [36, 0])
+def test_jetpack_6_gets_its_own_torch_and_pins(l4t: int) -> None:
+    choice = choose(python=(3, 10), jetson="NVIDIA Jetson Orin Nano", l4t=l4t, gpu="Orin (nvgpu)")
     assert (choice.version, choice.index) == ("2.8.0", "https://pypi.jetson-ai-lab.io/jp6/cu126")
-    assert choice.cuda
+    assert choice.cuda and "JetPack 6" in choice.reason
     assert choice.pins == "constraints/jetpack6-py310.txt"
+
+
+@pytest.mark.parametrize("l4t", [39, 0])
+def test_jetpack_7_2_gets_pytorchs_own_build_and_its_pins(l4t: int) -> None:
+    choice = choose(python=(3, 12), jetson="NVIDIA Jetson Orin Nano", l4t=l4t, gpu="Orin")
+    assert (choice.version, choice.index, choice.cuda) == ("2.13.0", CU130, True)
+    assert choice.pins == "constraints/jetpack7-py312.txt" and "JetPack 7.2" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("l4t", "python", "message"),
+    [
+        (36, (3, 12), r"JetPack 6's Python 3\.10 is needed; this is Python 3\.12"),
+        (39, (3, 10), r"JetPack 7\.2's Python 3\.12 is needed; this is Python 3\.10"),
+        (38, (3, 12), r"Thor only[\s\S]*JetPack 6\.2 or 7\.2"),
+        (35, (3, 10), r"JetPack 5 or older[\s\S]*JetPack 6\.2 or 7\.2"),
+        (32, (3, 10), r"JetPack 5 or older"), (47, (3, 12), r"L4T 47 is unknown"),
+        (0, (3, 11), r"JetPack 6's Python 3\.10 or JetPack 7\.2's Python 3\.12 is needed"),
+    ],
+)  # fmt: skip
+def test_l4t_without_torch_for_this_python_raises_error_with_fix(
+    l4t: int, python: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(installer.SetupError, match=rf"{message}[\s\S]*TORCH_INDEX=") as error:
+        choose(python=python, jetson="a Jetson", l4t=l4t)
+    assert "fix:" in str(error.value)
+
+
+@pytest.mark.parametrize("release, series", [
+    ("# R36 (release), REVISION: 4.3, GCID: 1, BOARD: generic", 36),
+    ("# R39 (release), REVISION: 2.1, GCID: 1, BOARD: generic", 39), ("no release", 0),
+])  # fmt: skip
+def test_release_file_gives_the_series_of_l4t(
+    release: str, series: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/nv_tegra_release").write_text(release)
+    monkeypatch.setattr(setup, "Path", lambda path: tmp_path / str(path).lstrip("/"))
+    monkeypatch.setattr(setup, "output", lambda *command: "")
+    assert setup.detect_hardware() == ("a Jetson", series, "")
+
+
+@pytest.mark.parametrize("python, l4t, installs", [
+    ((3, 10), 36, ["--no-deps .", "listed --constraint cpu"]),
+    ((3, 12), 39, [". --constraint jetpack7-py312", "listed --constraint cpu"]),
+    ((3, 11), 0, [".[dev] --constraint cpu"]),
+])  # fmt: skip
+def test_packages_are_installed_with_the_pins_of_the_machine(
+    python: tuple[int, int], l4t: int, installs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[list[str]] = []
+    monkeypatch.setattr(setup, "pip_install", lambda *words, **env: lines.append(["torch"]))
+    monkeypatch.setattr(setup, "install", lambda *words: lines.append(list(words)))
+    choice = choose(python=python, jetson="a Jetson" if l4t else "", l4t=l4t)
+    setup.install_all(choice, ["dev"])
+    torch, build, *packages, model = lines
+    assert torch == ["torch"] and build[:2] == ["hatchling", "editables"]
+    for words, expected in zip(packages, installs, strict=True):
+        names = {"--no-deps", "--constraint", ".", ".[dev]"}
+        shown = [word if word in names else Path(word).stem for word in words
+                 if word in names or word.startswith("constraints/")]  # fmt: skip
+        assert " ".join(shown) == expected.removeprefix("listed "), words
+    assert model[-1] == setup.EMBEDDED_MODEL
 
 
 @pytest.mark.parametrize(
@@ -103,7 +169,8 @@ def test_jetpack_6_gets_its_own_torch_and_pins() -> None:
         ({}, "2.13.0"),
         ({"gpu": "any"}, "2.13.0"),
         ({"python": (3, 10), "jetson": "a Jetson"}, "2.8.0"),
-        ({"python": (3, 12), "jetson": "a Jetson"}, "2.13.0"),  # JetPack 7
+        ({"python": (3, 12), "jetson": "a Jetson", "l4t": 39}, "2.13.0"),
+        ({"python": (3, 12), "jetson": "a Jetson", "l4t": 38}, "2.13.0"),
     ],
 )
 def test_torch_index_replaces_default_and_is_not_shown(facts: dict[str, Any], torch: str) -> None:
@@ -128,7 +195,19 @@ def test_torch_index_is_remembered_until_another_is_given(
 
 def test_jetson_with_other_python_raises_error_with_fix() -> None:
     with pytest.raises(installer.SetupError, match=r"Python 3\.12[\s\S]*PYTHON=python3\.10"):
-        choose(python=(3, 12), jetson="NVIDIA Jetson AGX Orin")
+        choose(python=(3, 12), jetson="NVIDIA Jetson AGX Orin", l4t=36)
+
+
+@pytest.mark.parametrize(("l4t", "python", "index"), [
+    (36, (3, 10), "jp6/cu126/+simple/"), (39, (3, 12), "whl/cu130"),
+])  # fmt: skip
+def test_cpu_build_on_a_jetson_raises_error_with_its_index(
+    l4t: int, python: tuple[int, int], index: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ALLOW_CPU_TORCH", raising=False)
+    choice = choose(python=python, jetson="a Jetson", l4t=l4t)
+    with pytest.raises(installer.SetupError, match=re.escape(index)):
+        setup.check_torch(choice, choice.version)
 
 
 def test_unsupported_python_gets_plain_message() -> None:
@@ -255,6 +334,28 @@ def test_jetpack_pins_fit_its_python_and_wheels() -> None:
     assert versions["transformers"] == "5.20.2"
     assert versions["numpy"].startswith("1.")
     assert not any(pin.marker for pin in read_pins("jetpack6-py310"))
+
+
+def test_jetpack_7_pins_are_those_that_are_tested_on_other_machines() -> None:
+    """Those of constraints/cpu.txt for Python 3.12 on aarch64."""
+    environment = {
+        "python_version": "3.12", "python_full_version": "3.12.3", "sys_platform": "linux",
+        "platform_machine": "aarch64", "platform_python_implementation": "CPython",
+    }  # fmt: skip
+    tested = {
+        pin.name: str(pin.specifier)[2:]
+        for pin in read_pins("cpu")
+        if pin.marker is None or pin.marker.evaluate(environment)
+    }
+    pins = {pin.name: str(pin.specifier)[2:] for pin in read_pins("jetpack7-py312")}
+    assert pins.items() <= tested.items(), pins.items() - tested.items()
+    assert setup.JETPACKS[39].torch == pins["torch"]
+
+
+@pytest.mark.parametrize("jetpack", [36, 39])
+def test_pins_have_the_torch_that_set_up_installs(jetpack: int) -> None:
+    profile = setup.JETPACKS[jetpack]
+    assert f"torch=={profile.torch}\n" in (ROOT / profile.pins).read_text()
 
 
 def test_setup_installs_the_package_of_the_embedded_model() -> None:

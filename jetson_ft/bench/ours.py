@@ -21,6 +21,7 @@ def train(workload: BenchWorkload, folder: str, without: Part = "") -> Result:
     from datasets import Dataset
 
     from jetson_ft.kernels import attention
+    from jetson_ft.kernels.attention_trial import packing_obstacle
     from jetson_ft.kernels.lm_head_loss import chunked_lm_head
     from jetson_ft.kernels.packing import make_packs
     from jetson_ft.training import loop, memory, planner
@@ -35,7 +36,8 @@ def train(workload: BenchWorkload, folder: str, without: Part = "") -> Result:
     if without == "kept activations":
         plan = replace(plan, checkpointing=True)
     model = load_model(workload, fused=without != "fused layers")
-    packing = without != "packing" and attention.supports_packing(model)
+    longest = max(len(row["input_ids"]) for row in workload.rows)
+    packing = without != "packing" and packing_obstacle(model, longest) is None
     if not packing:
         plan = replace(plan, micro_batch_tokens=0)
 

@@ -84,6 +84,12 @@ class Follower:
             case events.WeightsLoaded():
                 parts = ", ".join(f"{k} {v / 2**20:,.1f}" for k, v in event.bytes.items() if v)
                 show(f"  {sum(event.bytes.values()) / 2**20:,.1f} MiB: {parts}")
+                if event.adapted_share is not None:
+                    show(
+                        f"  {event.adapter_parameters:,} adapter parameters, beside "
+                        f"{event.adapted_share:.1%} of the model's; "
+                        f"{event.quantized_share:.1%} quantized"
+                    )
             case events.Planned():
                 tokens, shards = event.micro_batch_tokens, event.shards
                 size = f"{tokens:,} tokens" if tokens else "one row"

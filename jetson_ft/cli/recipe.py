@@ -14,6 +14,7 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.i18n import duration
 
 if TYPE_CHECKING:
+    from jetson_ft.models.dims import Coverage
     from jetson_ft.runs.forecast import DeviceForecast
 
 app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
@@ -80,9 +81,16 @@ def plan(
         output.print_json(forecast.as_json())
         return
     print_devices(forecast.devices)
+    print_coverage(forecast.coverage)
     here = [f"{d.name}: {d.device}, {d.precision}" for d in forecast.devices if d.is_this_machine]
     for line in [*here, *forecast.sources, *forecast.assumptions]:
         output.show(f"- {line}")
+
+
+def print_coverage(coverage: Coverage) -> None:
+    """Print how much of the model adapters and quantization apply to."""
+    for message in (coverage.as_message(), *coverage.notes):
+        output.show(f"- {message}")
 
 
 def print_devices(devices: list[DeviceForecast]) -> None:

@@ -142,7 +142,7 @@ def _start_here(config: DistributedConfig) -> Callable[[Run, IO[bytes]], None]:
 def print_dry_run(result: DryRun) -> None:
     """Print the resolved recipe, rows, tokens, steps and the prediction for this machine."""
     from jetson_ft.cli.data import print_rows
-    from jetson_ft.cli.recipe import print_devices
+    from jetson_ft.cli.recipe import print_coverage, print_devices
 
     show(f"{result.recipe.to_yaml()}---")
     print_rows(result.rows)
@@ -151,4 +151,5 @@ def print_dry_run(result: DryRun) -> None:
         f"steps:     {result.steps:,}{limit}; {result.tokens:,} tokens in all, "
         f"{result.rows_per_step:.1f} rows per step"
     )
+    print_coverage(result.coverage)
     print_devices([result.forecast])

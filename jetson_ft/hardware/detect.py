@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from jetson_ft.hardware import jetpack
+from jetson_ft.hardware import cgroup, jetpack
 from jetson_ft.hardware.sensors.sysfs import read_text
 
 # Device files of a Jetson that CUDA opens. Which of them exist differs between versions of JetPack.
@@ -33,7 +33,7 @@ class Device:
     name: str
     board: str | None  # name of the Jetson
     cores: int
-    memory_total: int  # of the GPU, or of the whole machine where the GPU shares it
+    memory_total: int  # of the GPU, or of the machine (its control group) where the GPU shares it
     memory_available: int
     integrated: bool  # the GPU shares the machine's memory (every Jetson)
     fast_bf16: bool
@@ -110,17 +110,22 @@ def package_version(name: str) -> str:
 
 
 def detect_device() -> Device:
-    """Return this machine, with its first GPU if torch can use it. Imports torch."""
+    """Return this machine, with its first GPU if torch can use it. Imports torch.
+
+    The limit of a control group (`docker run -m`) limits all memory except that of a discrete GPU.
+    """
     import torch
 
     memory, cpuinfo = psutil.virtual_memory(), read_text(Path("/proc/cpuinfo"))
+    limit = cgroup.memory_limit()
+    available = min(memory.available, limit.available)
     device = Device(
         kind="cpu",
         name=cpu_name(cpuinfo),
         board=board_name(),
         cores=usable_cores(),
-        memory_total=memory.total,
-        memory_available=memory.available,
+        memory_total=min(memory.total, limit.limit),
+        memory_available=available,
         integrated=False,
         fast_bf16=cpu_has_bf16(cpuinfo),
     )
@@ -129,12 +134,12 @@ def detect_device() -> Device:
     gpu = torch.cuda.get_device_properties(0)
     integrated = bool(getattr(gpu, "is_integrated", False))
     # Where the memory is shared, the driver counts the page cache as used.
-    free = memory.available if integrated else torch.cuda.mem_get_info(0)[0]
+    free = available if integrated else torch.cuda.mem_get_info(0)[0]
     return replace(
         device,
         kind="cuda",
         name=gpu.name,
-        memory_total=gpu.total_memory,
+        memory_total=min(gpu.total_memory, limit.limit) if integrated else gpu.total_memory,
         memory_available=free,
         integrated=integrated,
         fast_bf16=gpu.major >= 8,

@@ -13,6 +13,7 @@ _JETPACKS = {
     "35.3.1": "5.1.1", "35.4.1": "5.1.2", "35.5.0": "5.1.3", "35.6.0": "5.1.4",
     "36.2.0": "6.0 DP", "36.3.0": "6.0", "36.4.0": "6.1", "36.4.3": "6.2", "36.4.4": "6.2.1",
     "36.4.7": "6.2.1", "36.5.0": "6.2.2", "38.2.0": "7.0", "38.4.0": "7.1", "39.2.0": "7.2",
+    "39.2.1": "7.2.1",
 }  # fmt: skip
 _SERIES = {32: 4, 34: 5, 35: 5, 36: 6, 38: 7, 39: 7}
 
@@ -32,9 +33,14 @@ class L4T:
         return _JETPACKS.get(str(self)) or str(self.major or "")
 
     @property
+    def series(self) -> int:
+        """The first number: 36 is JetPack 6, 38 JetPack 7.0 and 7.1 (Thor only), 39 JetPack 7.2."""
+        return self.numbers[0]
+
+    @property
     def major(self) -> int:
         """JetPack's major version; 0: unknown."""
-        return _SERIES.get(self.numbers[0], 0)
+        return _SERIES.get(self.series, 0)
 
 
 def read_l4t(root: Path) -> L4T | None:

@@ -135,7 +135,14 @@ def _generate(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    device = model.get_input_embeddings().weight.device
+    embedding = model.get_input_embeddings().weight
+    if int(ids.max()) >= len(embedding):
+        raise UserError(
+            _("The text has a token that the model has no embedding for: {token}."),
+            fix=_("Write it in another way."),
+            token=tokenizer.convert_ids_to_tokens(int(ids.max())),
+        )
+    device = embedding.device
     if sampling.temperature > 0:  # else transformers warns about settings without effect
         kwargs |= {k: getattr(sampling, k) for k in ("temperature", "top_k", "top_p")}
     with torch.inference_mode():

@@ -3,19 +3,19 @@
 A pack (`packing.Pack`) is one sequence of rows without padding. The model's forward passes
 `row_lengths` on to attention, and `shared_prefix`, the number of tokens that all rows share.
 transformers gets the function below by the name it is registered under, so no model code changes.
+`attention_trial` decides for which models this is right.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-
-logger = logging.getLogger(__name__)
 
 PACKED_ATTENTION = "jetson_ft_packed"
 _BLOCKWISE_DEVICES = ("cpu",)
@@ -25,6 +25,21 @@ _WITHOUT_EFFECT = {
     "cache_position", "output_attentions", "output_hidden_states", "output_router_logits",
     "position_ids", "use_cache",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WindowMask:
+    """The mask of a layer with a sliding window; stands for the tensor, which is never made."""
+
+    window: int  # tokens a position may look back, itself included
+
+
+class PackingError(ValueError):
+    """The model's attention takes arguments that packed attention doesn't compute."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = ", ".join(arguments)
+        super().__init__(f"packed attention doesn't compute {self.arguments}")
 
 
 def packed_attention(
@@ -38,6 +53,8 @@ def packed_attention(
     row_lengths: list[int] | None = None,
     shared_prefix: int = 0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    one_by_one: bool = False,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention within each row: [1, tokens, heads, head_dim], and no weights.
@@ -45,31 +62,53 @@ def packed_attention(
     Args:
         query: [1, heads, tokens, head_dim]; key and value may have fewer heads.
         shared_prefix: tokens that all rows begin with; the sequence starts with one copy of them.
-        sliding_window: tokens a position may look back, itself included.
+        attention_mask: None, or the `WindowMask` of a layer with a sliding window.
+        softcap: bound of the scores: they become softcap * tanh(scores / softcap).
+        one_by_one: multiply no number of a row with one of another row, not even by zero.
 
     Raises:
-        ValueError: an argument would change the result (masks, soft caps, sinks, position biases).
+        PackingError: an argument would change the result (masks, sinks, position biases).
     """
     if row_lengths is None:
         raise ValueError("packed attention was called without row_lengths")
+    # The mask has the window that the model's own attention applies; the argument may be missing.
+    window = attention_mask.window if isinstance(attention_mask, WindowMask) else None
     unknown = [k for k, v in others.items() if v is not None and k not in _WITHOUT_EFFECT]
-    if attention_mask is not None or unknown:
-        raise ValueError(f"packed attention doesn't compute {unknown or 'attention_mask'}")
+    if attention_mask is not None and window is None:
+        unknown.append("attention_mask")
+    if sliding_window not in (None, window):
+        unknown.append("sliding_window")
+    tokens = sum(row_lengths) - shared_prefix * (len(row_lengths) - 1)
+    if {tensor.shape[2] for tensor in (query, key, value)} != {tokens}:
+        unknown.append("key")  # of more or fewer tokens than the pack
+    if unknown:
+        raise PackingError(unknown)
     import torch
 
     from jetson_ft.kernels.attention_cpu import blockwise_attention
     from jetson_ft.kernels.attention_varlen import varlen_attention
 
-    is_windowed = sliding_window is not None and max(row_lengths) > sliding_window
-    is_plain = not dropout and not is_windowed
-    if is_plain and query.device.type in _BLOCKWISE_DEVICES:
-        return blockwise_attention(query, key, value, row_lengths, shared_prefix, scaling), None
+    if window is not None and max(row_lengths) <= window:
+        window = None
+    attend = partial(
+        blockwise_attention, scaling=scaling, dropout=dropout, sliding_window=window,
+        softcap=softcap,
+    )  # fmt: skip
+    use_blocks = softcap is not None or query.device.type in _BLOCKWISE_DEVICES
+    if use_blocks and not one_by_one:
+        return attend(query, key, value, row_lengths, shared_prefix), None
     if shared_prefix:
         tensors = (query, key, value)
         query, key, value = (_unshare(each, row_lengths, shared_prefix) for each in tensors)
-    out = varlen_attention(query, key, value, row_lengths, scaling) if is_plain else None
+    out = None
+    if use_blocks:
+        # `split` and not slices: the gradient of a slice is a whole tensor of zeros around it.
+        rows = zip(*(tensor.split(row_lengths, 2) for tensor in (query, key, value)), strict=True)
+        out = torch.cat([attend(q, k, v, [q.shape[2]], 0) for q, k, v in rows], 1)
+    elif not (dropout or window or one_by_one):
+        out = varlen_attention(query, key, value, row_lengths, scaling)
     if out is None:
-        out = _row_by_row(query, key, value, row_lengths, scaling, dropout, sliding_window)
+        out = _row_by_row(query, key, value, row_lengths, scaling, dropout, window)
     if shared_prefix:  # of the copies of the prefix, keep the first row's
         sizes = [size for length in row_lengths for size in (shared_prefix, length - shared_prefix)]
         first, *rest = out.split(sizes, 1)
@@ -85,7 +124,6 @@ def _row_by_row(
     from torch.nn.functional import scaled_dot_product_attention
 
     results = []
-    # `split` and not slices: the gradient of a slice is a whole tensor of zeros around it.
     rows = (tensor.split(row_lengths, 2) for tensor in (query, key, value))
     for q, k, v in zip(*rows, strict=True):
         mask, length = None, q.shape[2]
@@ -115,7 +153,7 @@ def use_packed_attention(model: Any) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, lambda *_, **__: None)
+    AttentionMaskInterface.register(PACKED_ATTENTION, _make_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(PACKED_ATTENTION)
     try:
@@ -124,36 +162,14 @@ def use_packed_attention(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def supports_packing(model: Any) -> bool:
-    """Return whether the second of two packed rows gives the logits that it gives alone."""
-    import torch
+def _make_mask(
+    *_: Any, config: Any = None, local_size: int | None = None, use_vmap: bool = False, **__: Any
+) -> WindowMask | None:
+    """Return the mask of a layer; None: causal.
 
-    embedding = model.get_input_embeddings().weight
-    vocabulary, device = len(embedding), embedding.device
-    # Two rows of three tokens that share the first; the second row is 0, 3, 4.
-    tokens = [vocabulary // 2, vocabulary // 3, 7 % vocabulary, 3, 5]
-    ids = torch.tensor([tokens], device=device)
-    positions = torch.tensor([[0, 1, 2, 1, 2]], device=device)
-    with torch.no_grad():
-        alone = model(input_ids=ids[:, [0, 3, 4]], use_cache=False).logits[0, 1:].float()
-        try:
-            with use_packed_attention(model):
-                if model.config._attn_implementation != PACKED_ATTENTION:
-                    logger.debug("no packing: the model's own attention can't be replaced")
-                    return False
-                together = model(
-                    input_ids=ids, position_ids=positions, row_lengths=[3, 3], shared_prefix=1,
-                    use_cache=False,
-                )  # fmt: skip
-        except torch.OutOfMemoryError:
-            raise
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            logger.debug("no packing: the model fails with packed rows: %r", error)
-            return False
-    difference = (together.logits[0, 3:].float() - alone).abs().max()
-    # Measured on SmolLM2: at most 3 % between formats (int8), at least 48 % when rows attend to
-    # each other. A NaN isn't equal either.
-    is_equal = bool(difference < 0.1 * alone.abs().max())
-    if not is_equal:
-        logger.debug("no packing: logits differ by %.3g", difference)
-    return is_equal
+    Raises:
+        PackingError: attention in chunks, or a mask by a function of the model's own.
+    """
+    if use_vmap or local_size not in (None, getattr(config, "sliding_window", None)):
+        raise PackingError(["attention_mask"])
+    return None if local_size is None else WindowMask(local_size)

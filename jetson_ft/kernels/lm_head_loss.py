@@ -29,18 +29,23 @@ def token_losses(model: Any, pack: Pack) -> Tensor:
 
     rows: dict[str, Any] = {}
     if model.config._attn_implementation == attention.PACKED_ATTENTION:
-        rows = {"row_lengths": pack.row_lengths, "shared_prefix": pack.shared_prefix}
+        rows = {
+            "position_ids": pack.position_ids,  # alone, a model numbers them as it was trained
+            "row_lengths": pack.row_lengths,
+            "shared_prefix": pack.shared_prefix,
+        }
     elif len(pack.row_lengths) > 1:
         raise ValueError(
             "a pack of several rows needs packed attention: else rows attend to each other"
         )
     out = model(
         input_ids=pack.input_ids,
-        position_ids=pack.position_ids,
         logits_to_keep=pack.positions,
         use_cache=False,
         **rows,
     ).logits.squeeze(0)
+    if len(out) == pack.tokens:  # a model without `logits_to_keep`
+        out = out[pack.positions]
     head = model.get_output_embeddings()
     if getattr(head, _CHUNKED, False):
         return head_losses(out, head.weight, head.bias, pack.targets)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.data.templates import TEMPLATES, read_template
 from jetson_ft.errors import UserError, _
+from jetson_ft.files import read_json
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import fast_import
 from jetson_ft.models.files import BaseModelFiles
@@ -19,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+
+_PACKED_OUTPUTS = 32  # of bitsandbytes' nf4 layers on a CPU with AVX512-BF16
 
 
 @dataclass(frozen=True)
@@ -92,12 +100,28 @@ def load_tokenizer(
 
 
 def load_config(base: BaseModelFiles) -> PretrainedConfig:
-    """Return the model's config, of a GGUF file too."""
-    from transformers import AutoConfig
+    """Return the model's config, of a GGUF file too.
+
+    Raises:
+        UserError: it is missing, damaged, or of an architecture that transformers doesn't have.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     try:
-        return AutoConfig.from_pretrained(**_source(base))
-    except (OSError, ValueError, KeyError) as error:
+        return transformers.AutoConfig.from_pretrained(**_source(base))
+    except Exception as error:  # a config's class checks the types of its values, in its own ways
+        path = base.folder / "config.json"
+        config = read_json(path) if path.is_file() and not base.gguf_file else {}
+        model_type = config.get("model_type") if isinstance(config, dict) else None
+        if model_type and model_type not in CONFIG_MAPPING_NAMES:
+            raise UserError(
+                _("The model can't be loaded: transformers {version} has no architecture {name}."),
+                str(base.folder),
+                _("Update it (`pip install -U transformers`), or choose another model."),
+                version=transformers.__version__,
+                name=json.dumps(model_type),
+            ) from error
         raise _load_error(base, error) from error
 
 
@@ -124,7 +148,7 @@ def load_model(base: BaseModelFiles, weights: WeightFormat, device: str) -> PreT
         what = _("The model's weights are damaged or cut off: {error}")
         fix = _("Delete the file and download it again.")
         raise _load_error(base, error, what, fix) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise _load_error(base, error) from error
     # transformers would fill these with random numbers.
     faulty = [*info["missing_keys"], *(key for key, *_shapes in info["mismatched_keys"])]
@@ -140,11 +164,67 @@ def load_model(base: BaseModelFiles, weights: WeightFormat, device: str) -> PreT
             example=min(faulty),
         )
     model.requires_grad_(False)
+    _repair_quantized_layers(model)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # transformers 5.20, which JetPack 6's Python is limited to, drops the soft cap elsewhere.
+        model.set_attn_implementation("eager")
     # While replies are written, the head's input is the last position of each row, with strides.
     # For such an input PyTorch's `linear` on a CPU copies the whole weight matrix for each row.
     head = model.get_output_embeddings()
     head.register_forward_pre_hook(lambda _head, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return model.eval()
+
+
+def _repair_quantized_layers(model: PreTrainedModel) -> None:
+    """Let bitsandbytes' layers (0.50) evaluate where they would raise an error.
+
+    Before the first reply on a CPU with AVX512-BF16, nf4 layers are packed: 32 outputs together,
+    with whole blocks of a row's weights. Layers of another shape are excluded from that.
+    int8 layers take inputs of at most three dimensions; DeepSeek's attention has four.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            block = module.weight.quant_state.blocksize
+            fits = module.out_features % _PACKED_OUTPUTS == 0 and module.in_features % block == 0
+            module.support_avx512bf16_for_cpu = fits
+        elif type(module).__name__ == "Linear8bitLt":
+            module.forward = partial(_flat_forward, module.forward)
+
+
+def _flat_forward(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """[..., in] to [..., out], by a function for at most three dimensions."""
+    if x.ndim <= 3:
+        return forward(x)
+    return forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, rows: int, base: BaseModelFiles, largest_id: int = 0
+) -> None:
+    """Check that the embedding, of `rows` rows, has one for each token that any text can have.
+
+    Added tokens that neither the chat template nor the tokenizer puts into a text may be without
+    one: Gemma 3's tokenizer has a token for images, also beside models without it.
+
+    Args:
+        largest_id: of the tokens of the rows, if they are known.
+
+    Raises:
+        UserError: it has not.
+    """
+    ids = [tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id, largest_id]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    with suppress(Exception):  # faults of a template have a message of their own
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    if max(ids) >= rows:
+        raise UserError(
+            _("The tokenizer has {tokens:,} tokens, but the model's embedding only {rows:,} rows."),
+            str(base.folder),
+            _("Download tokenizer and weights again, from one place."),
+            tokens=max(len(tokenizer), max(ids) + 1),
+            rows=rows,
+        )
 
 
 def _options(base: BaseModelFiles, weights: WeightFormat, device: str) -> dict[str, Any]:

@@ -13,7 +13,14 @@ from functools import reduce
 from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from jetson_ft.errors import Message, _
@@ -178,7 +185,10 @@ class LoraRecipe(_Section):
     )
     target_modules: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         "all-linear",
-        description=_("Layers that get an adapter: `all-linear`, or a list of module names."),
+        description=_(
+            "Layers that get an adapter: `all-linear`, or a list of module names (a text may name "
+            "them with commas between)."
+        ),
     )
     rslora: bool = Field(False, description=_("Scale by alpha / sqrt(rank) instead (rsLoRA)."))
     plus: float = Field(
@@ -196,6 +206,14 @@ class LoraRecipe(_Section):
         if self.alpha is None:
             self.alpha = 2.0 * self.rank
         return self
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _split_names(cls, targets: Any) -> Any:
+        """Make a list of names that a text has with commas between them."""
+        if isinstance(targets, str) and "," in targets:
+            return [name for name in map(str.strip, targets.split(",")) if name]
+        return targets
 
 
 class TrainRecipe(_Section):

@@ -9,7 +9,6 @@ from jetson_ft.data import sources, tokenize
 from jetson_ft.data.prepare import prepare_rows
 from jetson_ft.data.store import heldout_settings, read_source
 from jetson_ft.hardware import detect
-from jetson_ft.kernels import attention
 from jetson_ft.kernels.packing import make_packs
 from jetson_ft.models import files, loading
 from jetson_ft.models.loading import weight_format
@@ -28,6 +27,7 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
         `eval` and `generation` as in report.json.
     """
     from jetson_ft.inference import compare
+    from jetson_ft.kernels.attention_trial import packing_obstacle
 
     folder = run.require_adapter()
     recipe = run.recipe()
@@ -50,8 +50,10 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
         conversations = [row for row in messages if row["row"] in numbers]
     device = detect.detect_device()
     model = loading.load_model(base, weight_format(recipe, device), device.kind)
+    loading.check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), base)
     model = adapter.load_adapter(model, base, folder)
-    pack_tokens = _PACK_TOKENS if attention.supports_packing(model) else 0
+    longest = int(tokenize.token_counts(encoded).max())
+    pack_tokens = 0 if packing_obstacle(model, longest) else _PACK_TOKENS
     return compare.compare_adapter(
         model, tokenizer, conversations, list(make_packs(list(encoded), pack_tokens)),
         int(sum(encoded["answer_characters"])), recipe.eval.max_new_tokens, recipe.eval.samples,

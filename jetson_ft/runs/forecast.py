@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from jetson_ft import hub
+from jetson_ft.adapter import check_target_modules
 from jetson_ft.data import lengths, sources, split, tokenize
 from jetson_ft.data.chat_template import CONTEXT, encode
 from jetson_ft.data.formats import TEXT, ChatMessage
@@ -22,7 +23,7 @@ from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import catalog, files, loading
-from jetson_ft.models.dims import ModelDims
+from jetson_ft.models.dims import Coverage, ModelDims
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe, parse_recipe
@@ -61,10 +62,11 @@ class Forecast:
     devices: list[DeviceForecast]
     sources: list[str]  # of the model's dimensions and of the rows' lengths
     assumptions: list[str]
+    coverage: Coverage  # of the model by adapters and quantization
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `plan --json` prints."""
-        return {"schema": 1, **asdict(self)}
+        return {"schema": 1, **asdict(self), "coverage": self.coverage.as_json()}
 
 
 def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
@@ -85,7 +87,12 @@ def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
         "Predicted; no board has run this yet.",
         "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
     ]
-    return Forecast(devices, origins, assumptions)
+    return Forecast(devices, origins, assumptions, _coverage(recipe, workload))
+
+
+def _coverage(recipe: Recipe, workload: Workload) -> Coverage:
+    weights = replace(workload.weights, quantize=recipe.quantize)
+    return replace(workload, weights=weights).coverage
 
 
 def forecast_here(recipe: Recipe, workload: Workload) -> DeviceForecast:
@@ -132,6 +139,7 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
         base = _files_of_unknown_model(recipe.model)
         dims = catalog.model_dims(base)
         model_source = f"model: config of {recipe.model}; no weights were read"
+    check_target_modules(dims, recipe.lora.target_modules)
     if known:
         source = f"built-in lengths of {train}, {known.rows:,} rows; no file was read"
         return _workload(recipe, dims, known), [model_source, f"rows: {source}"]
@@ -289,10 +297,12 @@ class DryRun:
     tokens: int  # over all planned steps
     rows_per_step: float
     forecast: DeviceForecast  # of this machine
+    coverage: Coverage  # of the model by adapters and quantization
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `train --dry-run --json` prints."""
-        return {"schema": 1, **asdict(self), "recipe": self.recipe.model_dump()}
+        recipe, coverage = self.recipe.model_dump(), self.coverage.as_json()
+        return {"schema": 1, **asdict(self), "recipe": recipe, "coverage": coverage}
 
 
 def dry_run(recipe: Recipe) -> DryRun:
@@ -301,14 +311,15 @@ def dry_run(recipe: Recipe) -> DryRun:
     rows = prepare_rows(recipe.data, loading.load_tokenizer(base, recipe.data.chat_template))
     lengths = tokenize.token_counts(rows.train)
     steps = plan_steps(lengths, recipe.train)
-    forecast = forecast_here(recipe, describe_workload(recipe, _ANY_WEIGHTS, base, rows))
+    workload = describe_workload(recipe, _ANY_WEIGHTS, base, rows)
     return DryRun(
         recipe=recipe,
         rows=rows.report,
         steps=len(steps),
         tokens=int(sum(lengths[step].sum() for step in steps)),
         rows_per_step=sum(map(len, steps)) / max(1, len(steps)),
-        forecast=forecast,
+        forecast=forecast_here(recipe, workload),
+        coverage=_coverage(recipe, workload),
     )
 
 

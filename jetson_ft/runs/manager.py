@@ -24,6 +24,7 @@ from typing import IO, Any, cast
 
 from jetson_ft import hub
 from jetson_ft import recipe as recipes
+from jetson_ft.adapter import check_target_modules
 from jetson_ft.data import layouts, readers, sources
 from jetson_ft.data import store as rows_store
 from jetson_ft.data.formats import RowError
@@ -32,7 +33,7 @@ from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors, expand_user, printable, staged, write_atomic, write_json
 from jetson_ft.hardware import detect
-from jetson_ft.models import files
+from jetson_ft.models import catalog, files
 from jetson_ft.recipe import Layout, Recipe
 from jetson_ft.runs import exit_status, processes, store
 from jetson_ft.runs.processes import DistributedConfig
@@ -62,12 +63,16 @@ def default_recipe(
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise `UserError` if the model or the data don't exist, or no row can be used.
+    """Raise `UserError` if the model can't be trained, or the data has no row that can be used.
 
     Data sets on the hub are fetched, and small files of models there.
     """
-    if recipe.model != "embedded":
-        files.resolve_model(recipe.model, weights=expand_user(recipe.model).exists())
+    if recipe.model == "embedded":
+        dims = catalog.KNOWN_DIMS[recipe.model]
+    else:
+        is_local = expand_user(recipe.model).exists()
+        dims = catalog.model_dims(files.resolve_model(recipe.model, weights=is_local))
+    check_target_modules(dims, recipe.lora.target_modules)
     data = recipe.data
     columns: Mapping[str, str] = data.columns.chosen()
     items = data.sources()

@@ -98,12 +98,20 @@ class Pipeline:
             model = loading.load_model(base, weights, device.kind)
             model = adapter.attach_adapter(model, recipe.lora, recipe.train.seed)
             fused = fuse_layers(model)
-            emit(events.WeightsLoaded(bytes=loading.bytes_per_part(model), fused=fused))
+            coverage = workload.coverage
+            emit(events.WeightsLoaded(
+                bytes=loading.bytes_per_part(model), fused=fused,
+                adapter_parameters=coverage.adapter_parameters,
+                adapted_share=coverage.adapted_share, quantized_share=coverage.quantized_share,
+            ))  # fmt: skip
+            for note in coverage.notes:
+                emit(events.Warned.of_message(note))
         with oom.explain_oom(self.run, workload, plan, device, dist):
             if plan.shards > 1:
                 with self.phase("sharding", f"the layers among {plan.shards} processes"):
                     shard_layers(model, dist, device.kind)
-            packing = attention.supports_packing(model)
+            obstacle = self._packing_obstacle(model, rows)
+        packing = not dist.any_rank(obstacle is not None)
         if not packing:  # no row is longer than the planned micro-batch
             plan = replace(plan, micro_batch_tokens=0)  # one row each
         with oom.explain_oom(self.run, workload, plan, device, dist):
@@ -213,6 +221,19 @@ class Pipeline:
         if workload.weights.quantize == "none" and dist.can_shard(device.kind):
             workload = replace(workload, shards=dist.size)
         return planner.min_memory_plan(dist.gather(planner.choose_plan(workload, free, flops)))
+
+    def _packing_obstacle(self, model: Any, rows: PreparedRows) -> Message | None:
+        """Return why rows can't be packed, after a warning that says so; None: they can."""
+        from jetson_ft.kernels.attention_trial import packing_obstacle
+
+        longest = max(tokenize.token_counts(part).max() for part in (rows.train, rows.heldout))
+        if obstacle := packing_obstacle(model, int(longest)):
+            text = _(
+                "With this model rows are computed one by one, which is slower than packed: "
+                "{obstacle}."
+            )
+            self.emit(events.Warned.of_message(Message(text, {"obstacle": obstacle})))
+        return obstacle
 
     def _train(
         self, model: Any, rows: PreparedRows, device: Device, plan: Plan, packing: bool

@@ -14,15 +14,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jetson_ft.adapter import check_target_modules
 from jetson_ft.data.lengths import LengthHistogram, measure_lengths
 from jetson_ft.data.prepare import PreparedRows
 from jetson_ft.data.tokenize import token_counts
 from jetson_ft.hardware.detect import Device
 from jetson_ft.kernels.families import head_chunk_rows, saved_tensors
 from jetson_ft.models import catalog
-from jetson_ft.models.dims import ModelDims
+from jetson_ft.models.dims import Coverage, ModelDims
 from jetson_ft.models.files import BaseModelFiles
-from jetson_ft.models.loading import WeightFormat
+from jetson_ft.models.loading import WeightFormat, check_vocabulary
 from jetson_ft.recipe import LoraRecipe, Recipe, TrainRecipe
 from jetson_ft.training import batches
 
@@ -88,6 +89,11 @@ class Workload:
         return self.dims.lora_parameters(self.lora.rank, self.lora.target_modules)
 
     @property
+    def coverage(self) -> Coverage:
+        """How much of the model adapters and quantization apply to."""
+        return self.dims.coverage(self.lora.rank, self.lora.target_modules, self.weights.quantize)
+
+    @property
     def tokens_in_step(self) -> float:
         """Mean tokens of a step: the row that reaches `tokens_per_step` adds half of its own."""
         return self.train.tokens_per_step + self.lengths.token_weighted_mean_length / 2
@@ -96,9 +102,21 @@ class Workload:
 def describe_workload(
     recipe: Recipe, weights: WeightFormat, base: BaseModelFiles, rows: PreparedRows
 ) -> Workload:
-    """Return a recipe's workload; of the model only the config is read."""
+    """Return a recipe's workload; of the model only the config is read.
+
+    Raises:
+        UserError: the model can't be trained, or the recipe's rows or target modules don't fit it.
+    """
+    dims = catalog.model_dims(base)
+    largest_id = 0
+    if len(rows.tokenizer) > dims.vocabulary:
+        largest_id = max(
+            max(ids) for part in (rows.train, rows.heldout) for ids in part["input_ids"]
+        )
+    check_vocabulary(rows.tokenizer, dims.vocabulary, base, largest_id)
+    check_target_modules(dims, recipe.lora.target_modules)
     return Workload(
-        dims=catalog.model_dims(base),
+        dims=dims,
         weights=weights,
         lora=recipe.lora,
         train=recipe.train,
@@ -137,7 +155,8 @@ def predict_memory(
     activations = dims.layers * kept * tokens
     transient = max(layer_transient, head_bytes(workload, tokens, device.kind))
     if workload.weights.quantize != "none":  # one matrix at a time, dequantized to be multiplied
-        transient += number * max(linear.inputs * linear.outputs for linear in dims.linears)
+        quantized = (linear for linear in dims.linears if linear.is_quantized)
+        transient += number * max((each.inputs * each.outputs for each in quantized), default=0)
     # A sharded model is first loaded whole, before anything else needs memory.
     loading = max(0, whole - weights - adapter - activations - transient)
     parts = {
@@ -163,12 +182,13 @@ def process_bytes(device: Device) -> int:
 
 
 def weight_bytes(dims: ModelDims, weights: WeightFormat) -> int:
-    """Return the bytes of the frozen weights; only linear layers below the head are quantized."""
+    """Return the bytes of the frozen weights; most linear layers below the head are quantized."""
     number = weights.bytes_per_number
-    linear = dims.linear_parameters
+    linear = dims.quantized_parameters
     rest = number * (dims.parameters - linear)
     if weights.quantize == "int8":  # and an fp32 scale for each row
-        return rest + linear + sum(4 * layer.count * layer.outputs for layer in dims.linears)
+        scales = (layer.count * layer.outputs for layer in dims.linears if layer.is_quantized)
+        return rest + linear + 4 * sum(scales)
     if weights.quantize == "nf4":
         scale = 1 + 4 / _NF4_SUPER_BLOCK if weights.double_quantize else 4
         return rest + math.ceil(linear * (0.5 + scale / _NF4_BLOCK))
@@ -221,8 +241,9 @@ def _flops(
     """Return the FLOPs per token where each part is multiplied that many times."""
     dims, lengths = workload.dims, workload.lengths
     attention_width = dims.layers * dims.heads * dims.head_dim
+    frozen = dims.linear_parameters + dims.experts_used * dims.expert_parameters
     return (
-        2 * dims.linear_parameters * linear
+        2 * frozen * linear
         + 2 * workload.lora_parameters * lora
         + 2 * attention_width * lengths.token_weighted_mean_length * attention
         + 2 * dims.embedding_parameters * lengths.supervised * head  # supervised tokens alone

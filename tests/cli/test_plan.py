@@ -66,6 +66,9 @@ def test_dry_run_predicts_for_this_machine(rows_file: Path, tiny_phi: Path, caps
     recipe = Recipe.model_validate({"model": str(tiny_phi), "data": {"train": str(rows_file)}})
     result = dry_run(recipe)
     assert result.forecast.is_this_machine and result.forecast.plan
+    assert result.as_json()["coverage"]["adapter_parameters"] > 0
     print_dry_run(result)
-    (line,) = [one for one in capsys.readouterr().out.splitlines() if "this machine" in one]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "adapter parameters, on layers with" in line]
+    (line,) = [one for one in lines if "this machine" in one]
     assert line.split()[2] == "yes" and len(line.split()) > 7

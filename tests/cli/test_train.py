@@ -171,10 +171,11 @@ def test_foreground_run_that_fails_prints_the_error_and_exits_with_2(
 ) -> None:
     foreground = Foreground(workbench, tmp_path)
     recipe = recipes.load_recipe(str(finished.path / "recipe.yaml"))
-    recipe.lora.target_modules = ["nope"]
+    recipe.train.max_memory_gb = 0.001
     (tmp_path / "bad.yaml").write_text(recipe.to_yaml())
     process = foreground.start(str(tmp_path / "bad.yaml"), "--set", f"output_dir={foreground.root}")
     process.join(60)
     assert process.exitcode == 2
-    assert "error: " in foreground.output.read_text() and "nope" in foreground.output.read_text()
+    output = foreground.output.read_text()
+    assert "error: " in output and "max_memory_gb" in output
     assert foreground.run().state().state == "failed"

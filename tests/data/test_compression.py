@@ -44,7 +44,7 @@ def test_compressed_file_has_the_rows_of_its_content(
 ) -> None:
     content = text.encode(encoding)
     packed = {
-        "gzip": (f"{name}.gz", gzip.compress(content[:9]) + gzip.compress(content[9:])),
+        "gzip": (f"{name}.gz", gzip.compress(content[:9], mtime=0) + gzip.compress(content[9:])),
         "zip": ("a.zip", zipped({name: content, "README.md": "x", "__MACOSX/._a.csv": "y"})),
     }
     for compression, (file, data) in packed.items():
@@ -68,7 +68,7 @@ def test_compression_is_detected_by_content(tmp_path: Path) -> None:
 def test_errors_in_a_compressed_file_are_at_the_lines_of_its_content(tmp_path: Path) -> None:
     content = as_jsonl(ROWS * 20).encode() + b"\xff\n"
     with pytest.raises(UserError, match="is utf-8 text, but the byte 0xff") as caught:
-        values(write(tmp_path, "a.jsonl.gz", gzip.compress(content)))
+        values(write(tmp_path, "a.jsonl.gz", gzip.compress(content, mtime=0)))
     assert f"line 41, byte {len(content) - 2} " in str(caught.value.where)
 
 
@@ -81,7 +81,7 @@ def test_archive_of_far_larger_content_is_read_in_bounded_memory(
     if compression == "zip":
         path.write_bytes(zipped({"a.jsonl": content}))
     else:
-        path.write_bytes(gzip.compress(content.encode()))
+        path.write_bytes(gzip.compress(content.encode(), mtime=0))
     assert path.stat().st_size < 1 << 20 < 50 << 20 < len(content)
     rows = read_rows(path)[1]
     tracemalloc.start()
@@ -105,9 +105,9 @@ def test_archive_of_far_larger_content_is_read_in_bounded_memory(
         (b"BZh91AY&SY", "bzip2 archive"),
         (b"\x28\xb5\x2f\xfd\0", "zstd archive"),
         (b"a" * 257 + b"ustar\x0000", "tar archive"),
-        (gzip.compress(b"a" * 257 + b"ustar\x0000"), "tar archive"),
-        (gzip.compress(b"PAR1"), "compressed file inside another"),
-        (zipped({"a.json": gzip.compress(b"[]")}), "compressed file inside another"),
+        (gzip.compress(b"a" * 257 + b"ustar\x0000", mtime=0), "tar archive"),
+        (gzip.compress(b"PAR1", mtime=0), "compressed file inside another"),
+        (zipped({"a.json": gzip.compress(b"[]", mtime=0)}), "compressed file inside another"),
         (b"%PDF-1.7\n", "PDF"),
         (b"SQLite format 3\0", "SQLite"),
         (b"ARROW1\0\0", "Arrow file"),
@@ -154,7 +154,7 @@ def test_damaged_archive_gives_rows_or_a_user_error(
     tmp_path: Path, data: st.DataObject, kind: str
 ) -> None:
     text = as_jsonl(ROWS)
-    whole = gzip.compress(text.encode()) if kind == "gzip" else zipped({"a.jsonl": text})
+    whole = gzip.compress(text.encode(), mtime=0) if kind == "gzip" else zipped({"a.jsonl": text})
     content = bytearray(whole)
     for _count in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from jetson_ft.hardware import detect
+from jetson_ft.hardware import cgroup, detect
 from jetson_ft.hardware.detect import Device, board_name, cpu_has_bf16, cpu_name, usable_cores
 
 SAPPHIRE_RAPIDS = """processor\t: 0
@@ -173,3 +173,28 @@ def test_integrated_gpu_has_the_available_memory_of_the_machine(
     assert device.memory_total == 16 << 30
     assert device.integrated is integrated
     assert (device.memory_available == 7) is not integrated
+
+
+@pytest.mark.parametrize("kind", ["cpu", "integrated", "discrete"])
+def test_limit_of_the_control_group_limits_shared_memory_only(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Properties:
+        name, total_memory, major, is_integrated = "Orin", 16 << 30, 8, kind == "integrated"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: kind != "cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (7 << 30, 16 << 30))
+    monkeypatch.setattr(cgroup, "memory_limit", lambda: cgroup.MemoryLimit(2 << 20, 1 << 20))
+    device = detect.detect_device()
+    limited = (16 << 30, 7 << 30) if kind == "discrete" else (2 << 20, 1 << 20)
+    assert (device.memory_total, device.memory_available) == limited
+
+
+def test_available_memory_applies_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = psutil.virtual_memory()._replace(total=8 << 30, available=3 << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cgroup, "memory_limit", lambda: cgroup.MemoryLimit(6 << 30, 5 << 30))
+    device = detect.detect_device()
+    assert (device.memory_total, device.memory_available) == (6 << 30, 3 << 30)

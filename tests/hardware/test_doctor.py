@@ -1,4 +1,4 @@
-"""The doctor on fake boards and on this machine."""
+"""The doctor on fake boards: the checks that need no torch."""
 
 from __future__ import annotations
 
@@ -10,37 +10,19 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from boards_in_folders import AGX, LAPTOP, NANO, NX, Board, FakeMachine
+from findings import find, machine, statuses
 from huggingface_hub import constants
 
 from jetson_ft.errors import Message
-from jetson_ft.hardware import detect, doctor
-from jetson_ft.hardware.doctor import compute, system
-from jetson_ft.hardware.doctor.finding import Finding, Machine, ok
-
-
-def machine(board: FakeMachine, **changes: Any) -> Machine:
-    path = board.tegrastats() if board.board.model else ""
-    return replace(Machine(board.root, path, board.root / "runs"), **changes)
-
-
-def statuses(findings: Iterable[Finding]) -> dict[str, str]:
-    """Return the status by key."""
-    return {finding.key: finding.status for finding in findings}
-
-
-def find(findings: Iterable[Finding], name: str) -> Finding:
-    """Return the only finding of a check."""
-    (finding,) = [finding for finding in findings if finding.name == name]
-    return finding
-
+from jetson_ft.hardware import doctor
+from jetson_ft.hardware.doctor import system
 
 # --- whole machines ------------------------------------------------------------------------------
 
@@ -66,15 +48,29 @@ def test_intact_board_needs_no_fix(tmp_path: Path) -> None:
     ("board", "key", "status"),
     [
         (NANO, "jetpack.supported", "ok"), (NX, "jetpack.old", "failure"),
-        (AGX, "jetpack.experimental", "warning"),
+        (AGX, "jetpack.untried", "warning"),
     ],
 )  # fmt: skip
-def test_jetpack_5_fails_6_is_supported_and_7_experimental(
+def test_jetpack_5_fails_6_is_supported_and_7_2_untried(
     board: Board, key: str, status: str, tmp_path: Path
 ) -> None:
     findings = [*system.examine(machine(FakeMachine(tmp_path, board)))]
     assert statuses(findings)[key] == status
     assert doctor.works(findings) is (status != "failure")
+
+
+@pytest.mark.parametrize(
+    ("series", "key", "fix"),
+    [(38, "jetpack.thor_only", "JetPack 7.2"), (47, "jetpack.unknown_series", "")],
+)
+def test_l4t_without_packages_gives_a_warning(
+    series: int, key: str, fix: str, tmp_path: Path
+) -> None:
+    board = FakeMachine(tmp_path, AGX)
+    board.write("etc/nv_tegra_release", AGX.release.replace("R39", f"R{series}"))
+    finding = find(system.examine(machine(board)), "jetpack")
+    assert (finding.key, finding.status) == (key, "warning")
+    assert f"L4T {series}" in str(finding.text) and fix in str(finding.fix)
 
 
 def test_laptop_gets_no_findings_on_jetsons(tmp_path: Path) -> None:
@@ -216,6 +212,47 @@ def test_memory_check_uses_available_memory(tmp_path: Path) -> None:
     assert find(system.examine(machine(board)), "memory").status == "ok"
 
 
+def limit_memory(board: FakeMachine, limit_mib: int, used_mib: int) -> None:
+    board.write("proc/self/cgroup", "0::/\n")
+    board.write("sys/fs/cgroup/memory.max", f"{limit_mib << 20}\n")
+    board.write("sys/fs/cgroup/memory.current", f"{used_mib << 20}\n")
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "key", "status"),
+    [(5120, 100, "enough", "ok"), (3072, 512, "low_by_limit", "warning"),
+     (3072, 2560, "too_little", "failure")],
+)  # fmt: skip
+def test_memory_limit_is_shown_and_decides_the_status(
+    limit: int, used: int, key: str, status: str, tmp_path: Path
+) -> None:
+    board = FakeMachine(tmp_path, NANO)
+    limit_memory(board, limit, used)
+    findings = [*system.examine(machine(board))]
+    size, left = f"{limit / 1024:.1f}", f"{(limit - used) / 1024:.1f}"
+    assert str(find(findings, "limit").text).startswith(f"{size} GiB")
+    assert f"{left} GiB of it left" in str(find(findings, "limit").text)
+    finding = find(findings, "memory")
+    assert (finding.key, finding.status) == (f"memory.{key}", status)
+    assert str(finding.text).startswith(f"{left} of {size} GiB free")
+    assert ("docker run --memory" in str(finding.fix)) is (status != "ok")
+
+
+def test_limit_above_the_machines_memory_is_not_shown(tmp_path: Path) -> None:
+    board = FakeMachine(tmp_path, NANO)
+    limit_memory(board, 100_000, 100)
+    assert "limit.set" not in statuses(system.examine(machine(board)))
+
+
+def test_memory_short_in_spite_of_the_limit_has_the_boards_fix(tmp_path: Path) -> None:
+    board = FakeMachine(tmp_path, NANO)
+    memory(3000)(board)
+    limit_memory(board, 6000, 100)
+    findings = [*system.examine(machine(board))]
+    assert find(findings, "memory").key == "memory.low_on_board"
+    assert find(findings, "limit").key == "limit.set"
+
+
 # --- the hub -------------------------------------------------------------------------------------
 
 
@@ -241,140 +278,6 @@ def test_hub_check_reports_offline_reachable_and_unreachable(
     finding = system._hub()
     assert finding.status == "warning" and "embedded model" in str(finding.text)
     assert "HF_ENDPOINT" in str(finding.fix)
-
-
-# --- torch, GPU, bitsandbytes --------------------------------------------------------------------
-
-
-def test_this_machine_computes_correctly() -> None:
-    findings = [*compute.examine(Machine())]
-    assert find(findings, "torch").status == "ok" and find(findings, "bitsandbytes").status == "ok"
-    assert doctor.works(findings)
-
-
-def test_failing_or_wrong_nf4_kernels_give_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    import bitsandbytes
-    import torch
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("Error named symbol not found at line 74 in file ops.cu")
-
-    original = bitsandbytes.matmul_4bit
-    for broken in (fail, lambda *a, **k: original(*a, **k) * 1.01):
-        monkeypatch.setattr(bitsandbytes, "matmul_4bit", broken)
-        finding = compute._bitsandbytes(torch, "cpu", Machine())
-        assert (finding.key, finding.status) == ("bitsandbytes.broken", "warning")
-    monkeypatch.setattr(bitsandbytes, "matmul_4bit", original)
-    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", fail)
-    finding = compute._bitsandbytes(torch, "cpu", Machine())
-    assert "named symbol not found" in str(finding.text)
-
-
-def test_broken_bitsandbytes_on_a_board_has_the_build_as_its_fix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compute, "_nf4_error", lambda *_: float("nan"))
-    finding = compute._bitsandbytes(None, "cuda", machine(FakeMachine(tmp_path, NANO)))
-    assert finding.status == "warning" and "CAPABILITY=87" in str(finding.fix)
-    monkeypatch.setattr(detect, "package_version", lambda name: "")
-    assert compute._bitsandbytes(None, "cuda", Machine()).key == "bitsandbytes.missing"
-
-
-def torch_for(cuda: str | None, **gpu: Any) -> Any:
-    """Return a stand-in for torch as built for another machine."""
-    return SimpleNamespace(
-        __version__="2.8.0", version=SimpleNamespace(cuda=cuda),
-        cuda=SimpleNamespace(**{"is_available": lambda: False, "init": lambda: None} | gpu),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("cuda", "board", "smi", "key"),
-    [
-        ("12.6", NANO, False, "torch.cuda"), (None, NANO, False, "torch.cpu_on_board"),
-        (None, LAPTOP, True, "torch.cpu_with_gpu"), (None, LAPTOP, False, "torch.cpu"),
-    ],
-)  # fmt: skip
-def test_torch_build_is_checked_against_the_machine(
-    cuda: str | None, board: Board, smi: bool, key: str, tmp_path: Path
-) -> None:
-    fake = FakeMachine(tmp_path, board)
-    path = fake.program("nvidia-smi", "") if smi else ""
-    finding = compute._torch(torch_for(cuda), machine(fake, path=path))
-    status = {"torch.cpu_on_board": "failure", "torch.cpu_with_gpu": "warning"}
-    assert (finding.key, finding.status) == (key, status.get(key, "ok"))
-
-
-def gpu_finding(
-    built: list[str], error: float | Exception, monkeypatch: pytest.MonkeyPatch
-) -> Finding:
-    """Return the finding on an Orin whose product has an error or raises one."""
-
-    def product_error(*_: Any) -> float:
-        if isinstance(error, Exception):
-            raise error
-        return error
-
-    monkeypatch.setattr(compute, "_product_error", product_error)
-    orin = SimpleNamespace(name="Orin", major=8, minor=7, is_integrated=True)
-    torch = torch_for(
-        "12.6", get_device_properties=lambda _: orin, get_arch_list=lambda: built,
-    )  # fmt: skip
-    torch.bfloat16 = "bf16"
-    return compute._gpu(torch)
-
-
-@pytest.mark.parametrize(
-    ("built", "error", "key", "status"),
-    [
-        (["sm_87"], 0.001, "gpu.correct", "ok"),
-        (["sm_80", "sm_90"], 0.001, "gpu.other_arch", "warning"),
-        (["sm_87"], 0.5, "gpu.wrong", "failure"),
-        (["sm_90"], RuntimeError("no kernel image is available\nmore"), "gpu.kernels", "failure"),
-    ],
-)
-def test_gpu_status_depends_on_its_product(
-    built: list[str], error: Any, key: str, status: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    finding = gpu_finding(built, error, monkeypatch)
-    assert (finding.key, finding.status) == (key, status)
-    assert "sm_87" in str(finding.text) and "\n" not in str(finding.text)
-
-
-@pytest.mark.parametrize("integrated", [False, True])
-def test_discrete_gpu_reports_its_own_memory(
-    integrated: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = SimpleNamespace(name="GPU", major=9, minor=0, is_integrated=integrated)
-    torch = torch_for(
-        "12.6", is_available=lambda: True, get_device_properties=lambda _: gpu,
-        get_arch_list=lambda: ["sm_90"], mem_get_info=lambda _: (3 << 30, 4 << 30),
-    )  # fmt: skip
-    torch.bfloat16 = "bf16"
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr(compute, "_product_error", lambda *_: 0.001)
-    monkeypatch.setattr(compute, "_bitsandbytes", lambda *_: ok("bitsandbytes.correct", ""))
-    texts = {finding.key: str(finding.text) for finding in compute.examine(Machine())}
-    assert set(texts) >= {"torch.cuda", "gpu.correct", "bitsandbytes.correct"}
-    assert texts.get("gpu.memory") == (None if integrated else "3.0 of 4.0 GiB free")
-
-
-def test_unusable_gpu_of_a_board_fails_with_the_error_of_the_driver(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse() -> None:
-        raise RuntimeError("CUDA driver initialization failed: error 801")
-
-    monkeypatch.setitem(sys.modules, "torch", torch_for("12.6", init=refuse))
-    monkeypatch.setattr(compute, "_bitsandbytes", lambda *_: ok("bitsandbytes.correct", ""))
-    findings = [*compute.examine(machine(FakeMachine(tmp_path, NANO)))]
-    assert "error 801" in str(find(findings, "gpu").text) and not doctor.works(findings)
-
-
-def test_torch_that_cant_be_imported_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    (finding,) = compute.examine(Machine())
-    assert (finding.key, finding.status) == ("torch.broken", "failure")
 
 
 # --- output --------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ def test_unknown_release_gives_the_jetpack_of_its_series() -> None:
     assert L4T((36, 9, 1)).jetpack == "6" and L4T((36, 9, 1)).major == 6
     assert L4T((99, 0)).jetpack == "" and L4T((99, 0)).major == 0
     assert L4T((36, 4, 7)) < L4T((36, 5, 0))
+    assert L4T((39, 2, 1)).jetpack == "7.2.1" and L4T((39, 2, 1)).series == 39
 
 
 @pytest.mark.parametrize("text", ["", "# R36", "R36 (release), REVISION: x", "\0\xff"])

@@ -57,6 +57,12 @@ def test_no_prompts_give_no_replies(phi: Any) -> None:
     assert replies_to(phi, []) == []
 
 
+def test_token_without_an_embedding_is_refused(phi: Any) -> None:
+    rows = len(phi.model.get_input_embeddings().weight)
+    with pytest.raises(UserError, match="no embedding for"):
+        list(stream_reply(phi.model, phi.tokenizer, [5, rows], phi.eos_ids, GREEDY))
+
+
 @pytest.mark.parametrize("limit", range(1, 14))
 def test_stream_gives_the_same_reply_as_a_batch(phi: Any, limit: int) -> None:
     """At every length, so that some of the limits cut a character in half."""

@@ -10,13 +10,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from jetson_ft.kernels import attention
 from jetson_ft.kernels.attention import (
     PACKED_ATTENTION,
+    PackingError,
+    WindowMask,
     packed_attention,
-    supports_packing,
     use_packed_attention,
 )
+from jetson_ft.kernels.lm_head_loss import token_losses
 from jetson_ft.kernels.packing import Pack, pack_rows
 
 LENGTHS = [5, 1, 9, 3]
@@ -134,81 +135,110 @@ def test_a_position_attends_to_itself_and_its_window() -> None:
     query = torch.zeros(1, 1, length, length)  # equal scores: the mean of the values attended to
     value = torch.eye(length)[None, None]
     attended, _ = packed_attention(
-        None, query, query, value, None, row_lengths=[length], sliding_window=window
+        None, query, query, value, WindowMask(window), row_lengths=[length]
     )
     expected = torch.ones(length, length).tril().triu(1 - window)
     assert torch.equal(attended[0, :, 0] > 0, expected > 0)
 
 
-def test_phi_and_llama_support_packing(model: Any) -> None:
-    assert supports_packing(model)
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_lack_of_memory_in_the_trial_of_packing_is_raised(
-    model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lack_memory(**_: Any) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(attention, "use_packed_attention", lambda _: nullcontext(lack_memory()))
-    with pytest.raises(torch.OutOfMemoryError):
-        supports_packing(model)
-
-
-@pytest.mark.parametrize("format", [torch.bfloat16, torch.float16])
-def test_low_precision_supports_packing(model: Any, format: torch.dtype) -> None:
-    assert supports_packing(model.to(format))
-
-
 GROUPED: dict[str, Any] = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2}
-# Distances in place of positions, attention that can't be replaced, states that continue from row
-# to row, capped scores, sinks, masks made in the layer.
-CANNOT = {
-    "Gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=8),
-    "GPT-OSS": lambda: transformers.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4),
-    "Doge": lambda: transformers.DogeConfig(**GROUPED),
-    "Bloom": lambda: transformers.BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4),
-    "GPT-J": lambda: transformers.GPTJConfig(
-        vocab_size=259, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=0, eos_token_id=0
-    ),
-    "Falcon": lambda: transformers.FalconConfig(**SMALL, alibi=True),
-    "Mamba": lambda: transformers.MambaConfig(
-        vocab_size=259, hidden_size=32, num_hidden_layers=2, pad_token_id=None
-    ),
-    "LFM2": lambda: transformers.Lfm2Config(
-        **SMALL,
-        intermediate_size=64,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        layer_types=["conv", "full_attention"],
-    ),
-}
+
+
+@ROWS
+@pytest.mark.parametrize("softcap", [50.0, 5.0])
+@pytest.mark.usefixtures("blocks")
+def test_soft_capped_scores_give_eager_attentions_loss_and_adapter_gradients(
+    softcap: float, rows: Any
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        **GROUPED, head_dim=8, sliding_window=4, attn_logit_softcapping=softcap,
+        query_pre_attn_scalar=4, initializer_range=0.3,
+    )  # fmt: skip
+    lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+                      init_lora_weights=False)  # fmt: skip
+    model = get_peft_model(build(config), lora)
+    model.set_attn_implementation("eager")
+    assert config.layer_types == ["sliding_attention", "full_attention"]
+
+    def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+    pack = pack_rows(rows)
+    with use_packed_attention(model):
+        together = token_losses(model, pack).mean()
+        actual = gradients(together)
+    alone = torch.cat([token_losses(model, pack_rows([row])) for row in rows]).mean()
+    assert abs(float(together) - float(alone)) < 1e-5
+    for a, b in zip(actual, gradients(alone), strict=True):
+        assert float(b.abs().max()) > 1e-3
+        assert torch.allclose(a, b, atol=1e-5)
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    uncapped = torch.cat([token_losses(model, pack_rows([row])) for row in rows]).mean()
+    assert abs(float(uncapped) - float(alone)) > 1e-4  # the cap matters
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("shared_prefix", [0, 4])
+def test_one_row_at_a_time_gives_the_same(shared_prefix: int, softcap: float | None) -> None:
+    torch.manual_seed(0)
+    rows = [9, 6, 14]
+    tokens = sum(rows) - 2 * shared_prefix
+    query, key, value = (torch.randn(1, heads, tokens, 8) for heads in (4, 2, 2))
+    together, alone = (
+        packed_attention(
+            None, query, key, value, WindowMask(5), row_lengths=rows,
+            shared_prefix=shared_prefix, softcap=softcap, one_by_one=one_by_one,
+        )[0]
+        for one_by_one in (False, True)
+    )  # fmt: skip
+    assert torch.allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.usefixtures("blocks")
+def test_one_row_at_a_time_keeps_a_nan_in_its_row() -> None:
+    query = torch.randn(1, 2, 9, 4)
+    query[:, :, :4] = torch.nan
+    out, _ = packed_attention(None, query, query, query, None, row_lengths=[4, 5], one_by_one=True)
+    assert out[0, :4].isnan().all() and out[0, 4:].isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("changed", "computed"),
-    [({"softcap": 50.0}, False), ({"s_aux": torch.zeros(1)}, False),
+    [({"s_aux": torch.zeros(1)}, False),
      ({"position_bias": torch.zeros(1)}, False), ({"is_causal": False}, False),
-     ({"softcap": None}, True), ({"position_ids": torch.zeros(1), "use_cache": False}, True)],
+     ({"softcap": 50.0}, True), ({"softcap": None}, True),
+     ({"sliding_window": 2}, False), ({"sliding_window": None}, True),
+     ({"position_ids": torch.zeros(1), "use_cache": False}, True)],
 )  # fmt: skip
 def test_an_argument_that_would_change_the_result_is_refused(
     changed: dict[str, Any], computed: bool
 ) -> None:
     query = torch.zeros(1, 1, 3, 4)
-    with nullcontext() if computed else pytest.raises(ValueError, match=next(iter(changed))):
+    with nullcontext() if computed else pytest.raises(PackingError, match=next(iter(changed))):
         packed_attention(None, query, query, query, None, row_lengths=[3], **changed)
 
 
 def test_a_mask_is_refused() -> None:
     query = torch.zeros(1, 1, 3, 4)
-    with pytest.raises(ValueError, match="attention_mask"):
+    with pytest.raises(PackingError, match="attention_mask"):
         packed_attention(None, query, query, query, torch.ones(3, 3), row_lengths=[3])
 
 
-@pytest.mark.parametrize("name", CANNOT)
-def test_a_model_whose_rows_affect_each_other_does_not_support_packing(name: str) -> None:
-    model = build(CANNOT[name]())
-    before = model.config._attn_implementation
-    assert not supports_packing(model)
-    assert model.config._attn_implementation == before
+def test_a_window_other_than_the_masks_is_refused() -> None:
+    query = torch.zeros(1, 1, 3, 4)
+    with pytest.raises(PackingError, match="sliding_window"):
+        packed_attention(
+            None, query, query, query, WindowMask(2), row_lengths=[3], sliding_window=3
+        )
+
+
+@pytest.mark.parametrize("keys", [2, 4])
+def test_keys_of_other_tokens_are_refused(keys: int) -> None:
+    query, key = torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, keys, 4)
+    with pytest.raises(PackingError, match="key"):
+        packed_attention(None, query, key, key, None, row_lengths=[3])

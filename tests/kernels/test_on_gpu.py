@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_architectures
 import torch
 
 from jetson_ft.adapter import attach_adapter
 from jetson_ft.data.chat_template import ANSWER, CONTEXT
 from jetson_ft.kernels import attention, attention_varlen
+from jetson_ft.kernels.attention_trial import packing_obstacle
 from jetson_ft.kernels.fused_layers import fuse_layers
 from jetson_ft.kernels.lm_head_loss import chunked_lm_head, token_losses
 from jetson_ft.kernels.packing import pack_rows
@@ -86,6 +88,27 @@ def test_a_pack_gives_the_losses_and_gradients_of_its_rows_alone(
     for actual, expected in zip(ours[1], plain[1], strict=True):
         if float(expected.norm()) > 1e-3:  # a key's bias changes nothing
             assert distance(actual, expected) < 3 * allowed
+
+
+def test_soft_capped_scores_give_the_losses_of_the_rows_alone() -> None:
+    model = tiny_architectures.tiny_model("gemma2").cuda()
+    rows = [row | {"input_ids": [i % 150 for i in row["input_ids"]]} for row in make_rows(6)]
+    pack = pack_rows(rows).to("cuda")
+    with torch.no_grad():
+        alone = torch.cat([token_losses(model, pack_rows([row]).to("cuda")) for row in rows])
+        with attention.use_packed_attention(model):
+            assert distance(token_losses(model, pack), alone) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "packed"), [("qwen3", True), ("gemma3_text", True), ("lfm2", False), ("mamba", False)]
+)
+def test_the_trial_of_packing_gives_the_cpus_verdict(
+    kind: str, packed: bool, dtype: torch.dtype
+) -> None:
+    model = tiny_architectures.tiny_model(kind).to("cuda", dtype)
+    assert (packing_obstacle(model) is None) == packed
 
 
 @pytest.mark.parametrize("folder", ["tiny_phi", "tiny_llama"])

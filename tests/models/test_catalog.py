@@ -86,5 +86,5 @@ def test_importing_the_catalog_loads_neither_torch_nor_transformers() -> None:
 
 def test_model_that_does_not_generate_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(UserError, match="clip is not a causal language model"):
+    with pytest.raises(UserError, match="clip is a multimodal model"):
         catalog.model_dims(BaseModelFiles("x/clip", tmp_path))

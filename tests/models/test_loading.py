@@ -6,13 +6,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import write_gguf
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Gemma2Config, PhiConfig
 
 from jetson_ft.adapter import attach_adapter
 from jetson_ft.data.templates import TEMPLATES
@@ -22,7 +23,9 @@ from jetson_ft.kernels.packing import pack_rows
 from jetson_ft.models.files import BaseModelFiles, resolve_model
 from jetson_ft.models.loading import (
     WeightFormat,
+    _repair_quantized_layers,
     bytes_per_part,
+    check_vocabulary,
     load_model,
     load_tokenizer,
 )
@@ -132,6 +135,43 @@ def test_quantized_weights_give_nearly_the_same_logits(wide_phi: Path) -> None:
     assert 0 < float((logits["nf4/fp32"] - logits["fp32"]).std()) < 0.2 * spread
 
 
+@pytest.mark.parametrize(("inputs", "inside"), [(48, 80), (64, 80), (96, 128)])
+def test_nf4_layers_of_any_shape_evaluate(inputs: int, inside: int, tmp_path: Path) -> None:
+    """Before its first reply on a CPU with AVX512-BF16, bitsandbytes packs 32 outputs together."""
+    config = PhiConfig(
+        vocab_size=259, hidden_size=inputs, intermediate_size=inside, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    base, ids = BaseModelFiles("x", tmp_path), torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        plain, nf4 = (
+            load_model(base, WeightFormat("fp32", quantize), "cpu")(input_ids=ids).logits
+            for quantize in ("none", "nf4")
+        )
+    assert 0 < float((nf4 - plain).std()) < 0.5 * float(plain.std())
+
+
+def test_layers_that_cannot_be_packed_are_excluded_from_it(tmp_path: Path) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    model = torch.nn.ModuleList(Linear4bit(*size) for size in ((64, 32), (64, 48), (96, 32)))
+    for layer in model:
+        layer.weight.quant_state = SimpleNamespace(blocksize=64)
+        layer.support_avx512bf16_for_cpu = True
+    _repair_quantized_layers(model)
+    assert [layer.support_avx512bf16_for_cpu for layer in model] == [True, False, False]
+
+
+def test_int8_layers_take_inputs_of_four_dimensions(wide_phi: Path) -> None:
+    """As in DeepSeek's attention."""
+    model = load_model(BaseModelFiles("x", wide_phi), WeightFormat("fp32", "int8"), "cpu")
+    layer, x = model.model.layers[0].mlp.fc1, torch.randn(2, 1, 5, 64)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), layer(x[:, 0])[:, None])
+
+
 def test_a_gguf_file_is_loaded_with_its_tokenizer(tmp_path: Path) -> None:
     base = BaseModelFiles("x", tmp_path, write_gguf(tmp_path / "tiny.gguf").name)
     tokenizer, model = load_tokenizer(base), load_model(base, FP32, "cpu")
@@ -155,6 +195,17 @@ def test_a_model_without_sdpa_loads_too(tmp_path: Path) -> None:
 
 
 # Files that are damaged, or must not be loaded
+
+
+def test_a_model_with_soft_capped_scores_has_eager_attention(tmp_path: Path) -> None:
+    """transformers 5.20 would load it with another one, which has no cap."""
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(resolve_model(str(tmp_path)), WeightFormat("fp32"), "cpu")
+    assert model.config._attn_implementation == "eager"
 
 
 def cut_weights(folder: Path) -> None:
@@ -280,3 +331,44 @@ def test_a_tokenizers_own_code_is_never_run(
     (copy / "evil.py").write_text("open('hacked', 'w'); Evil = 1")
     assert load_tokenizer(resolve_model(str(copy))).eos_token == "<|endoftext|>"
     assert not (tmp_path / "hacked").exists()
+
+
+def test_a_tokenizer_of_sentencepiece_alone_loads(tmp_path: Path) -> None:
+    pytest.importorskip("google.protobuf")
+    import sentencepiece
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"the {number} red foxes saw a dog" for number in range(200)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=40, minloglevel=2
+    )
+    for name in ("text.txt", "tokenizer.vocab"):
+        (tmp_path / name).unlink()
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "bos_token": "<s>"})
+    )
+    tokenizer = load_tokenizer(BaseModelFiles("x", tmp_path))
+    assert tokenizer.decode(tokenizer("red foxes")["input_ids"], skip_special_tokens=True).strip()
+
+
+def test_more_tokens_than_embedding_rows_are_refused(tiny_phi: Path) -> None:
+    base = BaseModelFiles("x", tiny_phi)
+    tokenizer = load_tokenizer(base)
+    assert len(tokenizer) == 259
+    check_vocabulary(tokenizer, 259, base)
+    with pytest.raises(UserError, match=r"has 259 tokens, but .* only 200 rows") as caught:
+        check_vocabulary(tokenizer, 200, base)
+    assert str(caught.value.where) == str(tiny_phi)
+
+
+def test_an_added_token_without_a_row_is_refused_where_a_text_needs_it(tiny_llama: Path) -> None:
+    base = BaseModelFiles("x", tiny_llama)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert len(tokenizer) > 259
+    check_vocabulary(tokenizer, 259, base)
+    with pytest.raises(UserError, match="has 260 tokens"):
+        check_vocabulary(tokenizer, 259, base, largest_id=259)
+    tokenizer.chat_template = "<image>" + str(tokenizer.chat_template)
+    with pytest.raises(UserError, match="has 260 tokens"):
+        check_vocabulary(tokenizer, 259, base)

@@ -215,3 +215,15 @@ def test_every_key_has_help() -> None:
 )  # fmt: skip
 def test_type_name_is_in_plain_words(key: str, words: str) -> None:
     assert str(recipes.type_name(recipes.fields()[key].annotation)) == words
+
+
+@pytest.mark.parametrize("text", ["q_proj,v_proj", " q_proj , v_proj,"])
+def test_target_modules_with_commas_are_a_list(text: str) -> None:
+    recipe = Recipe.model_validate({"lora": {"target_modules": text}})
+    assert recipe.lora.target_modules == ["q_proj", "v_proj"]
+    assert Recipe.model_validate({"lora": {"target_modules": "fc1"}}).lora.target_modules == "fc1"
+
+
+def test_target_modules_of_commas_alone_are_refused() -> None:
+    with pytest.raises(ValueError, match="target_modules"):
+        Recipe.model_validate({"lora": {"target_modules": ","}})

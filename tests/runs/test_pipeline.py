@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 from boards_in_folders import NANO, FakeMachine
+from safetensors.torch import load_file
+from workbench import Workbench
 
 from jetson_ft.chat.target import open_session, resolve_target
 from jetson_ft.errors import UserError
@@ -25,10 +27,12 @@ from jetson_ft.events import (
     Generated,
     PhaseEnded,
     PhaseStarted,
+    Planned,
     Sensors,
     Step,
     TotalSteps,
     Warned,
+    WeightsLoaded,
 )
 from jetson_ft.hardware.boards import find_board
 from jetson_ft.hardware.detect import Device
@@ -63,6 +67,14 @@ def test_finished_run_has_all_documented_files(finished: Run) -> None:
         "checkpoints", "adapter", "report.json", "report.md", "report.html",
     }  # fmt: skip
     assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_share_of_adapted_parameters_is_an_event(finished: Run) -> None:
+    (event,) = (event for event in finished.events() if isinstance(event, WeightsLoaded))
+    trained = load_file(finished.adapter / "adapter_model.safetensors").values()
+    assert event.adapter_parameters == sum(tensor.numel() for tensor in trained)
+    assert event.adapted_share and 0.3 < event.adapted_share < 1
+    assert event.quantized_share == 0
 
 
 def test_adapter_loads_with_peft(finished: Run, tiny_phi: Path) -> None:
@@ -297,6 +309,33 @@ def test_edited_recipe_is_refused_before_the_model_is_loaded(
     assert "model" not in [
         e.name for e in run.events() if isinstance(e, PhaseStarted) and e.attempt == last
     ]
+
+
+@pytest.fixture(scope="module")
+def tiny_lfm2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with convolutions beside attention."""
+    import torch
+    from tiny_architectures import tiny_config
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("models") / "lfm2"))
+    config = tiny_config("lfm2")
+    config.vocab_size = 259
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def test_model_whose_rows_cannot_be_packed_trains_row_by_row_after_a_warning(
+    tiny_lfm2: Path, rows_file: Path, tmp_path: Path
+) -> None:
+    run = Workbench(tiny_lfm2, rows_file, tmp_path).run("row-by-row")
+    assert Workbench(tiny_lfm2, rows_file, tmp_path).work(run, "step-2") == -signal.SIGKILL
+    (warning,) = [event.message for event in run.events() if isinstance(event, Warned)]
+    assert "one by one" in warning and "outside of attention" in warning
+    (plan,) = [event for event in run.events() if isinstance(event, Planned)]
+    assert not plan.packing and plan.micro_batch_tokens == 0
+    assert losses(run)
 
 
 # --- damage ------------------------------------------------------------------------------------

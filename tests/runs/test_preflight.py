@@ -11,7 +11,7 @@ import pytest
 from jetson_ft.data import store
 from jetson_ft.errors import UserError
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs.manager import check_recipe
+from jetson_ft.runs.manager import check_recipe, launch
 
 ROW = {"instruction": "你好", "output": "你好！"}
 
@@ -129,3 +129,38 @@ def test_a_model_on_a_hub_out_of_reach_is_refused() -> None:
 def test_a_data_set_on_a_hub_out_of_reach_is_refused() -> None:
     with pytest.raises(UserError, match="'owner/name' can't be downloaded"):
         check_recipe(recipe(train="owner/name"))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "t5"}, "t5 is an encoder-decoder"),
+        ({"model_type": "qwen2_vl"}, "qwen2_vl is a multimodal model"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantized"),
+        ({"model_type": "from-tomorrow"}, "has no architecture"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "can't be loaded"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused(
+    config: dict[str, Any], words: str, model_folder: Path, tmp_path: Path
+) -> None:
+    (model_folder / "config.json").write_text(json.dumps(config))
+    unusable = recipe(model=str(model_folder), train=rows(tmp_path / "a.jsonl", ROW))
+    unusable.output_dir = str(tmp_path / "runs")
+    with pytest.raises(UserError, match=words):
+        launch(unusable, "x")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("model", ["embedded", "folder"])
+def test_a_wrong_target_module_is_refused_with_the_models_names(
+    model: str, model_folder: Path, tmp_path: Path
+) -> None:
+    name = model if model == "embedded" else str(model_folder)
+    unusable = recipe(model=name, train=rows(tmp_path / "a.jsonl", ROW))
+    unusable.lora.target_modules = ["q_porj"]
+    unusable.output_dir = str(tmp_path / "runs")
+    with pytest.raises(UserError, match="no linear layer named q_porj") as caught:
+        launch(unusable, "x")
+    assert "Did you mean q_proj? It has: " in str(caught.value.fix)
+    assert not (tmp_path / "runs").exists()

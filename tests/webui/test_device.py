@@ -16,7 +16,7 @@ from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.tabs import device
 from jetson_ft.webui.tabs.device import Doctor
 
-FIX = "Flash JetPack 6.2: https://developer.nvidia.com/embedded/jetpack"
+FIX = "Flash JetPack 6.2 or 7.2: https://developer.nvidia.com/embedded/jetpack"
 
 
 def test_each_finding_has_its_mark_and_its_fix() -> None:
@@ -31,7 +31,7 @@ def test_each_finding_has_its_mark_and_its_fix() -> None:
     assert 'class="failure"' in english and f"<code>{FIX}</code>" in english
     assert (
         "does not work" in english
-        and "<code>请刷写 JetPack 6.2：https://developer.nvidia.com/embedded/jetpack</code>"
+        and "<code>请刷写 JetPack 6.2 或 7.2：https://developer.nvidia.com/embedded/jetpack</code>"
         in chinese
     )
 

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from jetson_ft.errors import Message, _
-from jetson_ft.hardware import detect
+from jetson_ft.hardware import detect, jetpack
 from jetson_ft.hardware.doctor.finding import Finding, Machine, failure, ok, warning
 
 _GIB = 2**30
 _NF4_TOLERANCE = 1e-3  # of a product, relative to the largest entry in fp64
 _16_BIT_TOLERANCE = 0.02  # of a product, relative to the largest; bf16's last digit is 0.8 %
 _REINSTALL = "make clean && make setup"
+_CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
+# The published wheel is built for Arm servers (SBSA), whose symbols don't match those of JetPack 6.
 _BUILD_BITSANDBYTES = (
     "git clone --depth 1 --branch {version} "
     "https://github.com/bitsandbytes-foundation/bitsandbytes && cd bitsandbytes && "
@@ -61,12 +63,20 @@ def _torch(torch: Any, machine: Machine) -> Finding:
     if machine.board:
         text = _("{version} is built for the processor only: the board's GPU can't be used")
         index = "https://pypi.jetson-ai-lab.io/jp6/cu126/+simple/"
+        if _has_jetpack_7(machine):
+            index = _CUDA_INDEX
         return failure("torch.cpu_on_board", text, f"{_REINSTALL} TORCH_INDEX={index}", **values)
     if detect.has_nvidia_driver(machine.root, machine.path):
         text = _("{version}, built for the processor only, but there is an NVIDIA GPU")
-        fix = "make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130"
+        fix = f"make setup TORCH_INDEX={_CUDA_INDEX}"
         return warning("torch.cpu_with_gpu", text, fix, **values)
     return ok("torch.cpu", _("{version}, built for the processor"), **values)
+
+
+def _has_jetpack_7(machine: Machine) -> bool:
+    """Return whether the board has JetPack 7, which takes PyTorch's own builds for CUDA."""
+    l4t = jetpack.read_l4t(machine.root)
+    return l4t is not None and l4t.major == 7
 
 
 def _unusable_gpu(torch: Any) -> Finding:
@@ -95,6 +105,10 @@ def _gpu(torch: Any) -> Finding:
         return failure("gpu.wrong", text, _REINSTALL, error=f"{error:.2g}", **values)
     if arch in built:
         return ok("gpu.correct", _("{name} ({sm}) computes correctly"), **values)
+    # A GPU runs machine code of its own major version up to its minor version: sm_80 on an Orin.
+    if {f"sm_{gpu.major}{minor}" for minor in range(gpu.minor)} & set(built):
+        text = _("{name} ({sm}) computes correctly, by PyTorch's code for {built}")
+        return ok("gpu.compatible", text, **values)
     text = _("{name} ({sm}) computes correctly, though PyTorch was built for {built}")
     return warning("gpu.other_arch", text, **values)
 
@@ -124,7 +138,8 @@ def _bitsandbytes(torch: Any, device: str, machine: Machine) -> Finding:
     text = _("{version} can't quantize here ({device}): {error}")
     if not machine.board:
         return warning("bitsandbytes.broken", text, fix, **values)
-    values["build"] = _BUILD_BITSANDBYTES.format(**values)
+    build = _REINSTALL if _has_jetpack_7(machine) else _BUILD_BITSANDBYTES.format(**values)
+    values["build"] = build
     fix = _("Recipes without `quantize` work as they are. For 4 bits: {build}")
     return warning("bitsandbytes.broken_on_board", text, fix, **values)
 

@@ -14,9 +14,10 @@ Status = Literal["ok", "warning", "failure"]
 
 _TITLES = {
     "board": _("Board"), "jetpack": "JetPack", "l4t": _("Known fault"), "power": _("Power mode"),
-    "clocks": _("GPU clock"), "access": _("Device files"), "memory": _("Memory"),
-    "swap": _("Swap"), "disk": _("Disk"), "sensors": _("Sensors"), "jtop": "jtop",
-    "hub": _("Hub"), "torch": "PyTorch", "gpu": "GPU", "bitsandbytes": "bitsandbytes",
+    "clocks": _("GPU clock"), "access": _("Device files"), "limit": _("Memory limit"),
+    "memory": _("Memory"), "swap": _("Swap"), "disk": _("Disk"), "sensors": _("Sensors"),
+    "jtop": "jtop", "hub": _("Hub"), "torch": "PyTorch", "gpu": "GPU",
+    "bitsandbytes": "bitsandbytes",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from jetson_ft import hub
 from jetson_ft.errors import _
 from jetson_ft.files import cache_root, existing_parent
-from jetson_ft.hardware import detect, jetpack
+from jetson_ft.hardware import cgroup, detect, jetpack
 from jetson_ft.hardware.doctor.finding import Finding, Machine, failure, ok, warning
 from jetson_ft.hardware.sensors import sysfs
 from jetson_ft.hardware.sensors.reading import Reading
@@ -42,7 +42,7 @@ def examine(machine: Machine) -> Iterator[Finding]:
         yield from _software(machine)
         yield from _power(machine)
         yield _access(machine)
-    yield _memory(machine)
+    yield from _memory(machine)
     if machine.board:
         yield from _swap(machine)
     yield from _disks(machine)
@@ -67,14 +67,21 @@ def _software(machine: Machine) -> Iterator[Finding]:
         yield warning("jetpack.unknown", text, fix)
         return
     values = {"l4t": str(l4t), "jetpack": l4t.jetpack or "?"}
-    if l4t.major == 6:
+    if l4t.series == 36:
         yield ok("jetpack.supported", _("{jetpack} (L4T {l4t})"), **values)
-    elif l4t.major in (0, 7):
-        text = _("{jetpack} (L4T {l4t}): experimental and untested; JetPack 6 is supported")
-        yield warning("jetpack.experimental", text, **values)
+    elif l4t.series == 39:
+        text = _("{jetpack} (L4T {l4t}): set-up has packages for it, untried on a board")
+        yield warning("jetpack.untried", text, **values)
+    elif l4t.series == 38:
+        text = _("{jetpack} (L4T {l4t}) is for Jetson Thor only; set-up has no packages for it")
+        fix = _("Flash JetPack 7.2: https://developer.nvidia.com/embedded/jetpack")
+        yield warning("jetpack.thor_only", text, fix, **values)
+    elif l4t.major == 0:
+        text = _("{jetpack} (L4T {l4t}) is unknown to this program")
+        yield warning("jetpack.unknown_series", text, **values)
     else:
         text = _("{jetpack} (L4T {l4t}) is not supported: Python and CUDA are too old for PyTorch")
-        fix = _("Flash JetPack 6.2: https://developer.nvidia.com/embedded/jetpack")
+        fix = _("Flash JetPack 6.2 or 7.2: https://developer.nvidia.com/embedded/jetpack")
         yield failure("jetpack.old", text, fix, **values)
     if l4t.numbers == _L4T_WITH_ALLOCATION_FAULT:
         text = _("L4T {l4t} refuses large allocations with enough memory free; 36.5 fixes it")
@@ -121,21 +128,33 @@ def _access(machine: Machine) -> Finding:
     return ok("access.readable", _("those of the GPU can be read"))
 
 
-def _memory(machine: Machine) -> Finding:
-    """Check MemAvailable: the GPU's driver counts the page cache as used."""
-    sizes = sysfs.meminfo(machine.root)
+def _memory(machine: Machine) -> Iterator[Finding]:
+    """Check MemAvailable and control groups: the GPU's driver counts the page cache as used."""
+    sizes, limit = sysfs.meminfo(machine.root), cgroup.memory_limit(machine.root)
     free, total = sizes.get("MemAvailable", 0), sizes.get("MemTotal", 0)
+    more, is_limited = _("Close other programs."), limit.available < free
+    if limit.limit < total:
+        left, gib = limit.available / _GIB, limit.limit / _GIB
+        text = _("{limit:.1f} GiB for this container or service, {left:.1f} GiB of it left")
+        yield ok("limit.set", text, limit=gib, left=left)
+    if is_limited:
+        free, total = limit.available, limit.limit
+        more = _("Raise the limit: `docker run --memory`, or MemoryMax of systemd.")
     values: dict[str, Any] = {"free": free / _GIB, "total": total / _GIB}
     if free < _MEMORY:
         text = _("{free:.1f} of {total:.1f} GiB free: not enough to train anything")
-        return failure("memory.too_little", text, _("Close other programs."), **values)
-    if free >= (_MEMORY_LOW_ON_BOARD if machine.board else _MEMORY_LOW):
-        return ok("memory.enough", _("{free:.1f} of {total:.1f} GiB free"), **values)
-    if machine.board:
+        yield failure("memory.too_little", text, more, **values)
+    elif free >= (_MEMORY_LOW_ON_BOARD if machine.board else _MEMORY_LOW):
+        yield ok("memory.enough", _("{free:.1f} of {total:.1f} GiB free"), **values)
+    elif is_limited:
+        text = _("{free:.1f} of {total:.1f} GiB free: too little for large models")
+        yield warning("memory.low_by_limit", text, more, **values)
+    elif machine.board:
         text = _("{free:.1f} of {total:.1f} GiB free; about 0.8 GB more without the desktop")
-        return warning("memory.low_on_board", text, "sudo init 3", **values)
-    text = _("{free:.1f} of {total:.1f} GiB free: enough for the embedded model only")
-    return warning("memory.low", text, _("Close other programs."), **values)
+        yield warning("memory.low_on_board", text, "sudo init 3", **values)
+    else:
+        text = _("{free:.1f} of {total:.1f} GiB free: enough for the embedded model only")
+        yield warning("memory.low", text, more, **values)
 
 
 def _swap(machine: Machine) -> Iterator[Finding]:
