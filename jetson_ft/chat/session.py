@@ -134,7 +134,7 @@ def parse_examples(text: str, where: str) -> list[ChatMessage]:
                 if isinstance(row, RowError):
                     raise row
                 layout = detect_layout(row) if isinstance(row, dict) else None
-                if layout is None:
+                if layout is None or layout == "text":
                     raise RowError(_("a row without question and answer"))
                 turns = to_conversation(row, layout).messages
                 messages += [turn for turn in turns if turn["role"] != "system"]

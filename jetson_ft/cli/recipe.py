@@ -95,7 +95,7 @@ def print_coverage(coverage: Coverage) -> None:
 
 def print_devices(devices: list[DeviceForecast]) -> None:
     """Print a row for each device, and what would make the recipe fit the others."""
-    columns = ("fits", "micro-batch", "recompute", "GiB", "of free", "training", "besides")
+    columns = ("fits", "batch", "recompute", "GiB", "free", "training", "besides")
     table = Table(
         Column("predicted for", no_wrap=True),
         *(Column(name, justify="right") for name in columns), box=None, pad_edge=False,

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jetson_ft.data.formats import ChatMessage
+from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.templates import CHOOSE_TEMPLATE
 from jetson_ft.errors import Message, UserError, _
 
@@ -64,6 +64,7 @@ def encode(
     """Encode the conversation up to its last answer that is trained on.
 
     Some templates rewrite earlier turns once a later one follows; then only the last answer is
+    trained on. A document of plain text is encoded without a template, and every token of it is
     trained on.
 
     Args:
@@ -72,6 +73,8 @@ def encode(
     Raises:
         UserError: the template can't render such a conversation, or changes the last answer.
     """
+    if messages[0]["role"] == TEXT:
+        return _encode_document(tokenizer, messages[0]["content"])
     messages = until_last_trained(messages)
     chat = _conversation(tokenizer, messages, tools)
     full = chat.render()
@@ -107,10 +110,32 @@ def encode_prompt(
     return turns.ids + _ids(tokenizer, full[position:])
 
 
+def _encode_document(tokenizer: Any, text: str) -> Encoded:
+    """Encode plain text: the start token if the tokenizer has one, the text, the end token."""
+    result = Encoded(characters=len(text))
+    broken, result.control_texts = _broken(tokenizer, text)
+    start = list(tokenizer("", verbose=False)["input_ids"])
+    result.add([token for token in start if token != tokenizer.eos_token_id], CONTEXT)
+    result.add(_ids(tokenizer, broken), ANSWER)
+    result.add([tokenizer.eos_token_id], END)
+    return result
+
+
 def prompt_and_reference(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], tools: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[ChatMessage],
+    tools: str = "",
+    max_tokens: int = 256,
 ) -> tuple[list[int], str]:
-    """Return the ids before the last answer that is trained on, and that answer's text."""
+    """Return the ids before the last answer that is trained on, and that answer's text.
+
+    Of a document these are the first half, and the text after it; at most `max_tokens` of each.
+    """
+    if messages[0]["role"] == TEXT:
+        ids = encode(tokenizer, messages).ids[:-1]
+        half = min((len(ids) + 1) // 2, max_tokens)
+        following = tokenizer.decode(ids[half : half + max_tokens])
+        return ids[:half], str(following)
     *before, answer = until_last_trained(messages)
     prompt = encode_prompt(tokenizer, before, tools)
     if not answer.get("tool_calls"):
@@ -321,13 +346,17 @@ class _Conversation:
         return Message(_("roles: {roles}"), {"roles": roles})
 
 
+def _broken(tokenizer: Any, text: str) -> tuple[str, int]:
+    """Return the text with the control tokens in it broken, and their number."""
+    pattern = _control_tokens(tokenizer, len(tokenizer))
+    return pattern.subn(lambda token: token[0][0] + _BREAK + token[0][1:], text)
+
+
 def _conversation(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: str
 ) -> _Conversation:
-    pattern = _control_tokens(tokenizer, len(tokenizer))
-
     def broken(text: str) -> str:
-        return pattern.sub(lambda token: token[0][0] + _BREAK + token[0][1:], text)
+        return _broken(tokenizer, text)[0]
 
     def parsed(text: str) -> list[dict[str, Any]]:
         # Written again first: JSON can hide a control token behind escapes.

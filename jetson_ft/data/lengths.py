@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.data.chat_template import ANSWER
-from jetson_ft.data.formats import ChatMessage
+from jetson_ft.data.formats import TEXT, ChatMessage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -119,8 +119,13 @@ def token_factor(counted_vocabulary: int, vocabulary: int) -> float:
     return per_character(vocabulary) / per_character(counted_vocabulary)
 
 
-def estimate_lengths(rows: Iterable[list[ChatMessage]], vocabulary: int) -> LengthHistogram:
-    """Return the histogram of rows by their characters, for a tokenizer with that vocabulary."""
+def estimate_lengths(
+    rows: Iterable[list[ChatMessage]], vocabulary: int, max_length: int
+) -> LengthHistogram:
+    """Return the histogram of rows by their characters, for a tokenizer with that vocabulary.
+
+    Rows are cut at `max_length`, as if only answers were cut; documents are split there.
+    """
     wide_tokens = _wide_tokens(vocabulary)
     sizes, supervised = [], []
     for messages in rows:
@@ -129,11 +134,17 @@ def estimate_lengths(rows: Iterable[list[ChatMessage]], vocabulary: int) -> Leng
             text = message["content"]
             wide = sum(character >= _FIRST_WIDE for character in text)
             tokens = wide * wide_tokens + (len(text) - wide) * _NARROW_CHARACTER_TOKENS
+            if message["role"] == TEXT:
+                pieces = math.ceil((tokens + 1) / max_length)
+                sizes += [math.ceil((tokens + 1) / pieces)] * pieces
+                supervised += sizes[-pieces:]
+                continue
             size += tokens + _MESSAGE_TOKENS
             answers += tokens + 1 if message["role"] == "assistant" else 0  # with its end token
-        sizes.append(math.ceil(size))
-        supervised.append(math.ceil(answers))
-    return lengths_from_counts(sizes, supervised)
+        if size:
+            sizes.append(math.ceil(size))
+            supervised.append(math.ceil(answers))
+    return lengths_from_counts(sizes, supervised).cut(max_length)
 
 
 def _wide_tokens(vocabulary: int) -> float:

@@ -15,6 +15,7 @@ from jetson_ft.data.chat_template import (
     prompt_and_reference,
     until_last_trained,
 )
+from jetson_ft.data.formats import TEXT
 from jetson_ft.inference.generate import Reply, generate_replies
 from jetson_ft.inference.metrics import reply_metrics
 from jetson_ft.kernels import attention
@@ -41,7 +42,8 @@ def compare_adapter(
 
     Args:
         conversations: held-out rows (messages, perhaps tools); the last answer that is trained on
-            and begins within `max_length` is the reference.
+            and begins within `max_length` is the reference, of a document the text after its
+            beginning.
         packs: the same rows as tokens.
         characters: of all reference answers.
         samples: rows whose replies are part of the result.
@@ -56,12 +58,23 @@ def compare_adapter(
     """
     conversations = [_cut_turns(tokenizer, row, max_length) for row in conversations]
     pairs = [
-        prompt_and_reference(tokenizer, row["messages"], row.get("tools") or "")
+        prompt_and_reference(tokenizer, row["messages"], row.get("tools") or "", max_new_tokens)
         for row in conversations
     ]
     prompts, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     eos_ids = end_ids(tokenizer, model)
-    result: dict[str, Any] = {"rows": len(conversations)}
+    documents, shown = 0, list(conversations)
+    for index, (row, (prompt, reference)) in enumerate(zip(conversations, pairs, strict=True)):
+        if row["messages"][0]["role"] == TEXT:
+            documents += 1
+            beginning = tokenizer.decode(prompt, skip_special_tokens=True)
+            shown[index] = {
+                "messages": [
+                    {"role": TEXT, "content": beginning},
+                    {"role": "assistant", "content": reference},
+                ]
+            }
+    result: dict[str, Any] = {"rows": len(conversations), "documents": documents}
     started = time.monotonic()
     for side in ("before", "after"):
         report = partial(progress, side)
@@ -77,7 +90,7 @@ def compare_adapter(
         result[side] = {
             **asdict(score),
             **reply_metrics(replies, references),
-            "samples": _select_samples(conversations, references, replies, samples),
+            "samples": _select_samples(shown, references, replies, samples),
         }
     seconds = round(time.monotonic() - started, 1)
     generation = {"method": "greedy", "max_new_tokens": max_new_tokens, "seconds": seconds}
@@ -89,6 +102,8 @@ def _cut_turns(tokenizer: Any, row: dict[str, Any], max_length: int) -> dict[str
 
     Training has truncated the row there, so that later turns are no part of it.
     """
+    if row["messages"][0]["role"] == TEXT:
+        return row
     messages, tools = until_last_trained(row["messages"]), row.get("tools") or ""
     while len(encode_prompt(tokenizer, messages[:-1], tools)) >= max_length:
         earlier = until_last_trained(messages[:-1])

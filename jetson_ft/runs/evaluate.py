@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jetson_ft import adapter
 from jetson_ft.data import sources, tokenize
 from jetson_ft.data.prepare import prepare_rows
-from jetson_ft.data.store import heldout_columns, read_source
+from jetson_ft.data.store import heldout_settings, read_source
 from jetson_ft.hardware import detect
 from jetson_ft.kernels.packing import make_packs
 from jetson_ft.models import files, loading, positions
@@ -38,8 +38,10 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
         conversations, encoded = list(rows.heldout_messages), rows.heldout
     else:
         source = sources.resolve_source(data)
-        columns = heldout_columns(source, recipe.data.columns.chosen())
-        messages, report = read_source(source, on_invalid=recipe.data.on_invalid, columns=columns)
+        layout, columns = heldout_settings(source, recipe.data)
+        messages, report = read_source(
+            source, layout=layout, on_invalid=recipe.data.on_invalid, columns=columns
+        )
         encoded, _report = tokenize.tokenize_rows(
             messages, report.cache_key, tokenizer, recipe.data.max_length,
             on_invalid=recipe.data.on_invalid, source=data,

@@ -87,7 +87,7 @@ class Pipeline:
             emit(events.DeviceDetected(device=asdict(device), precision=weights.precision))
         with self.phase("model files", recipe.model):
             base = files.resolve_model(recipe.model)
-        with self.phase("data", recipe.data.train):
+        with self.phase("data", recipe.data.train_names()):
             rows = self._prepare_rows(base)
             self._assert_same_on_all_ranks(weights, base, rows)
             emit(events.DataPrepared(**rows.report))
@@ -143,7 +143,11 @@ class Pipeline:
                 exported_step,
                 precision=str(weights),
                 data_sha256=rows.report["sha256"],
-                data={key: rows.report[key] for key in ("train", "heldout")},
+                data={
+                    "train": rows.report["train"],
+                    "heldout": rows.report["heldout"],
+                    "sources": rows.source_table(),
+                },
                 device=asdict(device),
                 **comparison,
             )
@@ -181,7 +185,7 @@ class Pipeline:
             if last["sha256"] != rows.report["sha256"]:
                 raise UserError(
                     _("The data has changed since this run began."),
-                    self.recipe.data.train,
+                    self.recipe.data.train_names(),
                     _("Put the old file back, or start a new run."),
                 )
         write_json(path, {**rows.report, "recipe": self.recipe.model_dump()})
@@ -193,7 +197,8 @@ class Pipeline:
     ) -> None:
         """Refuse machines that would train something else; paths may differ."""
         recipe = self.recipe.model_copy(deep=True)
-        recipe.output_dir = recipe.model = recipe.data.train = recipe.data.heldout = ""
+        recipe.output_dir = recipe.model = recipe.data.heldout = ""
+        recipe.data.rename_sources(lambda _name: "")
         recipe.data.chat_template = str(rows.tokenizer.chat_template)
         counts = tokenize.token_counts(rows.train).tobytes()
         self.dist.assert_same_on_all_ranks(

@@ -140,13 +140,13 @@ def test_control_characters_and_markup_in_events_are_printed_as_text(followed: F
 
 
 def test_data_weights_plan_total_steps_and_best_have_their_lines(followed: Follow) -> None:
+    source = {
+        "files": [{"path": "rows.json"}], "container": "json", "layout": "alpaca",
+        "encoding": "utf-8", "rows_read": 1200, "rows_kept": 1195, "duplicates": 3, "unread": {},
+        "dropped": {"empty answer": {"count": 2, "where": ["row 4", "row 9"]}},
+    }  # fmt: skip
     read = {
-        "train": {
-            "files": [{"path": "rows.json"}], "container": "json", "layout": "alpaca",
-            "encoding": "utf-8", "rows_read": 1200, "rows_kept": 1195, "duplicates": 3,
-            "unread": {},
-            "dropped": {"empty answer": {"count": 2, "where": ["row 4", "row 9"]}},
-        },
+        "sources": [{"name": "rows.json", "read": source}],
         "heldout_from": "the last 60 rows", "left_out": 1,
     }  # fmt: skip
     train = {

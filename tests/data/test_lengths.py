@@ -81,7 +81,7 @@ def test_estimate_from_characters_is_near_what_tokenizers_count(
         json.loads(line)["messages"]
         for line in sources.BUNDLED["bundled"].train.read_text(encoding="utf-8").splitlines()
     ]
-    estimated = lengths.estimate_lengths(rows, vocabulary)
+    estimated = lengths.estimate_lengths(rows, vocabulary, 131_072)
     assert estimated.rows == 690
     assert estimated.mean == pytest.approx(counted + 10, rel=0.2)
 
@@ -90,7 +90,7 @@ def test_estimate_from_characters_is_near_what_tokenizers_count(
 def test_any_text_has_an_estimate(texts: list[str]) -> None:
     roles = ("user", "assistant")
     row = [ChatMessage(role=roles[i % 2], content=text) for i, text in enumerate(texts)]
-    estimated = lengths.estimate_lengths([row], 151_936)
+    estimated = lengths.estimate_lengths([row], 151_936, 131_072)
     ((size, supervised),) = estimated.groups
     assert 0 < supervised <= size == estimated.longest
 

@@ -50,6 +50,20 @@ def compared(tiny_phi: Path, phi: Any) -> tuple[dict[str, Any], list[Any], Any, 
     return result, calls, model, packed
 
 
+def test_document_is_continued_from_its_beginning(compared: Any, phi: Any) -> None:
+    *_, model, packed = compared
+    documents = [{"messages": [{"role": "text", "content": "abcdefgh"}]}]
+    conversations = [*documents, {"messages": ROWS[0]}]
+    result = compare_adapter(
+        model, phi.tokenizer, conversations, packed, 10, 2, 2, lambda *_: None
+    )["eval"]
+    assert (result["rows"], result["documents"]) == (2, 1)
+    sample, other = result["after"]["samples"]
+    assert sample["messages"] == [{"role": "text", "content": "ab"}]
+    assert sample["reference"] == "cd"
+    assert other["messages"] == ROWS[0][:1]
+
+
 def test_result_has_all_metrics_for_both_sides(compared: Any) -> None:
     result, *_ = compared
     assert set(result) == {"eval", "generation"}

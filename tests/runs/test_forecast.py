@@ -145,6 +145,19 @@ def test_lengths_of_other_rows_are_estimated_where_no_tokenizer_is_here(rows_fil
     )
 
 
+def test_lengths_of_several_sources_are_read_and_not_the_built_in_ones(
+    rows_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "corpus.txt").write_text("江面很宽，船很慢。" * 500)
+    train = ["bundled", {"source": str(rows_file), "share": 0.5}, str(tmp_path / "corpus.txt")]
+    recipe = Recipe.model_validate({"model": "Qwen/Qwen3-0.6B", "data": {"train": train}})
+    forecast = forecast_recipe(recipe, "orin-nx-16gb")
+    assert forecast.devices[0].plan and forecast.devices[0].plan.seconds
+    assert forecast.sources[1].startswith(
+        f"rows: 731 read from bundled, {rows_file} (share 0.5), {tmp_path / 'corpus.txt'}; tokens"
+    )
+
+
 def test_config_alone_is_enough_for_a_model_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
