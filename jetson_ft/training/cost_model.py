@@ -70,7 +70,7 @@ MARGIN = 0.05  # chosen: share of the free memory that is kept free
 _SCORE_BYTES = 4
 MAX_REPLY_BATCH = 36
 # Measured with the quickstart on a CPU: 66 replies of 48 tokens for either side took 27 s.
-_REPLY_EFFICIENCY = 0.65  # of the rate of training
+_REPLY_EFFICIENCY = 0.8  # of the rate of training
 STEP_COST = 32  # of a decoding step, in prompt tokens; `inference.generate` has the same number
 _START_SECONDS = 8.0  # measured on a CPU, most of it imports
 _LOAD_BYTES_PER_SECOND = 5e8  # guessed, for an NVMe disk

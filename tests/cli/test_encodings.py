@@ -28,7 +28,8 @@ ROWS = '{"instruction": "你好——🙂", "output": "\u2028好é"}\n' * 3
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder with rows and a run, as the current one."""
-    (tmp_path / "行.jsonl").write_text(ROWS, encoding="utf-8")
+    for name in ("行.jsonl", "rows.jsonl"):
+        (tmp_path / name).write_text(ROWS, encoding="utf-8")
     run = store.create_run(Recipe(output_dir=str(tmp_path / "runs")), "x")
     run.write_state("queued")
     (run.path / "about.json").write_text('{"title": "标题 ✓", "notes": "é"}', encoding="utf-8")
@@ -83,7 +84,7 @@ def test_json_is_the_same_in_every_encoding(
     shown = json.loads(run_here(arguments, encoding, monkeypatch))
     texts = ["".join(text for text, _trained in row) for row in shown["previews"]]
     assert len(texts) == 3 and all("你好——🙂" in text and "\u2028好é" in text for text in texts)
-    assert shown["read"]["files"][0]["path"] == "行.jsonl"
+    assert shown["sources"][0]["read"]["files"][0]["path"] == "行.jsonl"
 
 
 def program(arguments: list[str], text: bytes, environment: str, folder: Path) -> Any:
@@ -115,7 +116,7 @@ def test_chat_goes_on_after_damaged_bytes(here: Path, environment: str, tiny_phi
     assert text.rindex("top_k = 3") < text.rindex("model> ")
 
 
-@pytest.mark.parametrize("arguments", [["recipe", "list"], ["data", "inspect", "行.jsonl"]])
+@pytest.mark.parametrize("arguments", [["recipe", "list"], ["data", "inspect", "rows.jsonl"]])
 def test_other_commands_print_without_a_locale(
     here: Path, arguments: list[str], tiny_phi: Path
 ) -> None:

@@ -160,7 +160,7 @@ def test_data_weights_plan_total_steps_and_best_have_their_lines(followed: Follo
         events.WeightsLoaded(bytes=parts, fused={}),
         events.Planned(
             steps_at_most=300, micro_batch_tokens=0, checkpointing=True, shards=1, parts={},
-            peak_memory_bytes=3 * 2**30, seconds=90.0, packing=False,
+            peak_memory_bytes=3 * 2**30, seconds=90.0, other_seconds=10.0, packing=False,
         ),
         events.TotalSteps(step=5, total_steps=40, seconds_left=120.0),
         events.BestSelected(step=30, heldout_loss=2.0),
@@ -176,7 +176,8 @@ def test_data_weights_plan_total_steps_and_best_have_their_lines(followed: Follo
         "dropped:   2 longer than max_length",
         "  4.0 MiB: embedding 1.0, linear 3.0",
         "plan: at most 300 steps; micro-batches of one row, recomputing activations",
-        "  predicted: 3.00 GiB at most, 1 min 30 s of training and measuring",
+        "  predicted: 3.00 GiB at most, 1 min 30 s of training and measuring, "
+        "10 s of loading and comparing",
         "  timed: 40 steps fit, 2 min 00 s left",
         "  the adapter is taken from step 30, the best on held-out rows",
     ]  # fmt: skip

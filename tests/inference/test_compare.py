@@ -55,7 +55,7 @@ def test_document_is_continued_from_its_beginning(compared: Any, phi: Any) -> No
     documents = [{"messages": [{"role": "text", "content": "abcdefgh"}]}]
     conversations = [*documents, {"messages": ROWS[0]}]
     result = compare_adapter(
-        model, phi.tokenizer, conversations, packed, 10, 2, 2, lambda *_: None
+        model, phi.tokenizer, conversations, packed, 10, 2, 2, lambda *_: None, max_length=64
     )["eval"]
     assert (result["rows"], result["documents"]) == (2, 1)
     sample, other = result["after"]["samples"]

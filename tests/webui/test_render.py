@@ -67,7 +67,8 @@ def test_a_language_without_catalogue_becomes_english(language: str) -> None:
 def test_warning_of_a_dry_run_is_shown(warning: Message | None) -> None:
     shown: dict[str, Any] = messages_as_json(warning=warning) if warning else {"warning": None}
     result = {
-        "rows": {"train": {"rows": 9}, "heldout": {"rows": 1}}, "tokens": 90, "steps": 3,
+        "rows": {"train": {"rows": 9}, "heldout": {"rows": 1}, "read": {"sources": []}},
+        "tokens": 90, "steps": 3,
         "forecast": {"plan": None, "memory_bytes": 2**30, "least_memory_bytes": 2**20,
                      "would_fit": []},
     }  # fmt: skip
