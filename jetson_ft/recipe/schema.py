@@ -105,9 +105,9 @@ class DataRecipe(_Section):
     train: Text | Annotated[list[Text | SourceRecipe], Field(min_length=1)] = Field(
         "bundled",
         description=_(
-            "Rows to train on: `bundled` or `bundled-short` (Chinese rows with long or short answers "
-            "that come with the program), a file, or a Hub data set id (`owner/name`). Or a list of "
-            "these, each a name or `{source: NAME, share: 0.5}` or `{source: NAME, rows: 100}`."
+            "Rows to train on: `bundled` or `bundled-short` (Chinese rows with long or short "
+            "answers), a file, or a Hub data set id (`owner/name`). Or a list of these, each a name "
+            "or a mapping of `source` and `share` (0.5: half of its rows) or `rows` (at most)."
         ),
     )
     heldout: Count | Text = Field(
