@@ -322,10 +322,12 @@ def to_conversation(
     if not {"answer", "messages"} & chosen.keys() and (key := rejected_column(row)):
         raise RowError(PREFERENCE, key=key)
     columns = _Columns(row, chosen)
-    for label in _LABELS:
-        value = row.get(label)
-        if value is False or (isinstance(value, str) and value.strip().casefold() == "false"):
-            raise RowError(_("an unwanted answer: `{key}` is false"), key=label)
+    for name, value in row.items():
+        is_false = value is False or (
+            isinstance(value, str) and value.strip().casefold() == "false"
+        )
+        if is_false and name.strip().casefold() in _LABELS:
+            raise RowError(_("an unwanted answer: `{key}` is false"), key=name)
     system = columns.optional("system", *_SYSTEM)
     messages = LAYOUTS[layout][1](columns)
     first = ChatMessage(role="system", content=system)
