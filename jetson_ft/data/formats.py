@@ -174,9 +174,10 @@ def _add_turn(messages: list[ChatMessage], turn: Row) -> None:
         message["tool_calls"] = _as_json(calls, content_key)
     previous = messages[-1] if messages else None
     if calls and not content and previous and previous["role"] == "assistant":
+        if previous.get("train") != message.get("train"):
+            raise RowError(_("a tool call and the text or call before it are marked differently"))
         earlier = json.loads(previous.get("tool_calls") or "[]")
         previous["tool_calls"] = _as_json(earlier + calls, content_key)
-        previous.update({"train": False} if "train" in message else {})
     else:
         messages.append(message)
 

@@ -85,8 +85,19 @@ def test_function_calls_in_succession_belong_to_one_message() -> None:
     turn = {"from": "function_call", "value": '{"name": "f"}'}
     assert calls_of(turn, turn) == [call(), call()]
     assert calls_of({"from": "gpt", "value": "I look."}, turn) == [call()]
-    (message,) = turns_of({"from": "gpt", "value": "I look."}, {**turn, "loss": False})
+    text = {"from": "gpt", "value": "I look."}
+    (message,) = turns_of({**text, "loss": False}, {**turn, "loss": False})
     assert (message["content"], message["train"]) == ("I look.", False)
+
+
+def test_call_that_is_marked_otherwise_than_its_text_or_another_call_is_refused() -> None:
+    turn = {"from": "function_call", "value": '{"name": "f"}'}
+    for first in (turn, {"from": "gpt", "value": "I look."}):
+        for marks in ((0, 1), (1, 0), (None, 0), (0, None)):
+            earlier, later = ({**t, "weight": m} for t, m in zip((first, turn), marks, strict=True))
+            with pytest.raises(RowError, match="are marked differently"):
+                turns_of(earlier, later)
+        assert "train" not in turns_of({**first, "weight": 1}, turn)[0]
 
 
 @pytest.mark.parametrize(
