@@ -147,8 +147,14 @@ def _list_layout(*usual: str) -> tuple[_Matches, _Convert]:
 
 def _moss_turns(chat: dict[str, Any], key: str, unread: set[str]) -> list[dict[str, str]]:
     """Return the question and the answer of each turn of MOSS's `chat`, without its marks."""
+
+    def numbers(name: str) -> list[tuple[int, str]]:
+        """Return what orders names by their numbers, also those too long for `int`."""
+        digits = [text.lstrip("0") for text in re.findall("[0-9]+", name)]
+        return [(len(text), text) for text in digits]
+
     turns = []
-    for name in sorted(chat, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)]):
+    for name in sorted(chat, key=numbers):
         if not isinstance(chat[name], dict):
             raise RowError(_("`{key}` has an item that is not an object"), key=key)
         turn = {}
@@ -207,6 +213,8 @@ def _pair_to_messages(columns: _Columns) -> list[ChatMessage]:
         "" if columns.find(name, name) in (question, answer) else columns.optional(name, name)
         for name in ("context", "input")
     )
+    if not own:  # a list of nothing but an empty system message
+        raise RowError(_("no question"))
     parts = [context, own[-1]["content"], more]
     own[-1]["content"] = "\n".join(part for part in parts if part.strip())
     return [*messages, *own, *_side(columns, answer or usual[1], "assistant")]

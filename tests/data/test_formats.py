@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from typing import Any
 
 import pytest
 
-from jetson_ft.data.formats import RowError, read_turns
+from jetson_ft.data.formats import RowError, read_tools, read_turns
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -114,6 +115,14 @@ def test_malformed_tool_calls_are_refused_by_name() -> None:
     for value in ("f", [1], [{"function": {}}], 5, {"x": 1}):
         with pytest.raises(RowError, match=r"^`tool_calls` is not a tool call"):
             turns_of({**ASSISTANT, "tool_calls": value})
+
+
+@pytest.mark.parametrize("value", [datetime.date(2020, 1, 1), b"ab"])
+def test_value_of_parquet_that_json_has_not_is_refused_by_name(value: object) -> None:
+    with pytest.raises(RowError, match=r"^`function_call` has a value that JSON has not"):
+        turns_of({**ASSISTANT, "function_call": {"name": "f", "arguments": {"x": value}}})
+    with pytest.raises(RowError, match=r"^`tools` has a value that JSON has not"):
+        read_tools({"tools": [{"name": "f", "x": value}]}, "tools")
 
 
 def test_deeply_nested_call_is_refused() -> None:
