@@ -11,6 +11,7 @@ Only the template writes control tokens. Where the text of a message spells one 
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,17 @@ IGNORE_INDEX = -100  # label of a token that is not trained on; cross_entropy's 
 _BREAK, _PROBE = "\udc00", "\udc01"
 _THINKING_TAGS = ("<think>", "</think>")  # answers contain them, whatever the tokenizer says
 _CLOSED_THOUGHT = "<think>\n\n</think>\n\n"
+
+# The date of today for every template: the one that Llama 3's falls back on. Templates ask
+# transformers' function `strftime_now` for it; this macro before a template takes its place.
+# Jinja removes the line break after the macro (`trim_blocks`).
+_TODAY = datetime.datetime(2024, 7, 26)
+_DATE_CODES = ("-d", "-m", *"AaBbdejmYyHIMSpFDT")
+_FIXED_DATE = (
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f" | replace('%{code}', '{_TODAY:%{code}}')" for code in _DATE_CODES)
+    + " }}{% endmacro %}\n"
+)
 
 
 @dataclass
@@ -199,9 +211,11 @@ class _Conversation:
         # transformers renders in a sandboxed, immutable Jinja environment. Templates of reasoning
         # models read `enable_thinking`: it is off, as rows have answers only.
         try:
+            template = self.tokenizer.get_chat_template(tools=self.tools)
             text = self.tokenizer.apply_chat_template(
                 self.messages[:count],
                 tools=self.tools,
+                chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
                 tokenize=False,
                 add_generation_prompt=prompt,
                 enable_thinking=False,
