@@ -33,6 +33,7 @@ IGNORE_INDEX = -100  # label of a token that is not trained on; cross_entropy's 
 # each control token in a message's text; `_PROBE` is the content of an answer that isn't there.
 _BREAK, _PROBE = "\udc00", "\udc01"
 _THINKING_TAGS = ("<think>", "</think>")  # answers contain them, whatever the tokenizer says
+_THINKING_TAG = re.compile("|".join(map(re.escape, _THINKING_TAGS)))
 _CLOSED_THOUGHT = "<think>\n\n</think>\n\n"
 
 # The date of today for every template: the one that Llama 3's falls back on. Templates ask
@@ -82,7 +83,8 @@ def encode(
         tools: JSON text of the list of tools that the assistant may call; "": none.
 
     Raises:
-        UserError: the template can't render such a conversation, or changes the last answer.
+        UserError: the template can't render such a conversation, changes the last answer, or leaves
+            out a user message or the text beside a tool call that is trained on.
     """
     messages = until_last_trained(messages)
     chat = _conversation(tokenizer, messages, tools)
@@ -96,7 +98,10 @@ def encode(
             CHOOSE_TEMPLATE,
         )
     trained = [_is_trained(message) for message in messages if message["role"] == "assistant"]
-    kept = [span for span in (spans[-1:] if None in spans else spans) if span]
+    if None in spans:
+        spans = [*[None] * (len(spans) - 1), spans[-1]]
+    chat.check_texts(full, spans, trained)
+    kept = [span for span in spans if span]
     result = _encode_turns(tokenizer, full, kept, trained[-len(kept) :])
     result.context_answers = sum(trained[: len(trained) - len(kept)])
     result.system_dropped = any(
@@ -328,6 +333,43 @@ class _Conversation:
                 is_ignored = False
             if is_ignored:
                 raise UserError(what, self.roles(), CHOOSE_TEMPLATE)
+
+    def check_texts(
+        self, full: str, spans: Sequence[_Span | None], trained: Sequence[bool]
+    ) -> None:
+        """Raise a UserError if the template leaves out text that the row is about.
+
+        That is a user message, or the text beside a tool call that is trained on. Other answers are
+        in their spans; tool results may be quoted, and system messages are counted.
+
+        Args:
+            spans: of the answers in `full`, None where an answer is not trained on.
+            trained: whether each answer is marked to be trained on.
+        """
+        left_out = None
+        position = number = 0  # of characters, of answers; texts are in the order of the messages
+        for message in self.messages:
+            text = message["content"].strip()
+            span = spans[number] if number < len(spans) else None
+            if message["role"] == "user":
+                position = full.find(text, position, span.start if span else len(full))
+                if position < 0:
+                    left_out = _("The model's chat template leaves out a user message.")
+                    break
+                position += len(text)
+            elif message["role"] == "assistant":
+                if span and trained[number] and message.get("tool_calls"):
+                    turn = full[span.start : span.end]
+                    # Templates may move the tags of a thought, and the white space around them.
+                    if any(part.strip() not in turn for part in _THINKING_TAG.split(text)):
+                        left_out = _(
+                            "The model's chat template leaves out the text beside a tool call."
+                        )
+                        break
+                position = span.end if span else position
+                number += 1
+        if left_out:
+            raise UserError(left_out, self.roles(), CHOOSE_TEMPLATE)
 
     def roles(self) -> Message:
         """Return the roles of the messages, as the place of an error."""
