@@ -109,6 +109,7 @@ class Planned(Event, kind="plan"):
     shards: Annotated[int, "processes that the frozen layers are split among"]
     peak_memory_bytes: Annotated[int | None, "predicted"]
     seconds: Annotated[float | None, "predicted, with the held-out measurements"]
+    other_seconds: Annotated[float | None, "predicted: loading before, the comparison after"] = None
     parts: Annotated[dict[str, int], "of the predicted peak"]
     steps_at_most: Annotated[int, "optimizer steps unless a limit ends the run earlier"]
     packing: Annotated[bool, "whether rows are packed; else each row goes alone"]

@@ -144,6 +144,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def short_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a table of 64 positions."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        vocab_size=259, n_positions=64, n_embd=32, n_layer=2, n_head=4,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return save_model(tmp_path_factory.mktemp("models") / "short-gpt2", config, None)
+
+
+@pytest.fixture(scope="session")
 def tiny_model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function that makes a small model of the architecture of a model in the catalog."""
     from transformers import AutoConfig

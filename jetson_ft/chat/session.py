@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,22 +67,24 @@ class ChatSession:
     ) -> Iterator[str]:
         """Yield the answer to `text` in deltas; the turns do not change (see `add_turn`).
 
+        The answer ends where the model's context is full.
+
         Args:
             use_adapter: False: the base model answers.
             should_stop: called after each token; True ends the answer.
 
         Raises:
-            UserError: the conversation is too long for the model's context.
+            UserError: the conversation alone fills the model's context.
         """
         prompt = encode_prompt(self.tokenizer, self.messages(text))
-        if len(prompt) + sampling.max_new_tokens > self.context_length:
+        left = self.context_length - len(prompt)
+        if left < 1:
             raise UserError(
-                _("The conversation has {tokens} tokens; with the answer that is more than the "
-                  "model's {limit}."),
-                fix=_("/reset begins a new one; fewer examples or a smaller max_new_tokens help "
-                      "too."),
+                _("The conversation has {tokens:,} tokens, and the model reads {limit:,} at most."),
+                fix=_("/reset begins a new one; a shorter message or fewer examples help too."),
                 tokens=len(prompt), limit=self.context_length,
             )  # fmt: skip
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, left))
         base_only = self.has_adapter and not use_adapter
         with self.model.disable_adapter() if base_only else nullcontext():
             ends = end_ids(self.tokenizer, self.model)
@@ -89,7 +93,11 @@ class ChatSession:
     def messages(self, text: str) -> list[ChatMessage]:
         """Return the prompt for `text`: system message, examples, turns, then `text`."""
         system = [ChatMessage(role="system", content=self.system)] if self.system else []
-        return [*system, *self.examples, *self.turns, ChatMessage(role="user", content=text)]
+        question = ChatMessage(role="user", content=text)
+        messages = [each.copy() for each in (*system, *self.examples, *self.turns, question)]
+        for message in messages:  # a page can send half of a surrogate pair, which has no bytes
+            message["content"] = message["content"].encode(errors="replace").decode()
+        return messages
 
     def add_turn(self, text: str, answer: str) -> None:
         """Add a question and its answer to the turns."""
@@ -102,6 +110,8 @@ class ChatSession:
 def read_examples(path: Path) -> list[ChatMessage]:
     """Return the few-shot turns of a file in UTF-8, see `parse_examples`."""
     with disk_errors(path):
+        if not path.exists():  # also for a name that no file can have
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         content = path.read_bytes()
     return parse_examples(content.decode(errors="replace"), str(path))
 
@@ -124,7 +134,7 @@ def parse_examples(text: str, where: str) -> list[ChatMessage]:
                 if isinstance(row, RowError):
                     raise row
                 layout = detect_layout(row) if isinstance(row, dict) else None
-                if layout is None:
+                if layout is None or layout == "text":
                     raise RowError(_("a row without question and answer"))
                 turns = to_conversation(row, layout).messages
                 messages += [turn for turn in turns if turn["role"] != "system"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 import traceback
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -80,8 +82,24 @@ def _root(
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
+def _tolerate_any_encoding() -> None:
+    """Make the standard streams replace what their encodings don't have.
+
+    Else a dash on an ASCII terminal, or a damaged byte in the input, would raise an exception.
+    """
+    for stream, errors in (
+        (sys.stdin, "replace"), (sys.stdout, "replace"), (sys.stderr, "backslashreplace"),
+    ):  # fmt: skip
+        if isinstance(stream, TextIOWrapper):
+            # Without a locale input is decoded as ASCII; its other bytes are most likely UTF-8.
+            is_ascii = stream is sys.stdin and codecs.lookup(stream.encoding).name == "ascii"
+            encoding = "utf-8" if is_ascii else stream.encoding
+            stream.reconfigure(encoding=encoding, errors=errors)
+
+
 def main() -> None:
     """Run the program; exit with 2 for an error that a person can fix, 1 for a fault of ours."""
+    _tolerate_any_encoding()
     try:
         app()
     except BrokenPipeError:

@@ -16,12 +16,15 @@ app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 
 @app.command()
 def inspect(
-    path: Annotated[str, Argument(help="A file, a hub data set id, or `bundled`.")],
+    paths: Annotated[
+        list[str], Argument(help="A file, a hub data set id, or `bundled`; several together.")
+    ],
     model: Annotated[str, Option(help="Model whose tokenizer is used.")] = "embedded",
     max_length: Annotated[int, Option(min=16, help="Longest row in tokens.")] = 1024,
     samples: Annotated[int, Option(min=0, help="Rows shown as tokenized.")] = 3,
     layout: Annotated[
-        Literal["auto", "alpaca", "sharegpt", "messages"], Option("--format", help="Row layout.")
+        Literal["auto", "alpaca", "sharegpt", "messages", "text"],
+        Option("--format", help="Row layout."),
     ] = "auto",
     encoding: Annotated[str, Option(help="auto, utf-8, gb18030, …")] = "auto",
     column: Annotated[
@@ -37,12 +40,14 @@ def inspect(
 
     with json_errors(as_json):
         inspection = inspect_data(
-            path, model, max_length, samples, layout, encoding, column, chat_template
+            paths, model, max_length, samples, layout, encoding, column, chat_template
         )
     if as_json:
         print_json(asdict(inspection))
         return
-    print_source(inspection.read)
+    for part in inspection.sources:
+        print_source(part["read"])
+    print_parts(inspection.sources)
     tokens = inspection.tokens
     show(
         f"tokens:    {tokens['tokens']:,} with the tokenizer of {inspection.model} "
@@ -68,13 +73,25 @@ def print_segment(text: str, trained: bool) -> None:
 def print_rows(rows: dict[str, Any]) -> None:
     """Print the report of a training run's rows: the source, the rows used, those left out."""
     train, heldout, read = rows["train"], rows["heldout"], rows["read"]
-    print_source(read["train"], 5)
+    for part in read["sources"]:
+        print_source(part["read"], 5)
+    print_parts(read["sources"])
     counts = "{rows:,} rows, {tokens:,} tokens, {supervised_tokens:,} supervised"
     show(f"train on:  {counts.format(**train)}")
     show(f"held out:  {counts.format(**heldout)} (from {read['heldout_from']})")
     if read["left_out"]:
         show(f"left out:  {read['left_out']:,} that are also in the held-out set")
     print_cut(train)
+
+
+def print_parts(parts: list[dict[str, Any]]) -> None:
+    """Print how much of the rows each of several sources gives."""
+    for part in parts if len(parts) > 1 else []:
+        repeated = f", {part['repeated']:,} also in an earlier one" if part["repeated"] else ""
+        show(
+            f"source:    {part['name']}: {part['read']['rows_read']:,} rows read{repeated}, "
+            f"{part['rows']:,} used, {part['tokens']:,} tokens"
+        )
 
 
 def print_source(read: dict[str, Any], places: int | None = None) -> None:
@@ -103,6 +120,8 @@ def print_cut(tokens: dict[str, Any]) -> None:
     """Print how many rows were cut at `max_length`, the rows dropped, and notes on the others."""
     share = tokens["truncated"] / max(1, tokens["rows"])
     show(f"cut:       {tokens['truncated']:,} rows ({share:.1%}) at max_length")
+    if tokens.get("split"):
+        show(f"split:     {tokens['split']:,} documents, into rows of at most max_length")
     for reason, count in tokens["dropped"].items():
         show(f"dropped:   {count:,} {reason}")
     for notice in tokens.get("notices", []):

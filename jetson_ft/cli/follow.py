@@ -102,7 +102,8 @@ class Follower:
                 if event.seconds is not None and event.peak_memory_bytes is not None:
                     show(
                         f"  predicted: {event.peak_memory_bytes / 2**30:.2f} GiB at most, "
-                        f"{duration(event.seconds)} of training and measuring"
+                        f"{duration(event.seconds)} of training and measuring, "
+                        f"{duration(event.other_seconds or 0)} of loading and comparing"
                     )
             case events.TotalSteps():
                 show(f"  timed: {event.total_steps:,} steps fit, {_left(event.seconds_left)}")
@@ -164,7 +165,10 @@ def print_end(run: Run, state: State) -> None:
         show("This machine's part is done; adapter and report are on machine 0.")
     else:
         report = run.report()
-        print_figures(report)
+        if report["eval"]:
+            print_figures(report)
+        else:
+            show(f"warning: {report['comparison_error']}")
         train = report["train"]
         show(
             f"{train['steps']} steps, {train['tokens']:,} tokens in "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,9 @@ def show(text: str, style: str | None = None, end: str = "\n") -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print an object for programs."""
-    print(json.dumps(data, ensure_ascii=False, indent=2))
+    """Print an object for programs; in ASCII if the output is not in a Unicode encoding."""
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    print(json.dumps(data, ensure_ascii=not is_unicode, indent=2))
 
 
 class ProgressBar(Progress):

@@ -95,20 +95,22 @@ def print_coverage(coverage: Coverage) -> None:
 
 def print_devices(devices: list[DeviceForecast]) -> None:
     """Print a row for each device, and what would make the recipe fit the others."""
-    columns = ("fits", "micro-batch", "recompute", "GiB", "of free", "time")
+    columns = ("fits", "batch", "recompute", "GiB", "free", "training", "besides")
     table = Table(
         Column("predicted for", no_wrap=True),
         *(Column(name, justify="right") for name in columns), box=None, pad_edge=False,
     )  # fmt: skip
     for device in devices:
-        fits, batch, recompute, peak, time = "no", "–", "–", device.least_memory_bytes, "–"
+        fits, batch, recompute, peak = "no", "–", "–", device.least_memory_bytes
+        time = others = "–"
         if plan := device.plan:
             fits, batch = "yes", f"{plan.micro_batch_tokens:,}"
             recompute = "yes" if plan.checkpointing else "no"
             peak, time = plan.peak_memory_bytes or 0, str(duration(plan.seconds or 0))
+            others = str(duration(plan.other_seconds or 0))
         table.add_row(
             device.name, fits, batch, recompute, f"{peak / 2**30:.2f}",
-            f"{device.memory_bytes / 2**30:.1f}", time,
+            f"{device.memory_bytes / 2**30:.1f}", time, others,
         )  # fmt: skip
     output.out.print(table)
     output.out.print()

@@ -146,6 +146,8 @@ def print_dry_run(result: DryRun) -> None:
 
     show(f"{result.recipe.to_yaml()}---")
     print_rows(result.rows)
+    if result.warning:
+        show(f"warning:   {result.warning}")
     limit = ", fewer if train.max_minutes is reached" if result.recipe.train.max_minutes else ""
     show(
         f"steps:     {result.steps:,}{limit}; {result.tokens:,} tokens in all, "

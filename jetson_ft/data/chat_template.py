@@ -11,7 +11,6 @@ Only the template writes control tokens. Where the text of a message spells one 
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jetson_ft.data.formats import ChatMessage
-from jetson_ft.data.templates import CHOOSE_TEMPLATE
+from jetson_ft.data.formats import TEXT, ChatMessage
+from jetson_ft.data.templates import CHOOSE_TEMPLATE, with_fixed_date
 from jetson_ft.errors import Message, UserError, _
 
 if TYPE_CHECKING:
@@ -35,17 +34,6 @@ _BREAK, _PROBE = "\udc00", "\udc01"
 _THINKING_TAGS = ("<think>", "</think>")  # answers contain them, whatever the tokenizer says
 _THINKING_TAG = re.compile("|".join(map(re.escape, _THINKING_TAGS)))
 _CLOSED_THOUGHT = "<think>\n\n</think>\n\n"
-
-# The date of today for every template: the one that Llama 3's falls back on. Templates ask
-# transformers' function `strftime_now` for it; this macro before a template takes its place.
-# Jinja removes the line break after the macro (`trim_blocks`).
-_TODAY = datetime.datetime(2024, 7, 26)
-_DATE_CODES = ("-d", "-m", *"AaBbdejmYyHIMSpFDT")
-_FIXED_DATE = (
-    "{% macro strftime_now(form) %}{{ form"
-    + "".join(f" | replace('%{code}', '{_TODAY:%{code}}')" for code in _DATE_CODES)
-    + " }}{% endmacro %}\n"
-)
 
 
 @dataclass
@@ -77,6 +65,7 @@ def encode(
     """Encode the conversation up to its last answer that is trained on.
 
     Some templates rewrite earlier turns once a later one follows; then only the last answer is
+    trained on. A document of plain text is encoded without a template, and every token of it is
     trained on.
 
     Args:
@@ -86,6 +75,8 @@ def encode(
         UserError: the template can't render such a conversation, changes the last answer, or leaves
             out a user message or the text beside a tool call that is trained on.
     """
+    if messages[0]["role"] == TEXT:
+        return _encode_document(tokenizer, messages[0]["content"])
     messages = until_last_trained(messages)
     chat = _conversation(tokenizer, messages, tools)
     full = chat.render()
@@ -124,10 +115,32 @@ def encode_prompt(
     return turns.ids + _ids(tokenizer, full[position:])
 
 
+def _encode_document(tokenizer: Any, text: str) -> Encoded:
+    """Encode plain text: the start token if the tokenizer has one, the text, the end token."""
+    result = Encoded(characters=len(text))
+    broken, result.control_texts = _broken(tokenizer, text)
+    start = list(tokenizer("", verbose=False)["input_ids"])
+    result.add([token for token in start if token != tokenizer.eos_token_id], CONTEXT)
+    result.add(_ids(tokenizer, broken), ANSWER)
+    result.add([tokenizer.eos_token_id], END)
+    return result
+
+
 def prompt_and_reference(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessage], tools: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[ChatMessage],
+    tools: str = "",
+    max_tokens: int = 256,
 ) -> tuple[list[int], str]:
-    """Return the ids before the last answer that is trained on, and that answer's text."""
+    """Return the ids before the last answer that is trained on, and that answer's text.
+
+    Of a document these are the first half, and the text after it; at most `max_tokens` of each.
+    """
+    if messages[0]["role"] == TEXT:
+        ids = encode(tokenizer, messages).ids[:-1]
+        half = min((len(ids) + 1) // 2, max_tokens)
+        following = tokenizer.decode(ids[half : half + max_tokens])
+        return ids[:half], str(following)
     *before, answer = until_last_trained(messages)
     prompt = encode_prompt(tokenizer, before, tools)
     if not answer.get("tool_calls"):
@@ -220,7 +233,7 @@ class _Conversation:
             text = self.tokenizer.apply_chat_template(
                 self.messages[:count],
                 tools=self.tools,
-                chat_template=_FIXED_DATE + template if "strftime_now" in template else template,
+                chat_template=with_fixed_date(template),
                 tokenize=False,
                 add_generation_prompt=prompt,
                 enable_thinking=False,
@@ -340,36 +353,29 @@ class _Conversation:
         """Raise a UserError if the template leaves out text that the row is about.
 
         That is a user message, or the text beside a tool call that is trained on. Other answers are
-        in their spans; tool results may be quoted, and system messages are counted.
-
-        Args:
-            spans: of the answers in `full`, None where an answer is not trained on.
-            trained: whether each answer is marked to be trained on.
+        in their spans; tool results may be quoted, and system messages are counted. Each answer has
+        its span in `full`, or None, and whether it is marked to be trained on.
         """
-        left_out = None
+        missing = ""
         position = number = 0  # of characters, of answers; texts are in the order of the messages
         for message in self.messages:
             text = message["content"].strip()
             span = spans[number] if number < len(spans) else None
             if message["role"] == "user":
-                position = full.find(text, position, span.start if span else len(full))
-                if position < 0:
-                    left_out = _("The model's chat template leaves out a user message.")
-                    break
-                position += len(text)
+                start = full.find(text, position, span.start if span else len(full))
+                if start < 0:
+                    missing = _("The model's chat template leaves out a user message.")
+                position = start + len(text)
             elif message["role"] == "assistant":
                 if span and trained[number] and message.get("tool_calls"):
                     turn = full[span.start : span.end]
                     # Templates may move the tags of a thought, and the white space around them.
                     if any(part.strip() not in turn for part in _THINKING_TAG.split(text)):
-                        left_out = _(
-                            "The model's chat template leaves out the text beside a tool call."
-                        )
-                        break
+                        missing = _("The model's chat template leaves out text beside a tool call.")
                 position = span.end if span else position
                 number += 1
-        if left_out:
-            raise UserError(left_out, self.roles(), CHOOSE_TEMPLATE)
+            if missing:
+                raise UserError(missing, self.roles(), CHOOSE_TEMPLATE)
 
     def roles(self) -> Message:
         """Return the roles of the messages, as the place of an error."""
@@ -377,13 +383,17 @@ class _Conversation:
         return Message(_("roles: {roles}"), {"roles": roles})
 
 
+def _broken(tokenizer: Any, text: str) -> tuple[str, int]:
+    """Return the text with the control tokens in it broken, and their number."""
+    pattern = _control_tokens(tokenizer, len(tokenizer))
+    return pattern.subn(lambda token: token[0][0] + _BREAK + token[0][1:], text)
+
+
 def _conversation(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: str
 ) -> _Conversation:
-    pattern = _control_tokens(tokenizer, len(tokenizer))
-
     def broken(text: str) -> str:
-        return pattern.sub(lambda token: token[0][0] + _BREAK + token[0][1:], text)
+        return _broken(tokenizer, text)[0]
 
     def parsed(text: str) -> list[dict[str, Any]]:
         # Written again first: JSON can hide a control token behind escapes.

@@ -20,7 +20,8 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors, printable
 
 Compression = Literal["", "gzip", "zip"]
-TEXT_SUFFIXES = (".json", ".jsonl", ".csv")
+_TABLE_SUFFIXES = (".json", ".jsonl", ".csv")
+TEXT_SUFFIXES = (*_TABLE_SUFFIXES, ".txt")
 
 _GZIP, _ZIP = b"\x1f\x8b", b"PK\x03\x04"
 _HEAD_BYTES = 4096  # enough to recognise every kind below
@@ -113,7 +114,7 @@ def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
             part.startswith((".", "__MACOSX")) for part in PurePosixPath(member.filename).parts
         )
     ]
-    data = [member for member in members if member.filename.lower().endswith(TEXT_SUFFIXES)]
+    data = [member for member in members if member.filename.lower().endswith(_TABLE_SUFFIXES)]
     if len(data or members) == 1:
         (member,) = data or members
         if member.flag_bits & 1:

@@ -23,6 +23,8 @@ class _RequiredFields(TypedDict):
 class ChatMessage(_RequiredFields, total=False):
     """One message of a conversation; the role is `system`, `user`, `assistant` or `tool`.
 
+    A document of plain text is one message alone, of the role `TEXT`.
+
     Only messages of the assistant have the other fields: `train` (absent: True) is False for an
     answer that is not trained on; `tool_calls` (absent or "": none) is the JSON text of OpenAI's
     list: `[{"type": "function", "function": {"name": "…", "arguments": {…}}}]`.
@@ -42,6 +44,7 @@ class RowError(ValueError):
 
 SEVERAL_ANSWERS = _("`{key}` is a list of answers, not one answer")
 
+TEXT = "text"
 NO_CONTENT: tuple[Any, ...] = (None, "", [], {})
 _CALL = "call"  # a role in ShareGPT: the assistant's call of a tool
 _ROLES = {

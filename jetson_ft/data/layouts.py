@@ -15,6 +15,7 @@ from jetson_ft.data.formats import (
     NO_CONTENT,
     PAIRS,
     SEVERAL_ANSWERS,
+    TEXT,
     ChatMessage,
     Row,
     RowError,
@@ -28,7 +29,9 @@ from jetson_ft.errors import _
 from jetson_ft.recipe import Layout
 
 NO_ANSWER = _("no answer")
+_NO_QUESTION = _("no question")
 PREFERENCE = _("a preference pair: `{key}` has the unwanted answer")
+CHAT_MARKUP = _("a conversation written out as text, beginning with `{mark}`")
 
 NO_COLUMNS: Mapping[str, str] = {}
 
@@ -39,9 +42,22 @@ _REJECTED = re.compile(r"(\w+_)?rejected(_(response|answer|output|text|messages?
 _PLACEHOLDERS = {"nan", "none", "null", "<noinput>"}  # for no content, in optional columns
 _BLANK = re.compile(r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*")  # white space, and zero width
 _DAMAGE = re.compile("[\ud800-\udfff\ufffd]")
+_DAMAGED = _("damaged text (U+FFFD, or half of a surrogate pair)")
 # BELLE's dialogues in one text, and MOSS's marks around a text.
 _SPEAKER = re.compile(r"(?:^|\n)[ \t]*(Human|Assistant)[ \t]*[:：]")
 _MOSS_MARKS = re.compile(r"\s*<\|[^|>]{1,30}\|>:(.*?)(?:<eo[a-z]>)?\s*", re.DOTALL)
+# How chats begin that a chat template has rendered: ChatML, Llama 3 and 2, Gemma, Phi-3, Mistral.
+_CHAT_MARKUP = re.compile(
+    r"(?:\s|<s>|<bos>|<\|begin_of_text\|>)*"
+    r"(<\|im_start\|>|<\|start_header_id\|>|\[INST\]|<start_of_turn>|"
+    r"<\|(?:system|user|assistant)\|>|<[|｜](?:User|Assistant)[|｜]>)"
+)
+# Columns about a text, by which a row with only a column `text` is plain text all the same.
+_ABOUT_TEXT = {
+    "id", "_id", "uid", "doc_id", "title", "url", "source", "src", "meta", "metadata", "timestamp",
+    "date", "time", "created", "added", "lang", "language", "language_score", "token_count", "dump",
+    "file_path", "path", "author", "license",
+}  # fmt: skip
 _FOLLOWING = {  # roles after a role; "call" is the assistant's with tool calls
     "": {"user"},  # the start
     "user": {"assistant", "call"},
@@ -214,7 +230,7 @@ def _pair_to_messages(columns: _Columns) -> list[ChatMessage]:
         for name in ("context", "input")
     )
     if not own:  # a list of nothing but an empty system message
-        raise RowError(_("no question"))
+        raise RowError(_NO_QUESTION)
     parts = [context, own[-1]["content"], more]
     own[-1]["content"] = "\n".join(part for part in parts if part.strip())
     return [*messages, *own, *_side(columns, answer or usual[1], "assistant")]
@@ -277,9 +293,31 @@ def _history(columns: _Columns) -> list[ChatMessage]:
     return messages
 
 
+def _is_plain_text(columns: _Columns) -> bool:
+    """Return whether the row has a chosen column of text, or `text` beside columns about it."""
+    if "text" in columns.chosen or {"question", "answer", "messages"} & columns.chosen.keys():
+        return columns.chosen.get("text") in columns.row
+    given = {name for name, column in columns.names.items() if not columns.is_empty(column)}
+    return isinstance(columns.row.get(columns.names.get("text", "")), str) and (
+        given <= {"text", *_ABOUT_TEXT}
+    )
+
+
+def _text_to_messages(columns: _Columns) -> list[ChatMessage]:
+    """Return a document as one message; refuse a conversation that is written out as text."""
+    text = text_of(columns.row, columns.read(columns.find("text", "text", "content") or "text"))
+    if _BLANK.fullmatch(text):
+        raise RowError(_("no text"))
+    if mark := _CHAT_MARKUP.match(text):
+        raise RowError(CHAT_MARKUP, mark=mark[1])
+    return [ChatMessage(role=TEXT, content=text)]
+
+
 # By layout, in the order of detection: whether a row has it; the row's messages without those of a
 # `system` column.
 LAYOUTS: dict[Layout, tuple[_Matches, _Convert]] = {
+    # Plain text without question and answer: a chosen column, or `text`
+    "text": (_is_plain_text, _text_to_messages),
     # OpenAI: {role, content} each
     "messages": _list_layout("messages"),
     # ShareGPT: {from, value} each; MOSS: `chat`
@@ -322,14 +360,20 @@ def to_conversation(
 ) -> Conversation:
     """Return the row's conversation: an optional system message, then user and assistant in turn.
 
+    Of the layout `text` it is one message of the role `TEXT`.
     After tool calls of the assistant, the messages of the tools come before its answer.
 
     Raises:
         RowError: something required is missing, empty, not text or out of order.
     """
-    if not {"answer", "messages"} & chosen.keys() and (key := rejected_column(row)):
-        raise RowError(PREFERENCE, key=key)
     columns = _Columns(row, chosen)
+    if not {"answer", "messages", "text"} & chosen.keys() and (key := rejected_column(row)):
+        raise RowError(PREFERENCE, key=key)
+    if layout == "text":
+        document = LAYOUTS[layout][1](columns)
+        if _DAMAGE.search(document[0]["content"]):
+            raise RowError(_DAMAGED)
+        return Conversation(document, "", columns.all_unread())
     for name, value in row.items():
         is_false = value is False or (
             isinstance(value, str) and value.strip().casefold() == "false"
@@ -350,9 +394,9 @@ def to_conversation(
         role, text, calls = message["role"], message["content"], message.get("tool_calls", "")
         is_nan = role == "assistant" and text == "nan"  # an empty cell that went through pandas
         if (_BLANK.fullmatch(text) or is_nan) and not calls and role != "tool":
-            raise RowError(NO_ANSWER if role == "assistant" else _("no question"))
+            raise RowError(NO_ANSWER if role == "assistant" else _NO_QUESTION)
         if _DAMAGE.search(text + calls + tools):
-            raise RowError(_("damaged text (U+FFFD, or half of a surrogate pair)"))
+            raise RowError(_DAMAGED)
     if all(message.get("train") is False for message in messages if message["role"] == "assistant"):
         raise RowError(_("every answer is marked as not to be trained on"))
     return Conversation(messages, tools, columns.all_unread())

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from jetson_ft.data.formats import ChatMessage
+from jetson_ft.data.chat_template import ANSWER
+from jetson_ft.data.formats import TEXT, ChatMessage
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +43,11 @@ class LengthHistogram:
         return sum(part for _, part in self.groups) / sum(size for size, _ in self.groups)
 
     @property
+    def longest_prompt(self) -> int:
+        """Tokens that are not supervised, in the group with the most of them."""
+        return math.ceil(max(size - supervised for size, supervised in self.groups))
+
+    @property
     def token_weighted_mean_length(self) -> float:
         """Mean tokens of the row that a token is in, over all tokens: E[n²] / E[n]."""
         return sum(size**2 for size, _ in self.groups) / sum(size for size, _ in self.groups)
@@ -64,6 +70,17 @@ def measure_lengths(encoded: Dataset) -> LengthHistogram:
     """Return the histogram of rows that `tokenize_rows` has encoded."""
     columns = encoded.with_format("numpy")
     return lengths_from_counts(columns["length"][:], columns["supervised"][:])
+
+
+def longest_prompt(encoded: Dataset) -> int:
+    """Return the most tokens before the last answer of a row."""
+    longest = 0
+    for segments in encoded["segments"]:
+        start = len(segments) - segments[::-1].index(ANSWER) - 1
+        while start and segments[start - 1] == ANSWER:
+            start -= 1
+        longest = max(longest, start)
+    return longest
 
 
 def lengths_from_counts(sizes: Any, supervised: Any) -> LengthHistogram:
@@ -102,8 +119,13 @@ def token_factor(counted_vocabulary: int, vocabulary: int) -> float:
     return per_character(vocabulary) / per_character(counted_vocabulary)
 
 
-def estimate_lengths(rows: Iterable[list[ChatMessage]], vocabulary: int) -> LengthHistogram:
-    """Return the histogram of rows by their characters, for a tokenizer with that vocabulary."""
+def estimate_lengths(
+    rows: Iterable[list[ChatMessage]], vocabulary: int, max_length: int
+) -> LengthHistogram:
+    """Return the histogram of rows by their characters, for a tokenizer with that vocabulary.
+
+    Rows are cut at `max_length`, as if only answers were cut; documents are split there.
+    """
     wide_tokens = _wide_tokens(vocabulary)
     sizes, supervised = [], []
     for messages in rows:
@@ -112,11 +134,17 @@ def estimate_lengths(rows: Iterable[list[ChatMessage]], vocabulary: int) -> Leng
             text = message["content"]
             wide = sum(character >= _FIRST_WIDE for character in text)
             tokens = wide * wide_tokens + (len(text) - wide) * _NARROW_CHARACTER_TOKENS
+            if message["role"] == TEXT:
+                pieces = math.ceil((tokens + 1) / max_length)
+                sizes += [math.ceil((tokens + 1) / pieces)] * pieces
+                supervised += sizes[-pieces:]
+                continue
             size += tokens + _MESSAGE_TOKENS
             answers += tokens + 1 if message["role"] == "assistant" else 0  # with its end token
-        sizes.append(math.ceil(size))
-        supervised.append(math.ceil(answers))
-    return lengths_from_counts(sizes, supervised)
+        if size:
+            sizes.append(math.ceil(size))
+            supervised.append(math.ceil(answers))
+    return lengths_from_counts(sizes, supervised).cut(max_length)
 
 
 def _wide_tokens(vocabulary: int) -> float:

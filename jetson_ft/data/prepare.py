@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from jetson_ft.data import store, tokenize
+import numpy as np
+
+from jetson_ft.data import split, tokenize
+from jetson_ft.data.split import SourcePart
 from jetson_ft.recipe import DataRecipe
 
 if TYPE_CHECKING:
@@ -30,6 +34,19 @@ class PreparedRows:
         """Characters of all held-out answers."""
         return int(sum(self.heldout["answer_characters"]))
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(int(tokenize.token_counts(part).max()) for part in (self.train, self.heldout))
+
+    def source_table(self) -> list[dict[str, Any]]:
+        """Return each training source's name and its numbers of rows and tokens."""
+        keys = "name", "rows", "tokens", "heldout_rows", "repeated"
+        return [
+            {key: part[key] for key in keys} | {"rows_read": part["read"]["rows_read"]}
+            for part in self.report["read"]["sources"]
+        ]
+
 
 def prepare_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> PreparedRows:
     """Return the training and held-out rows as token ids.
@@ -37,26 +54,30 @@ def prepare_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> Prepar
     Raises:
         UserError: the data can't be read or split, or no row is usable.
     """
-    train, heldout, split = store.split_rows(data)
+    train, heldout, info = split.split_rows(data)
+    parts = [*info.sources, *info.heldout]
+    limits = [(item.share, item.rows) for item in data.sources()]
     # Equal for two runs that train and evaluate on the same rows.
-    parts = [
-        split.train.sha256, split.heldout.sha256 if split.heldout else data.heldout,
+    settings: list[Any] = [
+        [part.read.sha256 for part in info.sources], limits,
+        [part.read.sha256 for part in info.heldout] or data.heldout,
         data.format, data.encoding, data.on_invalid, data.columns.chosen(),
     ]  # fmt: skip
     if data.chat_template:  # of a file, which may change
-        parts.append(str(tokenizer.chat_template))
-    sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    key = f"{split.train.cache_key}-{split.heldout.cache_key if split.heldout else data.heldout}"
+        settings.append(str(tokenizer.chat_template))
+    sha256 = _sha256_of(settings)
+    key = _sha256_of([[part.read.cache_key for part in parts], limits, data.heldout])
     train_ids, train_report = tokenize.tokenize_rows(
         train, f"{key}-train", tokenizer, data.max_length, data.truncation, data.on_invalid,
-        data.train,
+        data.train_names(), partial(split.row_place, parts=info.sources),
     )  # fmt: skip
     heldout_ids, heldout_report = tokenize.tokenize_rows(
         heldout, f"{key}-heldout", tokenizer, data.max_length, on_invalid=data.on_invalid,
-        source=split.heldout_from,
+        source=info.heldout_from, place=partial(split.row_place, parts=parts),
     )  # fmt: skip
     kept = set(heldout_ids["row"])
     indices = [index for index, number in enumerate(heldout["row"]) if number in kept]
+    count_tokens(train_ids, info.sources)
     return PreparedRows(
         tokenizer=tokenizer,
         train=train_ids,
@@ -66,6 +87,20 @@ def prepare_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> Prepar
             "sha256": sha256,
             "train": asdict(train_report),
             "heldout": asdict(heldout_report),
-            "read": asdict(split),
+            "read": asdict(info),
         },
     )
+
+
+def _sha256_of(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def count_tokens(encoded: Dataset, parts: list[SourcePart]) -> None:
+    """Set the rows and tokens of each source as they are after the encoding."""
+    numbers = encoded.with_format("numpy")["row"][:]
+    lengths = tokenize.token_counts(encoded)
+    for part in parts:
+        is_own = (numbers > part.first) & (numbers <= part.first + part.read.rows_read)
+        part.rows = len(np.unique(numbers[is_own]))
+        part.tokens = int(lengths[is_own].sum())

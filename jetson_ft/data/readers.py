@@ -1,4 +1,4 @@
-"""Read a file's rows as a stream: JSON and JSON Lines (`json_rows`), CSV, Parquet.
+"""Read a file's rows as a stream: JSON and JSON Lines (`json_rows`), CSV, Parquet, plain text.
 
 Text files can be compressed (`compression`).
 
@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 from jetson_ft.data import compression, encodings, json_rows
 from jetson_ft.data.compression import TEXT_SUFFIXES, Compression
-from jetson_ft.data.formats import RowError
+from jetson_ft.data.formats import PAIRS, RowError
 from jetson_ft.data.json_rows import LocatedValue, parse_json
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import cached_sha256, printable
 
-Container = Literal["json", "jsonl", "csv", "parquet"]
+Container = Literal["json", "jsonl", "csv", "txt", "parquet"]
 SUFFIXES = (*TEXT_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".zip")
 _HEAD_CHARACTERS = 1 << 16  # enough to tell JSON from JSON Lines and CSV
 
@@ -88,6 +88,8 @@ def read_rows(path: Path, encoding: str = "auto") -> tuple[FileInfo, Iterator[Nu
             rows = json_rows.read_json(path, encoding, key, unread)
         elif container == "jsonl":
             rows = json_rows.read_jsonl(path, encoding)
+        elif container == "txt":
+            rows = _read_text(path, encoding)
         else:
             rows = _read_csv(path, encoding, head.partition("\n")[0])
     info = FileInfo(path, container, encoding, size, sha256, key, packed, unread)
@@ -97,6 +99,10 @@ def read_rows(path: Path, encoding: str = "auto") -> tuple[FileInfo, Iterator[Nu
 def _detect_container(head: str, suffix: str) -> Container:
     """Return the container by the first lines; the suffix decides where those are ambiguous."""
     first_line = head.partition("\n")[0]
+    if suffix == ".txt" and not re.match(r'\{\s*"|\[\s*[\[{"]', head):
+        # A table's header has a question's and an answer's name.
+        cells = {cell.strip('\r "').casefold() for cell in re.split("[,;\t]", first_line)}
+        return "csv" if any(cells >= set(pair) for pair in PAIRS) else "txt"
     if head.startswith("["):
         try:  # a conversation is a list too: a file of those has one on each line
             item, _end = json.JSONDecoder().raw_decode(head[1:].lstrip())
@@ -183,6 +189,19 @@ def _read_csv(path: Path, encoding: str, first_line: str) -> Iterator[LocatedVal
             yield line, dict(zip(header, cells, strict=True))
 
 
+def _read_text(path: Path, encoding: str) -> Iterator[LocatedValue]:
+    """Yield the whole file as one text."""
+    blocks, length = [], 0
+    for block in encodings.decode_file(path, encoding):
+        blocks.append(block)
+        length += len(block)
+        if length > encodings.MAX_ROW_CHARACTERS:
+            limit = encodings.MAX_ROW_CHARACTERS >> 20
+            yield 1, RowError(_("longer than {limit} Mi characters"), limit=limit)
+            return
+    yield 1, "".join(blocks).removeprefix("\ufeff")
+
+
 def _read_parquet(path: Path) -> Iterator[LocatedValue]:
     """Yield the rows; a damaged file ends with a `RowError`."""
     import pyarrow as pa
@@ -218,6 +237,8 @@ def _numbered(path: Path, rows: Iterator[LocatedValue], is_objects: bool) -> Ite
             value = RowError(json_rows.COLUMNAR)
         elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             value = {"messages": value}  # a conversation as it is
+        elif isinstance(value, str):
+            value = {"text": value}
         elif not isinstance(value, dict | RowError):
             value = RowError(_("null instead of a row") if value is None else _("not an object"))
         yield NumberedRow(number, line, value)

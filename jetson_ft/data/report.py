@@ -19,6 +19,10 @@ FIXES = {
         "To train on the wanted answers, name their column: `--set data.columns.answer=chosen` (or "
         "`--set data.columns.messages=chosen` where it has the whole conversation)."
     ),
+    layouts.CHAT_MARKUP: _(
+        "Give the conversations as `messages`, a list of {{role, content}}: the chat template "
+        "writes the control tokens, which are ordinary text where a text has them."
+    ),
     formats.SEVERAL_ANSWERS: _("Write a row for each answer that is to be trained on."),
     json_rows.COLUMNAR: _(
         "Write one object for each row; with pandas: "

@@ -92,7 +92,8 @@ def _not_found(path: Path) -> UserError:
 def _training_files(repo: str, inside: str, names: list[str]) -> list[str]:
     """Return the one file that has the rows, or its numbered parts."""
     data = [name for name in names if name.endswith(SUFFIXES) and Path(name).name not in _NOT_ROWS]
-    data = [name for name in data if not name.endswith(".zip")] or data  # often of pictures
+    for seldom in (".txt", ".zip"):  # often about the data, and of pictures
+        data = [name for name in data if not name.endswith(seldom)] or data
     training = [name for name in data if re.search(r"(?<![a-z])train", name.lower())] or data
     wholes = {re.sub(r"\d+-of-\d+", "", name) for name in training}
     if len(wholes) == 1 and not inside:

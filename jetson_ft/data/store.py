@@ -1,4 +1,4 @@
-"""Rows on disk as messages, the report about them, and the held-out split.
+"""Rows of a source on disk as messages, and the report about them.
 
 The first reading of a source writes an Arrow file into the cache; its key has the content's hash
 and the settings. Later readings memory-map it. Every row that is left out is counted, with its
@@ -13,16 +13,16 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jetson_ft.data import layouts
-from jetson_ft.data.formats import RowError
+from jetson_ft.data.formats import TEXT, RowError
 from jetson_ft.data.layouts import NO_COLUMNS, Conversation
 from jetson_ft.data.readers import read_rows
 from jetson_ft.data.report import FIXES, MAX_NAME, ReadReport, check_dropped
-from jetson_ft.data.sources import BUNDLED, Source, resolve_source
+from jetson_ft.data.sources import Source
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import cache_dir, cached_sha256, printable, read_json, staged, write_json
 from jetson_ft.recipe import DataRecipe, Layout
@@ -30,24 +30,12 @@ from jetson_ft.recipe import DataRecipe, Layout
 if TYPE_CHECKING:
     import datasets
 
-_VERSION = 6  # increase when the columns or the report change
+_VERSION = 7  # increase when the columns or the report change
 
 _DETECTION_ROWS = 100  # that decide about the layout
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22
 
 _UsableRow = tuple[int, int, list[dict[str, Any]], str]  # number, hash, messages, tools
-
-
-@dataclass(frozen=True)
-class SplitInfo:
-    """The result of `split_rows`, for reports."""
-
-    train: ReadReport
-    heldout: ReadReport | None  # None: the rows come from the end of the training source
-    heldout_from: str
-    train_rows: int
-    heldout_rows: int
-    left_out: int  # training rows left out because they are in the held-out set too
 
 
 def read_source(
@@ -69,80 +57,46 @@ def read_source(
         UserError: the source can't be read, or has no usable row, or has unusable ones and
             `on_invalid` is `error` and not `skip`.
     """
-    rows, report = _read_cached(source, layout, encoding, on_invalid, columns)
+    rows, report = read_cached(source, layout, encoding, on_invalid, columns)
     return rows.remove_columns("hash"), report
 
 
-def split_rows(data: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset, SplitInfo]:
-    """Return training and held-out rows; no conversation is in both.
+def columns_of(source: Source, encoding: str, columns: Mapping[str, str]) -> Mapping[str, str]:
+    """Return those of the chosen columns that the source has.
 
-    Raises:
-        UserError: as `read_source`, or no training row is left.
+    A question and an answer are a pair: where one of them is missing, neither is returned.
     """
-    import numpy as np
-
-    columns: Mapping[str, str] = data.columns.chosen()
-    rows, report = _read_cached(
-        resolve_source(data.train), data.format, data.encoding, data.on_invalid, columns
-    )
-    source = heldout_report = None
-    name = data.train if data.heldout == "auto" else data.heldout
-    if name in BUNDLED:
-        source = Source(f"{name} held-out rows", (BUNDLED[name].heldout,))
-    elif isinstance(data.heldout, str) and data.heldout != "auto":
-        source = resolve_source(data.heldout)
-    if source:
-        train_rows = rows
-        columns = heldout_columns(source, columns)
-        heldout_rows, heldout_report = _read_cached(
-            source, "auto", "auto", data.on_invalid, columns
-        )
-    else:
-        count = data.heldout if isinstance(data.heldout, int) else max(1, min(60, len(rows) // 10))
-        if count >= len(rows):
-            raise UserError(
-                _("No training row is left: {heldout} of {rows} rows are to be held out."),
-                data.train,
-                _("Add rows, or set `data.heldout` to a smaller number or a file."),
-                heldout=count,
-                rows=len(rows),
-            )
-        train_rows = rows.select(range(len(rows) - count))
-        heldout_rows = rows.select(range(len(rows) - count, len(rows)))
-    remaining = np.flatnonzero(~np.isin(_hashes(train_rows), _hashes(heldout_rows)))
-    if not len(remaining):
-        raise UserError(
-            _("No training row is left: every one is in the held-out set too."),
-            data.train,
-            _("Set `data.heldout` to other rows, or to fewer."),
-        )
-    info = SplitInfo(
-        train=report,
-        heldout=heldout_report,
-        heldout_from=source.name if source else f"the end of {data.train}",
-        train_rows=len(remaining),
-        heldout_rows=len(heldout_rows),
-        left_out=len(train_rows) - len(remaining),
-    )
-    train_rows = train_rows.select(remaining).remove_columns("hash")
-    return train_rows, heldout_rows.remove_columns("hash"), info
+    if not columns:
+        return NO_COLUMNS
+    names = {name for row in _first_rows(source, encoding) for name in row}
+    present = {purpose: name for purpose, name in columns.items() if name in names}
+    if any(part in columns and part not in present for part in ("question", "answer")):
+        present = {k: name for k, name in present.items() if k not in ("question", "answer")}
+    return present
 
 
-def heldout_columns(source: Source, columns: Mapping[str, str]) -> Mapping[str, str]:
-    """Return the chosen columns of the training rows if the source has them too, else none."""
-    has_all = columns and _missing_column(_first_rows(source, "auto"), columns) is None
-    return columns if has_all else NO_COLUMNS
+def heldout_settings(source: Source, data: DataRecipe) -> tuple[str, Mapping[str, str]]:
+    """Return the layout and the columns for held-out rows, whose layout is detected.
+
+    Where the training rows are set to be text, those of no known layout are too.
+    """
+    columns = columns_of(source, "auto", data.columns.chosen())
+    if data.format != "text":
+        return "auto", columns
+    first_rows = _first_rows(source, "auto")
+    is_known = any(layouts.detect_layout(row, columns) for row in first_rows)
+    return "auto" if is_known else "text", columns
 
 
-def _hashes(rows: datasets.Dataset) -> Any:
+def hashes(rows: datasets.Dataset) -> Any:
     """Return the column as an array; `rows` must be whole or a slice, not picked rows."""
     return rows.data.column("hash").to_numpy()
 
 
-def _read_cached(
+def read_cached(
     source: Source, layout: str, encoding: str, on_invalid: str, columns: Mapping[str, str]
 ) -> tuple[datasets.Dataset, ReadReport]:
-    """Return the rows with their hashes from the cache; write them first if they are missing."""
+    """Return the rows with the column `hash` too, from the cache; write them first if missing."""
     import datasets
     import numpy as np
 
@@ -155,10 +109,10 @@ def _read_cached(
     report_file = rows_file.with_suffix(".json")
     try:
         report = ReadReport(**read_json(report_file))
-        rows = open_arrow(rows_file, report.rows_kept)
+        rows = open_arrow(rows_file)
     except (UserError, TypeError):  # missing or damaged
         rows = None
-    if rows:
+    if rows and len(rows) == report.rows_kept:
         for entry, path in zip(report.files, source.files, strict=True):
             entry["path"] = printable(str(path))  # equal content may be from another file
         return rows, report
@@ -168,21 +122,23 @@ def _read_cached(
         raise UserError(_("The data changed while it was read."), source.name, _("Start again."))
     rows = datasets.Dataset.from_file(str(rows_file))
     report.cache_key = key
-    report.duplicates = len(rows) - len(np.unique(_hashes(rows)))
+    report.duplicates = len(rows) - len(np.unique(hashes(rows)))
     write_json(report_file, asdict(report))
     return rows, report
 
 
-def open_arrow(path: Path, count: int) -> datasets.Dataset | None:
-    """Return the rows of an Arrow file; None if it is missing, incomplete or damaged."""
+def open_arrow(path: Path) -> datasets.Dataset | None:
+    """Return the rows of an Arrow file; None if it is missing or damaged.
+
+    A file that is cut between two batches has less rows.
+    """
     import datasets
     import pyarrow as pa
 
     try:
-        rows = datasets.Dataset.from_file(str(path))
+        return datasets.Dataset.from_file(str(path))
     except (pa.ArrowException, OSError):
         return None
-    return rows if len(rows) == count else None
 
 
 def _write_cache(
@@ -269,7 +225,8 @@ def _detect_layout(
         _(
             "Name the fields `instruction` and `output` (or `prompt` and `response`, `question` "
             "and `answer`), or give `conversations` (ShareGPT) or `messages` (OpenAI). Columns of "
-            "other names: `--set data.columns.question=NAME --set data.columns.answer=NAME`."
+            "other names: `--set data.columns.question=NAME --set data.columns.answer=NAME`. "
+            "Plain text: `--set data.columns.text=NAME`."
         ),
         keys=_listed(list(first_rows[0])),
     )
@@ -310,7 +267,7 @@ def _usable_rows(
             for name in conversation.unread:
                 report.add_unread(name)
             for message in conversation.messages:
-                side = "answer" if message["role"] == "assistant" else "question"
+                side = "answer" if message["role"] in ("assistant", TEXT) else "question"
                 report.characters[side] += len(message["content"])
             yield report.rows_read, *_stored(conversation)
         for key, count in info.unread_lists.items():

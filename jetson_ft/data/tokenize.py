@@ -1,5 +1,6 @@
 """Tokenize rows of messages into Arrow files in the cache.
 
+A conversation is a row of tokens; a document that is longer than `max_length` becomes several.
 The cache key has everything that the ids depend on: the rows, the tokenizer with its template,
 `max_length` and `truncation`. Memory is bounded: rows are read and written in batches.
 """
@@ -9,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jetson_ft.data.chat_template import ANSWER, Encoded, encode
-from jetson_ft.data.formats import ChatMessage
+from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.store import open_arrow
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.files import cache_dir, disk_errors
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 6  # increase when the columns or the encoding change
+_VERSION = 7  # increase when the columns or the encoding change
 _COUNTS = (
     "length", "supervised", "full_length", "characters", "answer_characters", "context_answers",
-    "system_dropped", "control_texts",
+    "system_dropped", "control_texts", "pieces_left",
 )  # fmt: skip
+_COLUMNS = ("row", "input_ids", "segments", *_COUNTS, "dropped")
 _REASONS = {"long": _("longer than max_length"), "no answer": _("no answer within max_length")}
 _REFUSED = _("refused by the chat template")
+_BATCH_ROWS = 16  # encoded before they are written; a document can be long
 _MAX_PLACES = 20  # named of the rows that are refused for one reason
 
 
@@ -46,6 +49,7 @@ class TokenReport:
     tokens_per_character: float
     lengths: dict[str, int]  # before truncation: p50, p90, p99, max
     truncated: int  # rows truncated at max_length
+    split: int  # documents longer than max_length, which are split into several rows
     context_answers: int  # answers only read, because the chat template rewrites earlier turns
     systems_dropped: int  # rows whose system message the chat template doesn't render
     control_rows: int  # rows whose text spells out control tokens
@@ -70,12 +74,14 @@ def tokenize_rows(
     truncation: str = "truncate",
     on_invalid: str = "error",
     source: str = "",
+    place: Callable[[int], Message] = lambda number: Message(_("row {row}"), {"row": number}),
 ) -> tuple[Dataset, TokenReport]:
     """Encode `rows` (columns row, messages, perhaps tools), identified in the cache by `rows_key`.
 
     Args:
         on_invalid: a row that the chat template refuses: `error`, or `skip` and count it.
         source: where the rows are from, for errors.
+        place: returns a row's place by its number, for errors.
 
     Returns:
         The rows kept, with the columns row, input_ids (int32), segments (uint8), length,
@@ -97,12 +103,16 @@ def tokenize_rows(
         dropped=Value("string"),
     )
     with disk_errors(path):
-        cached = open_arrow(path, len(rows))
-        if not cached:
+        cached = open_arrow(path)
+        # The number of pieces is not known: a file is whole if it ends with the last row's last.
+        if not cached or (cached[-1]["row"], cached[-1]["pieces_left"]) != (rows[-1]["row"], 0):
+            cached = None
             path.unlink(missing_ok=True)
         encoded = cached or rows.map(
-            lambda row: _encode_row(row, tokenizer, max_length, truncation),
-            remove_columns=[name for name in rows.column_names if name != "row"],
+            lambda batch: _encode_batch(batch, tokenizer, max_length, truncation),
+            batched=True,
+            batch_size=_BATCH_ROWS,
+            remove_columns=rows.column_names,
             cache_file_name=str(path),
             new_fingerprint=key[:32],
             features=features,
@@ -112,7 +122,7 @@ def tokenize_rows(
     reasons = np.asarray(encoded["dropped"][:], dtype=object)
     kept = np.flatnonzero(reasons == "")
     refused = [i for i, reason in enumerate(reasons) if reason and reason not in _REASONS]
-    refusals = _refusals(encoded, refused)
+    refusals = _refusals(encoded, refused, place)
     if refused and (on_invalid == "error" or not len(kept)):
         path.unlink()
         raise UserError(
@@ -148,13 +158,14 @@ def _column(encoded: Dataset, name: str) -> np.ndarray[Any, Any]:
     return np.asarray(encoded.with_format("numpy")[name][:])
 
 
-def _refusals(encoded: Dataset, refused: list[int]) -> list[Message]:
+def _refusals(
+    encoded: Dataset, refused: list[int], place: Callable[[int], Message]
+) -> list[Message]:
     """Return the reasons why the chat template refuses rows, with the numbers of the rows."""
     places: dict[str, list[Message]] = {}
     for index in refused:
         row = encoded[index]
-        place = Message(_("row {row}"), {"row": row["row"]})
-        places.setdefault(row["dropped"], []).append(place)
+        places.setdefault(row["dropped"], []).append(place(row["row"]))
     messages = []
     for reason, listed in places.items():
         more = [Message("…")] if len(listed) > _MAX_PLACES else []
@@ -167,7 +178,52 @@ def _refusals(encoded: Dataset, refused: list[int]) -> list[Message]:
     return messages
 
 
-def _encode_row(
+def _encode_batch(
+    batch: dict[str, list[Any]], tokenizer: Any, max_length: int, truncation: str
+) -> dict[str, list[Any]]:
+    """Return the columns of the rows in a batch."""
+    result: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    for values in zip(*batch.values(), strict=True):
+        row = dict(zip(batch, values, strict=True))
+        if row["messages"][0]["role"] == TEXT:
+            encoded_rows = list(_encode_document(row, tokenizer, max_length))
+        else:
+            encoded_rows = [_encode_conversation(row, tokenizer, max_length, truncation)]
+        for encoded in encoded_rows:
+            for name, column in result.items():
+                column.append(encoded[name])
+    return result
+
+
+def _encode_document(
+    row: dict[str, Any], tokenizer: Any, max_length: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the columns of each piece of a document; pieces are of about equal length."""
+    whole = encode(tokenizer, row["messages"])
+    length = len(whole.ids)
+    count = -(-length // max_length)
+    for number in range(count):
+        start, end = (length * n // count for n in (number, number + 1))
+        segments = whole.segments[start:end]
+        characters = whole.characters * end // length - whole.characters * start // length
+        yield {
+            "row": row["row"],
+            "input_ids": whole.ids[start:end],
+            "segments": segments,
+            "length": end - start,
+            "supervised": sum(map(bool, segments[1:])),
+            "full_length": end - start,
+            "characters": characters,
+            "answer_characters": characters,
+            "context_answers": 0,
+            "system_dropped": False,
+            "control_texts": whole.control_texts if number == 0 else 0,
+            "pieces_left": count - 1 - number,
+            "dropped": "",
+        }
+
+
+def _encode_conversation(
     row: dict[str, Any], tokenizer: Any, max_length: int, truncation: str
 ) -> dict[str, Any]:
     """Return the row's columns; `dropped`: why it is not kept, of `_REASONS` or a message."""
@@ -188,6 +244,7 @@ def _encode_row(
             dropped = "long"
     texts = [message["content"] + str(message.get("tool_calls") or "") for message in messages]
     return {
+        "row": row["row"],
         "input_ids": ids,
         "segments": segments,
         "length": len(ids),
@@ -198,6 +255,7 @@ def _encode_row(
         "context_answers": encoded.context_answers,
         "system_dropped": encoded.system_dropped,
         "control_texts": encoded.control_texts,
+        "pieces_left": 0,
         "dropped": dropped,
     }
 
@@ -229,6 +287,7 @@ def _report(
             float(full.sum()) / max(1, int(column["characters"][is_encoded].sum())), 3
         ),
         lengths={**percentiles, "max": int(full.max())},
+        split=len(np.unique(_column(encoded, "row")[column["pieces_left"] > 0])),
         truncated=int(((column["full_length"] > length) & kept).sum()),
         **counts,
         notices=[message.as_json() for message in [*refusals, *_notices(counts)]],

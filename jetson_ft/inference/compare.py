@@ -9,7 +9,13 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from jetson_ft.data.chat_template import end_ids, prompt_and_reference, until_last_trained
+from jetson_ft.data.chat_template import (
+    encode_prompt,
+    end_ids,
+    prompt_and_reference,
+    until_last_trained,
+)
+from jetson_ft.data.formats import TEXT
 from jetson_ft.inference.generate import Reply, generate_replies
 from jetson_ft.inference.metrics import reply_metrics
 from jetson_ft.kernels import attention
@@ -28,30 +34,47 @@ def compare_adapter(
     max_new_tokens: int,
     samples: int,
     progress: ProgressCallback,
+    max_length: int,
+    batch_size: Callable[[int], int] = lambda width: 36,
     scores: dict[str, Score] | None = None,
 ) -> dict[str, Any]:
     """Measure a PEFT model with its adapter disabled ("before") and enabled ("after").
 
     Args:
         conversations: held-out rows (messages, perhaps tools); the last answer that is trained on
-            is the reference.
+            and begins within `max_length` is the reference, of a document the text after its
+            beginning.
         packs: the same rows as tokens.
         characters: of all reference answers.
         samples: rows whose replies are part of the result.
         progress: called with ("before" or "after", "tokens" or "replies", done, total), first
             for the loss of the rows' tokens, then for the replies; each part begins at 0 done.
+        max_length: tokens at which training truncates rows.
+        batch_size: as in `generate_replies`.
         scores: by side, where training has measured these weights on these rows already.
 
     Returns:
         `report.json`'s `eval` and, under "generation", how the replies were generated.
     """
+    conversations = [_cut_turns(tokenizer, row, max_length) for row in conversations]
     pairs = [
-        prompt_and_reference(tokenizer, row["messages"], row.get("tools") or "")
+        prompt_and_reference(tokenizer, row["messages"], row.get("tools") or "", max_new_tokens)
         for row in conversations
     ]
     prompts, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     eos_ids = end_ids(tokenizer, model)
-    result: dict[str, Any] = {"rows": len(conversations)}
+    documents, shown = 0, list(conversations)
+    for index, (row, (prompt, reference)) in enumerate(zip(conversations, pairs, strict=True)):
+        if row["messages"][0]["role"] == TEXT:
+            documents += 1
+            beginning = tokenizer.decode(prompt, skip_special_tokens=True)
+            shown[index] = {
+                "messages": [
+                    {"role": TEXT, "content": beginning},
+                    {"role": "assistant", "content": reference},
+                ]
+            }
+    result: dict[str, Any] = {"rows": len(conversations), "documents": documents}
     started = time.monotonic()
     for side in ("before", "after"):
         report = partial(progress, side)
@@ -61,16 +84,33 @@ def compare_adapter(
             else:
                 score = _measure_loss(model, packs, characters, partial(report, "tokens"))
             replies = generate_replies(
-                model, tokenizer, prompts, eos_ids, max_new_tokens, partial(report, "replies")
-            )
+                model, tokenizer, prompts, eos_ids, max_new_tokens, partial(report, "replies"),
+                batch_size,
+            )  # fmt: skip
         result[side] = {
             **asdict(score),
             **reply_metrics(replies, references),
-            "samples": _select_samples(conversations, references, replies, samples),
+            "samples": _select_samples(shown, references, replies, samples),
         }
     seconds = round(time.monotonic() - started, 1)
     generation = {"method": "greedy", "max_new_tokens": max_new_tokens, "seconds": seconds}
     return {"eval": result, "generation": generation}
+
+
+def _cut_turns(tokenizer: Any, row: dict[str, Any], max_length: int) -> dict[str, Any]:
+    """Return the row up to the last answer, trained on, that begins within `max_length` tokens.
+
+    Training has truncated the row there, so that later turns are no part of it.
+    """
+    if row["messages"][0]["role"] == TEXT:
+        return row
+    messages, tools = until_last_trained(row["messages"]), row.get("tools") or ""
+    while len(encode_prompt(tokenizer, messages[:-1], tools)) >= max_length:
+        earlier = until_last_trained(messages[:-1])
+        if len(earlier) == len(messages) - 1:  # there is none
+            break
+        messages = earlier
+    return {**row, "messages": messages}
 
 
 def _measure_loss(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from threading import Thread
@@ -71,23 +72,43 @@ def generate_replies(
     eos_ids: Sequence[int],
     max_new_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    batch_size: int = 36,
+    batch_size: Callable[[int], int] = lambda width: 36,
 ) -> list[Reply]:
     """Return the greedy reply to each prompt (token ids), in the order of the prompts.
 
     Prompts of similar length share a batch, because padding costs as much as other tokens. No
-    repetition penalty applies: an evaluation measures the model itself.
+    repetition penalty applies: an evaluation measures the model itself. A reply ends where the
+    model's position table does.
 
     Args:
         progress: called first, and after each batch, with the replies done and their number.
+        batch_size: returns the most prompts of a batch whose longest one has that many tokens.
+
+    Raises:
+        UserError: a prompt leaves no position for a reply.
     """
+    from jetson_ft.models.positions import position_table_size
+
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     widths = [len(prompts[index]) for index in order]
-    greedy = Sampling(max_new_tokens, temperature=0.0, repetition_penalty=1.0)
+    table_size = position_table_size(model)
+    if table_size and widths and widths[-1] >= table_size:
+        raise UserError(
+            _("A prompt has {tokens:,} tokens, and the model reads {limit:,} at most."),
+            fix=_("Lower `data.max_length`, or leave out the longest rows."),
+            tokens=widths[-1], limit=table_size,
+        )  # fmt: skip
+    spaces = [min(max_new_tokens, (table_size or math.inf) - width) for width in widths]
+    # A reply with less space than the others is generated alone, so that theirs stay whole.
+    sizes = [
+        batch_size(width) if space == max_new_tokens else 1
+        for width, space in zip(widths, spaces, strict=True)
+    ]
     replies: dict[int, Reply] = {}
     progress(0, len(prompts))
-    for start, end in plan_batches(widths, batch_size, _STEP_COST * max_new_tokens):
+    for start, end in plan_batches(widths, sizes, STEP_COST * max_new_tokens):
         batch = [prompts[index] for index in order[start:end]]
+        greedy = Sampling(int(spaces[end - 1]), temperature=0.0, repetition_penalty=1.0)
         output = _generate(model, tokenizer, batch, eos_ids, greedy)
         for index, ids in zip(order[start:end], output.tolist(), strict=True):
             replies[index] = _decode_reply(tokenizer, ids[widths[end - 1] :], eos_ids)
@@ -97,10 +118,12 @@ def generate_replies(
 
 # The cost of one decoding step of a batch, which reads all weights, in prompt tokens. It is the
 # ratio of arithmetic to memory bandwidth, which is about the same on CPUs and GPUs.
-_STEP_COST = 32
+STEP_COST = 32
 
 
-def plan_batches(widths: Sequence[int], batch_size: int, overhead: float) -> list[tuple[int, int]]:
+def plan_batches(
+    widths: Sequence[int], sizes: Sequence[int], overhead: float
+) -> list[tuple[int, int]]:
     """Return the (start, end) of the batches whose total cost is the lowest.
 
     The cost of a batch is its rows times its widest row, plus `overhead`. The method is dynamic
@@ -108,10 +131,11 @@ def plan_batches(widths: Sequence[int], batch_size: int, overhead: float) -> lis
 
     Args:
         widths: tokens of each prompt, ascending.
+        sizes: most rows of a batch that ends with that prompt.
     """
     best: list[tuple[float, int]] = [(0.0, 0)]  # by number of rows: (cost, last batch's start)
     for end in range(1, len(widths) + 1):
-        starts = range(max(0, end - batch_size), end)
+        starts = range(max(0, end - sizes[end - 1]), end)
         best.append(min((best[s][0] + (end - s) * widths[end - 1] + overhead, s) for s in starts))
     batches, end = [], len(widths)
     while end:

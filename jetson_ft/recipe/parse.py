@@ -9,14 +9,14 @@ import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from jetson_ft.errors import Message, Problem, RecipeError, UserError, _
 from jetson_ft.files import disk_errors
 from jetson_ft.recipe import strict_yaml
-from jetson_ft.recipe.schema import Recipe, fields, type_name
+from jetson_ft.recipe.schema import Recipe, SourceRecipe, fields, type_name
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -67,7 +67,7 @@ def parse_recipe(text: str, where: str = "", overrides: Iterable[str] = ()) -> R
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
-        problems.extend(_as_problem(details, lines) for details in _one_per_key(error))
+        problems.extend(_as_problem(details, lines) for details in _one_per_key(error, value))
     if problems:
         raise RecipeError(sorted(problems, key=lambda item: item.line), where)
     return recipe
@@ -93,7 +93,10 @@ def _apply(
             place = place.setdefault(section, {}) if isinstance(place, dict) else None
         if isinstance(place, dict):  # else the schema reports that the section is not a mapping
             place[name] = strict_yaml.parse_scalar(text)
-            lines[tuple(key.split("."))] = 0  # the value is not in the file
+            path = tuple(key.split("."))
+            for inner in [other for other in lines if other[: len(path)] == path]:
+                del lines[inner]
+            lines[path] = 0  # the value is not in the file
         return None
     return Problem(key, 0, message)
 
@@ -118,33 +121,76 @@ _REASONS = {
     "string_unicode": _("must be text that can be written as UTF-8, not {given}"),
 }
 
+_OWN_REASONS = {
+    "missing": _("is missing"),
+    "two_limits": _("`share` and `rows` are both set; set one of them"),
+}
 
-def _one_per_key(error: ValidationError) -> list[Any]:
-    """Return one of pydantic's errors for each key.
+
+def _one_per_key(error: ValidationError, recipe: Any) -> list[Any]:
+    """Return one of pydantic's errors for each key or list item, with its path in the recipe.
 
     A union has an error for each of its members; the one about a value is more useful than the
-    one about a type.
+    one about a type, and the one about a part more than the one about the whole.
     """
-    known = {*_FIELDS, *_SECTIONS}
     chosen: dict[tuple[Any, ...], Any] = {}
     for details in error.errors():
-        path = tuple(details["loc"])
-        if details["type"] != "extra_forbidden":  # in unions, pydantic appends its member's name
-            while path and ".".join(map(str, path)) not in known:
-                path = path[:-1]
+        path: tuple[Any, ...] = ()
+        place = recipe
+        for part in details["loc"]:  # in unions, pydantic puts its member's name in between
+            is_item = isinstance(place, list) and isinstance(part, int)
+            if is_item or (isinstance(place, dict) and part in place):
+                path, place = (*path, part), place[part]
+        if details["type"] == "missing":
+            path = (*path, details["loc"][-1])
         if path not in chosen or chosen[path]["type"] in _TYPE_ERRORS:
             chosen[path] = {**details, "loc": path}
-    return list(chosen.values())
+    return [
+        details
+        for path, details in chosen.items()
+        if details["type"] not in _TYPE_ERRORS
+        or not any(other[: len(path)] == path for other in chosen if other != path)
+    ]
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    """Return a path as people write it: `data.train[1].share`."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return "".join(parts).removeprefix(".")
+
+
+def _annotation(path: tuple[Any, ...]) -> Any:
+    """Return the type of a key or a list item; None for a group of keys."""
+    length = next((n for n, part in enumerate(path) if isinstance(part, int)), len(path))
+    field = _FIELDS.get(".".join(path[:length]))
+    annotation = field.annotation if field else None
+    for part in path[length:]:
+        members = [annotation, *get_args(annotation)]
+        members += [get_args(member)[0] for member in members if get_origin(member) is Annotated]
+        if isinstance(part, int):
+            annotation = next(get_args(m)[0] for m in members if get_origin(m) is list)
+        else:
+            model = next(m for m in members if isinstance(m, type) and issubclass(m, BaseModel))
+            annotation = model.model_fields[part].annotation
+    return annotation
 
 
 def _as_problem(details: Any, lines: dict[strict_yaml.KeyPath, int]) -> Problem:
     """Return one of pydantic's errors with its line in the file."""
     path = details["loc"]
-    key = ".".join(map(str, path))
+    key = _dotted(path)
     line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), 0)
     if details["type"] != "extra_forbidden":
-        message = Message(_("`{key}`: {reason}"), {"key": key, "reason": _reason(key, details)})
+        message = Message(_("`{key}`: {reason}"), {"key": key, "reason": _reason(details)})
         return Problem(key, line, message if line else Message(_OVERRIDE, {"problem": message}))
+    if isinstance(path[-2] if len(path) > 1 else "", int):  # of a list item
+        names = SourceRecipe.model_fields
+        near = difflib.get_close_matches(path[-1], names, 1)
+        template = _("unknown key `{key}`; did you mean `{near}`?")
+        if not near:
+            template = _("unknown key `{key}`; the keys are {keys}")
+        values = {"key": key, "near": near and near[0], "keys": ", ".join(names)}
+        return Problem(key, line, Message(template, values))
     section, dot, name = path[-1].rpartition(".")
     if not dot or path[-1] not in _FIELDS:
         return Problem(key, line, _unknown_key(key))
@@ -152,19 +198,22 @@ def _as_problem(details: Any, lines: dict[strict_yaml.KeyPath, int]) -> Problem:
     return Problem(key, line, Message(template, {"key": key, "section": section, "name": name}))
 
 
-def _reason(key: str, details: Any) -> Message:
+def _reason(details: Any) -> Message:
     """Return what is wrong with a value."""
-    field, value, kind = _FIELDS.get(key), details["input"], details["type"]
+    value, kind = details["input"], details["type"]
     given = json.dumps(value, ensure_ascii=False, default=str)
     given = given if len(given) <= 60 else given[:57] + "…"
     if kind in _REASONS:
         return Message(_REASONS[kind], {**details.get("ctx", {}), "given": given})
+    if kind in _OWN_REASONS:
+        return Message(_OWN_REASONS[kind])
     if kind not in _TYPE_ERRORS:
         return Message(_("can't be {given}: {reason}"), {"given": given, "reason": details["msg"]})
-    type_ = type_name(field.annotation) if field else Message(_("a group of keys"))
+    annotation = _annotation(details["loc"])
+    type_ = type_name(annotation) if annotation else Message(_("a group of keys"))
     values, template = {"type": type_, "given": given}, _("must be {type}, not {given}")
-    if field and get_origin(field.annotation) is Literal and isinstance(value, str):
-        choices = map(str, get_args(field.annotation))
+    if get_origin(annotation) is Literal and isinstance(value, str):
+        choices = map(str, get_args(annotation))
         if near := difflib.get_close_matches(value, choices, 1):
             values["near"] = near[0]
             template = _("must be {type}, not {given}; did you mean `{near}`?")

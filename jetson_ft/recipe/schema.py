@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import reduce
 from operator import attrgetter
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from jetson_ft.errors import Message, _
 from jetson_ft.recipe import strict_yaml
 
-Layout = Literal["alpaca", "sharegpt", "messages"]  # of a row; `data.formats` converts each
+Layout = Literal["alpaca", "sharegpt", "messages", "text"]  # of a row; see `data.layouts`
 Quantization = Literal["none", "int8", "nf4"]
 
 Count = Annotated[int, Field(ge=1)]
@@ -52,21 +61,55 @@ class ColumnsRecipe(_Section):
         None, description=_("Column of a whole conversation, a list of messages; null: detected.")
     )
 
+    text: Text | None = Field(
+        None, description=_("Column of plain text (see `format`); null: `text`, or `content`.")
+    )
+
     def chosen(self) -> dict[str, str]:
         """Return the names that are set, by purpose."""
         return self.model_dump(exclude_none=True)
 
 
+class SourceRecipe(_Section):
+    """One of several sources of training rows, and how many of its rows to take."""
+
+    source: Text = Field(description=_("A file, a Hub data set id or a bundled set."))
+    share: float | None = Field(
+        None, gt=0, le=1, description=_("Share of its rows to take; null: all of them.")
+    )
+    rows: Count | None = Field(None, description=_("Rows to take at most; null: no limit."))
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> SourceRecipe:
+        if self.share is not None and self.rows is not None:
+            raise PydanticCustomError("two_limits", "share and rows")
+        return self
+
+    @model_serializer
+    def _set_keys(self) -> dict[str, Any]:
+        """Return the keys that have a value, for short lists in recipes."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+    def __repr__(self) -> str:  # as a recipe has it, for messages about changed settings
+        return repr(self.model_dump())
+
+    def __str__(self) -> str:
+        if self.share is not None:
+            return f"{self.source} (share {self.share:g})"
+        return self.source if self.rows is None else f"{self.source} (at most {self.rows} rows)"
+
+
 class DataRecipe(_Section):
     """The rows to train on and the held-out rows."""
 
-    train: Text = Field(
+    train: Text | Annotated[list[Text | SourceRecipe], Field(min_length=1)] = Field(
         "bundled",
         description=_(
             "Rows to train on: `bundled` or `bundled-short` (Chinese rows that come with the "
-            "program, with long or short answers), a file (.json, .jsonl, .csv, .parquet, "
-            ".json.gz, .jsonl.gz, .csv.gz, or .zip with one of them) or a Hub data set id such as "
-            "`owner/name`."
+            "program, with long or short answers), a file (.json, .jsonl, .csv, .txt, .parquet, "
+            ".json.gz, .jsonl.gz, .csv.gz, .txt.gz, or .zip with one of them) or a Hub data set id "
+            "such as `owner/name`. Or a list of these, each a name or a mapping of `source` (the "
+            "name) and `share` (0.5: half of its rows) or `rows` (at most that many)."
         ),
     )
     heldout: Count | Text = Field(
@@ -74,7 +117,7 @@ class DataRecipe(_Section):
         description=_(
             "Rows to evaluate on, never trained on: a file, a number of rows taken from the end of "
             "`train`, or `auto` (the bundled held-out set for bundled data, else the last "
-            "min(60, 10 %) rows)."
+            "min(60, 10 %) rows). Of several sources each gives its part."
         ),
     )
     max_length: int = Field(
@@ -89,7 +132,11 @@ class DataRecipe(_Section):
         description=_("A malformed row: `error` ends the run, `skip` leaves it out and counts it."),
     )
     format: Literal["auto", Layout] = Field(
-        "auto", description=_("Layout of the rows of `train`; `auto` detects it and reports it.")
+        "auto",
+        description=_(
+            "Layout of the rows of `train`; `auto` detects it and reports it. `text`: plain text, "
+            "trained on without a chat template."
+        ),
     )
     columns: ColumnsRecipe = Field(ColumnsRecipe(), description=ColumnsRecipe.__doc__ or "")
     encoding: Text = Field(
@@ -103,6 +150,27 @@ class DataRecipe(_Section):
             "Jinja text; null: the model's own, or `plain` if it has none."
         ),
     )
+
+    def sources(self) -> list[SourceRecipe]:
+        """Return the sources of `train`."""
+        items = [self.train] if isinstance(self.train, str) else self.train
+        return [SourceRecipe(source=item) if isinstance(item, str) else item for item in items]
+
+    def train_names(self) -> str:
+        """Return the sources of `train` as text for people."""
+        return ", ".join(map(str, self.sources()))
+
+    def rename_sources(self, new_name: Callable[[str], str]) -> None:
+        """Replace the name of every source of `train`."""
+        if isinstance(self.train, str):
+            self.train = new_name(self.train)
+            return
+        self.train = [
+            new_name(item)
+            if isinstance(item, str)
+            else item.model_copy(update={"source": new_name(item.source)})
+            for item in self.train
+        ]
 
 
 class LoraRecipe(_Section):
@@ -304,8 +372,13 @@ def type_name(annotation: Any) -> Message:
         return Message(template, {"choices": ", ".join(choices)})
     if get_origin(annotation) is Annotated:
         return type_name(get_args(annotation)[0])
-    if get_origin(annotation) is list:
+    if annotation == list[Text]:
         return Message(_("a list of names"))
+    if get_origin(annotation) is list:
+        values = {"item": type_name(*get_args(annotation))}
+        return Message(_("a list, each item {item}"), values)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return Message(_("a mapping of {keys}"), {"keys": ", ".join(annotation.model_fields)})
     return reduce(
         lambda one, other: Message(_("{one} or {other}"), {"one": one, "other": other}),
         map(type_name, get_args(annotation)),

@@ -9,6 +9,7 @@ same value for what `dump_yaml` writes.
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import yaml
@@ -74,6 +75,14 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int], list[Problem]]:
 def dump_yaml(value: Any) -> str:
     """Return plain values as YAML, keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def dump_flow(value: Any) -> str:
+    """Return plain values as YAML on one line."""
+    return yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True,
+        default_flow_style=True, width=sys.maxsize,
+    ).strip()  # fmt: skip
 
 
 def parse_scalar(text: str) -> Any:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from jetson_ft import adapter
 from jetson_ft.data import sources, tokenize
 from jetson_ft.data.prepare import prepare_rows
-from jetson_ft.data.store import heldout_columns, read_source
+from jetson_ft.data.store import heldout_settings, read_source
 from jetson_ft.hardware import detect
 from jetson_ft.kernels.packing import make_packs
-from jetson_ft.models import files, loading
+from jetson_ft.models import files, loading, positions
 from jetson_ft.models.loading import weight_format
 from jetson_ft.runs.store import Run
 
@@ -38,22 +38,25 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
         conversations, encoded = list(rows.heldout_messages), rows.heldout
     else:
         source = sources.resolve_source(data)
-        columns = heldout_columns(source, recipe.data.columns.chosen())
-        messages, report = read_source(source, on_invalid=recipe.data.on_invalid, columns=columns)
+        layout, columns = heldout_settings(source, recipe.data)
+        messages, report = read_source(
+            source, layout=layout, on_invalid=recipe.data.on_invalid, columns=columns
+        )
         encoded, _report = tokenize.tokenize_rows(
             messages, report.cache_key, tokenizer, recipe.data.max_length,
             on_invalid=recipe.data.on_invalid, source=data,
         )  # fmt: skip
         numbers = set(encoded["row"])
         conversations = [row for row in messages if row["row"] in numbers]
+    longest = int(tokenize.token_counts(encoded).max())
+    positions.check_longest_row(base, longest)
     device = detect.detect_device()
     model = loading.load_model(base, weight_format(recipe, device), device.kind)
     loading.check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), base)
     model = adapter.load_adapter(model, base, folder)
-    longest = int(tokenize.token_counts(encoded).max())
     pack_tokens = 0 if packing_obstacle(model, longest) else _PACK_TOKENS
     return compare.compare_adapter(
         model, tokenizer, conversations, list(make_packs(list(encoded), pack_tokens)),
         int(sum(encoded["answer_characters"])), recipe.eval.max_new_tokens, recipe.eval.samples,
-        on_progress,
+        on_progress, recipe.data.max_length,
     )  # fmt: skip

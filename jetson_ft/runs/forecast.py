@@ -5,22 +5,24 @@ Memory and time are predicted for this machine and for every known board.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
 from jetson_ft import hub
 from jetson_ft.adapter import check_target_modules
-from jetson_ft.data import lengths, sources, store, tokenize
+from jetson_ft.data import lengths, sources, split, tokenize
 from jetson_ft.data.chat_template import CONTEXT, encode
-from jetson_ft.data.formats import ChatMessage
+from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.lengths import LengthHistogram
-from jetson_ft.data.prepare import prepare_rows
-from jetson_ft.errors import Message, UserError, _, joined
+from jetson_ft.data.prepare import count_tokens, prepare_rows
+from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device
-from jetson_ft.models import catalog, files, loading
+from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.models.dims import Coverage, ModelDims
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
@@ -81,7 +83,7 @@ def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
         f"Boards reach {efficiency:.0%} of their FP16 peak in training (assumed).",
         "That peak is inferred from cores and clock: 16 operations per core and cycle.",
         "An 8 GB module has 5.2 GB for a run; other sizes by a rule from that one.",
-        "Early stopping is not foreseen; writing replies for the comparison is not counted.",
+        "Early stopping is not foreseen. `besides`: loading, and replies for the comparison.",
         "Predicted; no board has run this yet.",
         "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
     ]
@@ -128,7 +130,9 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     built-in lengths for another tokenizer, and where the model's tokenizer is not on this machine.
     """
     data, dims = recipe.data, catalog.KNOWN_DIMS.get(recipe.model)
-    known, base = lengths.KNOWN_LENGTHS.get((data.train, recipe.model)), None
+    # Of several sources no lengths are known: they are read.
+    train = data.train if isinstance(data.train, str) else ""
+    known, base = lengths.KNOWN_LENGTHS.get((train, recipe.model)), None
     if dims:
         model_source = f"model: built-in dimensions of {recipe.model}; no file was read"
     else:
@@ -137,33 +141,39 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
         model_source = f"model: config of {recipe.model}; no weights were read"
     check_target_modules(dims, recipe.lora.target_modules)
     if known:
-        source = f"built-in lengths of {data.train}, {known.rows:,} rows; no file was read"
+        source = f"built-in lengths of {train}, {known.rows:,} rows; no file was read"
         return _workload(recipe, dims, known), [model_source, f"rows: {source}"]
-    scaled = _scaled_lengths(data.train, dims.vocabulary)
-    if base is None and (data.train == "bundled" or not scaled):
+    scaled = _scaled_lengths(train, dims.vocabulary)
+    if base is None and (train == "bundled" or not scaled):
         base = _files_here(recipe.model)
     has_tokenizer = base is not None and _has_tokenizer(base)
     # A known data set on the Hub is large: it is neither downloaded nor tokenized for a prediction.
-    if scaled and not (has_tokenizer and data.train == "bundled"):
-        source = f"built-in lengths of {data.train} for another tokenizer, converted"
+    if scaled and not (has_tokenizer and train == "bundled"):
+        source = f"built-in lengths of {train} for another tokenizer, converted"
         return _workload(recipe, dims, scaled), [model_source, f"rows: {source} (within 20%)"]
     try:
         if base and has_tokenizer:
             rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
-            source = f"rows: {len(rows.train):,} read from {data.train} and tokenized"
+            positions.check_longest_row(base, rows.longest)
+            source = f"rows: {len(rows.train):,} read from {data.train_names()} and tokenized"
             return describe_workload(recipe, _ANY_WEIGHTS, base, rows), [model_source, source]
-        read, _report = store.read_source(
-            sources.resolve_source(data.train), layout=data.format, encoding=data.encoding,
-            on_invalid=data.on_invalid, columns=data.columns.chosen(),
-        )  # fmt: skip
+        rows_read, heldout, info = split.split_rows(data)
     except UserError as error:
         names = ", ".join(dict.fromkeys(name for name, _model in lengths.KNOWN_LENGTHS))
         fix = Message(_("Planned without their file: {names}."), {"names": names})
         fixes = [error.fix, fix] if str(error.fix) else [fix]
         raise UserError(error.what, error.where, joined(fixes, " ")) from error
-    estimated = lengths.estimate_lengths(read["messages"], dims.vocabulary)
-    source = f"{len(read):,} read from {data.train}; tokens estimated from characters (within 20%)"
-    return _workload(recipe, dims, estimated), [model_source, f"rows: {source}: no tokenizer here"]
+    estimated, estimated_heldout = (
+        lengths.estimate_lengths(part["messages"], dims.vocabulary, data.max_length)
+        for part in (rows_read, heldout)
+    )
+    workload = Workload(
+        dims, _ANY_WEIGHTS, recipe.lora, recipe.train, estimated, estimated_heldout.tokens
+    )
+    count = sum(part.read.rows_kept for part in info.sources)
+    source = f"{count:,} read from {data.train_names()}"
+    source += "; tokens estimated from characters (within 20%): no tokenizer here"
+    return workload, [model_source, f"rows: {source}"]
 
 
 def _files_here(model: str) -> BaseModelFiles | None:
@@ -205,7 +215,7 @@ def _scaled_lengths(train: str, vocabulary: int) -> LengthHistogram | None:
 
 
 def _workload(recipe: Recipe, dims: ModelDims, known: LengthHistogram) -> Workload:
-    """Return the workload of training on rows of these lengths, some of them held out.
+    """Return the workload of training on a source with known lengths, some rows of it held out.
 
     The number of rows in a held-out file is an estimate. All rows above the length limit count as
     truncated, also those that would be dropped.
@@ -213,14 +223,19 @@ def _workload(recipe: Recipe, dims: ModelDims, known: LengthHistogram) -> Worklo
     data = recipe.data
     rows = known.cut(data.max_length)
     heldout = min(_AUTO_HELDOUT, max(1, rows.rows // 10))
-    if data.train in sources.BUNDLED and not isinstance(data.heldout, int):
-        train, heldout = rows, sources.BUNDLED[data.train].heldout_rows
+    bundled = sources.BUNDLED.get(data.train_names())
+    if bundled and not isinstance(data.heldout, int):
+        train, heldout = rows, bundled.heldout_rows
     else:
         if isinstance(data.heldout, int):
             heldout = data.heldout
         heldout = min(heldout, rows.rows - 1)
         train = replace(rows, rows=rows.rows - heldout)
-    return Workload(dims, _ANY_WEIGHTS, recipe.lora, recipe.train, train, heldout * train.mean)
+    return Workload(
+        dims, _ANY_WEIGHTS, recipe.lora, recipe.train, train, heldout * train.mean,
+        heldout_rows=heldout, longest_prompt=train.longest_prompt,
+        reply_tokens=recipe.eval.max_new_tokens,
+    )  # fmt: skip
 
 
 # --- all known models -------------------------------------------------------------------------
@@ -244,7 +259,7 @@ def forecast_models() -> tuple[Recipe, list[ModelForecast]]:
     job = Recipe.model_validate({"data": {"train": "llamafactory/alpaca_zh", "max_length": 1024}})
     forecasts = []
     for name, model in catalog.MODELS.items():
-        known = _scaled_lengths(job.data.train, model.dims.vocabulary)
+        known = _scaled_lengths(job.data.train_names(), model.dims.vocabulary)
         assert known is not None
         workload = _workload(job, model.dims, known)
         forecast = ModelForecast(
@@ -288,17 +303,25 @@ class DryRun:
     rows_per_step: float
     forecast: DeviceForecast  # of this machine
     coverage: Coverage  # of the model by adapters and quantization
+    warning: Message | None = None  # about the rows
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `train --dry-run --json` prints."""
-        recipe, coverage = self.recipe.model_dump(), self.coverage.as_json()
-        return {"schema": 1, **asdict(self), "recipe": recipe, "coverage": coverage}
+        changed = {"recipe": self.recipe.model_dump(), "coverage": self.coverage.as_json()}
+        if self.warning:
+            changed |= messages_as_json(warning=self.warning)
+        return {"schema": 1, **asdict(self), **changed}
 
 
 def dry_run(recipe: Recipe) -> DryRun:
-    """Read and tokenize the rows as a run would, and plan its steps; load no weights."""
+    """Read and tokenize the rows as a run would, and plan its steps; load no weights.
+
+    Raises:
+        UserError: the model or the rows can't be used, or don't fit together.
+    """
     base = files.resolve_model(recipe.model, weights=False)
     rows = prepare_rows(recipe.data, loading.load_tokenizer(base, recipe.data.chat_template))
+    warning = positions.check_longest_row(base, rows.longest)
     lengths = tokenize.token_counts(rows.train)
     steps = plan_steps(lengths, recipe.train)
     workload = describe_workload(recipe, _ANY_WEIGHTS, base, rows)
@@ -310,14 +333,15 @@ def dry_run(recipe: Recipe) -> DryRun:
         rows_per_step=sum(map(len, steps)) / max(1, len(steps)),
         forecast=forecast_here(recipe, workload),
         coverage=_coverage(recipe, workload),
+        warning=warning,
     )
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The report of reading a source of rows, and some rows as a model reads them."""
+    """The report of reading the sources of rows, and some rows as a model reads them."""
 
-    read: dict[str, Any]
+    sources: list[dict[str, Any]]  # `data.split.SourcePart`
     model: str
     max_length: int
     tokens: dict[str, Any]
@@ -325,7 +349,7 @@ class Inspection:
 
 
 def inspect_data(
-    name: str,
+    names: list[str],
     model: str = "embedded",
     max_length: int = 1024,
     samples: int = 3,
@@ -337,44 +361,57 @@ def inspect_data(
     """Read and tokenize every row; unusable ones are counted, not refused.
 
     Args:
-        name: a source, as `data.train` names it.
+        names: sources, as `data.train` lists them; a mapping as YAML.
         model: the one whose tokenizer is used.
         max_length: tokens at which a row is truncated.
         samples: number of rows to preview, evenly spread.
         columns: settings of `data.columns`, such as `question=title`.
         chat_template: as in a recipe's `data.chat_template`.
     """
-    settings = parse_recipe("", overrides=[f"data.columns.{text}" for text in columns]).data
-    rows, read_report = store.read_source(
-        sources.resolve_source(name), layout=layout, encoding=encoding, on_invalid="skip",
-        columns=settings.columns.chosen(),
-    )  # fmt: skip
+    quoted = (name if name[:1] == "{" else json.dumps(name, ensure_ascii=False) for name in names)
+    settings = [
+        f"train=[{', '.join(quoted)}]", f"format={layout}", f"encoding={encoding}",
+        "on_invalid=skip", *(f"columns.{text}" for text in columns),
+    ]  # fmt: skip
+    data = parse_recipe("", overrides=[f"data.{text}" for text in settings]).data
+    taken = split.read_training(data)
+    parts = [source.part for source in taken]
+    rows = split.join_rows(taken)
     base = files.resolve_model(model, weights=False)
     tokenizer = loading.load_tokenizer(base, chat_template)
+    keys = [part.read.cache_key for part in parts], [str(item) for item in data.sources()]
     encoded, token_report = tokenize.tokenize_rows(
-        rows, read_report.cache_key, tokenizer, max_length, on_invalid="skip", source=name
-    )
+        rows, json.dumps(keys), tokenizer, max_length, on_invalid="skip",
+        source=data.train_names(), place=partial(split.row_place, parts=parts),
+    )  # fmt: skip
+    count_tokens(encoded, parts)
     kept = set(encoded["row"])
     usable = [index for index, number in enumerate(rows["row"]) if number in kept]
     samples = min(samples, len(usable))
     chosen = [rows[usable[number * len(usable) // samples]] for number in range(samples)]
     return Inspection(
-        read=asdict(read_report),
+        sources=[asdict(part) for part in parts],
         model=model,
         max_length=max_length,
         tokens=asdict(token_report),
         previews=[
-            preview_segments(tokenizer, row["messages"], row.get("tools") or "") for row in chosen
+            preview_segments(tokenizer, row["messages"], row.get("tools") or "", max_length)
+            for row in chosen
         ],
     )
 
 
 def preview_segments(
-    tokenizer: Any, messages: list[ChatMessage], tools: str = ""
+    tokenizer: Any, messages: list[ChatMessage], tools: str = "", max_length: int | None = None
 ) -> PreviewSegments:
-    """Return a row as the model reads it: stretches of text, trained on or context."""
+    """Return a row as the model reads it: stretches of text, trained on or context.
+
+    Args:
+        max_length: tokens after which a document ends; None: no limit.
+    """
     encoded = encode(tokenizer, messages, tools)
-    tokens = zip(encoded.ids, encoded.segments, strict=True)
+    limit = max_length if messages[0]["role"] == TEXT else None
+    tokens = list(zip(encoded.ids, encoded.segments, strict=True))[:limit]
     return [
         (tokenizer.decode([token for token, _segment in group]), is_trained)
         for is_trained, group in groupby(tokens, key=lambda pair: pair[1] != CONTEXT)

@@ -33,7 +33,7 @@ from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors, expand_user, printable, staged, write_atomic, write_json
 from jetson_ft.hardware import detect
-from jetson_ft.models import catalog, files
+from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.recipe import Layout, Recipe
 from jetson_ft.runs import exit_status, processes, store
 from jetson_ft.runs.processes import DistributedConfig
@@ -65,23 +65,38 @@ def default_recipe(
 def check_recipe(recipe: Recipe) -> None:
     """Raise `UserError` if the model can't be trained, or the data has no row that can be used.
 
-    Data sets on the hub are fetched, and small files of models there.
+    Data sets on the hub are fetched, and small files of models there. All rows are tokenized where
+    `data.max_length` allows longer ones than the model does.
     """
+    base = None
     if recipe.model == "embedded":
         dims = catalog.KNOWN_DIMS[recipe.model]
     else:
-        is_local = expand_user(recipe.model).exists()
-        dims = catalog.model_dims(files.resolve_model(recipe.model, weights=is_local))
+        base = files.resolve_model(recipe.model, weights=expand_user(recipe.model).exists())
+        dims = catalog.model_dims(base)
     check_target_modules(dims, recipe.lora.target_modules)
     data = recipe.data
     columns: Mapping[str, str] = data.columns.chosen()
-    if data.train not in sources.BUNDLED:
-        source = sources.resolve_source(data.train)
-        _check_rows(source, data.format, data.encoding, data.on_invalid, columns)
+    items = data.sources()
+    for item in items:
+        if item.source in sources.BUNDLED:
+            continue
+        source, own = sources.resolve_source(item.source), columns
+        if len(items) > 1:
+            own = rows_store.columns_of(source, data.encoding, columns)
+        _check_rows(source, data.format, data.encoding, data.on_invalid, own)
     if isinstance(data.heldout, str) and data.heldout not in ("auto", *sources.BUNDLED):
         source = sources.resolve_source(data.heldout)
-        columns = rows_store.heldout_columns(source, columns)
-        _check_rows(source, "auto", "auto", data.on_invalid, columns)
+        layout, columns = rows_store.heldout_settings(source, data)
+        _check_rows(source, layout, "auto", data.on_invalid, columns)
+    if base:
+        config = loading.load_config(base)
+        limit = positions.max_positions(config)
+        if limit and limit < data.max_length and positions.config_table_size(config):
+            from jetson_ft.data.prepare import prepare_rows
+
+            rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
+            positions.check_longest_row(base, rows.longest)
 
 
 def _check_rows(
@@ -231,13 +246,16 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     copy = recipe.model_copy(deep=True)
     copy.output_dir = str(expand_user(recipe.output_dir).absolute())
     names = "embedded", "auto", *sources.BUNDLED, *TEMPLATES
-    keys = (copy.data, "train"), (copy.data, "heldout"), (copy.data, "chat_template")
-    for section, key in ((copy, "model"), *keys):
+
+    def absolute(value: str) -> str:
+        path = expand_user(value)
+        return str(path.absolute()) if value not in names and path.exists() else value
+
+    copy.data.rename_sources(absolute)
+    for section, key in ((copy, "model"), (copy.data, "heldout"), (copy.data, "chat_template")):
         value = getattr(section, key)
-        if isinstance(value, str) and value not in names:
-            path = expand_user(value)
-            if path.exists():
-                setattr(section, key, str(path.absolute()))
+        if isinstance(value, str):
+            setattr(section, key, absolute(value))
     return copy
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from jetson_ft import adapter, events, hub
 from jetson_ft.data import tokenize
 from jetson_ft.data.prepare import PreparedRows, prepare_rows
-from jetson_ft.errors import Message, UserError, _
+from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.events import Emit
 from jetson_ft.files import disk_errors, read_json, write_json
 from jetson_ft.hardware import detect
@@ -24,12 +26,13 @@ from jetson_ft.hardware.monitor import Monitor
 from jetson_ft.hardware.sensors.source import Telemetry
 from jetson_ft.kernels import attention
 from jetson_ft.kernels.packing import make_packs
-from jetson_ft.models import fast_import, files, loading
+from jetson_ft.models import fast_import, files, loading, positions
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import oom
 from jetson_ft.runs.manager import check_only_longer
+from jetson_ft.runs.processes import explain_error
 from jetson_ft.runs.report import summary
 from jetson_ft.runs.store import SCHEMA, Run
 from jetson_ft.training import batches, checkpoint, memory, planner
@@ -84,12 +87,14 @@ class Pipeline:
             emit(events.DeviceDetected(device=asdict(device), precision=weights.precision))
         with self.phase("model files", recipe.model):
             base = files.resolve_model(recipe.model)
-        with self.phase("data", recipe.data.train):
+        with self.phase("data", recipe.data.train_names()):
             rows = self._prepare_rows(base)
             self._assert_same_on_all_ranks(weights, base, rows)
             emit(events.DataPrepared(**rows.report))
             for notice in rows.report["train"]["notices"]:
                 emit(events.Warned.of_message(Message.from_json(notice)))
+            if warning := positions.check_longest_row(base, rows.longest):
+                emit(events.Warned.of_message(warning))
         with self.phase("plan"):
             workload = describe_workload(recipe, weights, base, rows)
             workload = oom.limit_memory(self.run, workload)
@@ -124,8 +129,8 @@ class Pipeline:
                 return
             self.dist = dist = dist.close()
         detail = "base and adapter on the held-out rows"
-        with self.phase("comparison", detail), dist.collective_errors():
-            comparison = self._compare(model, rows, plan, exported_step)
+        with self.phase("comparison", detail):
+            comparison = self._try_to_compare(model, rows, workload, device, plan, exported_step)
         if not dist.is_main:
             return
         self.dist = dist.close()
@@ -138,7 +143,11 @@ class Pipeline:
                 exported_step,
                 precision=str(weights),
                 data_sha256=rows.report["sha256"],
-                data={key: rows.report[key] for key in ("train", "heldout")},
+                data={
+                    "train": rows.report["train"],
+                    "heldout": rows.report["heldout"],
+                    "sources": rows.source_table(),
+                },
                 device=asdict(device),
                 **comparison,
             )
@@ -176,7 +185,7 @@ class Pipeline:
             if last["sha256"] != rows.report["sha256"]:
                 raise UserError(
                     _("The data has changed since this run began."),
-                    self.recipe.data.train,
+                    self.recipe.data.train_names(),
                     _("Put the old file back, or start a new run."),
                 )
         write_json(path, {**rows.report, "recipe": self.recipe.model_dump()})
@@ -188,7 +197,8 @@ class Pipeline:
     ) -> None:
         """Refuse machines that would train something else; paths may differ."""
         recipe = self.recipe.model_copy(deep=True)
-        recipe.output_dir = recipe.model = recipe.data.train = recipe.data.heldout = ""
+        recipe.output_dir = recipe.model = recipe.data.heldout = ""
+        recipe.data.rename_sources(lambda _name: "")
         recipe.data.chat_template = str(rows.tokenizer.chat_template)
         counts = tokenize.token_counts(rows.train).tobytes()
         self.dist.assert_same_on_all_ranks(
@@ -304,8 +314,38 @@ class Pipeline:
             self.dist.broadcast_parameters(loop.trainable_parameters(model))
         return exported_step
 
+    def _try_to_compare(self, *arguments: Any) -> dict[str, Any]:
+        """Return the comparison's part of the report, or why it failed: the rest is not lost."""
+        try:
+            with self.dist.collective_errors():
+                return self._compare(*arguments)
+        except _Stopped:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            fix = _("If it fails again, report it with log.txt from the run's folder.")
+            fault = explain_error(error, Message(fix))
+            again = _(
+                "The adapter is not compared with the base: {fault} "
+                "`jetson-ft eval {run}` compares them."
+            )
+            values = {"fault": joined([fault.what, fault.fix], " "), "run": self.run.name}
+            warning = Message(again, values)
+            self.emit(events.Warned.of_message(warning))
+            return {
+                "eval": None,
+                "generation": None,
+                **messages_as_json(comparison_error=warning),
+            }
+
     def _compare(
-        self, model: Any, rows: PreparedRows, plan: Plan, exported_step: int
+        self,
+        model: Any,
+        rows: PreparedRows,
+        workload: Workload,
+        device: Device,
+        plan: Plan,
+        exported_step: int,
     ) -> dict[str, Any]:
         from jetson_ft.inference import compare
         from jetson_ft.kernels.lm_head_loss import Score
@@ -320,8 +360,8 @@ class Pipeline:
         }
         before, after = measured.get(0), measured.get(exported_step)
         scores = {"before": before, "after": after} if before and after else None
-        # Rank 0's events decide: another machine may have missed an attempt.
-        (scores, *_) = self.dist.gather(scores)
+        # Rank 0 decides: another machine may have missed an attempt, or be of another kind.
+        ((scores, device), *_) = self.dist.gather((scores, device))
         model.config.use_cache = True
         return compare.compare_adapter(
             model,
@@ -332,6 +372,8 @@ class Pipeline:
             self.recipe.eval.max_new_tokens,
             self.recipe.eval.samples,
             self._on_compared,
+            self.recipe.data.max_length,
+            partial(planner.reply_batch_size, workload, device, plan),
             scores,
         )
 

@@ -5,6 +5,8 @@ Memory, for micro-batches of T tokens:
     weights + 18 to 20 bytes per LoRA parameter + activations kept, per token x T
         + the largest of what exists for a moment (transient) + the process itself
 
+The comparison after training keeps keys and values (the cache) in place of activations.
+
 Time: floating-point operations over the machine's rate for matrix products, times the share
 of that rate which training reaches.
 """
@@ -15,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from jetson_ft.adapter import check_target_modules
-from jetson_ft.data.lengths import LengthHistogram, measure_lengths
+from jetson_ft.data.lengths import LengthHistogram, longest_prompt, measure_lengths
 from jetson_ft.data.prepare import PreparedRows
 from jetson_ft.data.tokenize import token_counts
 from jetson_ft.hardware.detect import Device
@@ -66,6 +68,12 @@ COST_MODELS = {
 MARGIN = 0.05  # chosen: share of the free memory that is kept free
 # Bytes per attention score (fp32); an upper bound, as a CPU holds one block of queries at a time.
 _SCORE_BYTES = 4
+MAX_REPLY_BATCH = 36
+# Measured with the quickstart on a CPU: 66 replies of 48 tokens for either side took 27 s.
+_REPLY_EFFICIENCY = 0.65  # of the rate of training
+STEP_COST = 32  # of a decoding step, in prompt tokens; `inference.generate` has the same number
+_START_SECONDS = 8.0  # measured on a CPU, most of it imports
+_LOAD_BYTES_PER_SECOND = 5e8  # guessed, for an NVMe disk
 _LORA_BYTES = 16  # fp32: weight, gradient, and AdamW's two moments
 _NF4_BLOCK = 64  # weights that share a scale (QLoRA: Dettmers et al. 2023, section 3)
 _NF4_SUPER_BLOCK = 256  # scales that share one, when they are quantized to a byte too
@@ -82,6 +90,9 @@ class Workload:
     lengths: LengthHistogram  # of the training rows, cut at `max_length`
     heldout_tokens: float
     shards: int = 1  # processes that the frozen layers are split among
+    heldout_rows: int = 0
+    longest_prompt: int = 0  # tokens, of the comparison
+    reply_tokens: int = 0  # at most, of a reply in the comparison
 
     @property
     def lora_parameters(self) -> int:
@@ -122,6 +133,9 @@ def describe_workload(
         train=recipe.train,
         lengths=measure_lengths(rows.train),
         heldout_tokens=float(token_counts(rows.heldout).sum()),
+        heldout_rows=len(rows.heldout),
+        longest_prompt=longest_prompt(rows.heldout),
+        reply_tokens=recipe.eval.max_new_tokens,
     )
 
 
@@ -131,17 +145,12 @@ def describe_workload(
 def predict_memory(
     workload: Workload, device: Device, tokens: int, checkpointing: bool
 ) -> dict[str, int]:
-    """Return the peak bytes by part; on a GPU torch counts neither `process` nor `context`."""
+    """Return the peak bytes of training by part.
+
+    On a GPU torch counts neither `process` nor `context`.
+    """
     costs, dims = COST_MODELS[device.kind], workload.dims
     number = workload.weights.bytes_per_number
-    whole = weight_bytes(dims, workload.weights)
-    weights: float = whole
-    if workload.shards > 1:  # this process's part, and two layers that are gathered at a time
-        linear = dims.linear_parameters
-        split = linear / workload.shards + 2 * linear / dims.layers
-        weights = number * (dims.parameters - linear + min(linear, split))
-    # Beside the fp32 tensors, a copy in the run's precision.
-    adapter = (_LORA_BYTES + number) * workload.lora_parameters
     # What is counted is what was measured: benchmarks/plan_accuracy.py, rows `fit`.
     kept = layer_bytes(workload, costs.attention_outputs_kept)
     layer_transient = _SCORE_BYTES * dims.heads * workload.lengths.longest**2
@@ -154,6 +163,44 @@ def predict_memory(
         kept = number * inputs
     activations = dims.layers * kept * tokens
     transient = max(layer_transient, head_bytes(workload, tokens, device.kind))
+    return _memory_by_part(workload, device, activations, transient)
+
+
+def predict_reply_memory(
+    workload: Workload, device: Device, rows: int, width: int
+) -> dict[str, int]:
+    """Return the peak bytes of the comparison by part, for a batch of replies.
+
+    Args:
+        rows: prompts of the batch.
+        width: tokens of its longest prompt; the others are padded.
+    """
+    dims, number = workload.dims, workload.weights.bytes_per_number
+    # Keys and values of all layers; one layer's are copied as they grow by a token.
+    cached = (dims.layers + 1) * 2 * dims.kv_heads * dims.head_dim
+    cache = number * cached * rows * (width + workload.reply_tokens)
+    # The prompts pass one layer at a time: what was measured for a gated MLP on a CPU.
+    inside = max(5 * dims.intermediate, 6 * dims.heads * dims.head_dim)
+    layer = rows * width * number * (3 * dims.hidden + inside)
+    layer += rows * width**2 * (1 + number)  # the mask, as booleans and as numbers
+    # The last position's logits of each row, as they are and in fp32, before and after penalties.
+    logits = rows * dims.vocabulary * (number + 8)
+    return _memory_by_part(workload, device, cache, max(layer, logits))
+
+
+def _memory_by_part(
+    workload: Workload, device: Device, activations: float, transient: float
+) -> dict[str, int]:
+    """Return the bytes by part, with those that exist throughout."""
+    dims, number = workload.dims, workload.weights.bytes_per_number
+    whole = weight_bytes(dims, workload.weights)
+    weights: float = whole
+    if workload.shards > 1:  # this process's part, and two layers that are gathered at a time
+        linear = dims.linear_parameters
+        split = linear / workload.shards + 2 * linear / dims.layers
+        weights = number * (dims.parameters - linear + min(linear, split))
+    # Beside the fp32 tensors, a copy in the run's precision.
+    adapter = (_LORA_BYTES + number) * workload.lora_parameters
     if workload.weights.quantize != "none":  # one matrix at a time, dequantized to be multiplied
         quantized = (linear for linear in dims.linears if linear.is_quantized)
         transient += number * max((each.inputs * each.outputs for each in quantized), default=0)
@@ -165,7 +212,7 @@ def predict_memory(
         "activations": activations,
         "transient": transient + loading,
         "process": process_bytes(device),
-        "context": costs.context,
+        "context": COST_MODELS[device.kind].context,
     }
     return {name: math.ceil(size) for name, size in parts.items()}
 
@@ -270,6 +317,24 @@ def predict_seconds(workload: Workload, kind: str, flops: float, checkpointing: 
     evaluations = 1 + math.ceil(steps / every)  # before training, at intervals, at the end
     forward = _flops(workload, linear=1, lora=1, attention=1, head=1)
     return tokens / speed + evaluations * heldout * forward / rate
+
+
+def predict_other_seconds(workload: Workload, kind: str, flops: float) -> float:
+    """Return the time of loading before training and of the comparison after it; both are rough.
+
+    Replies are generated for base and adapter, in batches: a decoding step of a batch costs as much
+    as `STEP_COST` tokens of a prompt, and one token for each reply (`inference.generate`).
+    """
+    weights = workload.weights
+    whole = weight_bytes(workload.dims, weights)
+    loading = _START_SECONDS + whole / _LOAD_BYTES_PER_SECOND
+    costs, rows = COST_MODELS[kind], workload.heldout_rows
+    batches_of_replies = math.ceil(rows / MAX_REPLY_BATCH)
+    generated = workload.reply_tokens * (rows + STEP_COST * batches_of_replies)
+    share = costs.efficiency[weights.bytes_per_number] * costs.quantized[weights.quantize]
+    forward = _flops(workload, linear=1, lora=1, attention=1, head=1)
+    tokens = 2 * (workload.heldout_tokens + generated)
+    return loading + tokens * forward / (flops * share * _REPLY_EFFICIENCY)
 
 
 def tokens_to_train(workload: Workload) -> float:

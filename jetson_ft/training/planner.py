@@ -25,7 +25,8 @@ class Plan:
     checkpointing: bool
     shards: int = 1  # processes that share the frozen layers; 1: each has all of them
     peak_memory_bytes: int = 0
-    seconds: float | None = None
+    seconds: float | None = None  # of training, with the held-out measurements
+    other_seconds: float | None = None  # of loading before it and the comparison after it
     parts: dict[str, int] = field(default_factory=dict)  # bytes of the peak; `predict_memory`
 
     def as_json(self) -> dict[str, Any]:
@@ -65,7 +66,8 @@ def best_plan(workload: Workload, device: Device, flops: float) -> Plan | None:
     for plan in candidate_plans(workload, device):
         if plan.peak_memory_bytes <= budget:
             seconds = cost_model.predict_seconds(workload, device.kind, flops, plan.checkpointing)
-            return replace(plan, seconds=seconds)
+            others = cost_model.predict_other_seconds(workload, device.kind, flops)
+            return replace(plan, seconds=seconds, other_seconds=others)
     return None
 
 
@@ -99,15 +101,34 @@ def memory_budget(workload: Workload, device: Device) -> float:
 def candidate_plans(workload: Workload, device: Device) -> Iterator[Plan]:
     """Yield every possible plan, fastest first; the last one takes the least memory.
 
-    Micro-batches are no larger than a step and no smaller than the longest row.
+    Micro-batches are no larger than a step and no smaller than the longest row. The peak is that of
+    training, or of the comparison with one reply at a time, if that takes more.
     """
+    reply = cost_model.predict_reply_memory(workload, device, 1, workload.longest_prompt)
     step, longest = workload.train.tokens_per_step, workload.lengths.longest
     allowed = cost_model.COST_MODELS[device.kind].micro_batches[workload.weights.bytes_per_number]
     sizes = sorted({max(longest, min(size, step)) for size in allowed}, reverse=True)
     for checkpointing in (False, True):
         for size in sizes:
-            parts = cost_model.predict_memory(workload, device, size, checkpointing)
-            yield Plan(size, checkpointing, workload.shards, sum(parts.values()), None, parts)
+            training = cost_model.predict_memory(workload, device, size, checkpointing)
+            parts = max(training, reply, key=lambda parts: sum(parts.values()))
+            peak = sum(parts.values())
+            yield Plan(size, checkpointing, workload.shards, peak, parts=parts)
+
+
+def reply_batch_size(workload: Workload, device: Device, plan: Plan, width: int) -> int:
+    """Return how many replies the comparison can generate at a time within the plan's peak.
+
+    Args:
+        width: tokens of the batch's longest prompt.
+    """
+    rows = 1
+    while rows < cost_model.MAX_REPLY_BATCH:
+        parts = cost_model.predict_reply_memory(workload, device, rows + 1, width)
+        if sum(parts.values()) > plan.peak_memory_bytes:
+            break
+        rows += 1
+    return rows
 
 
 def least_memory(workload: Workload, device: Device) -> int:

@@ -17,7 +17,7 @@ def run_cli_json(*arguments: str) -> dict[str, Any]:
         UserError: the command's own error, or its output to stderr where it printed no object.
     """
     command = [sys.executable, "-m", "jetson_ft.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     try:
         result = json.loads(done.stdout)
     except ValueError:

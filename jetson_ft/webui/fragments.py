@@ -124,8 +124,8 @@ class Fragments:
             names=[self._summary(other).title for other in runs[1:]],
             phase=_PHASES.get(summary.phase, summary.phase),
             losses=_loss_chart(progresses), charts=_charts(progresses), figures=_figures(run),
-            has_adapter=run.adapter.is_dir(), log=_log_tail(run),
-            notes=run.about().get("notes", ""),
+            has_report=(run.path / "report.html").is_file(), has_adapter=run.adapter.is_dir(),
+            log=_log_tail(run), notes=run.about().get("notes", ""),
         )  # fmt: skip
 
 

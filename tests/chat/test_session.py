@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +63,31 @@ def test_ask_returns_the_whole_reply_and_adds_the_turn(chat: ChatSession) -> Non
 
 def test_conversation_longer_than_the_context_is_refused(chat: ChatSession) -> None:
     chat.context_length = 60
-    with pytest.raises(UserError, match=r"has \d+ tokens; .* the model's 60") as caught:
+    with pytest.raises(UserError, match=r"has \d+ tokens, .* reads 60 at most") as caught:
         reply_to(chat, "长" * 30)
     assert "/reset" in str(caught.value.fix)
 
 
-def test_conversation_may_fill_the_context_to_the_last_token(chat: ChatSession) -> None:
+@pytest.mark.parametrize("left", [1, SHORT.max_new_tokens - 1, SHORT.max_new_tokens, 100])
+def test_reply_ends_where_the_context_does(chat: ChatSession, left: int) -> None:
     from jetson_ft.data.chat_template import encode_prompt
 
     length = len(encode_prompt(chat.tokenizer, chat.messages("你好")))
-    chat.context_length = length + SHORT.max_new_tokens
-    assert reply_to(chat, "你好")
-    chat.context_length -= 1
+    chat.context_length = length + left
+    expected = Sampling(max_new_tokens=min(left, SHORT.max_new_tokens))
+    chat_without_limit = replace(chat, context_length=2048)
+    assert reply_to(chat, "你好") == "".join(chat_without_limit.reply("你好", expected))
+    chat.context_length = length
     with pytest.raises(UserError):
         reply_to(chat, "你好")
+
+
+def test_half_a_surrogate_pair_is_replaced(chat: ChatSession) -> None:
+    chat.system = "\udc80"
+    chat.add_turn("\ud800", "b")
+    assert reply_to(chat, "a\udfff")
+    assert [m["content"] for m in chat.messages("a\udfff")] == ["?", "?", "b", "a?"]
+    assert chat.turns[0]["content"] == "\ud800", "the session itself stays as it is"
 
 
 # --- examples ------------------------------------------------------------------------------
@@ -124,7 +136,8 @@ def test_content_without_examples_is_refused(tmp_path: Path, content: bytes) -> 
     assert str(caught.value.where) == str(path)
 
 
-def test_missing_examples_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
-        read_examples(tmp_path / "none.json")
-    assert str(tmp_path / "none.json") in str(caught.value)
+@pytest.mark.parametrize("name", ["none.json", "a\x00b", "\ud800"])
+def test_missing_examples_file_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="not found") as caught:
+        read_examples(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)

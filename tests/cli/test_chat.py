@@ -117,7 +117,7 @@ def test_conversation_over_the_limit_is_refused_and_the_loop_continues(
 ) -> None:
     small = ChatSession(tuned.model, tuned.tokenizer, True, 60)
     terminal, shown = converse("长" * 40, "你好", chat=small)
-    assert "more than the model's 60" in shown and "/reset" in shown
+    assert "the model reads 60 at most" in shown and "/reset" in shown
     assert len(terminal.session.turns) == 2, "the question that failed is not added"
 
 

@@ -140,13 +140,13 @@ def test_control_characters_and_markup_in_events_are_printed_as_text(followed: F
 
 
 def test_data_weights_plan_total_steps_and_best_have_their_lines(followed: Follow) -> None:
+    source = {
+        "files": [{"path": "rows.json"}], "container": "json", "layout": "alpaca",
+        "encoding": "utf-8", "rows_read": 1200, "rows_kept": 1195, "duplicates": 3, "unread": {},
+        "dropped": {"empty answer": {"count": 2, "where": ["row 4", "row 9"]}},
+    }  # fmt: skip
     read = {
-        "train": {
-            "files": [{"path": "rows.json"}], "container": "json", "layout": "alpaca",
-            "encoding": "utf-8", "rows_read": 1200, "rows_kept": 1195, "duplicates": 3,
-            "unread": {},
-            "dropped": {"empty answer": {"count": 2, "where": ["row 4", "row 9"]}},
-        },
+        "sources": [{"name": "rows.json", "read": source}],
         "heldout_from": "the last 60 rows", "left_out": 1,
     }  # fmt: skip
     train = {
@@ -256,3 +256,14 @@ def test_finished_run_prints_figures_and_paths(
     assert "40 steps, 90,000 tokens in 4 min 05 s (367 tokens/s), peak memory 2.00 GiB" in text
     for place in (run.adapter, run.path / "report.html", f"jetson-ft chat {run.name}"):
         assert str(place) in text
+
+
+def test_finished_run_without_comparison_prints_why(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = report() | {"eval": None, "comparison_error": "Out of memory."}
+    write_json(run.path / "report.json", failed)
+    follow.print_end(run, run.state())
+    text = capsys.readouterr().out
+    assert "warning: Out of memory." in text and "40 steps, 90,000 tokens" in text
+    assert "held-out" not in text

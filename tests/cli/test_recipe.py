@@ -62,6 +62,27 @@ def test_inspection_lists_what_is_not_read_and_reads_chosen_columns(
     assert "did you mean `data.columns.question`?" in wrong.stderr
 
 
+def test_inspection_of_several_sources_lists_the_part_of_each(
+    jetson: Jetson, tmp_path: Path, tiny_phi: Path
+) -> None:
+    rows = [json.dumps({"question": f"q{n}", "answer": "a"}) + "\n" for n in range(4)]
+    (tmp_path / "here" / "a.jsonl").write_text("".join(rows[:2]))
+    (tmp_path / "here" / "b.jsonl").write_text("".join(rows))
+    (tmp_path / "here" / "c.txt").write_text("江面很宽。" * 10)
+    command = "data", "inspect", "--model", str(tiny_phi), "--samples", "0", "--max-length", "100"
+    mapping = "{source: a.jsonl, rows: 1}"
+    done = jetson(*command, "a.jsonl", "b.jsonl", "c.txt", mapping)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("source:", "split:"))]
+    assert lines[0].startswith("source:    a.jsonl: 2 rows read, 2 used, ")
+    assert lines[1].startswith("source:    b.jsonl: 4 rows read, 2 also in an earlier one, 2 used")
+    assert lines[2] == "source:    c.txt: 1 rows read, 1 used, 151 tokens"
+    assert lines[3].startswith("source:    a.jsonl: 2 rows read, 1 also in an earlier one, 0 used")
+    assert lines[4] == "split:     1 documents, into rows of at most max_length"
+    wrong = jetson(*command, "{source: a.jsonl, rows: 0}")
+    assert "`data.train[0].rows`: must be at least 1, not 0" in wrong.stderr
+
+
 def test_trained_segments_are_marked_without_colours(capsys: pytest.CaptureFixture[str]) -> None:
     data.print_segment("[x]", False)
     data.print_segment("答", True)

@@ -359,7 +359,7 @@ def test_any_row_is_a_conversation_in_order_or_a_row_error(
             assert message["content"].strip() or message["role"] == "tool" or json.loads(calls)
 
 
-@pytest.mark.parametrize("value", [{}, {"text": "a"}, {"instruction": "q"}, {"output": "a"}])
+@pytest.mark.parametrize("value", [{}, {"instruction": "q"}, {"output": "a"}])
 def test_row_of_unknown_layout_is_not_detected(value: dict[str, Any]) -> None:
     assert detect_layout(value) is None
 

@@ -81,7 +81,7 @@ def test_estimate_from_characters_is_near_what_tokenizers_count(
         json.loads(line)["messages"]
         for line in sources.BUNDLED["bundled"].train.read_text(encoding="utf-8").splitlines()
     ]
-    estimated = lengths.estimate_lengths(rows, vocabulary)
+    estimated = lengths.estimate_lengths(rows, vocabulary, 131_072)
     assert estimated.rows == 690
     assert estimated.mean == pytest.approx(counted + 10, rel=0.2)
 
@@ -90,7 +90,7 @@ def test_estimate_from_characters_is_near_what_tokenizers_count(
 def test_any_text_has_an_estimate(texts: list[str]) -> None:
     roles = ("user", "assistant")
     row = [ChatMessage(role=roles[i % 2], content=text) for i, text in enumerate(texts)]
-    estimated = lengths.estimate_lengths([row], 151_936)
+    estimated = lengths.estimate_lengths([row], 151_936, 131_072)
     ((size, supervised),) = estimated.groups
     assert 0 < supervised <= size == estimated.longest
 
@@ -113,3 +113,23 @@ def tokenized(path: Path) -> Any:
     tokenizer = loading.load_tokenizer(BaseModelFiles("embedded", gguf.parent, gguf.name))
     rows, _ = store.read_source(sources.resolve_source(str(path)))
     return tokenize.tokenize_rows(rows, str(path), tokenizer, 512)[0]
+
+
+@given(st.lists(st.lists(st.sampled_from("cae"), min_size=1, max_size=9), min_size=1, max_size=4))
+def test_longest_prompt_ends_where_a_rows_last_answer_begins(roles: list[list[str]]) -> None:
+    from datasets import Dataset
+
+    rows = [[*row, "c", "a"] if "a" not in row else row for row in roles]
+    expected = 0
+    for row in rows:
+        starts = [i for i, role in enumerate(row) if role == "a" and row[:i][-1:] != ["a"]]
+        expected = max(expected, starts[-1])
+    encoded = Dataset.from_dict({"segments": [["cae".index(role) for role in row] for row in rows]})
+    assert lengths.longest_prompt(encoded) == expected
+
+
+@given(ROWS)
+def test_longest_prompt_of_a_histogram_is_that_of_its_groups(rows: list[tuple[int, int]]) -> None:
+    sizes, supervised = np.array(rows[:40]).T
+    histogram = lengths.lengths_from_counts(sizes, supervised)
+    assert histogram.longest_prompt == max(sizes - supervised)

@@ -57,7 +57,7 @@ def test_new_version_of_the_row_cache_tokenizes_again(
 
     def from_cache() -> list[bool]:
         rows = prepare_rows(data, tokenizer).report
-        inspection = inspect_data(data.train, str(tiny_llama))
+        inspection = inspect_data([data.train], str(tiny_llama))
         return [part["from_cache"] for part in (rows["train"], rows["heldout"], inspection.tokens)]
 
     assert from_cache() == [False] * 3

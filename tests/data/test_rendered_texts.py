@@ -112,7 +112,7 @@ def test_texts_that_a_template_trims_or_breaks_are_not_left_out(
 @pytest.mark.parametrize("text", ["Let me look.", "<think>t</think>Let me look.", "<|im_end|>"])
 def test_template_that_leaves_out_the_text_beside_a_call_is_refused(chat: Any, text: str) -> None:
     chat.chat_template = LLAMA_3
-    with pytest.raises(UserError, match="leaves out the text beside a tool call"):
+    with pytest.raises(UserError, match="leaves out text beside a tool call"):
         encode(chat, calling(text))
     untrained = calling(text)
     untrained[1]["train"] = False

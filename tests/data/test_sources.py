@@ -77,6 +77,8 @@ class FakeHub:
             ["d/train-00000-of-00002.parquet", "d/train-00001-of-00002.parquet"],
         ),
         (["a.json", "d/b.txt"], "o/n/d/b.txt", ["d/b.txt"]),
+        (["notes.txt", "rows.jsonl"], "o/n", ["rows.jsonl"]),
+        (["README.md", "test.txt", "train.txt"], "o/n", ["train.txt"]),
     ],
 )
 def test_hub_files_are_chosen(

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from jetson_ft.inference.compare import _select_samples, compare_adapter
+from jetson_ft.inference.compare import _cut_turns, _select_samples, compare_adapter
 from jetson_ft.inference.generate import Reply
 from jetson_ft.kernels.packing import Pack
 
@@ -43,9 +45,23 @@ def compared(tiny_phi: Path, phi: Any) -> tuple[dict[str, Any], list[Any], Any, 
     characters = sum(len(row[1]["content"]) for row in ROWS)
     result = compare_adapter(
         model.eval(), phi.tokenizer, [{"messages": row} for row in ROWS], packed, characters, 10, 2,
-        lambda *call: calls.append(call),
+        lambda *call: calls.append(call), 200,
     )  # fmt: skip
     return result, calls, model, packed
+
+
+def test_document_is_continued_from_its_beginning(compared: Any, phi: Any) -> None:
+    *_, model, packed = compared
+    documents = [{"messages": [{"role": "text", "content": "abcdefgh"}]}]
+    conversations = [*documents, {"messages": ROWS[0]}]
+    result = compare_adapter(
+        model, phi.tokenizer, conversations, packed, 10, 2, 2, lambda *_: None
+    )["eval"]
+    assert (result["rows"], result["documents"]) == (2, 1)
+    sample, other = result["after"]["samples"]
+    assert sample["messages"] == [{"role": "text", "content": "ab"}]
+    assert sample["reference"] == "cd"
+    assert other["messages"] == ROWS[0][:1]
 
 
 def test_result_has_all_metrics_for_both_sides(compared: Any) -> None:
@@ -114,3 +130,37 @@ def test_samples_are_spread_evenly(count: int, rows: list[int]) -> None:
     selected = _select_samples(conversations, ["R"] * 4, replies, count)
     assert [sample["row"] for sample in selected] == rows
     assert [sample["reply"] for sample in selected] == [str(row) for row in rows]
+
+
+UNTRAINED = {"role": "assistant", "content": "庚" * 9, "train": False}
+TURNS = [
+    {"role": "system", "content": "s"}, {"role": "user", "content": "甲" * 9},
+    {"role": "assistant", "content": "乙" * 9}, {"role": "user", "content": "丙" * 9},
+    {"role": "assistant", "content": "丁" * 9}, {"role": "user", "content": "戊" * 9},
+    UNTRAINED, {"role": "user", "content": "辛" * 90}, {"role": "assistant", "content": "己" * 9},
+]  # fmt: skip
+
+
+@given(length=st.integers(40, 600))
+def test_conversation_is_cut_after_the_last_answer_that_training_saw(phi: Any, length: int) -> None:
+    """The prompt is the same tokens as in the truncated row."""
+    from jetson_ft.data.chat_template import ANSWER, encode, prompt_and_reference
+
+    encoded = encode(phi.tokenizer, TURNS)  # type: ignore[arg-type]
+    ids, roles = encoded.ids[:length], encoded.segments[:length]
+    assume(ANSWER in roles)
+    cut = _cut_turns(phi.tokenizer, {"messages": TURNS}, length)["messages"]
+    assert cut == TURNS[: len(cut)] and cut[-1]["role"] == "assistant" and cut[-1] != UNTRAINED
+    prompt, reference = prompt_and_reference(phi.tokenizer, cut)
+    assert reference == cut[-1]["content"]
+    assert prompt == ids[: len(prompt)] and len(prompt) < length
+    answers = [i for i in range(1, length) if roles[i : i + 1] == [ANSWER] != roles[i - 1 : i]]
+    assert len(prompt) == answers[-1], "it ends where the last answer within the limit begins"
+
+
+def test_comparison_takes_the_answers_within_the_length(compared: Any, phi: Any) -> None:
+    _, _, model, packed = compared
+    rows = [{"messages": TURNS}]
+    done = compare_adapter(model, phi.tokenizer, rows, packed, 10, 3, 1, lambda *_: None, 150)
+    (sample,) = done["eval"]["after"]["samples"]
+    assert (sample["messages"], sample["reference"]) == (TURNS[:4], "丁" * 9)

@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import chain, combinations, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loaded_phi import LoadedModel
 
 from jetson_ft.errors import UserError
 from jetson_ft.inference.generate import (
@@ -47,7 +49,7 @@ def test_batch_gives_the_same_replies_as_single_prompts(phi: Any) -> None:
 def test_replies_keep_the_order_of_prompts_and_report_progress(phi: Any) -> None:
     counts: list[int] = []
     replies = replies_to(
-        phi, TEXTS, 8, progress=lambda done, total: counts.append(done), batch_size=2
+        phi, TEXTS, 8, progress=lambda done, total: counts.append(done), batch_size=lambda width: 2
     )
     assert replies == replies_to(phi, TEXTS, 8)
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == 5 and len(counts) > 3
@@ -209,16 +211,61 @@ def cost(widths: list[int], cuts: list[tuple[int, int]], overhead: float) -> flo
 
 
 @given(
-    st.lists(st.integers(1, 300), max_size=7).map(sorted), st.integers(1, 7), st.integers(0, 500)
+    st.lists(st.integers(1, 300), max_size=7).map(sorted),
+    st.lists(st.integers(1, 7), min_size=7, max_size=7),
+    st.integers(0, 500),
 )
 def test_batches_hold_all_rows_within_the_limit_at_the_lowest_cost(
-    widths: list[int], batch_size: int, overhead: int
+    widths: list[int], sizes: list[int], overhead: int
 ) -> None:
-    batches = plan_batches(widths, batch_size, overhead)
+    batches = plan_batches(widths, sizes, overhead)
     assert [row for start, end in batches for row in range(start, end)] == list(range(len(widths)))
-    assert all(0 < end - start <= batch_size for start, end in batches)
+    assert all(0 < end - start <= sizes[end - 1] for start, end in batches)
     inner = range(1, len(widths))
     for cuts in chain.from_iterable(combinations(inner, size) for size in range(len(widths))):
         other = list(pairwise([0, *cuts, len(widths)]))
-        if all(end - start <= batch_size for start, end in other):
+        if all(end - start <= sizes[end - 1] for start, end in other):
             assert cost(widths, batches, overhead) <= cost(widths, other, overhead)
+
+
+# --- a table of positions ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt2(short_gpt2: Path) -> LoadedModel:
+    """Return a model that reads 64 tokens."""
+    from jetson_ft.models import loading
+    from jetson_ft.models.files import BaseModelFiles
+
+    base = BaseModelFiles("short", short_gpt2)
+    model = loading.load_model(base, loading.WeightFormat("fp32"), "cpu")
+    no_end = 258
+    return LoadedModel(model, loading.load_tokenizer(base), [no_end])
+
+
+def test_replies_end_with_the_position_table_and_leave_others_whole(gpt2: LoadedModel) -> None:
+    from jetson_ft.models.positions import position_table_size
+
+    limit = 20
+    prompts = [list(range(10, 10 + size)) for size in (63, 3, 50, 44, 50, 62, 45)]
+    lengths: list[int] = []
+
+    class Recorder:
+        pad_token_id = gpt2.tokenizer.pad_token_id
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            lengths.append(len(ids))
+            return str(ids)
+
+    assert position_table_size(gpt2.model) == 64
+    batch = generate_replies(gpt2.model, Recorder(), prompts, [300], limit)
+    spaces = [min(limit, 64 - len(prompt)) for prompt in prompts]
+    assert sorted(lengths) == sorted(spaces)
+    assert batch == [
+        generate_replies(gpt2.model, Recorder(), [prompt], [300], limit)[0] for prompt in prompts
+    ]
+
+
+def test_prompt_that_fills_the_position_table_is_refused(gpt2: LoadedModel) -> None:
+    with pytest.raises(UserError, match="64 tokens, and the model reads 64 at most"):
+        generate_replies(gpt2.model, gpt2.tokenizer, [[5] * 64, [5]], gpt2.eos_ids, 4)

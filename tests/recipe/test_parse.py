@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jetson_ft import recipe as recipes
 from jetson_ft.errors import RecipeError, UserError
-from jetson_ft.recipe import Recipe
+from jetson_ft.recipe import Recipe, SourceRecipe
 
 
 def mistakes(text: str, *overrides: str) -> list[str]:
@@ -106,7 +106,7 @@ def test_all_mistakes_are_reported_at_once_by_line() -> None:
         ("lora: {alpha: -1}", "`lora.alpha`: must be greater than 0, not -1"),
         ("lora: {target_modules: []}", "`lora.target_modules`: must not be empty, not []"),
         ("lora: {target_modules: [1, q]}",
-         "`lora.target_modules`: must be text or a list of names, not 1"),
+         "`lora.target_modules[0]`: must be text, not 1"),
         ("train: {learning_rate: 0}", "`train.learning_rate`: must be greater than 0, not 0"),
         ("train: {learning_rate: .nan}", "`train.learning_rate`: must be a finite number, not NaN"),
         ("train: {learning_rate: '1'}", '`train.learning_rate`: must be a number, not "1"'),
@@ -116,6 +116,25 @@ def test_all_mistakes_are_reported_at_once_by_line() -> None:
         ("data: {heldout: 1.5}", "`data.heldout`: must be a whole number or text, not 1.5"),
         ("data: {heldout: ''}", '`data.heldout`: must not be empty, not ""'),
         ("data: {train: ''}", '`data.train`: must not be empty, not ""'),
+        ("data: {train: []}", "`data.train`: must not be empty, not []"),
+        ("data: {train: 5}", "`data.train`: must be text or a list, each item text or a mapping of "
+         "source, share, rows, not 5"),
+        ("data: {train: [a, 5]}",
+         "`data.train[1]`: must be text or a mapping of source, share, rows, not 5"),
+        ("data: {train: ['']}", '`data.train[0]`: must not be empty, not ""'),
+        ("data: {train: [a, {source: b, share: 2}]}",
+         "`data.train[1].share`: must be at most 1, not 2"),
+        ("data: {train: [{source: b, share: 0}]}",
+         "`data.train[0].share`: must be greater than 0, not 0"),
+        ("data: {train: [{source: b, rows: '5'}]}",
+         '`data.train[0].rows`: must be a whole number or null, not "5"'),
+        ("data: {train: [{source: b, rows: 5, share: 1}]}",
+         "`data.train[0]`: `share` and `rows` are both set; set one of them"),
+        ("data: {train: [{share: 0.5}]}", "`data.train[0].source`: is missing"),
+        ("data: {train: [{source: b, shrae: 1}]}",
+         "unknown key `data.train[0].shrae`; did you mean `share`?"),
+        ("data: {train: [{source: b, x: 1}]}",
+         "unknown key `data.train[0].x`; the keys are source, share, rows"),
         ("data: {max_length: 15}", "`data.max_length`: must be at least 16, not 15"),
         ("double_quantize: yes", '`double_quantize`: must be true or false, not "yes"'),
         ("model: ''", '`model`: must not be empty, not ""'),
@@ -164,6 +183,31 @@ def test_last_override_wins_over_others_and_the_file() -> None:
     ]
 
 
+def test_list_of_sources_is_read_from_the_file_and_from_overrides() -> None:
+    text = "data:\n  train:\n  - a.json\n  - source: b\n    share: 0.25\n"
+    data = recipes.parse_recipe(text).data
+    sources = [SourceRecipe(source="a.json"), SourceRecipe(source="b", share=0.25)]
+    assert data.sources() == sources
+    assert data.train_names() == "a.json, b (share 0.25)"
+    assert repr(data.sources()) == "[{'source': 'a.json'}, {'source': 'b', 'share': 0.25}]"
+    data = data.model_copy()
+    data.rename_sources(str.upper)
+    assert data.train_names() == "A.JSON, B (share 0.25)"
+    data = recipes.parse_recipe(text).data
+    override = "data.train=[a.json, {source: b, share: 0.25}]"
+    assert recipes.parse_recipe("", "", [override]).data == data
+    assert recipes.parse_recipe("", "", ["data.train=c.json"]).data.sources() == [
+        SourceRecipe(source="c.json")
+    ]
+
+
+def test_mistake_in_a_list_item_has_the_items_line() -> None:
+    text = "data:\n  train:\n  - a.json\n  - source: b\n    share: 2\n"
+    assert mistakes(text) == ["line 5: `data.train[1].share`: must be at most 1, not 2"]
+    override = "data.train=[a, {source: b, share: 3}]"
+    assert mistakes(text, override) == ["--set: `data.train[1].share`: must be at most 1, not 3"]
+
+
 @pytest.mark.parametrize(
     ("override", "mistake"),
     [
@@ -172,6 +216,7 @@ def test_last_override_wins_over_others_and_the_file() -> None:
         ("", "--set '': write it as key=value"),
         ("lora.rnak=8", "--set: unknown key `lora.rnak`; did you mean `lora.rank`?"),
         ("rank=8", "--set: unknown key `rank`; did you mean `lora.rank`?"),
+        ("data.train=[a, 5]", "--set: `data.train[1]`: must be text or a mapping of"),
         ("lora.rank.x=8", "--set: unknown key `lora.rank.x`; did you mean `lora.rank`?"),
         ("lora=8", "--set: `lora` is a group of keys; set one of them, as lora.KEY"),
         ("lora.rank=", '--set: `lora.rank`: must be a whole number, not ""'),

@@ -26,12 +26,17 @@ def _numbers(low: float, high: float, **more: Any) -> st.SearchStrategy[float]:
     return st.floats(low, high, allow_nan=False, allow_infinity=False, **more)
 
 
+_SOURCES = st.fixed_dictionaries({"source": _WORDS}) | st.fixed_dictionaries(
+    {"source": _WORDS, "share": _numbers(0, 1, exclude_min=True)}
+)
+
+
 @st.composite
 def recipe_values(draw: st.DrawFn) -> dict[str, Any]:
     """Any recipe's values, some keys left out."""
     sections: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "data": {
-            "train": _WORDS,
+            "train": _WORDS | st.lists(_WORDS | _SOURCES, min_size=1, max_size=3),
             "heldout": _WORDS | st.integers(1, 10**6),
             "max_length": st.integers(16, 131072),
             "truncation": st.sampled_from(["truncate", "drop"]),
@@ -134,6 +139,7 @@ def _accepts(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
         "anyOf": lambda rules: any(_accepts(rule, value, root) for rule in rules),
         "type": lambda name: isinstance(value, types[name])
         and (name == "boolean" or not isinstance(value, bool)),
+        "required": lambda keys: set(keys) <= set(value),
         "enum": lambda choices: value in choices,
         "const": lambda choice: value == choice,
         "minimum": lambda low: value >= low,
@@ -167,7 +173,9 @@ def test_json_schema_accepts_every_recipe(values: dict[str, Any]) -> None:
 
 _TRIALS = (
     None, -1, 0, 1, 0.5, 20, 5000, 1e9, "", "x", "auto", "none", "cosine", "a\nb", [], ["a"], [1],
-    [""], {},
+    [""], {}, ["a", {"source": "b"}], [{"source": "b", "share": 1}], [{"source": "b", "share": 2}],
+    [{"source": "b", "rows": 1}], [{"source": "b", "rows": 0.5}], [{"share": 0.5}],
+    [{"source": "b", "x": 1}],
 )  # fmt: skip
 
 
@@ -202,6 +210,7 @@ def test_every_key_has_help() -> None:
         ("lora.target_modules", "text or a list of names"), ("train.epochs", "a number"),
         ("lora.dora", "true or false"), ("version", "1"), ("model", "text"),
         ("data.columns.answer", "text or null"),
+        ("data.train", "text or a list, each item text or a mapping of source, share, rows"),
     ],
 )  # fmt: skip
 def test_type_name_is_in_plain_words(key: str, words: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from jetson_ft import hub
 from jetson_ft import recipe as recipes
-from jetson_ft.errors import UserError
+from jetson_ft.errors import Message, UserError
 from jetson_ft.hardware.boards import BOARDS
 from jetson_ft.models import catalog
 from jetson_ft.recipe import Recipe, load_recipe
@@ -145,6 +145,19 @@ def test_lengths_of_other_rows_are_estimated_where_no_tokenizer_is_here(rows_fil
     )
 
 
+def test_lengths_of_several_sources_are_read_and_not_the_built_in_ones(
+    rows_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "corpus.txt").write_text("江面很宽，船很慢。" * 500)
+    train = ["bundled", {"source": str(rows_file), "share": 0.5}, str(tmp_path / "corpus.txt")]
+    recipe = Recipe.model_validate({"model": "Qwen/Qwen3-0.6B", "data": {"train": train}})
+    forecast = forecast_recipe(recipe, "orin-nx-16gb")
+    assert forecast.devices[0].plan and forecast.devices[0].plan.seconds
+    assert forecast.sources[1].startswith(
+        f"rows: 731 read from bundled, {rows_file} (share 0.5), {tmp_path / 'corpus.txt'}; tokens"
+    )
+
+
 def test_config_alone_is_enough_for_a_model_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,3 +198,42 @@ def test_each_known_model_fits_a_larger_board_with_no_smaller_format() -> None:
     largest = {one.name: one.fits for one in forecasts}
     assert largest["Qwen/Qwen3-0.6B"][8] and largest["Qwen/Qwen3-0.6B"][8]["format"] == "bf16"
     assert largest["Qwen/Qwen3-8B"][8] is None
+
+
+# --- positions ---------------------------------------------------------------------------------
+
+
+def long_rows(folder: Path) -> str:
+    rows = [{"instruction": str(n), "output": "好" * (n + 20)} for n in range(30)]
+    (folder / "long.json").write_text(json.dumps(rows))
+    return str(folder / "long.json")
+
+
+@pytest.mark.parametrize("forecast", [dry_run, forecast_recipe])
+def test_rows_longer_than_the_position_table_are_refused(
+    forecast: Any, tmp_path: Path, short_gpt2: Path
+) -> None:
+    data = {"train": long_rows(tmp_path), "max_length": 65}
+    recipe = Recipe.model_validate({"model": str(short_gpt2), "data": data})
+    with pytest.raises(UserError, match="reads 64 tokens at most, and the longest row has 65"):
+        forecast(recipe)
+    recipe.data.max_length = 64
+    assert forecast(recipe)
+
+
+def test_rows_longer_than_the_learned_positions_are_warned_about(
+    tmp_path: Path, tiny_phi: Path
+) -> None:
+    model = tmp_path / "phi"
+    shutil.copytree(tiny_phi, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    data = {"train": long_rows(tmp_path), "max_length": 100}
+    result = dry_run(Recipe.model_validate({"model": str(model), "data": data}))
+    assert "has 100 tokens; the model has learned 64 positions" in str(result.warning)
+    shown = json.loads(json.dumps(result.as_json()))
+    assert shown["warning"] == str(result.warning)
+    assert Message.from_json(shown["messages"]["warning"]) == result.warning
+    data["max_length"] = 64
+    result = dry_run(Recipe.model_validate({"model": str(model), "data": data}))
+    assert result.warning is None and result.as_json()["warning"] is None

@@ -251,6 +251,39 @@ def test_launched_recipe_has_absolute_paths(
     light_runs.wait(run, "finished")
 
 
+def test_paths_in_a_list_of_sources_are_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, light_runs: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text('[{"instruction": "a", "output": "b"}]')
+    (tmp_path / "bundled").touch()
+    train = ["rows.json", {"source": "rows.json", "share": 0.5}, "bundled"]
+    recipe = Recipe.model_validate({"output_dir": "here", "data": {"train": train}})
+    run = manager.launch(recipe, "x")
+    path = str(tmp_path / "rows.json")
+    assert [str(item) for item in run.recipe().data.sources()] == [
+        path, f"{path} (share 0.5)", "bundled",
+    ]  # fmt: skip
+    light_runs.wait(run, "finished")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [("gone.json", None, "Data file not found"), ("bad.json", "[{}]", "no known layout")],
+)
+def test_fault_of_any_source_in_a_list_is_found_before_the_run(
+    tmp_path: Path, light_runs: Any, name: str, content: str | None, what: str
+) -> None:
+    if content:
+        (tmp_path / name).write_text(content)
+    train = ["bundled", {"source": str(tmp_path / name), "rows": 5}]
+    recipe = Recipe.model_validate({"output_dir": str(light_runs.root), "data": {"train": train}})
+    with pytest.raises(UserError, match=what) as caught:
+        manager.launch(recipe, "x")
+    assert name in str(caught.value.where)
+    assert not store.list_runs(light_runs.root)
+
+
 # --- killed processes -------------------------------------------------------------------------
 
 

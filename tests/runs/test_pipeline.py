@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -216,6 +217,34 @@ def test_stop_while_rows_are_measured_is_obeyed(part: str, tmp_path: Path) -> No
     run.request_stop()
     with pytest.raises(pipeline._Stopped):
         pipe._on_compared("before", part, 2, 4)
+
+
+# --- a comparison that fails ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("CUDA out of memory. Tried to allocate 2.00 GiB", "Out of memory."),
+     ("index out of range in self", "RuntimeError: index out of range in self")],
+)  # fmt: skip
+def test_report_without_the_comparison_is_written_if_that_fails(
+    workbench: Any, finished: Run, fault: str, reason: str
+) -> None:
+    run = workbench.run("uncompared")
+    assert workbench.work(run, FAULT_AT="generation", FAULT=fault) == 0
+    report = run.report()
+    assert report["eval"] is None and report["generation"] is None
+    assert reason in report["comparison_error"]
+    assert f"jetson-ft eval {run.name}" in report["comparison_error"]
+    whole = finished.report()["train"]
+    for key in ("steps", "tokens", "final_loss", "best_step"):
+        assert report["train"][key] == whole[key]
+    (warning,) = [event.message for event in run.events() if isinstance(event, Warned)]
+    assert warning == report["comparison_error"]
+    assert fault in (run.path / "log.txt").read_text()
+    assert adapter_bytes(run) == adapter_bytes(finished)
+    for name in ("report.md", "report.html"):
+        assert reason in html.unescape((run.path / name).read_text())
 
 
 # --- sensors -------------------------------------------------------------------------------------

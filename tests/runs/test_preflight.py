@@ -36,6 +36,21 @@ def model_folder(tmp_path: Path) -> Path:
     return folder
 
 
+def test_rows_longer_than_the_position_table_are_refused(tmp_path: Path, short_gpt2: Path) -> None:
+    long = {"instruction": "你好", "output": "好" * 60}
+    name = rows(tmp_path / "a.jsonl", *[{**ROW, "output": str(n)} for n in range(200)], long)
+    check_recipe(recipe(model=str(short_gpt2), train=name, heldout=1, max_length=64))
+    with pytest.raises(UserError, match="reads 64 tokens at most"):
+        check_recipe(recipe(model=str(short_gpt2), train=name, heldout=1, max_length=65))
+
+
+def test_rows_within_the_position_table_pass_with_any_length(
+    tmp_path: Path, short_gpt2: Path
+) -> None:
+    name = rows(tmp_path / "a.jsonl", *[{**ROW, "output": str(n)} for n in range(9)])
+    check_recipe(recipe(model=str(short_gpt2), train=name, heldout=1))
+
+
 @pytest.fixture
 def whole_reading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the names of the sources that were read whole."""

@@ -42,12 +42,12 @@ def test_preview_marks_answers_as_trained(finished: Run, tiny_phi: Path) -> None
 
 
 def inspected(path: Path, model: Path, **options: Any) -> Any:
-    return inspect_data(str(path), str(model), **options)
+    return inspect_data([str(path)], str(model), **options)
 
 
 def test_inspected_samples_are_evenly_spread(rows_file: Path, tiny_phi: Path) -> None:
     preview = inspected(rows_file, tiny_phi, samples=4)
-    assert preview.read["rows_read"] == 40 and preview.tokens["rows"] == 40
+    assert preview.sources[0]["read"]["rows_read"] == 40 and preview.tokens["rows"] == 40
     shown = ["".join(text for text, _ in row) for row in preview.previews]
     assert [text.split("题")[0].rsplit("第")[1] for text in shown] == ["0", "10", "20", "30"]
 
@@ -63,8 +63,14 @@ def test_unusable_rows_are_counted_not_refused(tmp_path: Path, tiny_phi: Path) -
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\n{broken\n{"instruction": "c"}\n')
     preview = inspected(path, tiny_phi)
-    assert sum(entry["count"] for entry in preview.read["dropped"].values()) == 2
+    assert sum(entry["count"] for entry in preview.sources[0]["read"]["dropped"].values()) == 2
     assert len(preview.previews) == 1
+
+
+def test_preview_of_a_document_ends_at_max_length(tmp_path: Path, tiny_phi: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 1000)
+    (row,) = inspected(tmp_path / "a.txt", tiny_phi, max_length=20).previews
+    assert row == [("a" * 20, True)]
 
 
 def test_no_usable_row_is_refused(tmp_path: Path, tiny_phi: Path) -> None:

@@ -49,7 +49,7 @@ def test_report_has_exactly_the_documented_keys(made: dict[str, Any]) -> None:
     assert set(made) == TOP and made["schema"] == 1
     assert set(made["train"]) == TRAIN
     assert set(made["plan"]) == {"peak_memory_bytes", "seconds"}
-    assert set(made["eval"]) == {"rows", "before", "after"}
+    assert set(made["eval"]) == {"rows", "documents", "before", "after"}
     assert set(made["eval"]["before"]) == set(made["eval"]["after"]) == SIDE
     assert made["generation"].keys() >= {"method", "max_new_tokens"}
 
@@ -93,6 +93,31 @@ def test_final_loss_is_the_mean_of_the_last_tenth(
         **{key: made[key] for key in COPIED},
     )
     assert report["train"]["final_loss"] == expected
+
+
+def test_sources_are_listed_in_text_and_page_where_there_are_several(made: dict[str, Any]) -> None:
+    assert len(made["data"]["sources"]) == 1
+    assert "| source |" not in summary.render_markdown("demo", made)
+    part = {"rows_read": 1234, "rows": 1000, "tokens": 56789, "heldout_rows": 0, "repeated": 0}
+    several = copy.deepcopy(made)
+    several["data"]["sources"] = [{"name": "a<b>.json", **part}, {"name": "c", **part}]
+    text, html = summary.render_markdown("demo", several), summary.render_html("demo", several, [])
+    assert "| a<b>.json | 1,234 | 1,000 | 56,789 |" in text
+    assert "a&lt;b&gt;.json" in html and "56,789" in Page(html).text
+
+
+def test_report_on_plain_text_has_continuations(made: dict[str, Any]) -> None:
+    texts = copy.deepcopy(made)
+    texts["eval"]["documents"] = texts["eval"]["rows"]
+    for side in ("before", "after"):
+        for sample in texts["eval"][side]["samples"]:
+            sample["messages"] = [{"role": "text", "content": "从前"}]
+    names = [row["name"] for row in summary.metric_rows(texts)]
+    assert names[:2] == ["Loss on the texts (nats per token)", "Bits per character"]
+    page = Page(summary.render_html("demo", texts, []))
+    assert "Continuations side by side" in page.text and "beginning of the text" in page.text
+    assert "Replies side by side" not in page.text and "The answer in the data" not in page.text
+    assert "**given continuation**" in summary.render_markdown("demo", texts)
 
 
 # --- sensors ------------------------------------------------------------------------------

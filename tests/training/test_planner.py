@@ -72,6 +72,58 @@ def peak(one: Workload, device: Device, tokens: int = 1024, checkpointing: bool 
 # Memory
 
 
+def reply_peak(one: Workload, device: Device, rows: int, width: int) -> int:
+    return sum(cost_model.predict_reply_memory(one, device, rows, width).values())
+
+
+@given(workloads, devices, st.integers(0, 2000), st.integers(1, 4000), st.integers(1, 2000))
+def test_peak_is_that_of_training_or_of_one_reply(
+    one: Workload, device: Device, prompt: int, reply: int, width: int
+) -> None:
+    one = replace(one, longest_prompt=prompt, reply_tokens=reply)
+    needed = reply_peak(one, device, 1, prompt)
+    for plan in planner.candidate_plans(one, device):
+        training = peak(one, device, plan.micro_batch_tokens, plan.checkpointing)
+        assert plan.peak_memory_bytes == sum(plan.parts.values()) == max(training, needed)
+        batch = planner.reply_batch_size(one, device, plan, width)
+        assert 1 <= batch <= 36
+        assert batch == 1 or reply_peak(one, device, batch, width) <= plan.peak_memory_bytes
+        if batch < 36:
+            assert reply_peak(one, device, batch + 1, width) > plan.peak_memory_bytes
+
+
+def test_long_replies_are_planned_for() -> None:
+    short = replace(workload(), longest_prompt=100, reply_tokens=160)
+    long = replace(short, reply_tokens=8192)
+    cache = 25 * 2 * 2048 * 2 * (8192 - 160)  # bytes: layers and one more, K and V, bf16
+    assert reply_peak(long, NANO, 1, 100) - reply_peak(short, NANO, 1, 100) >= 0.9 * cache
+    assert planner.best_plan(short, NANO, 1e12) and not planner.best_plan(long, NANO, 1e12)
+
+
+def test_small_board_generates_fewer_replies_at_a_time() -> None:
+    one = replace(workload(), longest_prompt=60, reply_tokens=160)
+    plans = [planner.best_plan(one, board, 1e12) for board in (NANO, NX)]
+    assert plans[0] and plans[1]
+    assert 1 <= planner.reply_batch_size(one, NANO, plans[0], 60) < 30
+    assert planner.reply_batch_size(one, NX, plans[1], 60) == 36
+
+
+@pytest.mark.parametrize(
+    ("number", "rows", "width", "measured_mb"),
+    # Growth of the process on a CPU, of four layers with adapters, while two tokens were generated.
+    [("fp32", 36, 250, 382), ("fp32", 16, 500, 333), ("fp32", 4, 1000, 134), ("bf16", 36, 250, 193),
+     ("bf16", 16, 500, 151)],
+)  # fmt: skip
+def test_replies_take_no_more_than_predicted(
+    number: str, rows: int, width: int, measured_mb: float
+) -> None:
+    dims = replace(KNOWN_DIMS["embedded"], layers=4)
+    one = replace(workload(dims, WeightFormat(number)), reply_tokens=2)
+    parts = cost_model.predict_reply_memory(one, CPU, rows, width)
+    predicted = (parts["activations"] + parts["transient"]) / 10**6
+    assert measured_mb < predicted < 1.6 * measured_mb
+
+
 @given(workloads, devices, st.integers(2, 8))
 def test_split_layers_take_no_more_than_whole_ones(
     one: Workload, device: Device, shards: int
@@ -261,6 +313,21 @@ def test_a_cpus_time_depends_on_the_arithmetic_and_the_weights() -> None:
         needed = cost_model.flops_per_token(one, False) * cost_model.tokens_to_train(one)
         shares[str(weights)] = needed / cost_model.predict_seconds(one, "cpu", 1e11, False) / 1e11
     assert list(shares.values()) == pytest.approx([0.55, 0.43, 0.43 * 0.95, 0.43 * 0.95])
+
+
+def test_the_quickstarts_comparison_and_loading_take_the_measured_time() -> None:
+    """Measured with 66 long rows on a CPU of 440 GFLOP/s in bf16: 27 s, and 10 s until training."""
+    from jetson_ft.inference import generate
+
+    rows = lengths.KNOWN_LENGTHS["bundled", "embedded"]
+    one = replace(
+        workload(KNOWN_DIMS["embedded"]), lengths=rows, heldout_rows=66,
+        heldout_tokens=66 * 130.0, reply_tokens=48,
+    )  # fmt: skip
+    assert cost_model.predict_other_seconds(one, "cpu", 4.4e11) == pytest.approx(37, rel=0.3)
+    short = replace(one, reply_tokens=24)
+    assert cost_model.predict_other_seconds(short, "cpu", 4.4e11) < 32
+    assert cost_model.STEP_COST == generate.STEP_COST
 
 
 def test_the_heads_logits_are_counted_by_its_chunks() -> None:

@@ -89,6 +89,53 @@ def test_the_exported_command_and_recipe_equal_the_form(tmp_path: Path) -> None:
     assert form.export("quickstart-zh", *values(**{"lora.rank": "x"}))[0] == form.t(train._MISTAKES)
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["a.json, b c.jsonl", "a.json\nb c.jsonl\n", "a.json，b c.jsonl", "[a.json, b c.jsonl]"],
+)
+def test_several_sources_are_written_with_commas_or_a_line_each(tmp_path: Path, text: str) -> None:
+    form = train.Form(Locale("en"), tmp_path)
+    command, yaml = form.export("quickstart-zh", *values(**{"data.train": text}))
+    assert recipes.parse_recipe(yaml).data.train == ["a.json", "b c.jsonl"]
+    assert "--set 'data.train=[a.json, b c.jsonl]'" in command
+
+
+def test_sources_with_shares_fill_the_form_and_are_read_back(tmp_path: Path) -> None:
+    form = train.Form(Locale("en"), tmp_path)
+    path = tmp_path / "mine.yaml"
+    path.write_text("data:\n  train:\n  - 'a, b.json'\n  - {source: c, share: 0.5}\n")
+    _outcome, *fields = form.load(str(path))
+    text = fields[train._ORDER.index("data.train")]["value"]
+    assert text == "['a, b.json', {source: c, share: 0.5}]"
+    _command, yaml = form.export("quickstart-zh", *values(**{"data.train": text}))
+    assert recipes.parse_recipe(yaml).data.train == recipes.load_recipe(path).data.train
+
+
+def test_a_mistake_in_a_list_of_sources_is_shown_at_the_field(form: Any) -> None:
+    _outcome, *fields = form.plan(*values(**{"data.train": "[a, {source: b, share: 2}]"}))
+    info = fields[train._ORDER.index("data.train")]["info"]
+    assert info.startswith("⚠ `data.train[1].share`：")
+
+
+def test_a_file_whose_name_has_a_comma_is_one_source(tmp_path: Path) -> None:
+    (tmp_path / "a, b.json").touch()
+    form = train.Form(Locale("en"), tmp_path)
+    path = str(tmp_path / "a, b.json")
+    _command, yaml = form.export("quickstart-zh", *values(**{"data.train": path}))
+    assert recipes.parse_recipe(yaml).data.train == path
+
+
+def test_an_inspection_of_several_sources_tells_the_part_of_each(tmp_path: Path, form: Any) -> None:
+    rows = [{"question": f"q{n}", "answer": "a"} for n in range(4)]
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(rows[: 3 if name == "a.json" else 4]))
+    text = f"[{tmp_path}/a.json, {{source: {tmp_path}/b.json, rows: 4}}]"
+    outcome, *_ = form.inspect(*values(**{"data.train": text}))
+    assert f"{tmp_path}/a.json：读取 3 条，使用 3 条" in outcome
+    assert f"{tmp_path}/b.json：读取 4 条，使用 1 条" in outcome
+    assert "略去：3 条与前面来源重复的数据" in outcome
+
+
 def test_an_uploaded_recipe_fills_the_form(form: Any, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("version: 1\nlora:\n  rank: 3\n")
@@ -120,12 +167,13 @@ def test_an_address_with_copy_fills_the_form(tmp_path: Path) -> None:
 
 def test_an_inspection_marks_the_trained_text() -> None:
     result = {
-        "read": {"rows_read": 3, "rows_kept": 2, "layout": "alpaca", "encoding": "utf-8",
-                 "duplicates": 0,
-                 "dropped": {"no answer": {"count": 1, "where": ["line 2"],
-                                           "message": Message("no answer").as_json(),
-                                           "places": [Message("line {line}",
-                                                              {"line": 2}).as_json()]}}},
+        "sources": [{"name": "a.json", "read": {
+            "rows_read": 3, "rows_kept": 2, "layout": "alpaca", "encoding": "utf-8",
+            "duplicates": 0,
+            "dropped": {"no answer": {"count": 1, "where": ["line 2"],
+                                      "message": Message("no answer").as_json(),
+                                      "places": [Message("line {line}", {"line": 2}).as_json()]}},
+        }}],
         "tokens": {"tokens": 50, "supervised_tokens": 20, "tokens_per_character": 1.5,
                    "truncated": 0, "lengths": {"p50": 10, "p90": 20, "p99": 30, "max": 31}},
         "max_length": 1024, "previews": [[["<b>question", False], ["answer", True]]],

@@ -35,6 +35,12 @@ METRICS = (
     ("chrf", "chrF", "{:.1f}", 1),
     ("bleu", "BLEU", "{:.1f}", 1),
 )
+# The same of plain text, whose held-out beginnings are continued.
+_TEXT_NAMES = {
+    "loss": _("Loss on the texts (nats per token)"),
+    "chinese_share": _("Chinese share of the continuations"),
+    "stop_rate": _("Continuations that end by themselves"),
+}
 # By the counter's name in report.json.
 _SLOWDOWNS = {
     "throttled_seconds": _(
@@ -45,7 +51,10 @@ _SLOWDOWNS = {
     "oc2": _("Power: the mean current rose too high (oc2: {count:,}); this lowers the clocks."),
     "oc3": _("Power: the current peaked too high (oc3: {count:,}); this lowers the clocks."),
 }
-_ROLES = {"user": _("user"), "assistant": _("assistant"), "system": _("system"), "tool": _("tool")}
+_ROLES = {
+    "user": _("user"), "assistant": _("assistant"), "system": _("system"), "tool": _("tool"),
+    "text": _("beginning of the text"),
+}  # fmt: skip
 
 
 def write_report(run: Run, report: dict[str, Any]) -> None:
@@ -144,24 +153,47 @@ def sensor_warnings(sensors: dict[str, Any] | None) -> list[Message]:
 
 def _warnings(report: dict[str, Any]) -> list[Message]:
     notices = map(Message.from_json, report["data"]["train"].get("notices", []))
-    return [*sensor_warnings(report["sensors"]), *notices]
+    warnings = [*sensor_warnings(report["sensors"]), *notices]
+    if not report["eval"]:
+        warnings.append(Message.from_json(report["messages"]["comparison_error"]))
+    return warnings
+
+
+def _is_text(report: dict[str, Any]) -> bool:
+    """Return whether all held-out rows are plain text."""
+    evaluated = report["eval"]
+    return bool(evaluated) and evaluated.get("documents") == evaluated["rows"]  # not in older runs
+
+
+def _sources(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the parts of the training sources, where there are several."""
+    sources: list[dict[str, Any]] = report["data"].get("sources", [])
+    return sources if len(sources) > 1 else []
 
 
 def metric_rows(report: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the before/after table: key, name (template), formatted values, and a verdict."""
+    """Return the before/after table: key, name (template), formatted values, and a verdict.
+
+    It is empty where the comparison failed.
+    """
+    if not report["eval"]:
+        return []
     rows = []
+    names = _TEXT_NAMES if _is_text(report) else {}
     for key, name, number, sign in METRICS:
         before, after = report["eval"]["before"][key], report["eval"]["after"][key]
         verdict = "better" if (after - before) * sign > 0 else "worse"
         if abs(after - before) < 1e-9:
             verdict = "same"
         shown = {"before": number.format(before), "after": number.format(after)}
-        rows.append({"key": key, "name": name, **shown, "verdict": verdict})
+        rows.append({"key": key, "name": names.get(key, name), **shown, "verdict": verdict})
     return rows
 
 
 def sample_pairs(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the sample conversations, with the replies of both models."""
+    if not report["eval"]:
+        return []
     before, after = (report["eval"][side]["samples"] for side in ("before", "after"))
     return [
         {**old, "before": old["reply"], "after": new["reply"]}
@@ -182,17 +214,29 @@ def render_markdown(name: str, report: dict[str, Any]) -> str:
         f"{report['device']['board'] or report['device']['name']}{energy_phrase(report)}.",
         *(f"\n{message}" for message in _warnings(report)),
         "",
-        f"| {report['eval']['rows']} held-out rows | base | adapter |",
-        "|---|---:|---:|",
-        *("| {name} | {before} | {after} |".format(**row) for row in metric_rows(report)),
-        "",
+        *_sources_as_markdown(report),
     ]
+    if report["eval"]:
+        lines += [f"| {report['eval']['rows']} held-out rows | base | adapter |", "|---|---:|---:|"]
+        lines += ["| {name} | {before} | {after} |".format(**row) for row in metric_rows(report)]
+        lines.append("")
     for number, pair in enumerate(sample_pairs(report), 1):
         lines += [f"## Pair {number}", ""]
         lines += [_quoted(message["role"], message["content"]) for message in pair["messages"]]
         lines += [_quoted("base", pair["before"]), _quoted("adapter", pair["after"])]
-        lines += [_quoted("given answer", pair["reference"])]
+        is_text = pair["messages"][0]["role"] == "text"
+        title = "given continuation" if is_text else "given answer"
+        lines += [_quoted(title, pair["reference"])]
     return "\n".join(lines) + "\n"
+
+
+def _sources_as_markdown(report: dict[str, Any]) -> list[str]:
+    rows = [
+        "| {name} | {rows_read:,} | {rows:,} | {tokens:,} |".format(**part)
+        for part in _sources(report)
+    ]
+    head = ["| source | rows read | used | tokens |", "|---|---:|---:|---:|"]
+    return [*head, *rows, ""] if rows else []
 
 
 def energy_phrase(report: dict[str, Any]) -> str:
@@ -232,6 +276,8 @@ def render_html(name: str, report: dict[str, Any], events: list[Event]) -> str:
         train=report["train"],
         metrics=metric_rows(report),
         pairs=sample_pairs(report),
+        sources=_sources(report),
+        is_text=_is_text(report),
         chart=chart.losses(train, heldout),
         warnings=_warnings(report),
         roles=_ROLES,

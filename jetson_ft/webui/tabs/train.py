@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import tempfile
@@ -16,8 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 from jetson_ft import recipe as recipes
 from jetson_ft.data.readers import SUFFIXES
 from jetson_ft.errors import RecipeError, UserError, _
-from jetson_ft.files import disk_errors
-from jetson_ft.recipe import Recipe, strict_yaml
+from jetson_ft.files import disk_errors, expand_user
+from jetson_ft.recipe import Recipe, SourceRecipe, strict_yaml
 from jetson_ft.runs import manager, monitor, queue, store
 from jetson_ft.webui.cli_json import run_cli_json
 from jetson_ft.webui.gradio_import import gr
@@ -148,7 +149,7 @@ class Form:
                 "--encoding", data.encoding,
                 *(f"--column={part}={name}" for part, name in data.columns.chosen().items()),
                 *(["--chat-template", data.chat_template] if data.chat_template else []),
-                "--", data.train,
+                "--", *(_inspected(item) for item in data.sources()),
             )  # fmt: skip
             return render("inspection.jinja", self.t, **result)
 
@@ -194,13 +195,17 @@ class Form:
             outcome = html(self._recipe(values))
         except RecipeError as error:
             outcome = error_html(_MISTAKES, self.t)
-            mistakes = {problem.key: self.t(problem.message) for problem in error.problems}
+            mistakes = {
+                problem.key.partition("[")[0]: self.t(problem.message) for problem in error.problems
+            }
         except UserError as error:
             outcome = error_html(error, self.t)
         return [outcome, *(gr.update(**_info(key, self.t, mistakes.get(key))) for key in _ORDER)]
 
     def _recipe(self, values: Sequence[Any]) -> Recipe:
-        sets = [f"{key}={_text(value)}" for key, value in zip(_ORDER, values, strict=True)]
+        texts = {key: _text(value) for key, value in zip(_ORDER, values, strict=True)}
+        texts["data.train"] = _as_list(texts["data.train"])
+        sets = [f"{key}={text}" for key, text in texts.items()]
         sets.append(f"output_dir={self.runs.absolute()}")
         return recipes.parse_recipe("version: 1\n", "", sets)
 
@@ -236,8 +241,23 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list):
-        return f"[{', '.join(value)}]"
+        plain = [item if isinstance(item, str) else item.model_dump() for item in value]
+        return strict_yaml.dump_flow(plain)
     return strict_yaml.dump_yaml({"x": value}).partition(":")[2].strip()
+
+
+def _as_list(text: str) -> str:
+    """Return names that are separated by commas or line breaks as a YAML list, other text as is."""
+    names = [name.strip() for name in re.split("[,，\n]", text) if name.strip()]
+    if len(names) < 2 or text.lstrip().startswith("[") or expand_user(text).exists():
+        return text
+    return strict_yaml.dump_flow(names)
+
+
+def _inspected(item: SourceRecipe) -> str:
+    """Return a source as `data inspect` takes it: a name, or a mapping as YAML."""
+    keys = item.model_dump()
+    return item.source if len(keys) == 1 else strict_yaml.dump_flow(keys)
 
 
 def _component(key: str, value: Any, t: Locale) -> Any:
