@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jetson_ft.data.formats import TEXT, ChatMessage
-from jetson_ft.data.templates import CHOOSE_TEMPLATE
+from jetson_ft.data.templates import CHOOSE_TEMPLATE, with_fixed_date
 from jetson_ft.errors import Message, UserError, _
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ IGNORE_INDEX = -100  # label of a token that is not trained on; cross_entropy's 
 # each control token in a message's text; `_PROBE` is the content of an answer that isn't there.
 _BREAK, _PROBE = "\udc00", "\udc01"
 _THINKING_TAGS = ("<think>", "</think>")  # answers contain them, whatever the tokenizer says
+_THINKING_TAG = re.compile("|".join(map(re.escape, _THINKING_TAGS)))
 _CLOSED_THOUGHT = "<think>\n\n</think>\n\n"
 
 
@@ -71,7 +72,8 @@ def encode(
         tools: JSON text of the list of tools that the assistant may call; "": none.
 
     Raises:
-        UserError: the template can't render such a conversation, or changes the last answer.
+        UserError: the template can't render such a conversation, changes the last answer, or leaves
+            out a user message or the text beside a tool call that is trained on.
     """
     if messages[0]["role"] == TEXT:
         return _encode_document(tokenizer, messages[0]["content"])
@@ -87,7 +89,10 @@ def encode(
             CHOOSE_TEMPLATE,
         )
     trained = [_is_trained(message) for message in messages if message["role"] == "assistant"]
-    kept = [span for span in (spans[-1:] if None in spans else spans) if span]
+    if None in spans:
+        spans = [*[None] * (len(spans) - 1), spans[-1]]
+    chat.check_texts(full, spans, trained)
+    kept = [span for span in spans if span]
     result = _encode_turns(tokenizer, full, kept, trained[-len(kept) :])
     result.context_answers = sum(trained[: len(trained) - len(kept)])
     result.system_dropped = any(
@@ -224,9 +229,11 @@ class _Conversation:
         # transformers renders in a sandboxed, immutable Jinja environment. Templates of reasoning
         # models read `enable_thinking`: it is off, as rows have answers only.
         try:
+            template = self.tokenizer.get_chat_template(tools=self.tools)
             text = self.tokenizer.apply_chat_template(
                 self.messages[:count],
                 tools=self.tools,
+                chat_template=with_fixed_date(template),
                 tokenize=False,
                 add_generation_prompt=prompt,
                 enable_thinking=False,
@@ -339,6 +346,36 @@ class _Conversation:
                 is_ignored = False
             if is_ignored:
                 raise UserError(what, self.roles(), CHOOSE_TEMPLATE)
+
+    def check_texts(
+        self, full: str, spans: Sequence[_Span | None], trained: Sequence[bool]
+    ) -> None:
+        """Raise a UserError if the template leaves out text that the row is about.
+
+        That is a user message, or the text beside a tool call that is trained on. Other answers are
+        in their spans; tool results may be quoted, and system messages are counted. Each answer has
+        its span in `full`, or None, and whether it is marked to be trained on.
+        """
+        missing = ""
+        position = number = 0  # of characters, of answers; texts are in the order of the messages
+        for message in self.messages:
+            text = message["content"].strip()
+            span = spans[number] if number < len(spans) else None
+            if message["role"] == "user":
+                start = full.find(text, position, span.start if span else len(full))
+                if start < 0:
+                    missing = _("The model's chat template leaves out a user message.")
+                position = start + len(text)
+            elif message["role"] == "assistant":
+                if span and trained[number] and message.get("tool_calls"):
+                    turn = full[span.start : span.end]
+                    # Templates may move the tags of a thought, and the white space around them.
+                    if any(part.strip() not in turn for part in _THINKING_TAG.split(text)):
+                        missing = _("The model's chat template leaves out text beside a tool call.")
+                position = span.end if span else position
+                number += 1
+            if missing:
+                raise UserError(missing, self.roles(), CHOOSE_TEMPLATE)
 
     def roles(self) -> Message:
         """Return the roles of the messages, as the place of an error."""

@@ -7,6 +7,7 @@ disk, and memory is bounded by the size of a block.
 from __future__ import annotations
 
 import gzip
+import lzma
 import re
 import zipfile
 import zlib
@@ -132,7 +133,10 @@ def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
 def _read(path: Path, stream: IO[bytes], size: int) -> bytes:
     try:
         return stream.read(size)
-    except (zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
+        # What gzip and bz2 raise about damage is an OSError without a number; a disk's has one.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise _damaged(path, error) from None
 
 

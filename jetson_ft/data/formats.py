@@ -160,13 +160,16 @@ def _add_turn(messages: list[ChatMessage], turn: Row) -> None:
         shown = printable(name.strip()[:_SHOWN_ROLE])
         raise RowError(_("unknown role `{role}`"), role=shown)
     calls: list[Any] = []
+    calls_key = content_key
     if role == _CALL:
         role, content = "assistant", ""
         calls = _read_calls(turn, content_key)
     else:
         if role == "assistant":
             for key in _CALL_KEYS:
-                calls += _read_calls(turn, key) if turn.get(key) else []
+                if turn.get(key):
+                    calls += _read_calls(turn, key)
+                    calls_key = key
         content = "" if calls and turn.get(content_key) is None else _content(turn, content_key)
         if role == "system" and not content.strip():
             return
@@ -174,12 +177,13 @@ def _add_turn(messages: list[ChatMessage], turn: Row) -> None:
     if role == "assistant" and not _is_trained(turn):
         message["train"] = False
     if calls:
-        message["tool_calls"] = _as_json(calls, content_key)
+        message["tool_calls"] = _as_json(calls, calls_key)
     previous = messages[-1] if messages else None
     if calls and not content and previous and previous["role"] == "assistant":
+        if previous.get("train") != message.get("train"):
+            raise RowError(_("a tool call and the text or call before it are marked differently"))
         earlier = json.loads(previous.get("tool_calls") or "[]")
-        previous["tool_calls"] = _as_json(earlier + calls, content_key)
-        previous.update({"train": False} if "train" in message else {})
+        previous["tool_calls"] = _as_json(earlier + calls, calls_key)
     else:
         messages.append(message)
 
@@ -255,3 +259,9 @@ def _as_json(value: Any, key: str) -> str:
         return json.dumps(value, ensure_ascii=False)
     except RecursionError:
         raise RowError(_("`{key}` is nested too deeply"), key=key) from None
+    except TypeError as error:  # of Parquet
+        raise RowError(
+            _("`{key}` has a value that JSON has not, such as a date or bytes ({reason})"),
+            key=key,
+            reason=str(error),
+        ) from None

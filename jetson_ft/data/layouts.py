@@ -29,6 +29,7 @@ from jetson_ft.errors import _
 from jetson_ft.recipe import Layout
 
 NO_ANSWER = _("no answer")
+_NO_QUESTION = _("no question")
 PREFERENCE = _("a preference pair: `{key}` has the unwanted answer")
 CHAT_MARKUP = _("a conversation written out as text, beginning with `{mark}`")
 
@@ -162,8 +163,14 @@ def _list_layout(*usual: str) -> tuple[_Matches, _Convert]:
 
 def _moss_turns(chat: dict[str, Any], key: str, unread: set[str]) -> list[dict[str, str]]:
     """Return the question and the answer of each turn of MOSS's `chat`, without its marks."""
+
+    def numbers(name: str) -> list[tuple[int, str]]:
+        """Return what orders names by their numbers, also those too long for `int`."""
+        digits = [text.lstrip("0") for text in re.findall("[0-9]+", name)]
+        return [(len(text), text) for text in digits]
+
     turns = []
-    for name in sorted(chat, key=lambda name: [int(digits) for digits in re.findall(r"\d+", name)]):
+    for name in sorted(chat, key=numbers):
         if not isinstance(chat[name], dict):
             raise RowError(_("`{key}` has an item that is not an object"), key=key)
         turn = {}
@@ -222,6 +229,8 @@ def _pair_to_messages(columns: _Columns) -> list[ChatMessage]:
         "" if columns.find(name, name) in (question, answer) else columns.optional(name, name)
         for name in ("context", "input")
     )
+    if not own:  # a list of nothing but an empty system message
+        raise RowError(_NO_QUESTION)
     parts = [context, own[-1]["content"], more]
     own[-1]["content"] = "\n".join(part for part in parts if part.strip())
     return [*messages, *own, *_side(columns, answer or usual[1], "assistant")]
@@ -365,10 +374,12 @@ def to_conversation(
         if _DAMAGE.search(document[0]["content"]):
             raise RowError(_DAMAGED)
         return Conversation(document, "", columns.all_unread())
-    for label in _LABELS:
-        value = row.get(label)
-        if value is False or (isinstance(value, str) and value.strip().casefold() == "false"):
-            raise RowError(_("an unwanted answer: `{key}` is false"), key=label)
+    for name, value in row.items():
+        is_false = value is False or (
+            isinstance(value, str) and value.strip().casefold() == "false"
+        )
+        if is_false and name.strip().casefold() in _LABELS:
+            raise RowError(_("an unwanted answer: `{key}` is false"), key=name)
     system = columns.optional("system", *_SYSTEM)
     messages = LAYOUTS[layout][1](columns)
     first = ChatMessage(role="system", content=system)
@@ -383,7 +394,7 @@ def to_conversation(
         role, text, calls = message["role"], message["content"], message.get("tool_calls", "")
         is_nan = role == "assistant" and text == "nan"  # an empty cell that went through pandas
         if (_BLANK.fullmatch(text) or is_nan) and not calls and role != "tool":
-            raise RowError(NO_ANSWER if role == "assistant" else _("no question"))
+            raise RowError(NO_ANSWER if role == "assistant" else _NO_QUESTION)
         if _DAMAGE.search(text + calls + tools):
             raise RowError(_DAMAGED)
     if all(message.get("train") is False for message in messages if message["role"] == "assistant"):

@@ -211,10 +211,22 @@ def _read_parquet(path: Path) -> Iterator[LocatedValue]:
         with pq.ParquetFile(path) as file:
             # Small batches, since a row can be large.
             for batch in file.iter_batches(batch_size=64):
-                yield from ((None, value) for value in batch.to_pylist())
+                for row in batch.to_pylist():
+                    yield None, {name: _without_nulls(value) for name, value in row.items()}
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         damage = RowError(_("damaged Parquet ({reason})"), reason=printable(str(error)))
         yield None, RowError(json_rows.UNREADABLE_REST, reason=damage.reason)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a Parquet value without the null fields of its structs.
+
+    A struct has the fields of all rows. In a row without one of them, such as an argument of
+    another tool, the field is null.
+    """
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _numbered(path: Path, rows: Iterator[LocatedValue], is_objects: bool) -> Iterator[NumberedRow]:

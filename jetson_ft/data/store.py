@@ -30,7 +30,7 @@ from jetson_ft.recipe import DataRecipe, Layout
 if TYPE_CHECKING:
     import datasets
 
-_VERSION = 6  # increase when the columns or the report change
+_VERSION = 7  # increase when the columns or the report change
 
 _DETECTION_ROWS = 100  # that decide about the layout
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22

@@ -5,6 +5,8 @@ A template is Jinja text; transformers renders it in a sandboxed environment.
 
 from __future__ import annotations
 
+import datetime
+
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors, expand_user
 
@@ -12,6 +14,10 @@ CHOOSE_TEMPLATE = _(
     "Set `data.chat_template`: to `chatml`, which keeps every message, or to a file with a "
     "template of your own."
 )
+
+# What stands for today in every conversation: the date that Llama 3's templates fall back on.
+_TODAY = datetime.datetime(2024, 7, 26)
+_DATE_CODES = ("-d", "-m", *"AaBbdejmYyHIMSpFDT")
 
 # By name. No turn changes when others follow it, so that every answer is trained on.
 TEMPLATES = {
@@ -77,3 +83,15 @@ def read_template(name: str) -> str:
     if not text.strip():
         raise UserError(_("The chat template is empty."), name, fix, names=names)
     return text
+
+
+def with_fixed_date(template: str) -> str:
+    """Return a template that renders alike on every day.
+
+    A macro takes the place of `strftime_now`, a function of transformers' for templates.
+    """
+    if "strftime_now" not in template:
+        return template
+    replaced = "".join(f" | replace('%{code}', '{_TODAY:%{code}}')" for code in _DATE_CODES)
+    # Jinja removes the line break after the macro (`trim_blocks`).
+    return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}\n{template}"

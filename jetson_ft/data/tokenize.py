@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-_VERSION = 6  # increase when the columns or the encoding change
+_VERSION = 7  # increase when the columns or the encoding change
 _COUNTS = (
     "length", "supervised", "full_length", "characters", "answer_characters", "context_answers",
     "system_dropped", "control_texts", "pieces_left",

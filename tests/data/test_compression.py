@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import pickle
@@ -18,6 +19,8 @@ from jetson_ft.data.compression import read_blocks
 from jetson_ft.data.formats import RowError
 from jetson_ft.data.readers import read_rows
 from jetson_ft.errors import UserError
+
+METHODS = {"deflate": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA}
 
 
 def zipped(members: dict[str, bytes | str], method: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -149,13 +152,14 @@ def test_encrypted_zip_is_refused(tmp_path: Path) -> None:
 
 
 @quick
-@given(data=st.data(), kind=st.sampled_from(["gzip", "zip"]))
+@given(data=st.data(), kind=st.sampled_from(["gzip", "zip", "bzip2 zip", "lzma zip"]))
 def test_damaged_archive_gives_rows_or_a_user_error(
     tmp_path: Path, data: st.DataObject, kind: str
 ) -> None:
     text = as_jsonl(ROWS)
-    whole = gzip.compress(text.encode(), mtime=0) if kind == "gzip" else zipped({"a.jsonl": text})
-    content = bytearray(whole)
+    method = METHODS.get(kind.removesuffix(" zip"), zipfile.ZIP_DEFLATED)
+    packed = zipped({"a.jsonl": text}, method)
+    content = bytearray(gzip.compress(text.encode(), mtime=0) if kind == "gzip" else packed)
     for _count in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
     path = write(tmp_path, "a.jsonl", bytes(content[: data.draw(st.integers(0, len(content)))]))
@@ -165,6 +169,25 @@ def test_damaged_archive_gives_rows_or_a_user_error(
         assert str(path) in str(error.where)
     else:
         assert all(isinstance(row, dict | RowError) for row in rows)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zip_with_damaged_content_is_refused_as_damaged(tmp_path: Path, method: str) -> None:
+    text = as_jsonl([{"a": f"{number}²"} for number in range(5000)])
+    content = bytearray(zipped({"a.jsonl": text}, METHODS[method]))
+    middle = len(content) // 2
+    content[middle : middle + 40] = b"\xaa" * 40
+    with pytest.raises(UserError, match="archive is damaged or cut off"):
+        values(write(tmp_path, "a.zip", bytes(content)))
+
+
+def test_fault_of_the_disk_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", read)
+    with pytest.raises(UserError, match="Input/output error"):
+        values(write(tmp_path, "a.zip", zipped({"a.jsonl": as_jsonl(ROWS)})))
 
 
 def test_cut_off_gzip_is_refused_as_damaged(tmp_path: Path) -> None:

@@ -37,6 +37,12 @@ def test_unwanted_answer_is_refused_by_name(label: Any) -> None:
         to_conversation({"prompt": "q", "completion": "a", "label": label}, "alpaca")
 
 
+@pytest.mark.parametrize("key", ["Label", " LABEL", "KTO_tag"])
+def test_label_is_read_in_any_letter_case(key: str) -> None:
+    with pytest.raises(RowError, match=f"^an unwanted answer: `{key}` is false"):
+        to_conversation({"prompt": "q", "completion": "a", key: False}, "alpaca")
+
+
 def test_wanted_answer_and_other_labels_are_read() -> None:
     for label in (True, 0, "no", None, "falsehood"):
         row = {"prompt": "q", "completion": "a", "label": label}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from typing import Any
 
 import pytest
 
-from jetson_ft.data.formats import RowError, read_turns
+from jetson_ft.data.formats import RowError, read_tools, read_turns
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 
@@ -85,8 +86,19 @@ def test_function_calls_in_succession_belong_to_one_message() -> None:
     turn = {"from": "function_call", "value": '{"name": "f"}'}
     assert calls_of(turn, turn) == [call(), call()]
     assert calls_of({"from": "gpt", "value": "I look."}, turn) == [call()]
-    (message,) = turns_of({"from": "gpt", "value": "I look."}, {**turn, "loss": False})
+    text = {"from": "gpt", "value": "I look."}
+    (message,) = turns_of({**text, "loss": False}, {**turn, "loss": False})
     assert (message["content"], message["train"]) == ("I look.", False)
+
+
+def test_call_that_is_marked_otherwise_than_its_text_or_another_call_is_refused() -> None:
+    turn = {"from": "function_call", "value": '{"name": "f"}'}
+    for first in (turn, {"from": "gpt", "value": "I look."}):
+        for marks in ((0, 1), (1, 0), (None, 0), (0, None)):
+            earlier, later = ({**t, "weight": m} for t, m in zip((first, turn), marks, strict=True))
+            with pytest.raises(RowError, match="are marked differently"):
+                turns_of(earlier, later)
+        assert "train" not in turns_of({**first, "weight": 1}, turn)[0]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +115,14 @@ def test_malformed_tool_calls_are_refused_by_name() -> None:
     for value in ("f", [1], [{"function": {}}], 5, {"x": 1}):
         with pytest.raises(RowError, match=r"^`tool_calls` is not a tool call"):
             turns_of({**ASSISTANT, "tool_calls": value})
+
+
+@pytest.mark.parametrize("value", [datetime.date(2020, 1, 1), b"ab"])
+def test_value_of_parquet_that_json_has_not_is_refused_by_name(value: object) -> None:
+    with pytest.raises(RowError, match=r"^`function_call` has a value that JSON has not"):
+        turns_of({**ASSISTANT, "function_call": {"name": "f", "arguments": {"x": value}}})
+    with pytest.raises(RowError, match=r"^`tools` has a value that JSON has not"):
+        read_tools({"tools": [{"name": "f", "x": value}]}, "tools")
 
 
 def test_deeply_nested_call_is_refused() -> None:

@@ -160,6 +160,12 @@ def test_moss_rows_are_read_in_the_order_of_their_turns_without_marks() -> None:
     assert unread == []
 
 
+def test_moss_turn_with_a_very_long_number_is_the_last() -> None:
+    value = moss()
+    value["chat"][f"turn_{'9' * 5000}"] = {"Human": "last", "MOSS": "a"}
+    assert to_conversation(value, "sharegpt").messages[-2]["content"] == "last"
+
+
 def test_moss_commands_are_refused_and_thoughts_reported() -> None:
     value = moss(**{"Inner Thoughts": "<|Inner Thoughts|>: think<eot>"})
     assert to_conversation(value, "sharegpt").unread == ["chat[].Inner Thoughts"]
@@ -369,6 +375,7 @@ def test_row_of_unknown_layout_is_not_detected(value: dict[str, Any]) -> None:
         ({"instruction": 3, "output": "a"}, "`instruction` is not text"),
         ({"instruction": "q", "output": " \n"}, "no answer"),
         ({"instruction": "", "output": "a"}, "no question"),
+        ({"prompt": [{"role": "system", "content": " "}], "completion": "a"}, "no question"),
         ({"instruction": "q", "input": ["x"], "output": "a"}, "`input` is not text"),
         ({"instruction": "q", "output": "a", "system": 1}, "`system` is not text"),
         ({"instruction": "q", "output": "a", "history": "x"}, "`history` is not a list"),

@@ -73,5 +73,15 @@ LLAMA_3 = (
     "{% endif %}{{ '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
+# Today's date, as Llama 3.2's template and SmolLM3's write it.
+DATED = (
+    "  {% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% endif %}"
+    "{% macro today() %}{{ strftime_now('%-d %B %y, %H:%M') }}{% endmacro %}"
+    "{{ date_string + '; ' + today() + '; ' + strftime_now('%Y-%m-%d') + '\\n' }}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 SHOUTING = "{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}"
 STRIKING = "{% for m in messages %}{{ m['content'] | replace('X', '') + eos_token }}{% endfor %}"
