@@ -197,6 +197,20 @@ def test_data_weights_plan_total_steps_and_best_have_their_lines(followed: Follo
     ]  # fmt: skip
 
 
+def test_notice_of_the_rows_is_printed_once(followed: Follow) -> None:
+    notice = Message("3 answers are not trained on")
+    train = {
+        "rows": 9, "tokens": 90, "supervised_tokens": 30, "truncated": 0, "dropped": {},
+        "notices": [notice.as_json()],
+    }  # fmt: skip
+    read = {"sources": [], "heldout": [], "heldout_from": "rows.json", "left_out": 0}
+    printed = followed(
+        events.DataPrepared(sha256="", train=train, heldout=train | {"notices": []}, read=read),
+        events.Warned.of_message(notice),
+    )
+    assert [line for line in printed if str(notice) in line] == [f"warning: {notice}"]
+
+
 def test_power_temperature_and_pauses_are_printed_where_they_are_known(followed: Follow) -> None:
     assert followed(
         events.Sensors(step=1, source="jtop", watts=19.96, temperature=81.6, memory_used=1),
