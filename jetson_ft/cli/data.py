@@ -70,18 +70,25 @@ def print_segment(text: str, trained: bool) -> None:
     show(text, style="bold green" if trained else "dim", end="")
 
 
-def print_rows(rows: dict[str, Any]) -> None:
-    """Print the report of a training run's rows: the source, the rows used, those left out."""
+def print_rows(rows: dict[str, Any], notes: bool = True) -> None:
+    """Print the report of a run's rows: those trained on, then the held-out ones.
+
+    Args:
+        notes: print the notes on the rows; a run has them as warnings too.
+    """
     train, heldout, read = rows["train"], rows["heldout"], rows["read"]
     for part in read["sources"]:
         print_source(part["read"], 5)
     print_parts(read["sources"])
     counts = "{rows:,} rows, {tokens:,} tokens, {supervised_tokens:,} supervised"
     show(f"train on:  {counts.format(**train)}")
-    show(f"held out:  {counts.format(**heldout)} (from {read['heldout_from']})")
     if read["left_out"]:
         show(f"left out:  {read['left_out']:,} that are also in the held-out set")
-    print_cut(train)
+    print_cut(train, notes)
+    for part in read["heldout"]:
+        print_source(part["read"], 5)
+    show(f"held out:  {counts.format(**heldout)} (from {read['heldout_from']})")
+    print_cut(heldout, notes)
 
 
 def print_parts(parts: list[dict[str, Any]]) -> None:
@@ -116,13 +123,13 @@ def print_source(read: dict[str, Any], places: int | None = None) -> None:
         show(f"unusable:  {entry['count']:,} {reason} ({', '.join(listed + more)})")
 
 
-def print_cut(tokens: dict[str, Any]) -> None:
-    """Print how many rows were cut at `max_length`, the rows dropped, and notes on the others."""
+def print_cut(tokens: dict[str, Any], notes: bool = True) -> None:
+    """Print how many rows were cut at `max_length`, the rows dropped, and the notes on the rows."""
     share = tokens["truncated"] / max(1, tokens["rows"])
     show(f"cut:       {tokens['truncated']:,} rows ({share:.1%}) at max_length")
     if tokens.get("split"):
         show(f"split:     {tokens['split']:,} documents, into rows of at most max_length")
     for reason, count in tokens["dropped"].items():
         show(f"dropped:   {count:,} {reason}")
-    for notice in tokens.get("notices", []):
+    for notice in tokens.get("notices", []) if notes else []:
         show(f"note:      {Message.from_json(notice)}")

@@ -80,7 +80,8 @@ class Follower:
                 hosts = ", ".join(dict.fromkeys(event.hosts))
                 show(f"processes: {event.size} on {hosts}; gradients over {event.backend}")
             case events.DataPrepared():
-                print_rows({"train": event.train, "heldout": event.heldout, "read": event.read})
+                rows = {"train": event.train, "heldout": event.heldout, "read": event.read}
+                print_rows(rows, notes=False)  # they follow as warnings
             case events.WeightsLoaded():
                 parts = ", ".join(f"{k} {v / 2**20:,.1f}" for k, v in event.bytes.items() if v)
                 show(f"  {sum(event.bytes.values()) / 2**20:,.1f} MiB: {parts}")

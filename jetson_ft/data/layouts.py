@@ -341,6 +341,18 @@ def detect_layout(row: Row, chosen: Mapping[str, str] = NO_COLUMNS) -> Layout | 
     return next((name for key, name in _EMPTY_LISTS.items() if key in columns.names), None)
 
 
+def has_layout(row: Row, layout: Layout, chosen: Mapping[str, str] = NO_COLUMNS) -> bool:
+    """Return whether the row has the columns of a layout, perhaps beside those of another.
+
+    Args:
+        chosen: names of columns by purpose, as `data.columns` has them.
+    """
+    columns = _Columns(row, chosen)
+    if layout == "text":
+        return isinstance(row.get(columns.find("text", "text") or ""), str)
+    return LAYOUTS[layout][0](columns)
+
+
 def rejected_column(row: Row) -> str:
     """Return the name of the column with the unwanted answer of a preference pair; "" if none."""
     return next(

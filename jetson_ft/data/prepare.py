@@ -12,6 +12,8 @@ import numpy as np
 
 from jetson_ft.data import split, tokenize
 from jetson_ft.data.split import SourcePart
+from jetson_ft.data.tokenize import TokenReport
+from jetson_ft.errors import Message, _
 from jetson_ft.recipe import DataRecipe
 
 if TYPE_CHECKING:
@@ -86,10 +88,30 @@ def prepare_rows(data: DataRecipe, tokenizer: PreTrainedTokenizerBase) -> Prepar
         report={
             "sha256": sha256,
             "train": asdict(train_report),
-            "heldout": asdict(heldout_report),
+            "heldout": {**asdict(heldout_report), "notices": _heldout_notices(heldout_report)},
             "read": asdict(info),
         },
     )
+
+
+def _heldout_notices(report: TokenReport) -> list[dict[str, Any]]:
+    """Return the notices of held-out rows, which name them so, and those on rows dropped.
+
+    The comparison, and the choice of the best checkpoint, depend on the rows that are left.
+    """
+    rows = report.rows + sum(report.dropped.values())
+    messages = [
+        Message(
+            _("{count} of {rows} held-out rows are not used: {reason}."),
+            {"count": count, "rows": rows, "reason": Message(reason)},
+        )
+        for reason, count in report.dropped.items()
+        if reason != tokenize.REFUSED  # these have a notice, with their places
+    ]
+    for notice in report.notices:
+        values = {"notice": Message.from_json(notice)}
+        messages.append(Message(_("Held-out rows: {notice}"), values))
+    return [message.as_json() for message in messages]
 
 
 def _sha256_of(values: list[Any]) -> str:

@@ -76,16 +76,20 @@ def columns_of(source: Source, encoding: str, columns: Mapping[str, str]) -> Map
 
 
 def heldout_settings(source: Source, data: DataRecipe) -> tuple[str, Mapping[str, str]]:
-    """Return the layout and the columns for held-out rows, whose layout is detected.
+    """Return the layout and the columns for held-out rows.
 
-    Where the training rows are set to be text, those of no known layout are too.
+    The layout is `data.format` where most of the first rows have that; else it is detected. Where
+    the training rows are set to be text, rows of no known layout are text too.
     """
     columns = columns_of(source, "auto", data.columns.chosen())
-    if data.format != "text":
+    if data.format == "auto":
         return "auto", columns
     first_rows = _first_rows(source, "auto")
+    matching = sum(layouts.has_layout(row, data.format, columns) for row in first_rows)
+    if 2 * matching > len(first_rows):
+        return data.format, columns
     is_known = any(layouts.detect_layout(row, columns) for row in first_rows)
-    return "auto" if is_known else "text", columns
+    return "text" if data.format == "text" and not is_known else "auto", columns
 
 
 def hashes(rows: datasets.Dataset) -> Any:

@@ -33,7 +33,7 @@ _COUNTS = (
 )  # fmt: skip
 _COLUMNS = ("row", "input_ids", "segments", *_COUNTS, "dropped")
 _REASONS = {"long": _("longer than max_length"), "no answer": _("no answer within max_length")}
-_REFUSED = _("refused by the chat template")
+REFUSED = _("refused by the chat template")
 _BATCH_ROWS = 16  # encoded before they are written; a document can be long
 _MAX_PLACES = 20  # named of the rows that are refused for one reason
 
@@ -267,7 +267,7 @@ def _report(
     kept = reasons == ""
     is_encoded = column["full_length"] > 0
     full, length = column["full_length"][is_encoded], column["length"]
-    dropped = Counter(_REASONS.get(reason, _REFUSED) for reason in reasons if reason)
+    dropped = Counter(_REASONS.get(reason, REFUSED) for reason in reasons if reason)
     percentiles = {f"p{share}": int(np.percentile(full, share)) for share in (50, 90, 99)}
     context, systems, control = (
         column[name][kept] for name in ("context_answers", "system_dropped", "control_texts")

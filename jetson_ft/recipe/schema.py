@@ -106,8 +106,8 @@ class DataRecipe(_Section):
         "bundled",
         description=_(
             "Rows to train on: `bundled` or `bundled-short` (Chinese rows with long or short "
-            "answers), a file, or a Hub data set id (`owner/name`). Or a list of these, each a name "
-            "or a mapping of `source` and `share` (0.5: half of its rows) or `rows` (at most)."
+            "answers), a file, or a Hub data set id (`owner/name`). Or a list of these, each a "
+            "name or a mapping of `source` and `share` (0.5: half of its rows) or `rows` (at most)."
         ),
     )
     heldout: Count | Text = Field(

@@ -26,6 +26,7 @@ CURVES: dict[type[Event], tuple[str, ...]] = {
     events.Sensors: ("watts", "temperature"),
 }
 COOLING = "cooling"
+_MAX_WARNINGS = 20  # kept of an attempt, the first ones
 _CHUNK_BYTES = 1 << 22
 _TAIL_BYTES = 1 << 18  # some hundreds of events
 
@@ -65,6 +66,8 @@ class RunProgress:
 
     curves: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
     phase: str = ""  # started and not ended; `COOLING` while training pauses to cool
+    attempt: int = 0  # of the newest event
+    warnings: list[events.Warned] = field(default_factory=list)  # of the attempt, distinct
     offset: int = 0  # bytes of the events that are read
     _last: dict[type[Event], Event] = field(default_factory=dict)
 
@@ -76,11 +79,18 @@ class RunProgress:
     def update(self, event: Event) -> None:
         """Take in the next event."""
         self._last[type(event)] = event
+        if event.attempt != self.attempt:
+            self.attempt = event.attempt
+            self.warnings.clear()
         if isinstance(event, events.PhaseStarted | events.PhaseEnded):
             self.phase = event.name if isinstance(event, events.PhaseStarted) else ""
             self._last.pop(events.Download, None)
         elif isinstance(event, events.Paused | events.PauseEnded):
             self.phase = COOLING if isinstance(event, events.Paused) else "training"
+        elif isinstance(event, events.Warned):
+            is_new = event.message not in [warned.message for warned in self.warnings]
+            if is_new and len(self.warnings) < _MAX_WARNINGS:
+                self.warnings.append(event)
         step = getattr(event, "step", None)
         if isinstance(step, int):
             for name in CURVES.get(type(event), ()):

@@ -91,7 +91,7 @@ class Pipeline:
             rows = self._prepare_rows(base)
             self._assert_same_on_all_ranks(weights, base, rows)
             emit(events.DataPrepared(**rows.report))
-            for notice in rows.report["train"]["notices"]:
+            for notice in rows.report["train"]["notices"] + rows.report["heldout"]["notices"]:
                 emit(events.Warned.of_message(Message.from_json(notice)))
             if warning := positions.check_longest_row(base, rows.longest):
                 emit(events.Warned.of_message(warning))

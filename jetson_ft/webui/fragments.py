@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import UserError, _
-from jetson_ft.events import Evaluated, Step, Warned
+from jetson_ft.events import Evaluated, Step
 from jetson_ft.files import read_json
 from jetson_ft.runs import monitor, store
 from jetson_ft.runs.monitor import RunMonitor, RunProgress, RunSummary
@@ -118,9 +118,11 @@ class Fragments:
         run = runs[0]
         progresses = [self._monitor.progress(each) for each in runs]
         last = progresses[0].last
+        is_current = progresses[0].attempt == summary.state.attempt
+        warnings = progresses[0].warnings if is_current else []
         return render(
             "run.jinja", t, LIVE=LIVE_STATES, STATES=_STATES,
-            run=summary, step=last(Step), evaluated=last(Evaluated), warned=last(Warned),
+            run=summary, step=last(Step), evaluated=last(Evaluated), warnings=warnings,
             names=[self._summary(other).title for other in runs[1:]],
             phase=_PHASES.get(summary.phase, summary.phase),
             losses=_loss_chart(progresses), charts=_charts(progresses), figures=_figures(run),

@@ -147,20 +147,27 @@ def test_data_weights_plan_total_steps_and_best_have_their_lines(followed: Follo
     }  # fmt: skip
     read = {
         "sources": [{"name": "rows.json", "read": source}],
-        "heldout_from": "the last 60 rows", "left_out": 1,
+        "heldout_from": "held.json", "left_out": 1,
+        "heldout": [{"name": "held.json", "read": source | {
+            "files": [{"path": "held.json"}], "layout": "messages", "unread": {"id": 60},
+            "dropped": {"no answer": {"count": 1, "where": ["row 7"]}},
+        }}],
     }  # fmt: skip
     train = {
         "rows": 1190, "tokens": 50000, "supervised_tokens": 20000, "truncated": 4,
         "dropped": {"longer than max_length": 2},
     }  # fmt: skip
-    heldout = train | {"rows": 60, "tokens": 3000}
+    heldout = train | {
+        "rows": 60, "tokens": 3000, "truncated": 0,
+        "dropped": {"no answer within max_length": 9},
+    }  # fmt: skip
     parts = {"embedding": 2**20, "head": 0, "linear": 3 * 2**20}
     assert followed(
         events.DataPrepared(sha256="", train=train, heldout=heldout, read=read),
         events.WeightsLoaded(bytes=parts, fused={}),
         events.Planned(
             steps_at_most=300, micro_batch_tokens=0, checkpointing=True, shards=1, parts={},
-            peak_memory_bytes=3 * 2**30, seconds=90.0, other_seconds=10.0, packing=False,
+            peak_memory_bytes=3 * 2**30, seconds=90.0, other_seconds=20.0, packing=False,
         ),
         events.TotalSteps(step=5, total_steps=40, seconds_left=120.0),
         events.BestSelected(step=30, heldout_loss=2.0),
@@ -170,17 +177,38 @@ def test_data_weights_plan_total_steps_and_best_have_their_lines(followed: Follo
         "rows:      1,200 read, 1,195 usable, 3 duplicates",
         "unusable:  2 empty answer (row 4, row 9)",
         "train on:  1,190 rows, 50,000 tokens, 20,000 supervised",
-        "held out:  60 rows, 3,000 tokens, 20,000 supervised (from the last 60 rows)",
         "left out:  1 that are also in the held-out set",
         "cut:       4 rows (0.3%) at max_length",
         "dropped:   2 longer than max_length",
+        "file:      held.json",
+        "format:    json, messages, utf-8",
+        "rows:      1,200 read, 1,195 usable, 3 duplicates",
+        "not read:  id (60)",
+        "unusable:  1 no answer (row 7)",
+        "held out:  60 rows, 3,000 tokens, 20,000 supervised (from held.json)",
+        "cut:       0 rows (0.0%) at max_length",
+        "dropped:   9 no answer within max_length",
         "  4.0 MiB: embedding 1.0, linear 3.0",
         "plan: at most 300 steps; micro-batches of one row, recomputing activations",
         "  predicted: 3.00 GiB at most, 1 min 30 s of training and measuring, "
-        "10 s of loading and comparing",
+        "20 s of loading and comparing",
         "  timed: 40 steps fit, 2 min 00 s left",
         "  the adapter is taken from step 30, the best on held-out rows",
     ]  # fmt: skip
+
+
+def test_notice_of_the_rows_is_printed_once(followed: Follow) -> None:
+    notice = Message("3 answers are not trained on")
+    train = {
+        "rows": 9, "tokens": 90, "supervised_tokens": 30, "truncated": 0, "dropped": {},
+        "notices": [notice.as_json()],
+    }  # fmt: skip
+    read = {"sources": [], "heldout": [], "heldout_from": "rows.json", "left_out": 0}
+    printed = followed(
+        events.DataPrepared(sha256="", train=train, heldout=train | {"notices": []}, read=read),
+        events.Warned.of_message(notice),
+    )
+    assert [line for line in printed if str(notice) in line] == [f"warning: {notice}"]
 
 
 def test_power_temperature_and_pauses_are_printed_where_they_are_known(followed: Follow) -> None:

@@ -9,9 +9,9 @@ import pytest
 from row_files import as_jsonl, write
 
 from jetson_ft.data import store
-from jetson_ft.data.prepare import prepare_rows
+from jetson_ft.data.prepare import PreparedRows, prepare_rows
 from jetson_ft.data.templates import TEMPLATES
-from jetson_ft.errors import UserError
+from jetson_ft.errors import Message, UserError
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import load_tokenizer
 from jetson_ft.recipe import DataRecipe
@@ -37,6 +37,40 @@ def test_heldout_messages_are_those_of_the_heldout_tokens(tmp_path: Path, tokeni
     assert rows.heldout["row"][:] == rows.heldout_messages["row"][:] == [4]
     assert rows.heldout_characters == 1
     assert rows.report["heldout"]["dropped"] == {"no answer within max_length": 1}
+
+
+def notices_of(rows: PreparedRows, part: str) -> list[str]:
+    return [str(Message.from_json(notice)) for notice in rows.report[part]["notices"]]
+
+
+def test_heldout_rows_without_an_answer_within_max_length_have_a_notice(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    data = DataRecipe(train=rows_file(tmp_path, "a.jsonl"), heldout=2, max_length=100)
+    rows = prepare_rows(data, tokenizer)
+    assert notices_of(rows, "train") == []
+    assert notices_of(rows, "heldout") == [
+        "1 of 2 held-out rows are not used: no answer within max_length."
+    ]
+
+
+def test_heldout_rows_refused_by_the_template_have_one_notice_that_names_them(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    template = tmp_path / "refusing.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('never') }}{% endif %}"
+        "{{ m.role + '> ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant> ' }}{% endif %}"
+    )
+    rows = [{"question": q, "answer": "a"} for q in ("q", "p", "no", "o")]
+    train = str(write(tmp_path, "rows.jsonl", as_jsonl(rows)))
+    data = DataRecipe(train=train, heldout=2, on_invalid="skip", chat_template=str(template))
+    tokenizer = load_tokenizer(BaseModelFiles("tiny", tiny_llama), str(template))
+    prepared = prepare_rows(data, tokenizer)
+    assert notices_of(prepared, "train") == []
+    (notice,) = notices_of(prepared, "heldout")
+    assert notice.startswith("Held-out rows: refused: 1 (row 3): ") and "never" in notice
 
 
 def test_sha256_is_the_same_for_equal_content_and_settings(tmp_path: Path, tokenizer: Any) -> None:

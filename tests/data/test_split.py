@@ -86,6 +86,28 @@ def test_heldout_file_has_its_own_detection(tmp_path: Path) -> None:
     assert info.heldout_from == str(tmp_path / "h.json")
 
 
+@pytest.mark.parametrize(
+    ("layout", "answer"),
+    [("alpaca", "答案9"), ("messages", "m9"), ("sharegpt", "s9"), ("text", "t9"), ("auto", "m9")],
+)
+def test_heldout_rows_of_several_layouts_have_that_of_the_training_rows(
+    tmp_path: Path, layout: str, answer: str
+) -> None:
+    def several(number: int) -> dict[str, Any]:
+        texts = [f"m{number}", f"s{number}"]
+        messages, turns = (
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+            for text in texts
+        )
+        return row(number, messages=messages, conversations=turns, text=f"t{number}")
+
+    data = source(tmp_path, [several(1)])
+    heldout = source(tmp_path, [several(9)], "heldout.jsonl")
+    _train, held, info = split(data, heldout.name, format=layout)
+    assert answers(held) == [answer]
+    assert info.heldout[0].read.layout == info.sources[0].read.layout
+
+
 def test_bundled_rows_have_their_own_heldout_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_folders import evaluated_event, step_event
 
-from jetson_ft.events import PhaseStarted
+from jetson_ft.errors import Message
+from jetson_ft.events import PhaseStarted, Warned
 from jetson_ft.runs import manager, monitor
 from jetson_ft.runs.monitor import Curve, RunMonitor
 from jetson_ft.runs.store import EventLog, Run
@@ -78,6 +79,21 @@ def test_steps_of_a_later_attempt_replace_the_old_ones(run: Run) -> None:
         for number, loss in losses.items():
             log.emit(step_event(number, loss=loss))
     assert watcher.progress(run).curves["loss"].points() == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
+def test_distinct_warnings_of_the_newest_attempt_are_kept_up_to_a_limit(run: Run) -> None:
+    watcher = RunMonitor()
+
+    def warn(attempt: int, *texts: str) -> list[str]:
+        for text in texts:
+            EventLog(run, attempt).emit(Warned.of_message(Message(text)))
+        return [warned.message for warned in watcher.progress(run).warnings]
+
+    assert warn(1, "a", "b", "a") == ["a", "b"]
+    EventLog(run, 2).emit(PhaseStarted(name="data"))
+    assert watcher.progress(run).warnings == []
+    assert warn(2, "b", "c") == ["b", "c"]
+    assert len(warn(2, *map(str, range(100)))) == 20
 
 
 def test_new_run_of_the_same_name_is_read_from_its_start(run: Run) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from run_folders import evaluated_event, step_event
 
-from jetson_ft.events import Event, PauseEnded, Sensors, Step
+from jetson_ft.errors import Message
+from jetson_ft.events import Event, PauseEnded, Sensors, Step, Warned
 from jetson_ft.i18n import duration
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
@@ -24,7 +25,7 @@ from jetson_ft.training.state import TrainState
 # The keys of report.json (docs/run-directory.md).
 TOP = {
     "schema", "recipe_sha256", "model", "versions", "precision", "data_sha256", "seed",
-    "generation", "device", "train", "plan", "eval", "data", "sensors",
+    "generation", "device", "train", "plan", "eval", "data", "sensors", "warnings",
 }  # fmt: skip
 TRAIN = {
     "steps", "seconds", "rows", "tokens", "supervised_tokens", "tokens_per_second",
@@ -93,6 +94,32 @@ def test_final_loss_is_the_mean_of_the_last_tenth(
         **{key: made[key] for key in COPIED},
     )
     assert report["train"]["final_loss"] == expected
+
+
+def test_distinct_warnings_of_all_attempts_are_in_json_text_and_page(
+    made: dict[str, Any], tmp_path: Path
+) -> None:
+    run = store.create_run(Recipe(output_dir=str(tmp_path)), "warned")
+    uncovered = Message("{share:.0%} of the weights are not covered", {"share": 0.25})
+    damaged = Message("{path} is damaged", {"path": "step-4"})
+    for attempt, messages in ((1, [uncovered]), (2, [uncovered, damaged])):
+        for message in messages:
+            EventLog(run, attempt).emit(Warned.of_message(message))
+    report = summary.build_report(
+        run,
+        Plan(micro_batch_tokens=0, checkpointing=False),
+        TrainState(),
+        exported_step=0,
+        **{key: made[key] for key in COPIED},
+    )
+    assert [warning["message"] for warning in report["warnings"]] == [
+        "25% of the weights are not covered", "step-4 is damaged",
+    ]  # fmt: skip
+    text = summary.render_markdown("demo", report)
+    page = Page(summary.render_html("demo", report, []))
+    for warning in report["warnings"]:
+        assert text.count(warning["message"]) == 1
+        assert page.text.count(warning["message"]) == 2  # in each language
 
 
 def test_sources_are_listed_in_text_and_page_where_there_are_several(made: dict[str, Any]) -> None:

@@ -64,16 +64,19 @@ def test_a_language_without_catalogue_becomes_english(language: str) -> None:
 
 
 @pytest.mark.parametrize("warning", [Message("<{limit}> positions", {"limit": 64}), None])
-def test_warning_of_a_dry_run_is_shown(warning: Message | None) -> None:
+def test_warning_and_notices_of_a_dry_run_are_shown(warning: Message | None) -> None:
+    notice = Message("{count} rows <gone>", {"count": 9}).as_json()
     shown: dict[str, Any] = messages_as_json(warning=warning) if warning else {"warning": None}
     result = {
-        "rows": {"train": {"rows": 9}, "heldout": {"rows": 1}, "read": {"sources": []}},
+        "rows": {"train": {"rows": 9, "notices": []}, "heldout": {"rows": 1, "notices": [notice]},
+                 "read": {"sources": []}},
         "tokens": 90, "steps": 3,
         "forecast": {"plan": None, "memory_bytes": 2**30, "least_memory_bytes": 2**20,
                      "would_fit": []},
     }  # fmt: skip
     html = render("plan.jinja", Locale("zh_CN"), **result, **shown)
     assert ("⚠ &lt;64&gt; positions" in html) is bool(warning)
+    assert "⚠ 9 rows &lt;gone&gt;" in html
 
 
 def test_report_without_a_comparison_is_linked(tmp_path: Path) -> None:

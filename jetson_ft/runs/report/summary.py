@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jetson_ft import __version__
 from jetson_ft.errors import Message, _
-from jetson_ft.events import Evaluated, Event, PauseEnded, Sensors, Step
+from jetson_ft.events import Evaluated, Event, PauseEnded, Sensors, Step, Warned
 from jetson_ft.files import write_atomic, write_json
 from jetson_ft.i18n import duration, languages, translator
 from jetson_ft.runs.report import chart
@@ -77,6 +77,7 @@ def build_report(
     steps = [event for event in events if isinstance(event, Step)]
     losses = [step.loss for step in steps if step.loss is not None]
     last = losses[-max(1, round(len(losses) / 10)) :]
+    warnings = {event.message: event.text for event in events if isinstance(event, Warned)}
     return {
         "schema": SCHEMA,
         "recipe_sha256": recipe.sha256(),
@@ -99,6 +100,7 @@ def build_report(
             "final_loss": sum(last) / len(last) if last else None,
         },
         "sensors": summarize_sensors(events),
+        "warnings": [{"message": message, "text": text} for message, text in warnings.items()],
     }
 
 
@@ -152,11 +154,8 @@ def sensor_warnings(sensors: dict[str, Any] | None) -> list[Message]:
 
 
 def _warnings(report: dict[str, Any]) -> list[Message]:
-    notices = map(Message.from_json, report["data"]["train"].get("notices", []))
-    warnings = [*sensor_warnings(report["sensors"]), *notices]
-    if not report["eval"]:
-        warnings.append(Message.from_json(report["messages"]["comparison_error"]))
-    return warnings
+    emitted = [Message.from_json(warning["text"]) for warning in report["warnings"]]
+    return [*sensor_warnings(report["sensors"]), *emitted]
 
 
 def _is_text(report: dict[str, Any]) -> bool:
