@@ -59,7 +59,7 @@ def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
     if folder.is_dir():
         base = BaseModelFiles(name, folder.resolve(), _single_gguf(folder))
     elif folder.is_file() and folder.suffix == ".gguf":
-        base = BaseModelFiles(name, folder.resolve().parent, folder.name)
+        base = BaseModelFiles(name, folder.parent.resolve(), folder.name)
     elif hub.REPO_ID.fullmatch(name) and not folder.exists():
         base = BaseModelFiles(name, _download(name, weights))
     else:

@@ -14,6 +14,7 @@ from jetson_ft import hub
 from jetson_ft.errors import UserError
 from jetson_ft.models import embedded
 from jetson_ft.models.files import BaseModelFiles, resolve_model
+from jetson_ft.models.loading import load_tokenizer
 
 
 @pytest.fixture
@@ -55,6 +56,20 @@ def test_a_single_gguf_file_is_used(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     assert resolve_model(str(tmp_path)) == BaseModelFiles(str(tmp_path), tmp_path, "tiny.gguf")
     assert resolve_model(str(file)) == BaseModelFiles(str(file), tmp_path, "tiny.gguf")
+
+
+def test_a_link_to_a_gguf_file_is_used_by_its_own_name(tmp_path: Path) -> None:
+    # The Hub's client keeps files in `blobs`, named by their hashes, and links in `snapshots`.
+    for folder in ("blobs", "snapshots"):
+        (tmp_path / folder).mkdir()
+    blob = write_gguf(tmp_path / "blobs" / "0123abcd")
+    link = tmp_path / "snapshots" / "tiny.gguf"
+    link.symlink_to("../blobs/0123abcd")
+    base = resolve_model(str(link))
+    assert base == BaseModelFiles(str(link), link.parent, "tiny.gguf")
+    (tmp_path / "tiny.gguf").write_bytes(blob.read_bytes())
+    assert base.fingerprint() == BaseModelFiles("x", tmp_path, "tiny.gguf").fingerprint()
+    assert load_tokenizer(base).eos_token == "<|im_end|>"
 
 
 def test_several_gguf_files_are_refused_with_their_names(tmp_path: Path) -> None:
