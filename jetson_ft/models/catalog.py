@@ -16,7 +16,7 @@ from typing import Any
 from jetson_ft.errors import UserError, _
 from jetson_ft.models import loading
 from jetson_ft.models.dims import LinearGroup, ModelDims, ModuleGroup, ModuleKind, dims_from_config
-from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.files import BaseModelFiles, is_hub_id
 
 # What transformers calls the classes of an architecture's layers, by `model_type`.
 _CLASS_PREFIXES = {
@@ -153,14 +153,19 @@ MODELS = {
 }  # fmt: skip
 
 
+def known_dims(name: str) -> ModelDims | None:
+    """Return the dimensions of a known model; None for others, and for a local path of its name."""
+    return KNOWN_DIMS.get(name) if name == "embedded" or is_hub_id(name) else None
+
+
 def model_dims(base: BaseModelFiles) -> ModelDims:
     """Return the dimensions of a model on disk; no weights are read.
 
     Raises:
         UserError: the config can't be read, or is not of a causal language model.
     """
-    if base.name in KNOWN_DIMS:
-        return KNOWN_DIMS[base.name]
+    if dims := known_dims(base.name):
+        return dims
     config = loading.load_config(base)
     try:
         return dims_from_config(config)

@@ -60,7 +60,7 @@ def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
         base = BaseModelFiles(name, folder.resolve(), _single_gguf(folder))
     elif folder.is_file() and folder.suffix == ".gguf":
         base = BaseModelFiles(name, folder.parent.resolve(), folder.name)
-    elif hub.REPO_ID.fullmatch(name) and not folder.exists():
+    elif is_hub_id(name):
         base = BaseModelFiles(name, _download(name, weights))
     else:
         raise UserError(
@@ -83,6 +83,11 @@ def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
     if weights:
         _require_weights(base)
     return base
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name means a repository on the Hub; a local path takes precedence."""
+    return hub.REPO_ID.fullmatch(name) is not None and not expand_user(name).exists()
 
 
 def is_base_model(name: str) -> bool:

@@ -129,11 +129,12 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     Of a model in the catalog nothing is downloaded. Lengths are estimated for rows that have
     built-in lengths for another tokenizer, and where the model's tokenizer is not on this machine.
     """
-    data, dims = recipe.data, catalog.KNOWN_DIMS.get(recipe.model)
+    data, dims = recipe.data, catalog.known_dims(recipe.model)
     # Of several sources no lengths are known: they are read.
     train = data.train if isinstance(data.train, str) else ""
-    known, base = lengths.KNOWN_LENGTHS.get((train, recipe.model)), None
+    known = base = None
     if dims:
+        known = lengths.KNOWN_LENGTHS.get((train, recipe.model))
         model_source = f"model: built-in dimensions of {recipe.model}; no file was read"
     else:
         base = _files_of_unknown_model(recipe.model)
@@ -189,7 +190,7 @@ def _files_of_unknown_model(model: str) -> BaseModelFiles:
     try:
         return files.resolve_model(model, weights=False)
     except UserError as error:
-        if error.__cause__ is not None and hub.REPO_ID.fullmatch(model):  # of the Hub's client
+        if error.__cause__ is not None and files.is_hub_id(model):  # of the Hub's client
             base = _files_here(model)
             if base and (base.folder / "config.json").is_file():
                 return base

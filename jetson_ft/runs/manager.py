@@ -72,7 +72,7 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.model == "embedded":
         dims = catalog.KNOWN_DIMS[recipe.model]
     else:
-        base = files.resolve_model(recipe.model, weights=expand_user(recipe.model).exists())
+        base = files.resolve_model(recipe.model, weights=not files.is_hub_id(recipe.model))
         dims = catalog.model_dims(base)
     check_target_modules(dims, recipe.lora.target_modules)
     data = recipe.data

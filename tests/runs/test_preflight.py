@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,16 @@ def test_a_model_that_cannot_be_trained_is_refused(
     with pytest.raises(UserError, match=words):
         launch(unusable, "x")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_named_like_a_known_model_is_checked_by_its_own_config(
+    tiny_model_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model_of("Qwen/Qwen3-0.6B"), tmp_path / "microsoft" / "phi-1_5")
+    monkeypatch.chdir(tmp_path)
+    named = recipe(model="microsoft/phi-1_5")
+    named.lora.target_modules = ["o_proj"]  # Phi-1.5 has `dense`
+    check_recipe(named)
 
 
 @pytest.mark.parametrize("model", ["embedded", "folder"])
