@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,9 +21,6 @@ from jetson_ft.recipe import Recipe
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
-
 
 _PACKED_OUTPUTS = 32  # of bitsandbytes' nf4 layers on a CPU with AVX512-BF16
 
@@ -67,7 +63,6 @@ def load_tokenizer(
     Raises:
         UserError: it is missing or damaged, or has no end token; or the template is.
     """
-    from jinja2 import TemplateSyntaxError
     from transformers import AutoTokenizer
 
     try:
@@ -86,14 +81,6 @@ def load_tokenizer(
         has_start = start is not None and tokenizer("a")["input_ids"][0] == start
         prefix = "{{ bos_token }}" if has_start and name in TEMPLATES else ""
         tokenizer.chat_template = prefix + read_template(name)
-    if chat_template:
-        try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-        except TemplateSyntaxError as error:
-            what = _("The chat template is not valid Jinja: line {line}: {error}")
-            raise UserError(what, chat_template, line=error.lineno, error=error.message) from error
-        except Exception:  # it may need other messages; rows that it refuses are reported
-            logger.debug("the chat template refuses a single question", exc_info=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

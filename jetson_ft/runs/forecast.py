@@ -19,6 +19,7 @@ from jetson_ft.data.chat_template import CONTEXT, encode
 from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.lengths import LengthHistogram
 from jetson_ft.data.prepare import count_tokens, prepare_rows
+from jetson_ft.data.templates import read_template
 from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device
@@ -141,6 +142,8 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
         dims = catalog.model_dims(base)
         model_source = f"model: config of {recipe.model}; no weights were read"
     check_target_modules(dims, recipe.lora.target_modules)
+    if data.chat_template:
+        read_template(data.chat_template)  # also where no row is rendered
     if known:
         source = f"built-in lengths of {train}, {known.rows:,} rows; no file was read"
         return _workload(recipe, dims, known), [model_source, f"rows: {source}"]

@@ -76,6 +76,18 @@ def test_wrong_target_module_is_refused_before_planning(
         forecast_recipe(recipe, board)
 
 
+@pytest.mark.parametrize("model", ["microsoft/phi-1_5", "folder"])
+def test_wrong_chat_template_is_refused_before_planning(
+    model: str, rows_file: Path, tiny_phi: Path
+) -> None:
+    recipe = load_recipe("phi-1_5-zh", ["data.chat_template=gone.jinja"])
+    if model == "folder":
+        recipe.model, recipe.data.train = str(tiny_phi), str(rows_file)
+    with pytest.raises(UserError, match="Chat template not found") as refusal:
+        forecast_recipe(recipe, "orin-nx-16gb")
+    assert "Planned without their file" not in str(refusal.value.fix)
+
+
 def test_tokenizer_larger_than_the_embedding_is_refused(
     rows_file: Path, tiny_phi: Path, tmp_path: Path
 ) -> None:

@@ -149,6 +149,20 @@ def test_a_data_set_on_a_hub_out_of_reach_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "words"), [(None, "Chat template not found"), ("{{ m }", "not valid Jinja: line 1")]
+)
+def test_a_wrong_chat_template_is_refused(content: str | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jinja"
+    if content:
+        file.write_text(content)
+    unusable = recipe(chat_template=str(file))
+    unusable.output_dir = str(tmp_path / "runs")
+    with pytest.raises(UserError, match=words):
+        launch(unusable, "x")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"model_type": "t5"}, "t5 is an encoder-decoder"),
