@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.data.templates import TEMPLATES, read_template
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+MERGE_ADAPTER = _("Merge the adapter with the program that enlarged the vocabulary.")
 _PACKED_OUTPUTS = 32  # of bitsandbytes' nf4 layers on a CPU with AVX512-BF16
 
 
@@ -186,7 +188,11 @@ def _flat_forward(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
 
 
 def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, rows: int, base: BaseModelFiles, largest_id: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    base: BaseModelFiles,
+    adapter: Path | None = None,
+    texts: Iterable[Iterable[int]] = (),
 ) -> None:
     """Check that the embedding, of `rows` rows, has one for each token that any text can have.
 
@@ -194,21 +200,25 @@ def check_vocabulary(
     one: Gemma 3's tokenizer has a token for images, also beside models without it.
 
     Args:
-        largest_id: of the tokens of the rows, if they are known.
+        adapter: the folder of the adapter that the tokenizer or its template is from.
+        texts: token ids of texts that the model will read.
 
     Raises:
         UserError: it has not.
     """
-    ids = [tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id, largest_id]
+    ids = [tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id]
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     with suppress(Exception):  # faults of a template have a message of their own
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(tokenizer) > rows:  # else no text has such a token
+        ids += [max(text, default=0) for text in texts]
     if max(ids) >= rows:
+        fix = _("Download tokenizer and weights again, from one place.")
         raise UserError(
             _("The tokenizer has {tokens:,} tokens, but the model's embedding only {rows:,} rows."),
-            str(base.folder),
-            _("Download tokenizer and weights again, from one place."),
+            str(adapter or base.folder),
+            MERGE_ADAPTER if adapter else fix,
             tokens=max(len(tokenizer), max(ids) + 1),
             rows=rows,
         )
