@@ -10,7 +10,7 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors, read_json, write_json
 from jetson_ft.models import loading
 from jetson_ft.models.dims import ModelDims, starred
-from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.files import BaseModelFiles, has_tokenizer
 from jetson_ft.models.layers import linear_layers
 from jetson_ft.recipe import LoraRecipe
 
@@ -236,8 +236,7 @@ def load_tokenizer(base: BaseModelFiles, folder: Path) -> Any:
     """
     own_template = folder / "chat_template.jinja"
     settings = folder / "tokenizer_config.json"
-    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if not settings.is_file() or not any((folder / name).is_file() for name in vocabularies):
+    if not settings.is_file() or not has_tokenizer(folder):
         template = str(own_template) if own_template.is_file() else None
         return loading.load_tokenizer(base, template)
     tokenizer = loading.load_tokenizer(BaseModelFiles(base.name, folder))

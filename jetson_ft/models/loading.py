@@ -16,7 +16,7 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.files import read_json
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import fast_import
-from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.files import BaseModelFiles, has_architecture
 from jetson_ft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -95,7 +95,6 @@ def load_config(base: BaseModelFiles) -> PretrainedConfig:
         UserError: it is missing, damaged, or of an architecture that transformers doesn't have.
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     try:
         return transformers.AutoConfig.from_pretrained(**_source(base))
@@ -103,7 +102,7 @@ def load_config(base: BaseModelFiles) -> PretrainedConfig:
         path = base.folder / "config.json"
         config = read_json(path) if path.is_file() and not base.gguf_file else {}
         model_type = config.get("model_type") if isinstance(config, dict) else None
-        if model_type and model_type not in CONFIG_MAPPING_NAMES:
+        if model_type and not has_architecture(model_type):
             raise UserError(
                 _("The model can't be loaded: transformers {version} has no architecture {name}."),
                 str(base.folder),

@@ -150,7 +150,7 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     scaled = _scaled_lengths(train, dims.vocabulary)
     if base is None and (train == "bundled" or not scaled):
         base = _files_here(recipe.model)
-    has_tokenizer = base is not None and _has_tokenizer(base)
+    has_tokenizer = base and (base.gguf_file or files.has_tokenizer(base.folder))
     # A known data set on the Hub is large: it is neither downloaded nor tokenized for a prediction.
     if scaled and not (has_tokenizer and train == "bundled"):
         source = f"built-in lengths of {train} for another tokenizer, converted"
@@ -202,11 +202,6 @@ def _files_of_unknown_model(model: str) -> BaseModelFiles:
         if near := catalog.nearest_name(model):
             fixes.insert(0, Message(_("Did you mean `{near}`?"), {"near": near}))
         raise UserError(error.what, error.where, joined(fixes, " ")) from error
-
-
-def _has_tokenizer(base: BaseModelFiles) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    return bool(base.gguf_file) or any((base.folder / name).is_file() for name in names)
 
 
 def _scaled_lengths(train: str, vocabulary: int) -> LengthHistogram | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tiny_gguf import write_gguf
 from jetson_ft import hub
 from jetson_ft.errors import UserError
 from jetson_ft.models import embedded
-from jetson_ft.models.files import BaseModelFiles, resolve_model
+from jetson_ft.models.files import BaseModelFiles, has_tokenizer, resolve_model
 from jetson_ft.models.loading import load_tokenizer
 
 
@@ -193,6 +194,28 @@ def test_a_hub_id_without_safetensors_is_refused_before_a_download(
         resolve_model("owner/name")
     assert str(caught.value.where) == "owner/name"
     assert fake.fetched == []
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("tokenizer.json", True),
+        ("tokenizer.model", True),
+        ("spiece.model", True),
+        ("vocab.json", True),
+        ("vocab.txt", True),
+        ("tokenizer_config.json", False),
+        ("merges.txt", False),
+    ],
+)
+def test_each_file_of_a_tokenizer_is_recognized_and_downloaded(
+    tiny_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, expected: bool
+) -> None:
+    (tmp_path / file).touch()
+    assert has_tokenizer(tmp_path) == expected
+    fake = offer(monkeypatch, tiny_phi, "config.json")
+    resolve_model("owner/name", weights=False)
+    assert any(fnmatch(file, pattern) for pattern in fake.fetched)
 
 
 # Fingerprints
