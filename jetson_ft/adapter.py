@@ -10,7 +10,7 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors, read_json, write_json
 from jetson_ft.models import loading
 from jetson_ft.models.dims import ModelDims, starred
-from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.files import BaseModelFiles, has_tokenizer
 from jetson_ft.models.layers import linear_layers
 from jetson_ft.recipe import LoraRecipe
 
@@ -144,9 +144,10 @@ def load_adapter(model: Any, base: BaseModelFiles, folder: Path) -> PeftModel:
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    read_adapter_config(folder)
+    config = read_adapter_config(folder)
     _check_base(base, folder)
     try:
+        _check_trained_tokens(model, base, folder, config)
         return PeftModel.from_pretrained(model, folder).eval()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
@@ -171,6 +172,35 @@ def _check_base(base: BaseModelFiles, folder: Path) -> None:
             name=f"{stored.get('name')} ({trained_for[:12]})",
             model=f"{base.name} ({fingerprint[:12]})",
             base=stored.get("name"),
+        )
+
+
+def _check_trained_tokens(
+    model: Any, base: BaseModelFiles, folder: Path, config: dict[str, Any]
+) -> None:
+    """Refuse an adapter with weights for more tokens than the model has embeddings."""
+    from safetensors import safe_open
+
+    rows, width = model.get_input_embeddings().weight.shape
+    indices = config.get("trainable_token_indices") or []  # of the embedding, or by layer
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    tokens = max((index + 1 for numbers in lists for index in numbers), default=0)
+    parts = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module in parts]
+    with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+        for key in sorted(tensors.keys()):
+            if any(f".{name}." in key for name in names):
+                # A tensor's sizes are the vocabulary's, the model's width and the rank.
+                sizes = tensors.get_slice(key).get_shape()
+                tokens = max(tokens, *(size for size in sizes if size > width), 0)
+    if tokens > rows:
+        raise UserError(
+            _("The adapter has weights for {tokens:,} tokens, but {model} has only {rows:,}."),
+            str(folder),
+            loading.MERGE_ADAPTER,
+            tokens=tokens,
+            model=base.name,
+            rows=rows,
         )
 
 
@@ -199,27 +229,17 @@ def base_warning(base: BaseModelFiles, folder: Path) -> Message | None:
 def load_tokenizer(base: BaseModelFiles, folder: Path) -> Any:
     """Return the tokenizer and chat template saved with the adapter, else the base's.
 
+    It may have tokens that the base model has no embeddings for: see `loading.check_vocabulary`.
+
     Raises:
-        UserError: the tokenizer can't be loaded, or has tokens that the model doesn't have.
+        UserError: the tokenizer can't be loaded.
     """
     own_template = folder / "chat_template.jinja"
     settings = folder / "tokenizer_config.json"
-    vocabularies = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if not settings.is_file() or not any((folder / name).is_file() for name in vocabularies):
+    if not settings.is_file() or not has_tokenizer(folder):
         template = str(own_template) if own_template.is_file() else None
         return loading.load_tokenizer(base, template)
     tokenizer = loading.load_tokenizer(BaseModelFiles(base.name, folder))
     if not own_template.is_file() and "chat_template" not in read_json(settings):
         tokenizer.chat_template = loading.load_tokenizer(base).chat_template
-    size = loading.load_config(base).get_text_config().vocab_size
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= size:
-        raise UserError(
-            _("The adapter's vocabulary doesn't fit {model}: token {highest} of {size}."),
-            str(folder),
-            _("Merge the adapter with the program that enlarged the vocabulary."),
-            highest=highest,
-            model=base.name,
-            size=size,
-        )
     return tokenizer

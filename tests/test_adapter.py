@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from jetson_ft.adapter import (
@@ -255,6 +255,31 @@ def test_a_damaged_adapter_is_refused_in_one_line(
     spoil(saved)
     with pytest.raises(UserError, match=f"doesn't fit the model tiny, or is damaged: .*{message}"):
         load_adapter(model_of(phi), phi, saved)
+
+
+@pytest.mark.parametrize(
+    ("settings", "with_embedding"),
+    [
+        ({}, True),
+        ({"trainable_token_indices": [258, 259]}, True),
+        ({"trainable_token_indices": [258, 259]}, False),
+        ({"trainable_token_indices": {"embed_tokens": [259]}}, False),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+        ({"target_modules": ["q_proj", "lm_head"]}, False),
+    ],
+)
+def test_an_adapter_for_more_tokens_than_the_model_has_is_refused(
+    phi: BaseModelFiles, tmp_path: Path, settings: dict[str, Any], with_embedding: bool
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(phi.folder)
+    base.resize_token_embeddings(260)
+    model = get_peft_model(base, LoraConfig(r=2, **({"target_modules": ["q_proj"]} | settings)))
+    model.save_pretrained(tmp_path, save_embedding_layers=with_embedding)
+    with pytest.raises(UserError, match=r"weights for 260 tokens, but tiny has only 259") as caught:
+        load_adapter(model_of(phi), phi, tmp_path)
+    assert str(caught.value.where) == str(tmp_path)
+    assert "enlarged the vocabulary" in str(caught.value.fix)
 
 
 def gradients(model: Any) -> torch.Tensor:

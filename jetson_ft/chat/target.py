@@ -96,7 +96,8 @@ def open_session(target: ChatTarget) -> ChatSession:
         adapter.load_tokenizer(base, adapter_dir) if adapter_dir else loading.load_tokenizer(base)
     )
     model = loading.load_model(base, weights, device.kind)
-    loading.check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), base)
+    vocabulary = len(model.get_input_embeddings().weight)
+    loading.check_vocabulary(tokenizer, vocabulary, base, adapter_dir)
     if adapter_dir:
         model = adapter.load_adapter(model, base, adapter_dir)
     context_length = int(getattr(model.config, "max_position_embeddings", None) or 2048)

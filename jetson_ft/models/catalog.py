@@ -16,7 +16,7 @@ from typing import Any
 from jetson_ft.errors import UserError, _
 from jetson_ft.models import loading
 from jetson_ft.models.dims import LinearGroup, ModelDims, ModuleGroup, ModuleKind, dims_from_config
-from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.files import BaseModelFiles, is_hub_id
 
 # What transformers calls the classes of an architecture's layers, by `model_type`.
 _CLASS_PREFIXES = {
@@ -153,14 +153,19 @@ MODELS = {
 }  # fmt: skip
 
 
+def known_dims(name: str) -> ModelDims | None:
+    """Return the dimensions of a known model; None for others, and for a local path of its name."""
+    return KNOWN_DIMS.get(name) if name == "embedded" or is_hub_id(name) else None
+
+
 def model_dims(base: BaseModelFiles) -> ModelDims:
     """Return the dimensions of a model on disk; no weights are read.
 
     Raises:
         UserError: the config can't be read, or is not of a causal language model.
     """
-    if base.name in KNOWN_DIMS:
-        return KNOWN_DIMS[base.name]
+    if dims := known_dims(base.name):
+        return dims
     config = loading.load_config(base)
     try:
         return dims_from_config(config)
@@ -232,9 +237,7 @@ def _parts(config: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[str
     """
     model_type, layers = config["model_type"], config["num_hidden_layers"]
     hidden, inside, head_dim = (
-        config["hidden_size"],
-        config["intermediate_size"],
-        config["head_dim"],
+        config[key] for key in ("hidden_size", "intermediate_size", "head_dim")
     )
     q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     prefix, parameters = _CLASS_PREFIXES[model_type], 0
@@ -283,24 +286,32 @@ def _parts(config: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[str
     elif model_type == "qwen2":
         parameters = layers * (q + 2 * kv)  # biases
     elif model_type == "qwen3_5_text":
-        value_heads = config["linear_num_value_heads"]
-        value = value_heads * config["linear_value_head_dim"]
-        mixed = value + 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
-        linears = {
-            "linear_attn.out_proj": (value, hidden), "linear_attn.in_proj_qkv": (hidden, mixed),
-            "linear_attn.in_proj_z": (hidden, value),
-            "linear_attn.in_proj_b": (hidden, value_heads),
-            "linear_attn.in_proj_a": (hidden, value_heads),
-            **mlp, **projections, "self_attn.q_proj": (hidden, 2 * q),  # and the output's gate
-        }  # fmt: skip
-        delta = {
-            "linear_attn": f"{prefix}GatedDeltaNet", "linear_attn.conv1d": "Conv1d",
-            "linear_attn.norm": f"{prefix}RMSNormGated",
-        }  # fmt: skip
-        convolution, decays = mixed * config["linear_conv_kernel_dim"], 2 * value_heads
-        parameters = layers * 3 // 4 * (convolution + decays)
-        return linears, delta | others | attention, parameters
+        gated_q = {"self_attn.q_proj": (hidden, 2 * q)}  # and the output's gate
+        delta_linears, delta, of_layer = _delta_parts(config)
+        linears = delta_linears | mlp | projections | gated_q
+        return linears, delta | others | attention, layers * 3 // 4 * of_layer
     return linears, attention | others, parameters
+
+
+def _delta_parts(
+    config: dict[str, Any],
+) -> tuple[dict[str, tuple[int, int]], dict[str, str], int]:
+    """Return the same of Gated DeltaNet, which takes the place of attention in a hybrid's layer."""
+    hidden, value_heads = config["hidden_size"], config["linear_num_value_heads"]
+    value = value_heads * config["linear_value_head_dim"]
+    mixed = value + 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    linears = {
+        "linear_attn.out_proj": (value, hidden), "linear_attn.in_proj_qkv": (hidden, mixed),
+        "linear_attn.in_proj_z": (hidden, value), "linear_attn.in_proj_b": (hidden, value_heads),
+        "linear_attn.in_proj_a": (hidden, value_heads),
+    }  # fmt: skip
+    prefix = _CLASS_PREFIXES[config["model_type"]]
+    modules = {
+        "linear_attn": f"{prefix}GatedDeltaNet", "linear_attn.conv1d": "Conv1d",
+        "linear_attn.norm": f"{prefix}RMSNormGated",
+    }  # fmt: skip
+    convolution, decays = mixed * config["linear_conv_kernel_dim"], 2 * value_heads
+    return linears, modules, convolution + decays
 
 
 KNOWN_DIMS = {name: model.dims for name, model in MODELS.items()}

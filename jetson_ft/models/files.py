@@ -17,7 +17,8 @@ from jetson_ft.files import expand_user, read_json
 from jetson_ft.models import embedded
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SMALL_FILES = ["*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt"]
+_TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.json", "vocab.txt"]  # one is enough
+_SMALL_FILES = ["*.json", "*.jinja", "merges.txt", *_TOKENIZER_FILES]
 _SAMPLE = 1 << 16
 
 
@@ -59,8 +60,8 @@ def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
     if folder.is_dir():
         base = BaseModelFiles(name, folder.resolve(), _single_gguf(folder))
     elif folder.is_file() and folder.suffix == ".gguf":
-        base = BaseModelFiles(name, folder.resolve().parent, folder.name)
-    elif hub.REPO_ID.fullmatch(name) and not folder.exists():
+        base = BaseModelFiles(name, folder.parent.resolve(), folder.name)
+    elif is_hub_id(name):
         base = BaseModelFiles(name, _download(name, weights))
     else:
         raise UserError(
@@ -70,19 +71,34 @@ def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
         )
     path = base.folder / "config.json"
     config = read_json(path) if path.is_file() else {}  # a GGUF file contains its own
-    if "auto_map" in config:  # it points to code: transformers must have the architecture itself
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-        if config.get("model_type") not in CONFIG_MAPPING_NAMES:
-            raise UserError(
-                _("The architecture {name} needs code from its repository, which is never run."),
-                str(base.folder),
-                _("Choose a model whose architecture transformers has itself."),
-                name=json.dumps(config.get("model_type")),
-            )
+    # "auto_map" points to code: transformers must have the architecture itself.
+    if "auto_map" in config and not has_architecture(config.get("model_type")):
+        raise UserError(
+            _("The architecture {name} needs code from its repository, which is never run."),
+            str(base.folder),
+            _("Choose a model whose architecture transformers has itself."),
+            name=json.dumps(config.get("model_type")),
+        )
     if weights:
         _require_weights(base)
     return base
+
+
+def has_architecture(model_type: str | None) -> bool:
+    """Return whether transformers has the architecture that a config names."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has a tokenizer's vocabulary."""
+    return any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name means a repository on the Hub; a local path takes precedence."""
+    return hub.REPO_ID.fullmatch(name) is not None and not expand_user(name).exists()
 
 
 def is_base_model(name: str) -> bool:

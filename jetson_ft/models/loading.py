@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.data.templates import TEMPLATES, read_template
@@ -16,16 +16,14 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.files import read_json
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import fast_import
-from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.files import BaseModelFiles, has_architecture
 from jetson_ft.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
-
-
+MERGE_ADAPTER = _("Merge the adapter with the program that enlarged the vocabulary.")
 _PACKED_OUTPUTS = 32  # of bitsandbytes' nf4 layers on a CPU with AVX512-BF16
 
 
@@ -67,7 +65,6 @@ def load_tokenizer(
     Raises:
         UserError: it is missing or damaged, or has no end token; or the template is.
     """
-    from jinja2 import TemplateSyntaxError
     from transformers import AutoTokenizer
 
     try:
@@ -86,14 +83,6 @@ def load_tokenizer(
         has_start = start is not None and tokenizer("a")["input_ids"][0] == start
         prefix = "{{ bos_token }}" if has_start and name in TEMPLATES else ""
         tokenizer.chat_template = prefix + read_template(name)
-    if chat_template:
-        try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-        except TemplateSyntaxError as error:
-            what = _("The chat template is not valid Jinja: line {line}: {error}")
-            raise UserError(what, chat_template, line=error.lineno, error=error.message) from error
-        except Exception:  # it may need other messages; rows that it refuses are reported
-            logger.debug("the chat template refuses a single question", exc_info=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -106,7 +95,6 @@ def load_config(base: BaseModelFiles) -> PretrainedConfig:
         UserError: it is missing, damaged, or of an architecture that transformers doesn't have.
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     try:
         return transformers.AutoConfig.from_pretrained(**_source(base))
@@ -114,7 +102,7 @@ def load_config(base: BaseModelFiles) -> PretrainedConfig:
         path = base.folder / "config.json"
         config = read_json(path) if path.is_file() and not base.gguf_file else {}
         model_type = config.get("model_type") if isinstance(config, dict) else None
-        if model_type and model_type not in CONFIG_MAPPING_NAMES:
+        if model_type and not has_architecture(model_type):
             raise UserError(
                 _("The model can't be loaded: transformers {version} has no architecture {name}."),
                 str(base.folder),
@@ -199,7 +187,11 @@ def _flat_forward(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tens
 
 
 def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, rows: int, base: BaseModelFiles, largest_id: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    base: BaseModelFiles,
+    adapter: Path | None = None,
+    texts: Iterable[Iterable[int]] = (),
 ) -> None:
     """Check that the embedding, of `rows` rows, has one for each token that any text can have.
 
@@ -207,21 +199,25 @@ def check_vocabulary(
     one: Gemma 3's tokenizer has a token for images, also beside models without it.
 
     Args:
-        largest_id: of the tokens of the rows, if they are known.
+        adapter: the folder of the adapter that the tokenizer or its template is from.
+        texts: token ids of texts that the model will read.
 
     Raises:
         UserError: it has not.
     """
-    ids = [tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id, largest_id]
+    ids = [tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id]
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
     with suppress(Exception):  # faults of a template have a message of their own
         text = str(tokenizer.apply_chat_template(messages, tokenize=False))
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(tokenizer) > rows:  # else no text has such a token
+        ids += [max(text, default=0) for text in texts]
     if max(ids) >= rows:
+        fix = _("Download tokenizer and weights again, from one place.")
         raise UserError(
             _("The tokenizer has {tokens:,} tokens, but the model's embedding only {rows:,} rows."),
-            str(base.folder),
-            _("Download tokenizer and weights again, from one place."),
+            str(adapter or base.folder),
+            MERGE_ADAPTER if adapter else fix,
             tokens=max(len(tokenizer), max(ids) + 1),
             rows=rows,
         )

@@ -52,7 +52,8 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
     positions.check_longest_row(base, longest)
     device = detect.detect_device()
     model = loading.load_model(base, weight_format(recipe, device), device.kind)
-    loading.check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), base)
+    vocabulary = len(model.get_input_embeddings().weight)
+    loading.check_vocabulary(tokenizer, vocabulary, base, folder, encoded["input_ids"])
     model = adapter.load_adapter(model, base, folder)
     pack_tokens = 0 if packing_obstacle(model, longest) else _PACK_TOKENS
     return compare.compare_adapter(

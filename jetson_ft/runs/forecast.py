@@ -19,6 +19,7 @@ from jetson_ft.data.chat_template import CONTEXT, encode
 from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.lengths import LengthHistogram
 from jetson_ft.data.prepare import count_tokens, prepare_rows
+from jetson_ft.data.templates import read_template
 from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device
@@ -129,24 +130,27 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     Of a model in the catalog nothing is downloaded. Lengths are estimated for rows that have
     built-in lengths for another tokenizer, and where the model's tokenizer is not on this machine.
     """
-    data, dims = recipe.data, catalog.KNOWN_DIMS.get(recipe.model)
+    data, dims = recipe.data, catalog.known_dims(recipe.model)
     # Of several sources no lengths are known: they are read.
     train = data.train if isinstance(data.train, str) else ""
-    known, base = lengths.KNOWN_LENGTHS.get((train, recipe.model)), None
+    known = base = None
     if dims:
+        known = lengths.KNOWN_LENGTHS.get((train, recipe.model))
         model_source = f"model: built-in dimensions of {recipe.model}; no file was read"
     else:
         base = _files_of_unknown_model(recipe.model)
         dims = catalog.model_dims(base)
         model_source = f"model: config of {recipe.model}; no weights were read"
     check_target_modules(dims, recipe.lora.target_modules)
+    if data.chat_template:
+        read_template(data.chat_template)  # also where no row is rendered
     if known:
         source = f"built-in lengths of {train}, {known.rows:,} rows; no file was read"
         return _workload(recipe, dims, known), [model_source, f"rows: {source}"]
     scaled = _scaled_lengths(train, dims.vocabulary)
     if base is None and (train == "bundled" or not scaled):
         base = _files_here(recipe.model)
-    has_tokenizer = base is not None and _has_tokenizer(base)
+    has_tokenizer = base and (base.gguf_file or files.has_tokenizer(base.folder))
     # A known data set on the Hub is large: it is neither downloaded nor tokenized for a prediction.
     if scaled and not (has_tokenizer and train == "bundled"):
         source = f"built-in lengths of {train} for another tokenizer, converted"
@@ -189,7 +193,7 @@ def _files_of_unknown_model(model: str) -> BaseModelFiles:
     try:
         return files.resolve_model(model, weights=False)
     except UserError as error:
-        if error.__cause__ is not None and hub.REPO_ID.fullmatch(model):  # of the Hub's client
+        if error.__cause__ is not None and files.is_hub_id(model):  # of the Hub's client
             base = _files_here(model)
             if base and (base.folder / "config.json").is_file():
                 return base
@@ -198,11 +202,6 @@ def _files_of_unknown_model(model: str) -> BaseModelFiles:
         if near := catalog.nearest_name(model):
             fixes.insert(0, Message(_("Did you mean `{near}`?"), {"near": near}))
         raise UserError(error.what, error.where, joined(fixes, " ")) from error
-
-
-def _has_tokenizer(base: BaseModelFiles) -> bool:
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    return bool(base.gguf_file) or any((base.folder / name).is_file() for name in names)
 
 
 def _scaled_lengths(train: str, vocabulary: int) -> LengthHistogram | None:

@@ -29,7 +29,7 @@ from jetson_ft.data import layouts, readers, sources
 from jetson_ft.data import store as rows_store
 from jetson_ft.data.formats import RowError
 from jetson_ft.data.sources import Source
-from jetson_ft.data.templates import TEMPLATES
+from jetson_ft.data.templates import TEMPLATES, read_template
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors, expand_user, printable, staged, write_atomic, write_json
 from jetson_ft.hardware import detect
@@ -63,7 +63,7 @@ def default_recipe(
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise `UserError` if the model can't be trained, or the data has no row that can be used.
+    """Raise `UserError` if the model, the chat template or all rows can't be used.
 
     Data sets on the hub are fetched, and small files of models there. All rows are tokenized where
     `data.max_length` allows longer ones than the model does.
@@ -72,10 +72,12 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.model == "embedded":
         dims = catalog.KNOWN_DIMS[recipe.model]
     else:
-        base = files.resolve_model(recipe.model, weights=expand_user(recipe.model).exists())
+        base = files.resolve_model(recipe.model, weights=not files.is_hub_id(recipe.model))
         dims = catalog.model_dims(base)
     check_target_modules(dims, recipe.lora.target_modules)
     data = recipe.data
+    if data.chat_template:
+        read_template(data.chat_template)
     columns: Mapping[str, str] = data.columns.chosen()
     items = data.sources()
     for item in items:

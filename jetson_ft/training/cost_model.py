@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 
 from jetson_ft.adapter import check_target_modules
 from jetson_ft.data.lengths import LengthHistogram, longest_prompt, measure_lengths
@@ -119,12 +120,8 @@ def describe_workload(
         UserError: the model can't be trained, or the recipe's rows or target modules don't fit it.
     """
     dims = catalog.model_dims(base)
-    largest_id = 0
-    if len(rows.tokenizer) > dims.vocabulary:
-        largest_id = max(
-            max(ids) for part in (rows.train, rows.heldout) for ids in part["input_ids"]
-        )
-    check_vocabulary(rows.tokenizer, dims.vocabulary, base, largest_id)
+    texts = chain(rows.train["input_ids"], rows.heldout["input_ids"])
+    check_vocabulary(rows.tokenizer, dims.vocabulary, base, texts=texts)
     check_target_modules(dims, recipe.lora.target_modules)
     return Workload(
         dims=dims,

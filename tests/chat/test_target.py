@@ -192,15 +192,35 @@ def test_adapter_without_template_uses_the_one_of_the_base(
     assert "<|im_start|>" in adapter.load_tokenizer(llama, folder).chat_template
 
 
-def test_enlarged_vocabulary_is_refused(
-    foreign: Callable[..., Path], tmp_path: Path, tiny_phi: Path
-) -> None:
+@pytest.fixture
+def enlarged(foreign: Callable[..., Path], tiny_phi: Path) -> Path:
+    """Return an adapter with a token in its tokenizer that the base has no embedding for."""
     folder = foreign(base_model_name_or_path=str(tiny_phi))
     tokenizer = loading.load_tokenizer(BaseModelFiles("adapter", folder))
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(UserError, match=r"vocabulary doesn't fit .*: token 259 of 259"):
-        open_run(str(folder), tmp_path)
+    return folder
+
+
+def test_added_token_without_an_embedding_is_refused_in_a_message_only(
+    enlarged: Path, tmp_path: Path
+) -> None:
+    chat = open_run(str(enlarged), tmp_path)
+    assert len(chat.tokenizer) == 260
+    assert reply_to(chat)
+    with pytest.raises(UserError, match="no embedding for: <new>"):
+        chat.ask("a<new>b")
+
+
+def test_template_with_a_token_without_an_embedding_is_refused(
+    enlarged: Path, tmp_path: Path
+) -> None:
+    file = enlarged / "chat_template.jinja"
+    file.write_text("<new>" + file.read_text())
+    with pytest.raises(UserError, match=r"has 260 tokens, .* only 259 rows") as caught:
+        open_run(str(enlarged), tmp_path)
+    assert str(caught.value.where) == str(enlarged)
+    assert str(caught.value.fix).startswith("Merge the adapter with the program that enlarged")
 
 
 def test_adapter_of_another_base_is_refused(

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from row_files import ROWS, as_json, write
 
-from jetson_ft import hub, recipe
+from jetson_ft import hub
 from jetson_ft.data import sources
-from jetson_ft.data.readers import SUFFIXES
 from jetson_ft.data.sources import resolve_source
 from jetson_ft.errors import UserError
 
@@ -19,10 +18,6 @@ def test_bundled_and_file_are_resolved(tmp_path: Path) -> None:
         assert resolve_source(name).files == (bundled.train,)
     path = write(tmp_path, "a.json", "[]")
     assert resolve_source(str(path)).files == (path,)
-
-
-def test_help_of_data_train_has_every_suffix() -> None:
-    assert all(suffix in recipe.fields()["data.train"].description for suffix in SUFFIXES)
 
 
 def test_missing_file_suggests_the_nearest_name(tmp_path: Path) -> None:

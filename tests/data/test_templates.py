@@ -31,13 +31,28 @@ def test_unusable_file_is_refused(tmp_path: Path, content: bytes | None, what: s
     assert "chatml, plain" in str(caught.value.fix)
 
 
-def test_template_that_is_not_jinja_is_refused_with_its_line(
-    tmp_path: Path, tiny_llama: Path
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
+        "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{% endfor %}x",
+        "{{ raise_exception('only with tools') }}",
+        "{{ messages[7]['content'] }}",
+    ],
+)
+def test_template_with_tags_of_transformers_or_for_other_messages_is_read(
+    tmp_path: Path, text: str
 ) -> None:
+    file = tmp_path / "a.jinja"
+    file.write_text(text)
+    assert read_template(str(file)) == text
+
+
+def test_template_that_is_not_jinja_is_refused_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "a.jinja"
     file.write_text("{% for m in messages %}\n{{ m }")
     with pytest.raises(UserError, match="not valid Jinja: line 2") as caught:
-        load_tokenizer(BaseModelFiles("tiny", tiny_llama), str(file))
+        read_template(str(file))
     assert str(caught.value.where) == str(file)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from tiny_gguf import write_gguf
 from jetson_ft import hub
 from jetson_ft.errors import UserError
 from jetson_ft.models import embedded
-from jetson_ft.models.files import BaseModelFiles, resolve_model
+from jetson_ft.models.files import BaseModelFiles, has_tokenizer, resolve_model
+from jetson_ft.models.loading import load_tokenizer
 
 
 @pytest.fixture
@@ -55,6 +57,20 @@ def test_a_single_gguf_file_is_used(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     assert resolve_model(str(tmp_path)) == BaseModelFiles(str(tmp_path), tmp_path, "tiny.gguf")
     assert resolve_model(str(file)) == BaseModelFiles(str(file), tmp_path, "tiny.gguf")
+
+
+def test_a_link_to_a_gguf_file_is_used_by_its_own_name(tmp_path: Path) -> None:
+    # The Hub's client keeps files in `blobs`, named by their hashes, and links in `snapshots`.
+    for folder in ("blobs", "snapshots"):
+        (tmp_path / folder).mkdir()
+    blob = write_gguf(tmp_path / "blobs" / "0123abcd")
+    link = tmp_path / "snapshots" / "tiny.gguf"
+    link.symlink_to("../blobs/0123abcd")
+    base = resolve_model(str(link))
+    assert base == BaseModelFiles(str(link), link.parent, "tiny.gguf")
+    (tmp_path / "tiny.gguf").write_bytes(blob.read_bytes())
+    assert base.fingerprint() == BaseModelFiles("x", tmp_path, "tiny.gguf").fingerprint()
+    assert load_tokenizer(base).eos_token == "<|im_end|>"
 
 
 def test_several_gguf_files_are_refused_with_their_names(tmp_path: Path) -> None:
@@ -178,6 +194,28 @@ def test_a_hub_id_without_safetensors_is_refused_before_a_download(
         resolve_model("owner/name")
     assert str(caught.value.where) == "owner/name"
     assert fake.fetched == []
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("tokenizer.json", True),
+        ("tokenizer.model", True),
+        ("spiece.model", True),
+        ("vocab.json", True),
+        ("vocab.txt", True),
+        ("tokenizer_config.json", False),
+        ("merges.txt", False),
+    ],
+)
+def test_each_file_of_a_tokenizer_is_recognized_and_downloaded(
+    tiny_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, expected: bool
+) -> None:
+    (tmp_path / file).touch()
+    assert has_tokenizer(tmp_path) == expected
+    fake = offer(monkeypatch, tiny_phi, "config.json")
+    resolve_model("owner/name", weights=False)
+    assert any(fnmatch(file, pattern) for pattern in fake.fetched)
 
 
 # Fingerprints

@@ -368,7 +368,7 @@ def test_an_added_token_without_a_row_is_refused_where_a_text_needs_it(tiny_llam
     assert len(tokenizer) > 259
     check_vocabulary(tokenizer, 259, base)
     with pytest.raises(UserError, match="has 260 tokens"):
-        check_vocabulary(tokenizer, 259, base, largest_id=259)
+        check_vocabulary(tokenizer, 259, base, texts=[[1], [3, 259]])
     tokenizer.chat_template = "<image>" + str(tokenizer.chat_template)
     with pytest.raises(UserError, match="has 260 tokens"):
         check_vocabulary(tokenizer, 259, base)

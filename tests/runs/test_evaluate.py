@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from jetson_ft.errors import UserError
 from jetson_ft.hardware.detect import Device
@@ -50,6 +52,21 @@ def test_other_rows_are_evaluated_with_progress(finished: Run, tmp_path: Path) -
         (side, part) for side in ("before", "after") for part in ("tokens", "replies")
     }
     assert [call[2:] for call in calls if call[1] == "replies"] == [(0, 2), (2, 2)] * 2
+
+
+def test_added_token_without_an_embedding_is_refused_in_the_rows_only(
+    finished: Run, tmp_path: Path
+) -> None:
+    run = Run(Path(shutil.copytree(finished.path, tmp_path / "run")))
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(run.adapter)
+    path = tmp_path / "other.jsonl"
+    path.write_text('{"instruction": "x", "output": "y"}\n')
+    assert evaluate_run(run, str(path), ignore)["eval"]["rows"] == 1
+    path.write_text('{"instruction": "<new>", "output": "y"}\n')
+    with pytest.raises(UserError, match=r"has 260 tokens, .* only 259 rows"):
+        evaluate_run(run, str(path), ignore)
 
 
 def test_run_without_an_adapter_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from jetson_ft import recipe as recipes
 from jetson_ft.errors import Message, UserError
 from jetson_ft.hardware.boards import BOARDS
 from jetson_ft.models import catalog
+from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.recipe import Recipe, load_recipe
 from jetson_ft.runs.forecast import THIS_MACHINE, dry_run, forecast_models, forecast_recipe
 
@@ -75,6 +76,18 @@ def test_wrong_target_module_is_refused_before_planning(
         forecast_recipe(recipe, board)
 
 
+@pytest.mark.parametrize("model", ["microsoft/phi-1_5", "folder"])
+def test_wrong_chat_template_is_refused_before_planning(
+    model: str, rows_file: Path, tiny_phi: Path
+) -> None:
+    recipe = load_recipe("phi-1_5-zh", ["data.chat_template=gone.jinja"])
+    if model == "folder":
+        recipe.model, recipe.data.train = str(tiny_phi), str(rows_file)
+    with pytest.raises(UserError, match="Chat template not found") as refusal:
+        forecast_recipe(recipe, "orin-nx-16gb")
+    assert "Planned without their file" not in str(refusal.value.fix)
+
+
 def test_tokenizer_larger_than_the_embedding_is_refused(
     rows_file: Path, tiny_phi: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +144,38 @@ def test_rows_are_counted_where_the_known_model_has_its_tokenizer_here(
         "model: built-in dimensions of Qwen/Qwen3-0.6B; no file was read",
         "rows: 690 read from bundled and tokenized",
     ]
+
+
+@pytest.fixture
+def phi_named_as_known(tiny_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the name of a known model, which is a folder with another model here."""
+    name = "microsoft/phi-1_5"
+    shutil.copytree(tiny_phi, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("train", ["bundled", "rows"])
+def test_local_folder_named_like_a_known_model_is_planned_from_its_files(
+    phi_named_as_known: str, rows_file: Path, train: str
+) -> None:
+    data = {"train": str(rows_file) if train == "rows" else train}
+    recipe = Recipe.model_validate({"model": phi_named_as_known, "data": data})
+    sources = forecast_recipe(recipe, "orin-nx-16gb").sources
+    assert sources[0] == f"model: config of {phi_named_as_known}; no weights were read"
+    assert sources[1].endswith(" and tokenized")
+    hidden = catalog.model_dims(BaseModelFiles(phi_named_as_known, Path(phi_named_as_known))).hidden
+    assert hidden == json.loads(Path(phi_named_as_known, "config.json").read_text())["hidden_size"]
+
+
+def test_damaged_local_folder_is_not_replaced_by_the_model_of_that_name_in_the_cache(
+    phi_named_as_known: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "cached_folder", lambda *_: tiny_llama)
+    Path(phi_named_as_known, "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        forecast_recipe(Recipe(model=phi_named_as_known), "orin-nx-16gb")
 
 
 def test_lengths_of_other_rows_are_estimated_where_no_tokenizer_is_here(rows_file: Path) -> None:

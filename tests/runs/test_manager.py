@@ -236,7 +236,7 @@ def test_launched_recipe_has_absolute_paths(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.json").write_text('[{"instruction": "a", "output": "b"}]')
     for name in ("mine.jinja", "chatml"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("{{ messages }}")
     data = {"train": "rows.json", "chat_template": "mine.jinja"}
     recipe = Recipe.model_validate({"output_dir": "here", "data": data})
     run = manager.launch(recipe, "x")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +149,20 @@ def test_a_data_set_on_a_hub_out_of_reach_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "words"), [(None, "Chat template not found"), ("{{ m }", "not valid Jinja: line 1")]
+)
+def test_a_wrong_chat_template_is_refused(content: str | None, words: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.jinja"
+    if content:
+        file.write_text(content)
+    unusable = recipe(chat_template=str(file))
+    unusable.output_dir = str(tmp_path / "runs")
+    with pytest.raises(UserError, match=words):
+        launch(unusable, "x")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
     ("config", "words"),
     [
         ({"model_type": "t5"}, "t5 is an encoder-decoder"),
@@ -165,6 +181,16 @@ def test_a_model_that_cannot_be_trained_is_refused(
     with pytest.raises(UserError, match=words):
         launch(unusable, "x")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_named_like_a_known_model_is_checked_by_its_own_config(
+    tiny_model_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model_of("Qwen/Qwen3-0.6B"), tmp_path / "microsoft" / "phi-1_5")
+    monkeypatch.chdir(tmp_path)
+    named = recipe(model="microsoft/phi-1_5")
+    named.lora.target_modules = ["o_proj"]  # Phi-1.5 has `dense`
+    check_recipe(named)
 
 
 @pytest.mark.parametrize("model", ["embedded", "folder"])
