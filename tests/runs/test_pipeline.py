@@ -20,7 +20,6 @@ from boards_in_folders import NANO, FakeMachine
 from safetensors.torch import load_file
 from workbench import Workbench
 
-from jetson_ft.chat.target import open_session, resolve_target
 from jetson_ft.errors import UserError
 from jetson_ft.events import (
     Evaluated,
@@ -36,10 +35,8 @@ from jetson_ft.events import (
     WeightsLoaded,
 )
 from jetson_ft.hardware.boards import find_board
-from jetson_ft.hardware.detect import Device
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import exit_status, pipeline, store
-from jetson_ft.runs.evaluate import evaluate_run
 from jetson_ft.runs.store import EventLog, Run
 from jetson_ft.training import checkpoint
 
@@ -93,44 +90,6 @@ def test_same_run_twice_gives_the_same_bytes(workbench: Any, finished: Run) -> N
     again = workbench.run("again")
     assert workbench.work(again) == 0
     assert adapter_bytes(again) == adapter_bytes(finished)
-
-
-def test_chat_template_of_the_recipe_is_saved_and_used_to_evaluate_and_chat(
-    workbench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Device, "precision", lambda self, wanted: "fp32")
-    template = tmp_path / "mine.jinja"
-    template.write_text(  # rewrites earlier answers, and leaves system messages out
-        "{% for m in messages if m['role'] != 'system' %}{{ m['role'] + '> ' }}"
-        "{% if m['role'] == 'user' or loop.last %}{{ m['content'] + eos_token }}{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant> ' }}{% endif %}"
-    )
-    turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "<|endoftext|>")]
-    rows = [
-        {"messages": [{"role": r, "content": c} for r, c in [*turns, ("assistant", f"{n}")]]}
-        for n in range(12)
-    ]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    recipe = workbench.run("unused", tmp_path / "rows.json", max_steps=2).recipe()
-    recipe.data.chat_template = str(template)
-    run = store.create_run(recipe, "template")
-    run.write_state("queued")
-    assert workbench.work(run) == 0, (run.path / "log.txt").read_text()
-    report = json.loads((run.path / "report.json").read_text())
-    assert report["data"]["train"]["context_answers"] == 7
-    assert report["data"]["train"]["systems_dropped"] == 7
-    assert report["data"]["train"]["control_texts"] == 7
-    warned = [event.message for event in run.events() if isinstance(event, Warned)]
-    assert len(warned) == 6 and all(text.startswith("Held-out rows: ") for text in warned[3:])
-    assert "7 answers are read but not trained on" in (run.path / "report.md").read_text()
-    assert "有 7 个回答只作上文" in (run.path / "report.html").read_text()
-    template.unlink()
-    run.write_state("finished")
-    again = evaluate_run(run, None, lambda *_: None)["eval"]
-    assert again["before"]["loss"] == pytest.approx(report["eval"]["before"]["loss"], rel=1e-4)
-    chat = open_session(resolve_target(str(run.path), tmp_path))
-    prompt = chat.tokenizer.apply_chat_template(chat.messages("q"), tokenize=False)
-    assert prompt == "user> q<|endoftext|>"
 
 
 SLOW = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Whole runs on several sources and on plain text."""
+"""Whole runs on several sources, on plain text, and with a chat template of the recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from jetson_ft.chat.target import open_session, resolve_target
-from jetson_ft.events import Failed
+from jetson_ft.events import Failed, Warned
 from jetson_ft.hardware.detect import Device
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
@@ -93,3 +93,41 @@ def test_plain_text_is_trained_on_compared_evaluated_and_chatted_with(
         assert (again["documents"], again["rows"]) == (count, count)
     chat = open_session(resolve_target(str(run.path), tmp_path))
     assert chat.messages("q")[-1] == {"role": "user", "content": "q"}
+
+
+def test_chat_template_of_the_recipe_is_saved_and_used_to_evaluate_and_chat(
+    workbench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Device, "precision", lambda self, wanted: "fp32")
+    template = tmp_path / "mine.jinja"
+    template.write_text(  # rewrites earlier answers, and leaves system messages out
+        "{% for m in messages if m['role'] != 'system' %}{{ m['role'] + '> ' }}"
+        "{% if m['role'] == 'user' or loop.last %}{{ m['content'] + eos_token }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant> ' }}{% endif %}"
+    )
+    turns = [("system", "S"), ("user", "a"), ("assistant", "b"), ("user", "<|endoftext|>")]
+    rows = [
+        {"messages": [{"role": r, "content": c} for r, c in [*turns, ("assistant", f"{n}")]]}
+        for n in range(12)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    recipe = workbench.run("unused", tmp_path / "rows.json", max_steps=2).recipe()
+    recipe.data.chat_template = str(template)
+    run = store.create_run(recipe, "template")
+    run.write_state("queued")
+    assert workbench.work(run) == 0, (run.path / "log.txt").read_text()
+    report = json.loads((run.path / "report.json").read_text())
+    assert report["data"]["train"]["context_answers"] == 7
+    assert report["data"]["train"]["systems_dropped"] == 7
+    assert report["data"]["train"]["control_texts"] == 7
+    warned = [event.message for event in run.events() if isinstance(event, Warned)]
+    assert len(warned) == 6 and all(text.startswith("Held-out rows: ") for text in warned[3:])
+    assert "7 answers are read but not trained on" in (run.path / "report.md").read_text()
+    assert "有 7 个回答只作上文" in (run.path / "report.html").read_text()
+    template.unlink()
+    run.write_state("finished")
+    again = evaluate_run(run, None, lambda *_: None)["eval"]
+    assert again["before"]["loss"] == pytest.approx(report["eval"]["before"]["loss"], rel=1e-4)
+    chat = open_session(resolve_target(str(run.path), tmp_path))
+    prompt = chat.tokenizer.apply_chat_template(chat.messages("q"), tokenize=False)
+    assert prompt == "user> q<|endoftext|>"
