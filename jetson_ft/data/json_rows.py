@@ -20,13 +20,13 @@ from jetson_ft.files import printable
 LocatedValue = tuple[int | None, Any]  # line (None in binary files), and a value or a `RowError`
 
 UNREADABLE_REST = _("{reason}; nothing from here on can be read")  # of the file's last row
-COLUMNAR = _("columns with all their values, not rows")
 _COMMENT = _("not valid JSON (a comment, which JSON does not have)")
 # Lists inside a row, not lists of rows.
 _ROW_LISTS = {
     "messages", "conversations", "conversation", "dialog", "dialogue", "chat", "history", "tools",
     "functions", "chosen", "rejected", "prompt", "completion", "completions",
 }  # fmt: skip
+_SPLIT_KEYS = {"columns", "index", "data"}  # of pandas' `orient="split"`
 _OTHER_SPLITS = {"test", "validation", "valid", "val", "dev", "eval"}  # not read, unlike `train`
 
 
@@ -225,17 +225,32 @@ def read_json(
         yield stream.line, RowError(UNREADABLE_REST, reason=error.reason)
 
 
-def is_columnar(value: Any) -> bool:
-    """Return whether an object has whole columns, or rows by number, as pandas writes them."""
+def rows_of_frame(value: Any) -> list[Any] | None:
+    """Return the rows of an object that has a whole table, as pandas' `to_json` writes it.
+
+    The table is {column: {number: value}}, {number: row}, {column: [values]}, or its columns and
+    its data apart (`orient="split"`). None: the object is something else, such as a row.
+    """
     if not isinstance(value, dict) or not value or set(value) <= _ROW_LISTS:
-        return False
+        return None
+    names, table = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(table, list) and set(value) <= _SPLIT_KEYS:
+        fits = all(isinstance(row, list) and len(row) == len(names) for row in table)
+        return [dict(zip(names, row, strict=True)) for row in table] if fits else None
     columns = list(value.values())
     if all(isinstance(column, dict) for column in columns):
-        return all("0" in column for column in columns) or "0" in value
-    return (
-        all(
-            isinstance(column, list) and column and not isinstance(column[0], dict)
-            for column in columns
-        )
-        and len({len(column) for column in columns}) == 1
+        if all(number.isdecimal() for number in value):
+            return columns
+        numbers = columns[0].keys()
+        if numbers and all(number.isdecimal() for column in columns for number in column):
+            if any(column.keys() != numbers for column in columns):
+                return None
+            return [{name: column[number] for name, column in value.items()} for number in numbers]
+        return None
+    is_list = all(
+        isinstance(column, list) and column and not isinstance(column[0], dict)
+        for column in columns
     )
+    if is_list and len({len(column) for column in columns}) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return None

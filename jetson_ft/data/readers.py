@@ -229,13 +229,20 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def _without_frame(rows: Iterator[LocatedValue]) -> Iterator[LocatedValue]:
+    """Yield the values; the rows of a table in the first one's place."""
+    for position, (line, value) in enumerate(rows):
+        table = json_rows.rows_of_frame(value) if position == 0 else None
+        yield from [(line, value)] if table is None else ((line, row) for row in table)
+
+
 def _numbered(path: Path, rows: Iterator[LocatedValue], is_objects: bool) -> Iterator[NumberedRow]:
     """Yield the rows with their numbers; `is_objects`: the file has JSON objects in succession."""
     number = 0
+    if is_objects:
+        rows = _without_frame(rows)
     for number, (line, value) in enumerate(rows, 1):
-        if number == 1 and is_objects and json_rows.is_columnar(value):
-            value = RowError(json_rows.COLUMNAR)
-        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             value = {"messages": value}  # a conversation as it is
         elif isinstance(value, str):
             value = {"text": value}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from jetson_ft.data import formats, json_rows, layouts
+from jetson_ft.data import formats, layouts
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.files import printable
 
@@ -24,10 +24,6 @@ FIXES = {
         "writes the control tokens, which are ordinary text where a text has them."
     ),
     formats.SEVERAL_ANSWERS: _("Write a row for each answer that is to be trained on."),
-    json_rows.COLUMNAR: _(
-        "Write one object for each row; with pandas: "
-        "`to_json(path, orient='records', lines=True, force_ascii=False)`."
-    ),
 }
 
 

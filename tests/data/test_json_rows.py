@@ -107,18 +107,21 @@ def test_only_list_of_an_object_is_read_whatever_its_name(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "value",
     [
-        {"q": {"0": "x", "1": "y"}, "a": {"0": "x", "1": "y"}},
-        {"q": ["x", "y"], "a": ["x", "y"]},
-        {"0": {"q": "x", "a": "y"}, "1": {"q": "x", "a": "y"}},
+        {"q": {"0": "x", "1": "y"}, "a": {"0": "v", "1": "w"}},
+        {"q": ["x", "y"], "a": ["v", "w"]},
+        {"0": {"q": "x", "a": "v"}, "1": {"q": "y", "a": "w"}},
+        {"7": {"q": "x", "a": "v"}, "9": {"q": "y", "a": "w"}},
+        {"q": {"7": "x", "9": "y"}, "a": {"7": "v", "9": "w"}},
+        {"columns": ["q", "a"], "index": [7, 9], "data": [["x", "v"], ["y", "w"]]},
     ],
 )
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_columns_instead_of_rows_are_refused_by_name(
+def test_table_by_columns_is_read_as_rows(
     tmp_path: Path, value: Any, suffix: str, indent: int | None
 ) -> None:
     path = write(tmp_path, f"a.{suffix}", as_json(value, indent=indent))
-    assert located(path) == [(1, "columns with all their values, not rows")]
+    assert [value for _line, value in located(path)] == [{"q": "x", "a": "v"}, {"q": "y", "a": "w"}]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,6 @@ def test_report_keeps_a_bounded_number_of_names_and_reasons(tmp_path: Path) -> N
         ([{"prompt": "q", "chosen": "a", "rejected": "b"}], "data.columns.answer=chosen"),
         ([{"messages": [], "rejected": "b"}], "data.columns.messages=chosen"),
         ([row(1, output=["a", "b"])], "a row for each answer"),
-        ([{"instruction": {"0": "q"}, "output": {"0": "a"}}], "orient='records'"),
     ],
 )
 def test_rows_of_another_purpose_are_refused_with_a_fix_for_them(
