@@ -174,8 +174,8 @@ class Coverage:
     def as_message(self) -> Message:
         """Return one sentence."""
         text = _(
-            "{adapter:,} adapter parameters, on layers with {adapted:.1%} of the model's "
-            "{parameters:,}; {quantized:.1%} quantized."
+            "{adapter:,} adapter parameters, on {adapted:.1%} of {parameters:,}; "
+            "{quantized:.1%} quantized."
         )
         values = {"adapter": self.adapter_parameters, "adapted": self.adapted_share}
         values |= {"parameters": self.parameters, "quantized": self.quantized_share}

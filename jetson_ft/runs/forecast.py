@@ -84,7 +84,7 @@ def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
         f"Boards reach {efficiency:.0%} of their FP16 peak in training (assumed).",
         "That peak is inferred from cores and clock: 16 operations per core and cycle.",
         "An 8 GB module has 5.2 GB for a run; other sizes by a rule from that one.",
-        "Early stopping is not foreseen. `besides`: loading, and replies for the comparison.",
+        "Early stopping is not foreseen. `besides`: loading and the comparison's replies.",
         "Predicted; no board has run this yet.",
         "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
     ]

@@ -85,7 +85,7 @@ def test_error_leaves_the_model_loaded(client: ChatClient, finished: Any) -> Non
     with pytest.raises(UserError, match=r"[Nn]o run|not found"):
         replies(client, "nothing")
     with pytest.raises(UserError, match="The conversation has"):
-        replies(client, finished.name, sampling=Sampling(32768))
+        replies(client, finished.name, text="长" * 40_000)
     assert replies(client, finished.name)[-1].text
 
 
