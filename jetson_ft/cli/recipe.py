@@ -98,7 +98,8 @@ def print_devices(devices: list[DeviceForecast]) -> None:
     columns = ("fits", "batch", "recompute", "GiB", "free", "training", "besides")
     table = Table(
         Column("predicted for", no_wrap=True),
-        *(Column(name, justify="right") for name in columns), box=None, padding=(0, 1, 0, 0), pad_edge=False,
+        *(Column(name, justify="right") for name in columns),
+        box=None, padding=(0, 1, 0, 0), pad_edge=False,
     )  # fmt: skip
     for device in devices:
         fits, batch, recompute, peak = "no", "–", "–", device.least_memory_bytes
