@@ -12,11 +12,13 @@ from jetson_ft.chat.session import ChatSession
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.files import expand_user
 from jetson_ft.hardware import detect
-from jetson_ft.models import fast_import, files, loading
+from jetson_ft.models import fast_import, files, loading, positions
 from jetson_ft.models.loading import weight_format
 from jetson_ft.recipe import Quantization, Recipe
 from jetson_ft.runs import store
 from jetson_ft.runs.store import Run
+
+_UNKNOWN_CONTEXT = 2048  # tokens, where a model's config names no limit
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def open_session(target: ChatTarget) -> ChatSession:
     loading.check_vocabulary(tokenizer, vocabulary, base, adapter_dir)
     if adapter_dir:
         model = adapter.load_adapter(model, base, adapter_dir)
-    context_length = int(getattr(model.config, "max_position_embeddings", None) or 2048)
+    context_length = positions.max_positions(model.config) or _UNKNOWN_CONTEXT
     with_adapter = f" with {adapter_dir}" if adapter_dir else ""
     title = f"{name}{with_adapter} ({weights}, {device.kind})"
     warning = adapter.base_warning(base, adapter_dir) if adapter_dir else None

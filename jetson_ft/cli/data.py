@@ -17,7 +17,8 @@ app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 @app.command()
 def inspect(
     paths: Annotated[
-        list[str], Argument(help="A file, a hub data set id, or `bundled`; several together.")
+        list[str],
+        Argument(help="A file, a hub data set id, `bundled` or `bundled-short`; several together."),
     ],
     model: Annotated[str, Option(help="Model whose tokenizer is used.")] = "embedded",
     max_length: Annotated[int, Option(min=16, help="Longest row in tokens.")] = 1024,

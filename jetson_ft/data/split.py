@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Fixed, so that runs with different `train.seed` train on the same rows. A larger share contains
 # the rows of a smaller one.
 _SAMPLE_SEED = 0
-_AUTO_HELDOUT = 60  # rows at most, and a tenth of all rows
+AUTO_HELDOUT = 60  # rows at most, and a tenth of all rows
 
 
 @dataclass
@@ -220,7 +220,7 @@ def _heldout_ends(data: DataRecipe, taken: Sequence[TakenRows]) -> Any:
     elif data.heldout == "auto":
         is_bundled = np.array([rows.part.name in BUNDLED for rows in taken])
         sizes[is_bundled] = 0  # they have held-out sets of their own
-        count = max(not is_bundled.any(), min(_AUTO_HELDOUT, sizes.sum() // 10))
+        count = max(not is_bundled.any(), min(AUTO_HELDOUT, sizes.sum() // 10))
     else:
         count = 0
     exact = count * sizes / max(1, sizes.sum())

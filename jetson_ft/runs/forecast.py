@@ -35,7 +35,6 @@ from jetson_ft.training.planner import Plan
 
 THIS_MACHINE = "this machine"
 _ANY_WEIGHTS = WeightFormat("bf16")  # `_forecast` puts the device's own in its place
-_AUTO_HELDOUT = 60  # rows
 
 PreviewSegments = list[tuple[str, bool]]  # text, and whether it is trained on
 
@@ -221,7 +220,7 @@ def _workload(recipe: Recipe, dims: ModelDims, known: LengthHistogram) -> Worklo
     """
     data = recipe.data
     rows = known.cut(data.max_length)
-    heldout = min(_AUTO_HELDOUT, max(1, rows.rows // 10))
+    heldout = min(split.AUTO_HELDOUT, max(1, rows.rows // 10))
     bundled = sources.BUNDLED.get(data.train_names())
     if bundled and not isinstance(data.heldout, int):
         train, heldout = rows, bundled.heldout_rows
