@@ -60,7 +60,6 @@ class ColumnsRecipe(_Section):
     messages: Text | None = Field(
         None, description=_("Column of a whole conversation, a list of messages; null: detected.")
     )
-
     text: Text | None = Field(
         None, description=_("Column of plain text (see `format`); null: `text`, or `content`.")
     )
