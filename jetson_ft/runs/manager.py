@@ -31,7 +31,15 @@ from jetson_ft.data.formats import RowError
 from jetson_ft.data.sources import Source
 from jetson_ft.data.templates import TEMPLATES, read_template
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import disk_errors, expand_user, printable, staged, write_atomic, write_json
+from jetson_ft.files import (
+    disk_errors,
+    expand_user,
+    printable,
+    safe_name,
+    staged,
+    write_atomic,
+    write_json,
+)
 from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.recipe import Layout, Recipe
@@ -131,7 +139,11 @@ def _is_usable(value: object, layout: str, columns: Mapping[str, str]) -> bool:
 
 
 def launch(
-    recipe: Recipe, label: str, config: DistributedConfig | None = None, start: Start | None = None
+    recipe: Recipe,
+    label: str,
+    config: DistributedConfig | None = None,
+    start: Start | None = None,
+    ticket: str = "",
 ) -> Run:
     """Check the recipe, create the run and start its supervisor; return at once.
 
@@ -139,6 +151,7 @@ def launch(
         label: part of the run's name.
         config: its processes; None: one.
         start: starts the work instead of a supervisor (`run_in_foreground`).
+        ticket: kept with the run, for `store.run_of_ticket`.
 
     Raises:
         UserError: the run would fail at its start, or its folder can't be written.
@@ -148,6 +161,8 @@ def launch(
     try:
         with _take_supervisor_lock(run) as lock_file:
             processes.write_distributed_config(run, config or DistributedConfig())
+            if ticket:
+                write_atomic(run.path / store.TICKET_FILE, safe_name(ticket))
             run.write_state("queued")
             (start or _start_supervisor)(run, lock_file)
     except UserError:

@@ -31,6 +31,7 @@ from jetson_ft.files import disk_errors, expand_user, read_json, safe_name, writ
 from jetson_ft.recipe import Recipe
 
 SCHEMA = 1
+TICKET_FILE = "ticket"
 LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
 
@@ -147,9 +148,6 @@ class Run:
             return False
         with open(path, "rb") as file:
             return not try_lock(file)
-
-    def is_live(self) -> bool:
-        return self.is_locked("worker") or self.is_locked("supervisor")
 
     def events(self) -> list[Event]:
         """Return all complete events; of steps made twice (after a resume), the last attempt's."""
@@ -278,6 +276,15 @@ def find_run(name: str, root: Path) -> Run:
         name=name,
         names=", ".join(run.name for run in runs[:5]),
     )
+
+
+def run_of_ticket(ticket: str, root: Path) -> Run | None:
+    """Return the run under the root that was launched with this ticket."""
+    for run in list_runs(root):  # the newest first
+        with suppress(OSError):
+            if (run.path / TICKET_FILE).read_text() == ticket:
+                return run
+    return None
 
 
 def run_by_name(name: str, root: Path) -> Run:
