@@ -54,6 +54,8 @@ _PLAN_KEYS = {"train.max_memory_gb", "train.on_oom", "device.max_temperature_c"}
 _WORKING_STATES = ("running", "stopping")
 Start = Callable[[Run, IO[bytes]], None]  # takes a queued run and its locked supervisor.lock
 _PREFLIGHT_ROWS = 100  # checked of each file
+# What a recipe takes in the place of a path, and what comes before a file of that name.
+RESERVED_NAMES = frozenset(("embedded", "auto", *sources.BUNDLED, *TEMPLATES))
 
 
 # --- before a run ------------------------------------------------------------------------------
@@ -263,17 +265,12 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths, to resume the run from any folder."""
     copy = recipe.model_copy(deep=True)
     copy.output_dir = str(expand_user(recipe.output_dir).absolute())
-    names = "embedded", "auto", *sources.BUNDLED, *TEMPLATES
 
     def absolute(value: str) -> str:
         path = expand_user(value)
-        return str(path.absolute()) if value not in names and path.exists() else value
+        return str(path.absolute()) if value not in RESERVED_NAMES and path.exists() else value
 
-    copy.data.rename_sources(absolute)
-    for section, key in ((copy, "model"), (copy.data, "heldout"), (copy.data, "chat_template")):
-        value = getattr(section, key)
-        if isinstance(value, str):
-            setattr(section, key, absolute(value))
+    copy.rename_paths(absolute)
     return copy
 
 
