@@ -240,7 +240,10 @@ class Failed(Event, kind="error"):
 class Exited(Event, kind="exit"):
     """The worker's last event."""
 
-    code: Annotated[int, "0 finished, 1 fault, 2 refused, 3 stopped, 4 out of memory: try again"]
+    code: Annotated[
+        int,
+        "0 finished, 1 fault, 2 refused, 3 stopped, 4 out of memory: try again, 5 disk full",
+    ]
 
 
 Emit = Callable[[Event], None]

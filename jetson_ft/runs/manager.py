@@ -147,6 +147,7 @@ def launch(
     try:
         with _take_supervisor_lock(run) as lock_file:
             processes.write_distributed_config(run, config or DistributedConfig())
+            run.reserve_space()
             run.write_state("queued")
             (start or _start_supervisor)(run, lock_file)
     except UserError:
@@ -185,6 +186,7 @@ def resume(
                 _("Make it longer (--set train.epochs=…), or start a new run."),
                 run=run.name,
             )
+        run.reserve_space()  # on a full disk nothing has changed yet
         if new != old:
             write_atomic(run.path / "recipe.yaml", new.to_yaml())
         if config:
@@ -289,7 +291,12 @@ def reconcile_state(run: Run) -> str:
     with lock_file:
         # Read again: it may have ended properly between the first read and the lock.
         if run.state().state in LIVE_STATES and not run.is_locked("worker"):
-            run.write_state(*exit_status.state_from_events(run))
+            status = exit_status.state_from_events(run)
+            run.release_space()
+            try:
+                run.write_state(*status)
+            except UserError:  # the disk is full: the next call tries again
+                return status.state
         return run.state().state
 
 
