@@ -17,7 +17,14 @@ from loaded_phi import phi
 from small_disk import small_disk
 from workbench import finished, light_runs, queued, workbench
 
-__all__ = ["finished", "light_runs", "phi", "queued", "small_disk", "workbench"]  # fixtures of several folders
+__all__ = [
+    "finished",
+    "light_runs",
+    "phi",
+    "queued",
+    "small_disk",
+    "workbench",
+]  # fixtures of several folders
 
 settings.register_profile("brief", max_examples=20)
 

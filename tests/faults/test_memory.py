@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from jetson_ft.runs import exit_status, store
+from jetson_ft.runs import exit_status, manager, store
+from jetson_ft.runs.processes import DistributedConfig
 from jetson_ft.runs.store import Run
 
 MEMORY_GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
@@ -106,3 +107,14 @@ def test_advice_fits_the_place(light_runs: Any) -> None:
 def test_smallest_plan_has_other_advice(light_runs: Any) -> None:
     error = exit_status.last_error(ended(light_runs, "killed-smallest", on_oom="shrink"))
     assert "No plan takes less" in str(error.fix)
+
+
+@pytest.mark.promise(61)
+@pytest.mark.slow(minutes=0.2)
+@pytest.mark.usefixtures("kernel")
+def test_one_of_several_workers_killed_by_the_kernel_gets_advice(light_runs: Any) -> None:
+    config = DistributedConfig(nproc_per_node=2)
+    run = manager.launch(light_runs.recipe(on_oom="shrink"), "killed", config)
+    light_runs.wait(run, *store.ENDED_STATES, seconds=60.0)
+    assert run.state().attempt == 1
+    check_advice(run)
