@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from jetson_ft.errors import Message, _
-from jetson_ft.files import cache_dir, remove_abandoned, require_space
+from jetson_ft.files import cache_dir, expand_user, remove_abandoned, require_space
+from jetson_ft.models.dims import ModelDims
+from jetson_ft.recipe import Recipe
 from jetson_ft.runs.store import Run
-
-if TYPE_CHECKING:
-    from jetson_ft.training.cost_model import Workload
 
 _WEIGHT_BYTES = 4  # of an adapter's weight in a file, fp32
 _CHECKPOINT_BYTES = 12  # of the same with AdamW's two moments
 _CACHES = (("data",), ("data", "hashes"), ("tokens",))
 
 
-def checkpoint_space(workload: Workload) -> int:
+def checkpoint_bytes(recipe: Recipe, dims: ModelDims) -> int:
     """Return the bytes of the tensors in a run's checkpoints and adapter.
 
     These are the newest checkpoints, the best one, and one that is being written.
     """
-    count = workload.train.save_total_limit + 2
-    weights = workload.lora_parameters
+    count = recipe.train.save_total_limit + 2
+    weights = dims.lora_parameters(recipe.lora.rank, recipe.lora.target_modules)
     return weights * (count * _CHECKPOINT_BYTES + _WEIGHT_BYTES)
 
 
-def require_checkpoint_space(run: Run, workload: Workload) -> None:
-    """Raise `DiskFull` if the disk has too little space for the run's checkpoints and adapter."""
-    written = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
-    needed = checkpoint_space(workload) - written
-    require_space(run.path, needed, Message(_("this run, for its checkpoints and adapter,")))
+def require_checkpoint_space(recipe: Recipe, dims: ModelDims, run: Run | None = None) -> None:
+    """Raise `DiskFull` if the disk has too little space for a run's checkpoints and adapter.
+
+    Args:
+        run: the run, whose older checkpoints count; None: a new one.
+    """
+    needed, place = checkpoint_bytes(recipe, dims), expand_user(recipe.output_dir)
+    if run:
+        files = (path for path in run.checkpoints.rglob("*") if path.is_file())
+        needed -= sum(path.stat().st_size for path in files)
+    purpose = Message(_("a run with this recipe, for its checkpoints and adapter,"))
+    require_space(run.path if run else place, needed, purpose)
 
 
 def remove_abandoned_files(run: Run) -> None:

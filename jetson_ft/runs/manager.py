@@ -35,7 +35,7 @@ from jetson_ft.files import disk_errors, expand_user, printable, staged, write_a
 from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.recipe import Layout, Recipe
-from jetson_ft.runs import exit_status, processes, store
+from jetson_ft.runs import disk, exit_status, processes, store
 from jetson_ft.runs.processes import DistributedConfig
 from jetson_ft.runs.store import LIVE_STATES, SCHEMA, Run, lock
 
@@ -75,6 +75,7 @@ def check_recipe(recipe: Recipe) -> None:
         base = files.resolve_model(recipe.model, weights=not files.is_hub_id(recipe.model))
         dims = catalog.model_dims(base)
     check_target_modules(dims, recipe.lora.target_modules)
+    disk.require_checkpoint_space(recipe, dims)
     data = recipe.data
     if data.chat_template:
         read_template(data.chat_template)

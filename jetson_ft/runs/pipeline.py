@@ -102,7 +102,7 @@ class Pipeline:
             workload = oom.limit_memory(self.run, workload)
             plan = self._choose_plan(workload, device)
             self._store_plan(oom.plan_as_json(workload, plan, device))
-            disk.require_checkpoint_space(self.run, workload)
+            disk.require_checkpoint_space(recipe, workload.dims, self.run)
         with self.phase("model", f"{base.name} as {weights}"):
             model = loading.load_model(base, weights, device.kind)
             model = adapter.attach_adapter(model, recipe.lora, recipe.train.seed)

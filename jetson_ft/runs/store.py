@@ -132,8 +132,12 @@ class Run:
     def reserve_space(self) -> None:
         """Reserve disk space for what must be written at an attempt's end, if the disk is full."""
         path = self.path / "reserve"
-        with disk_errors(path), open(path, "wb") as file:
-            file.write(os.urandom(_RESERVE_BYTES))  # zeros may take no space
+        with disk_errors(path):
+            try:
+                path.write_bytes(os.urandom(_RESERVE_BYTES))  # zeros may take no space
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
 
     def release_space(self) -> None:
         """Free the reserved space."""

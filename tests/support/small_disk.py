@@ -35,10 +35,10 @@ class SmallDisk:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
-    """Return an empty disk of 8 MB."""
+    """Return an empty disk of 32 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32m", "none", str(place)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("a small disk can only be mounted by root")
     try:
