@@ -98,6 +98,11 @@ def test_training_goes_on_without_its_log(
     """The disk is full for some steps only: no event is lost."""
     bench = Workbench(workbench.model, workbench.rows, small_disk.path / "runs")
     run = bench.run("short")
+    # The next steps need another block of the disk.
+    before, _step, _rest = (
+        (finished.path / "events.jsonl").read_bytes().partition(b'"kind": "step"')
+    )
+    run.events_file.write_bytes(b"x" * (-(len(before) + 600) % 4096) + b"\n")
     filling = {"FILL": str(small_disk.path), "FILL_LEAVE": "0"}
     code = bench.work(run, FILL_AT="step-1", EMPTY_AT="step-4", **filling)
     assert code == 0, (run.path / "log.txt").read_text()
@@ -108,6 +113,14 @@ def test_training_goes_on_without_its_log(
         assert steps[0] == steps[1]
     times = [event.t for event in run.events()]
     assert times == sorted(times)
+
+
+@pytest.mark.promise(60)
+def test_full_disk_is_recognised_in_errors_of_libraries(workbench: Workbench) -> None:
+    run = workbench.run("library")
+    fault = "I/O error: No space left on device (os error 28)"
+    code = workbench.work(run, FAULT_AT="weights", FAULT=fault)
+    assert code == exit_status.EXIT_DISK_FULL and "disk is full" in last(run, Failed).what
 
 
 # --- the processes beside the worker -------------------------------------------------------------
@@ -160,6 +173,7 @@ def test_state_is_true_after_both_processes_died_on_a_full_disk(
         small_disk.empty()
         small_disk.fill()
     assert manager.reconcile_state(run) == "failed"
+    assert run.state().state == "failed" or not reserve
     small_disk.empty()
     assert manager.reconcile_state(run) == "failed" == run.state().state
     assert run.state().resumable
