@@ -1,7 +1,8 @@
 """Several processes for one run: `python -m jetson_ft.runs.launcher RUN`, in the worker's place.
 
 torch's elastic launcher starts this machine's processes and connects to the other machines'. A run
-that loses a process ends; it can be resumed. The exit codes are the worker's.
+that loses a process ends; it can be resumed. The exit codes are the worker's. The launcher holds
+`worker.lock` for its workers, which end with it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,13 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Failed, PhaseStarted
 from jetson_ft.hardware.detect import usable_cores
 from jetson_ft.runs import exit_status, oom
-from jetson_ft.runs.processes import DistributedConfig, own_address, read_distributed_config
-from jetson_ft.runs.store import EventLog, Run
+from jetson_ft.runs.processes import (
+    LAUNCHER_PROCESS,
+    DistributedConfig,
+    own_address,
+    read_distributed_config,
+)
+from jetson_ft.runs.store import EventLog, Run, RunRemoved
 
 _RENDEZVOUS_SECONDS = 900  # to wait for the other machines
 
@@ -66,6 +72,7 @@ def _launch(run: Run, config: DistributedConfig) -> None:
         address, backend, name = config.rendezvous, "static", "jetson-ft"
     own = own_address(address.rpartition(":")[0].strip("[]"))
     _set_environment(config, own)
+    os.environ[LAUNCHER_PROCESS] = str(os.getpid())
     launch_config = LaunchConfig(
         min_nodes=config.nnodes,
         max_nodes=config.nnodes,
@@ -100,8 +107,11 @@ def _watch(run: Run, kill_watch: oom.KillWatch) -> None:
     is_waiting = True  # for other machines, before the workers are started
     while True:
         is_waiting = is_waiting and not psutil.Process().children()
-        if is_waiting and run.stop_requested():
-            os._exit(exit_status.EXIT_STOPPED)
+        try:
+            if is_waiting and run.stop_requested():
+                os._exit(exit_status.EXIT_STOPPED)
+        except RunRemoved:
+            os._exit(exit_status.EXIT_FAILED)
         kill_watch.update()
         time.sleep(0.25)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from jetson_ft.errors import Message, UserError, _, joined
-from jetson_ft.events import Failed, Generated, PhaseEnded, PhaseStarted, Step, Warned
+from jetson_ft.events import PHASES, Failed, Generated, PhaseEnded, PhaseStarted, Step, Warned
 from jetson_ft.files import write_json
 from jetson_ft.hardware import cgroup
 from jetson_ft.runs.exit_status import EXIT_FAILED, EXIT_RETRY
@@ -122,10 +122,9 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
         is_killed: the kernel killed a process; else a process raised an error.
     """
     phase, step = _last_phase(run)
-    doing = Message(_("{path}, phase: {phase}"), {"path": str(run.path), "phase": Message(phase)})
-    if step is not None:
-        values = {"path": str(run.path), "phase": Message(phase), "step": step}
-        doing = Message(_("{path}, phase: {phase}, after step {step}"), values)
+    values = {"path": str(run.path), "phase": Message(PHASES.get(phase, phase)), "step": step}
+    text = _("{path} ({phase})") if step is None else _("{path} ({phase}, after step {step})")
+    where = Message(text, values)
     plan: dict[str, Any] = {}
     with suppress(UserError):  # a damaged one
         plan = run.plan()
@@ -133,7 +132,7 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
         what = _("Out of memory.")
         if is_killed:
             what = _("Out of memory: the kernel ended the process.")
-        return OutOfMemory(what, doing, OUT_OF_MEMORY_FIX)
+        return OutOfMemory(what, where, OUT_OF_MEMORY_FIX)
     what = _("Out of memory in training, with {plan}.")
     if is_killed:
         what = _("Out of memory in training, with {plan}: the kernel ended the process.")
@@ -144,7 +143,7 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
             "No plan takes less. Close other programs, or start a new run with a lower "
             "data.max_length or lora.rank, or with quantize: nf4."
         )
-        return OutOfMemory(described, doing, fix)
+        return OutOfMemory(described, where, fix)
     limit = smaller["memory_limit_gb"]
     values = {"path": str(run.path), "limit": limit, "plan": _describe(smaller)}
     # Several processes get no second attempt, and one more attempt is enough.
@@ -153,14 +152,14 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
         with suppress(UserError):  # the disk is full
             write_json(run.path / "plan.json", {**plan, "memory_limit_gb": limit})
             fix = _("It starts again from the last checkpoint, once, with {plan}.")
-            return OutOfMemory(described, doing, Message(fix, values), retry=True)
+            return OutOfMemory(described, where, Message(fix, values), retry=True)
     fix = _(
         "`jetson-ft train --resume {path} --set train.max_memory_gb={limit:g}` continues from the "
         "last checkpoint with {plan}; with `train.on_oom: shrink` a run does so by itself, once. "
         "Or close other programs, or start a new run with a lower data.max_length or lora.rank, "
         "or with quantize: nf4."
     )
-    return OutOfMemory(described, doing, Message(fix, values))
+    return OutOfMemory(described, where, Message(fix, values))
 
 
 def _last_phase(run: Run) -> tuple[str, int | None]:

@@ -1,8 +1,8 @@
 """The run directory: all that is stored of a run. docs/run-directory.md lists its files.
 
 `state.json` is written only by the process that holds `supervisor.lock`; `events.jsonl` by the
-worker, which holds `worker.lock`, and by the launcher of several workers. The file `stop` is
-present while the run is asked to stop.
+worker, which inherits `worker.lock` from its supervisor, and by the launcher of several workers.
+The file `stop` is present while the run is asked to stop.
 
 A lock (flock) shows that a process lives; a process number doesn't: a lock works across containers,
 and after a power cut it is free.
@@ -61,11 +61,19 @@ class State:
     schema: int = SCHEMA
 
 
+class RunRemoved(UserError):
+    """The run's folder is gone, or another one has taken its place."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(_("The run's folder has been removed; the run has ended."), str(path))
+
+
 class Run:
     """One run's folder; the folder's name identifies the run."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
+        self._identity: tuple[int, int] | None = None  # of the folder: device and inode
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # exists once the run has finished
         self.events_file = path / "events.jsonl"
@@ -124,6 +132,19 @@ class Run:
             (self.path / "stop").touch()
 
     def stop_requested(self) -> bool:
+        """Return whether the run is asked to stop.
+
+        Raises:
+            RunRemoved: the folder isn't the one that it was at the first call.
+        """
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            raise RunRemoved(self.path) from error
+        identity = stat.st_dev, stat.st_ino
+        self._identity = self._identity or identity
+        if identity != self._identity:
+            raise RunRemoved(self.path)
         return (self.path / "stop").exists()
 
     def clear_stop(self) -> None:

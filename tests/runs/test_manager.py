@@ -365,11 +365,11 @@ def test_reconcile_never_overwrites_an_ended_state(
     """The supervisor writes the end between the first read of the state and the lock."""
     ended.write_state("running")
 
-    def is_live(run: Run) -> bool:
+    def is_locked(run: Run, name: str) -> bool:
         run.write_state("finished")
         return False
 
-    monkeypatch.setattr(Run, "is_live", is_live)
+    monkeypatch.setattr(Run, "is_locked", is_locked)
     assert manager.reconcile_state(ended) == "finished"
     assert ended.state().state == "finished"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jetson_ft.events import Failed, PhaseStarted, Step, Warned
+from jetson_ft.events import PHASES, Failed, PhaseStarted, Step, Warned
 from jetson_ft.hardware.boards import find_board
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import exit_status, manager, oom, store
@@ -209,10 +209,12 @@ def test_several_processes_get_no_second_attempt(tmp_path: Path) -> None:
 def test_smaller_plan_is_named_only_where_it_helps(tmp_path: Path) -> None:
     for phase in ("sharding", "comparison"):
         _run, error = out_of_memory(tmp_path, phase)
-        assert error.retry and "4,096 tokens" in str(error.what) and phase in str(error.where)
+        assert error.retry and "4,096 tokens" in str(error.what)
+        assert PHASES[phase] in str(error.where)
     for phase in ("libraries", "data", "model"):
         _run, error = out_of_memory(tmp_path, phase)
-        assert not error.retry and str(error.what) == "Out of memory." and phase in str(error.where)
+        assert not error.retry and str(error.what) == "Out of memory."
+        assert PHASES[phase] in str(error.where)
 
 
 @pytest.mark.parametrize("text", [CUDA, NVML, NVMAP])
