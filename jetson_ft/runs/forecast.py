@@ -47,6 +47,7 @@ class DeviceForecast:
     name: str  # a board's, or `THIS_MACHINE`
     device: str
     precision: str
+    memory_limited: bool  # memory_bytes are limited by a control group
     memory_bytes: int  # free for the run
     least_memory_bytes: int  # of the smallest plan
     fits: bool
@@ -115,6 +116,7 @@ def _forecast(
         name=name,
         device=device.board or device.name,
         precision=str(workload.weights),
+        memory_limited=device.memory_limited,
         memory_bytes=device.memory_available,
         least_memory_bytes=planner.least_memory(workload, device),
         fits=plan is not None,

@@ -5,39 +5,65 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import program
+import psutil
 import pytest
 
+from jetson_ft.chat.client import ChatClient, ChatRequest
+from jetson_ft.data.lengths import KNOWN_LENGTHS
+from jetson_ft.errors import UserError
+from jetson_ft.files import write_json
+from jetson_ft.hardware.detect import Device
+from jetson_ft.inference.generate import Sampling
+from jetson_ft.models.catalog import KNOWN_DIMS
+from jetson_ft.models.loading import WeightFormat
+from jetson_ft.recipe import LoraRecipe, Recipe, TrainRecipe
 from jetson_ft.runs import exit_status, manager, store
 from jetson_ft.runs.processes import DistributedConfig
+from jetson_ft.runs.queue import QueueTicket
 from jetson_ft.runs.store import Run
+from jetson_ft.training import planner
+from jetson_ft.training.cost_model import Workload
 
 MEMORY_GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
 LIMIT = 160 << 20  # a light worker has 60 MB
 
 
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make the kernel kill the worker, in a real control group with a low limit."""
+@contextmanager
+def control_group(size: int) -> Iterator[Path]:
+    """Yield the folder of a real control group whose processes have so much memory."""
     for base in MEMORY_GROUPS:
         group = base / f"jetson-ft-{os.getpid()}"
         names = ("memory.limit_in_bytes", "memory.max")
         try:
             group.mkdir()
             (limit,) = (group / name for name in names if (group / name).exists())
-            limit.write_text(str(LIMIT))
+            limit.write_text(str(size))
         except (OSError, ValueError):
             if group.exists():
                 group.rmdir()
             continue
-        monkeypatch.setenv("KILLING_GROUP", str(group))
-        yield
-        group.rmdir()
+        try:
+            yield group
+        finally:
+            group.rmdir()
         return
     pytest.skip("a control group can only be made by root")
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make the kernel kill the worker."""
+    with control_group(LIMIT) as group:
+        monkeypatch.setenv("KILLING_GROUP", str(group))
+        yield
 
 
 @pytest.fixture
@@ -118,3 +144,88 @@ def test_one_of_several_workers_killed_by_the_kernel_gets_advice(light_runs: Any
     light_runs.wait(run, *store.ENDED_STATES, seconds=60.0)
     assert run.state().attempt == 1
     check_advice(run)
+
+
+# --- limits of control groups --------------------------------------------------------------------
+
+IN_GROUP = "open(sys.argv[1] + '/cgroup.procs', 'w').write(str(os.getpid()))"
+MAIN = "from jetson_ft.cli import main; sys.argv[1:] = sys.argv[2:]; main()"
+
+
+def in_group(group: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `jetson-ft` in a control group."""
+    code = f"import os, sys; {IN_GROUP}; {MAIN}"
+    return subprocess.run(
+        [sys.executable, "-c", code, str(group), *arguments],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.promise(62)
+def test_limit_of_a_control_group_is_the_machines_memory() -> None:
+    with control_group(1200 << 20) as group:
+        plan = in_group(group, "plan", "quickstart-zh")
+    (here,) = (line for line in plan.stdout.splitlines() if line.startswith("this machine "))
+    assert 0.8 < float(here.split()[6]) <= 1.2, plan.stdout  # GiB free
+    assert "limit of this container or service" in plan.stdout
+
+
+@pytest.mark.promise(62)
+def test_refusal_names_the_limit_of_the_control_group() -> None:
+    device = Device("cpu", "a processor", None, 2, 10**9, 10**9, False, False, memory_limited=True)
+    workload = Workload(
+        KNOWN_DIMS["microsoft/phi-1_5"], WeightFormat("bf16"), LoraRecipe(), TrainRecipe(),
+        KNOWN_LENGTHS["llamafactory/alpaca_zh", "microsoft/phi-1_5"], 1000.0,
+    )  # fmt: skip
+    free = r"0\.93 GiB are free of the 0\.93 GiB of this container or service"
+    with pytest.raises(UserError, match=free):
+        planner.choose_plan(workload, device, 1e12)
+
+
+# --- a chat beside a run -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Return a function that lets a run train, as the lock of the machine's slot shows it."""
+    monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
+
+    @contextmanager
+    def train() -> Iterator[None]:
+        run = store.create_run(Recipe(output_dir=str(tmp_path / "runs")), "beside")
+        run.write_state("running")
+        parts = {"process": 0, "context": 0}
+        peak = psutil.virtual_memory().total  # which it hasn't allocated yet
+        write_json(run.path / "plan.json", {"peak_memory_bytes": peak, "parts": parts})
+        slot = QueueTicket(1.0).try_take(run.path)
+        assert slot
+        with slot:
+            yield
+
+    return train
+
+
+@pytest.mark.promise(37)
+def test_chat_that_does_not_fit_beside_a_run_is_busy(
+    training: Any, tiny_phi: Path, tmp_path: Path
+) -> None:
+    with training():
+        done = program.run("chat", str(tiny_phi), cwd=tmp_path)
+    program.assert_refused(done, "Busy: a run is training", "Wait for its end")
+
+
+@pytest.mark.promise(37)
+@pytest.mark.slow(minutes=0.2)
+def test_loaded_chat_makes_room_for_a_run(training: Any, tiny_phi: Path, tmp_path: Path) -> None:
+    client = ChatClient(tmp_path / "runs")
+    request = ChatRequest("1", [], Sampling(max_new_tokens=2))
+    try:
+        assert list(client.generate(str(tiny_phi), request))
+        process: Any = client._process
+        with training():
+            assert process.wait(10) is not None, "the model is unloaded"
+            with pytest.raises(UserError, match=r"unloaded|Busy"):
+                list(client.generate(str(tiny_phi), request))
+        assert list(client.generate(str(tiny_phi), request))
+    finally:
+        client.close()
