@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import fake_hub
 from hypothesis import settings
 from loaded_phi import phi
 from small_disk import small_disk
 from workbench import finished, light_runs, queued, workbench
 
 __all__ = [
+    "fake_hub",
     "finished",
     "light_runs",
     "phi",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import BIG, CUT, FETCH, FakeHub, run_client, start, wait_for_part
 from small_disk import SmallDisk
 from workbench import Workbench
 
@@ -218,6 +221,40 @@ def test_run_that_needs_more_than_there_is_is_refused_at_once(
     with pytest.raises(DiskFull, match=r"33\.6 MB are free, .* needs 1,\d{3}\.\d MB"):
         manager.launch(recipe, "large")
     assert not small_disk.files()
+
+
+# --- downloads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.promise(60)
+def test_download_that_does_not_fit_is_refused_at_once(
+    fake_hub: FakeHub, small_disk: SmallDisk
+) -> None:
+    small_disk.fill(500_000)
+    (answer,) = run_client(fake_hub.address, small_disk.path / "hf", FETCH)
+    assert re.search(r"0\.5 MB are free, the download of o/n needs 1\.0 MB", answer["what"])
+    assert not small_disk.files() and not fake_hub.requests_for("model.safetensors")
+
+
+@pytest.mark.promise(60)
+def test_download_that_fills_the_disk_resumes_once_there_is_room(
+    fake_hub: FakeHub, small_disk: SmallDisk
+) -> None:
+    home = small_disk.path / "hf"
+    fake_hub.stall = True
+    with start(fake_hub.address, home, FETCH) as client:
+        assert fake_hub.stalled.wait(20)
+        wait_for_part(home, CUT - (1 << 17))
+        time.sleep(0.1)
+        small_disk.fill()
+        fake_hub.released.set()  # the rest follows
+        out, errors = client.communicate(timeout=20)
+    (answer,) = json.loads(out)
+    assert "disk is full" in answer["what"] and "Free some space" in answer["fix"], errors
+    small_disk.empty()
+    (fetched,) = run_client(fake_hub.address, home, FETCH)
+    assert (Path(fetched["value"]) / "model.safetensors").read_bytes() == BIG
+    assert "Range" in fake_hub.requests_for("model.safetensors")[-1]
 
 
 # --- what is left behind -------------------------------------------------------------------------
