@@ -18,6 +18,7 @@ from workbench import Workbench
 
 from jetson_ft.events import CheckpointSaved, Exited, Failed, Step
 from jetson_ft.files import DiskFull, staged, staging_folder
+from jetson_ft.models import embedded
 from jetson_ft.runs import exit_status, manager, store
 from jetson_ft.runs.store import Run
 from jetson_ft.training import checkpoint
@@ -255,6 +256,17 @@ def test_download_that_fills_the_disk_resumes_once_there_is_room(
     (fetched,) = run_client(fake_hub.address, home, FETCH)
     assert (Path(fetched["value"]) / "model.safetensors").read_bytes() == BIG
     assert "Range" in fake_hub.requests_for("model.safetensors")[-1]
+
+
+@pytest.mark.promise(60)
+def test_bundled_model_is_converted_only_where_it_fits(
+    small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JETSON_FT_CACHE", str(small_disk.path))
+    monkeypatch.delenv("JETSON_FT_EMBEDDED", raising=False)
+    with pytest.raises(DiskFull, match=r"the bundled model needs 273\.0 MB"):
+        embedded.embedded_folder()
+    assert small_disk.files() == [f".{embedded.NAME}-v1.lock"]
 
 
 # --- what is left behind -------------------------------------------------------------------------
