@@ -36,6 +36,7 @@ from jetson_ft.files import (
     disk_errors,
     expand_user,
     printable,
+    safe_name,
     staged,
     write_atomic,
     write_json,
@@ -141,7 +142,11 @@ def _is_usable(value: object, layout: str, columns: Mapping[str, str]) -> bool:
 
 
 def launch(
-    recipe: Recipe, label: str, config: DistributedConfig | None = None, start: Start | None = None
+    recipe: Recipe,
+    label: str,
+    config: DistributedConfig | None = None,
+    start: Start | None = None,
+    ticket: str = "",
 ) -> Run:
     """Check the recipe, create the run and start its supervisor; return at once.
 
@@ -149,6 +154,7 @@ def launch(
         label: part of the run's name.
         config: its processes; None: one.
         start: starts the work instead of a supervisor (`run_in_foreground`).
+        ticket: kept with the run, for `store.run_of_ticket`.
 
     Raises:
         UserError: the run would fail at its start, or its folder can't be written.
@@ -158,6 +164,8 @@ def launch(
     try:
         with _take_supervisor_lock(run) as lock_file:
             processes.write_distributed_config(run, config or DistributedConfig())
+            if ticket:
+                write_atomic(run.path / store.TICKET_FILE, safe_name(ticket))
             run.reserve_space()
             run.write_state("queued")
             (start or _start_supervisor)(run, lock_file)

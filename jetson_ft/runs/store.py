@@ -41,6 +41,7 @@ from jetson_ft.recipe import Recipe
 SCHEMA = 1
 _RESERVE_BYTES = 1 << 18  # for an attempt's last events and its state
 _MAX_WAITING = 200  # events; they must fit into the reserve
+TICKET_FILE = "ticket"
 LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
 
@@ -171,9 +172,6 @@ class Run:
             return False
         with open(path, "rb") as file:
             return not try_lock(file)
-
-    def is_live(self) -> bool:
-        return self.is_locked("worker") or self.is_locked("supervisor")
 
     def events(self) -> list[Event]:
         """Return all complete events; of steps made twice (after a resume), the last attempt's."""
@@ -318,6 +316,15 @@ def find_run(name: str, root: Path) -> Run:
         name=name,
         names=", ".join(run.name for run in runs[:5]),
     )
+
+
+def run_of_ticket(ticket: str, root: Path) -> Run | None:
+    """Return the run under the root that was launched with this ticket."""
+    for run in list_runs(root):  # the newest first
+        with suppress(OSError):
+            if (run.path / TICKET_FILE).read_text() == ticket:
+                return run
+    return None
 
 
 def run_by_name(name: str, root: Path) -> Run:

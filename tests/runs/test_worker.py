@@ -52,14 +52,6 @@ def test_request_to_stop_ends_the_worker_stopped(queued: Any) -> None:
     assert work(run) == exit_status.EXIT_STOPPED
 
 
-def test_terminated_worker_stops_properly(light_runs: Any) -> None:
-    import signal
-
-    run = light_runs.launch("endless")
-    os.kill(light_runs.worker(run), signal.SIGTERM)
-    assert light_runs.wait(run, *store.ENDED_STATES) == "stopped"
-
-
 def test_interrupted_worker_continues(light_runs: Any) -> None:
     """The command that launched the run handles Ctrl-C."""
     import signal
