@@ -119,7 +119,7 @@ def require_space(path: Path, needed: float, purpose: Message) -> None:
     free = shutil.disk_usage(existing_parent(path)).free
     if needed > free:
         raise DiskFull(
-            _("The disk is too full: {free:,.1f} MB are free, {purpose} needs {needed:,.1f} MB."),
+            _("The disk is full: {free:,.1f} MB are free, {purpose} needs {needed:,.1f} MB."),
             str(path),
             disk_full(path).fix,
             free=free / 10**6,

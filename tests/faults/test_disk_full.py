@@ -62,7 +62,7 @@ def check_run_on_full_disk(
     log = (run.path / "log.txt").read_text()
     assert code == exit_status.EXIT_DISK_FULL, log
     failure = last(run, Failed)
-    assert "full" in failure.what and "Free some space" in failure.fix and failure.where
+    assert "disk is full" in failure.what and "Free some space" in failure.fix and failure.where
     assert last(run, Exited).code == code
     status = exit_status.state_for_exit_code(run, code)
     assert (status.state, status.resumable) == ("failed", True)
@@ -171,7 +171,7 @@ def test_state_is_true_after_both_processes_died_on_a_full_disk(
     small_disk.fill()
     short_runs.kill_supervisor(run)
     os.kill(worker, signal.SIGKILL)
-    short_runs.until(lambda: not run.is_live())
+    short_runs.until(lambda: not run.is_locked("worker"))
     if not reserve:
         (run.path / "reserve").unlink()
         small_disk.empty()
