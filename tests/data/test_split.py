@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jetson_ft.data import sources
+from jetson_ft.data import sources, store
 from jetson_ft.data import split as splitting
+from jetson_ft.data.readers import read_rows
 from jetson_ft.data.sources import Source, resolve_source
 from jetson_ft.errors import UserError
 from jetson_ft.recipe import DataRecipe, SourceRecipe
@@ -47,6 +48,20 @@ def test_chosen_columns_are_read_in_heldout_rows_that_have_them(tmp_path: Path) 
     for heldout, answer in ((same.name, "b9"), (other.name, "答案9")):
         _train, held, _info = split(data, heldout, columns=columns)
         assert answers(held) == [answer]
+
+
+def test_heldout_settings_read_the_first_rows_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = source(tmp_path, [{"title": "t", "body": "b"}])
+    opened: list[Path] = []
+    monkeypatch.setattr(
+        store, "read_rows", lambda path, encoding: (opened.append(path), read_rows(path))[1]
+    )
+    columns = {"question": "title", "answer": "body"}
+    chosen = DataRecipe.model_validate({"columns": columns, "format": "alpaca"})
+    assert store.heldout_settings(data, chosen) == ("alpaca", columns)
+    assert opened == list(data.files)
 
 
 @pytest.mark.parametrize(
