@@ -231,8 +231,7 @@ class Pipeline:
         """Return why rows can't be packed, after a warning that says so; None: they can."""
         from jetson_ft.kernels.attention_trial import packing_obstacle
 
-        longest = max(tokenize.token_counts(part).max() for part in (rows.train, rows.heldout))
-        if obstacle := packing_obstacle(model, int(longest)):
+        if obstacle := packing_obstacle(model, rows.longest):
             text = _(
                 "With this model rows are computed one by one, which is slower than packed: "
                 "{obstacle}."
