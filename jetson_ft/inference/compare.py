@@ -16,7 +16,7 @@ from jetson_ft.data.chat_template import (
     until_last_trained,
 )
 from jetson_ft.data.formats import TEXT
-from jetson_ft.inference.generate import Reply, generate_replies
+from jetson_ft.inference.generate import MAX_REPLY_BATCH, Reply, generate_replies
 from jetson_ft.inference.metrics import reply_metrics
 from jetson_ft.kernels import attention
 from jetson_ft.kernels.lm_head_loss import Score, chunked_lm_head, score_packs
@@ -35,7 +35,7 @@ def compare_adapter(
     samples: int,
     progress: ProgressCallback,
     max_length: int,
-    batch_size: Callable[[int], int] = lambda width: 36,
+    batch_size: Callable[[int], int] = lambda width: MAX_REPLY_BATCH,
     scores: dict[str, Score] | None = None,
 ) -> dict[str, Any]:
     """Measure a PEFT model with its adapter disabled ("before") and enabled ("after").
