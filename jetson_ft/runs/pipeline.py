@@ -265,7 +265,7 @@ class Pipeline:
             dist=self.dist,
             monitor=self.monitor,
             max_temperature=self.recipe.device.max_temperature_c,
-            lora_plus=self.recipe.lora.plus,
+            loraplus_lr_ratio=self.recipe.lora.loraplus_lr_ratio,
         )
         steps = len(batches.plan_steps(job.train_tokens, job.recipe))
         if self.dist.is_local_main:
