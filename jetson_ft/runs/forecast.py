@@ -87,12 +87,8 @@ def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
         "Predicted; no board has run this yet.",
         "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
     ]
-    return Forecast(devices, origins, assumptions, _coverage(recipe, workload))
-
-
-def _coverage(recipe: Recipe, workload: Workload) -> Coverage:
-    weights = replace(workload.weights, quantize=recipe.quantize)
-    return replace(workload, weights=weights).coverage
+    coverage = workload.dims.coverage(recipe.lora.rank, recipe.lora.target_modules, recipe.quantize)
+    return Forecast(devices, origins, assumptions, coverage)
 
 
 def forecast_here(recipe: Recipe, workload: Workload) -> DeviceForecast:
@@ -330,7 +326,9 @@ def dry_run(recipe: Recipe) -> DryRun:
         tokens=int(sum(lengths[step].sum() for step in steps)),
         rows_per_step=sum(map(len, steps)) / max(1, len(steps)),
         forecast=forecast_here(recipe, workload),
-        coverage=_coverage(recipe, workload),
+        coverage=workload.dims.coverage(
+            recipe.lora.rank, recipe.lora.target_modules, recipe.quantize
+        ),
         warning=warning,
     )
 
