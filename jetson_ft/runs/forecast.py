@@ -20,7 +20,7 @@ from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.lengths import LengthHistogram
 from jetson_ft.data.prepare import count_tokens, prepare_rows
 from jetson_ft.data.templates import read_template
-from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
+from jetson_ft.errors import Message, UserError, _, messages_as_json
 from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import catalog, files, loading, positions
@@ -160,8 +160,7 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     except UserError as error:
         names = ", ".join(dict.fromkeys(name for name, _model in lengths.KNOWN_LENGTHS))
         fix = Message(_("Planned without their file: {names}."), {"names": names})
-        fixes = [error.fix, fix] if str(error.fix) else [fix]
-        raise UserError(error.what, error.where, joined(fixes, " ")) from error
+        raise error.with_fix(fix) from error
     estimated, estimated_heldout = (
         lengths.estimate_lengths(part["messages"], dims.vocabulary, data.max_length)
         for part in (rows_read, heldout)
@@ -193,10 +192,10 @@ def _files_of_unknown_model(model: str) -> BaseModelFiles:
             if base and (base.folder / "config.json").is_file():
                 return base
         fix = _("`jetson-ft models` lists the models that are planned without their files.")
-        fixes = [error.fix, Message(fix)] if str(error.fix) else [Message(fix)]
+        fixes = [Message(fix)]
         if near := catalog.nearest_name(model):
             fixes.insert(0, Message(_("Did you mean `{near}`?"), {"near": near}))
-        raise UserError(error.what, error.where, joined(fixes, " ")) from error
+        raise error.with_fix(*fixes) from error
 
 
 def _scaled_lengths(train: str, vocabulary: int) -> LengthHistogram | None:
