@@ -103,13 +103,13 @@ def train(overrides: list[str], seed: int, tokens: int, minutes: float) -> dict[
 
 
 def show(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Print the table of the settings that have a result for every seed of the first one."""
+    """Print the table; each setting has a result for every seed, in the same order."""
     first, *_ = results.values()
     print("| setting | bits per character | range | difference | tokens | seconds |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, runs in results.items():
         bits = [run["bits"] for run in runs]
-        differences = [run["bits"] - other["bits"] for run, other in zip(runs, first, strict=False)]
+        differences = [run["bits"] - other["bits"] for run, other in zip(runs, first, strict=True)]
         tokens, seconds = (
             statistics.fmean(run[key] for run in runs) for key in ("tokens", "seconds")
         )
