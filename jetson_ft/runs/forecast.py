@@ -143,13 +143,14 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
         source = f"built-in lengths of {train}, {known.rows:,} rows; no file was read"
         return _workload(recipe, dims, known), [model_source, f"rows: {source}"]
     scaled = _scaled_lengths(train, dims.vocabulary)
+    accuracy = lengths.accuracy_of_estimate(dims.vocabulary)
     if base is None and (train == "bundled" or not scaled):
         base = _files_here(recipe.model)
     has_tokenizer = base and (base.gguf_file or files.has_tokenizer(base.folder))
     # A known data set on the Hub is large: it is neither downloaded nor tokenized for a prediction.
     if scaled and not (has_tokenizer and train == "bundled"):
         source = f"built-in lengths of {train} for another tokenizer, converted"
-        return _workload(recipe, dims, scaled), [model_source, f"rows: {source} (within 20%)"]
+        return _workload(recipe, dims, scaled), [model_source, f"rows: {source} ({accuracy})"]
     try:
         if base and has_tokenizer:
             rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
@@ -170,7 +171,7 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     )
     count = sum(part.read.rows_kept for part in info.sources)
     source = f"{count:,} read from {data.train_names()}"
-    source += "; tokens estimated from characters (within 20%): no tokenizer here"
+    source += f"; tokens estimated from characters ({accuracy}): no tokenizer here"
     return workload, [model_source, f"rows: {source}"]
 
 
