@@ -1,7 +1,8 @@
 """Several processes for one run: `python -m jetson_ft.runs.launcher RUN`, in the worker's place.
 
 torch's elastic launcher starts this machine's processes and connects to the other machines'. A run
-that loses a process ends; it can be resumed. The exit codes are the worker's.
+that loses a process ends; it can be resumed. The exit codes are the worker's. The launcher holds
+`worker.lock` for its workers, which end with it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Failed, PhaseStarted
 from jetson_ft.hardware.detect import usable_cores
 from jetson_ft.runs import exit_status
-from jetson_ft.runs.processes import DistributedConfig, own_address, read_distributed_config
-from jetson_ft.runs.store import EventLog, Run
+from jetson_ft.runs.processes import (
+    LAUNCHER_PROCESS,
+    DistributedConfig,
+    own_address,
+    read_distributed_config,
+)
+from jetson_ft.runs.store import EventLog, Run, RunRemoved
 
 _RENDEZVOUS_SECONDS = 900  # to wait for the other machines
 
@@ -60,6 +66,7 @@ def _launch(run: Run, config: DistributedConfig) -> None:
         address, backend, name = config.rendezvous, "static", "jetson-ft"
     own = own_address(address.rpartition(":")[0].strip("[]"))
     _set_environment(config, own)
+    os.environ[LAUNCHER_PROCESS] = str(os.getpid())
     launch_config = LaunchConfig(
         min_nodes=config.nnodes,
         max_nodes=config.nnodes,
@@ -92,8 +99,11 @@ def _set_environment(config: DistributedConfig, own: str) -> None:
 def _exit_if_stopped(run: Run) -> None:
     """End the wait for other machines on request; once the worker runs, it obeys the request."""
     while not psutil.Process().children():
-        if run.stop_requested():
-            os._exit(exit_status.EXIT_STOPPED)
+        try:
+            if run.stop_requested():
+                os._exit(exit_status.EXIT_STOPPED)
+        except RunRemoved:
+            os._exit(exit_status.EXIT_FAILED)
         threading.Event().wait(0.25)
 
 

@@ -31,19 +31,28 @@ from jetson_ft.data.formats import RowError
 from jetson_ft.data.sources import Source
 from jetson_ft.data.templates import TEMPLATES, read_template
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import disk_errors, expand_user, printable, staged, write_atomic, write_json
+from jetson_ft.files import (
+    disk_errors,
+    expand_user,
+    printable,
+    safe_name,
+    staged,
+    write_atomic,
+    write_json,
+)
 from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.models.dims import dims_from_config
 from jetson_ft.recipe import Layout, Recipe
 from jetson_ft.runs import exit_status, processes, store
 from jetson_ft.runs.processes import DistributedConfig
-from jetson_ft.runs.store import LIVE_STATES, SCHEMA, Run, lock
+from jetson_ft.runs.store import ENDED_STATES, LIVE_STATES, SCHEMA, Run, lock
 
 # The keys that may change on resume, and only upwards: the length of a run.
 _LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
 # The keys that change how and when a step is computed, and not the result.
 _PLAN_KEYS = {"train.max_memory_gb", "train.on_oom", "device.max_temperature_c"}
+_WORKING_STATES = ("running", "stopping")
 Start = Callable[[Run, IO[bytes]], None]  # takes a queued run and its locked supervisor.lock
 _PREFLIGHT_ROWS = 100  # checked of each file
 
@@ -132,7 +141,11 @@ def _is_usable(value: object, layout: str, columns: Mapping[str, str]) -> bool:
 
 
 def launch(
-    recipe: Recipe, label: str, config: DistributedConfig | None = None, start: Start | None = None
+    recipe: Recipe,
+    label: str,
+    config: DistributedConfig | None = None,
+    start: Start | None = None,
+    ticket: str = "",
 ) -> Run:
     """Check the recipe, create the run and start its supervisor; return at once.
 
@@ -140,6 +153,7 @@ def launch(
         label: part of the run's name.
         config: its processes; None: one.
         start: starts the work instead of a supervisor (`run_in_foreground`).
+        ticket: kept with the run, for `store.run_of_ticket`.
 
     Raises:
         UserError: the run would fail at its start, or its folder can't be written.
@@ -149,6 +163,8 @@ def launch(
     try:
         with _take_supervisor_lock(run) as lock_file:
             processes.write_distributed_config(run, config or DistributedConfig())
+            if ticket:
+                write_atomic(run.path / store.TICKET_FILE, safe_name(ticket))
             run.write_state("queued")
             (start or _start_supervisor)(run, lock_file)
     except UserError:
@@ -281,17 +297,22 @@ def stop(run: Run) -> None:
 
 
 def reconcile_state(run: Run) -> str:
-    """Return the run's state, corrected where its processes died without a record."""
+    """Return the run's state, corrected where its processes live or have died without a record."""
+
+    def is_true(state: str) -> bool:
+        return state in (_WORKING_STATES if run.is_locked("worker") else ENDED_STATES)
+
     state = run.state().state
-    if state not in LIVE_STATES or run.is_live():
+    if run.is_locked("supervisor") or is_true(state):
         return state
     lock_file = lock(run.path / "supervisor.lock")
     if lock_file is None:  # another process has taken it over just now
         return run.state().state
     with lock_file:
         # Read again: it may have ended properly between the first read and the lock.
-        if run.state().state in LIVE_STATES and not run.is_locked("worker"):
-            run.write_state(*exit_status.state_from_events(run))
+        if not is_true(run.state().state):
+            works = run.is_locked("worker")
+            run.write_state(*(["running"] if works else exit_status.state_from_events(run)))
         return run.state().state
 
 
@@ -327,7 +348,7 @@ def delete(run: Run) -> None:
     if reconcile_state(run) in LIVE_STATES:
         raise _is_running(run)
     trash = run.path.with_name(f".deleted-{run.name}")
-    with disk_errors(run.path):
+    with _take_supervisor_lock(run), disk_errors(run.path):  # nothing starts meanwhile
         shutil.rmtree(trash, ignore_errors=True)
         run.path.rename(trash)  # in one step, for all readers
         shutil.rmtree(trash)
@@ -359,7 +380,7 @@ def run_in_foreground(run: Run, lock_file: IO[bytes]) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         run.request_stop()
 
-    def run_attempt(run: Run, slot: IO[bytes]) -> int:
+    def run_attempt(run: Run, _locks: list[IO[bytes]]) -> int:
         run.write_state("running")
         try:
             return worker.main(run, interrupt)

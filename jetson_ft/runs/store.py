@@ -1,8 +1,8 @@
 """The run directory: all that is stored of a run. docs/run-directory.md lists its files.
 
 `state.json` is written only by the process that holds `supervisor.lock`; `events.jsonl` by the
-worker, which holds `worker.lock`, and by the launcher of several workers. The file `stop` is
-present while the run is asked to stop.
+worker, which inherits `worker.lock` from its supervisor, and by the launcher of several workers.
+The file `stop` is present while the run is asked to stop.
 
 A lock (flock) shows that a process lives; a process number doesn't: a lock works across containers,
 and after a power cut it is free.
@@ -31,6 +31,7 @@ from jetson_ft.files import disk_errors, expand_user, read_json, safe_name, writ
 from jetson_ft.recipe import Recipe
 
 SCHEMA = 1
+TICKET_FILE = "ticket"
 LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
 
@@ -51,11 +52,19 @@ class State:
     schema: int = SCHEMA
 
 
+class RunRemoved(UserError):
+    """The run's folder is gone, or another one has taken its place."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(_("The run's folder has been removed; the run has ended."), str(path))
+
+
 class Run:
     """One run's folder; the folder's name identifies the run."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
+        self._identity: tuple[int, int] | None = None  # of the folder: device and inode
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # exists once the run has finished
         self.events_file = path / "events.jsonl"
@@ -114,6 +123,19 @@ class Run:
             (self.path / "stop").touch()
 
     def stop_requested(self) -> bool:
+        """Return whether the run is asked to stop.
+
+        Raises:
+            RunRemoved: the folder isn't the one that it was at the first call.
+        """
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            raise RunRemoved(self.path) from error
+        identity = stat.st_dev, stat.st_ino
+        self._identity = self._identity or identity
+        if identity != self._identity:
+            raise RunRemoved(self.path)
         return (self.path / "stop").exists()
 
     def clear_stop(self) -> None:
@@ -126,9 +148,6 @@ class Run:
             return False
         with open(path, "rb") as file:
             return not try_lock(file)
-
-    def is_live(self) -> bool:
-        return self.is_locked("worker") or self.is_locked("supervisor")
 
     def events(self) -> list[Event]:
         """Return all complete events; of steps made twice (after a resume), the last attempt's."""
@@ -257,6 +276,15 @@ def find_run(name: str, root: Path) -> Run:
         name=name,
         names=", ".join(run.name for run in runs[:5]),
     )
+
+
+def run_of_ticket(ticket: str, root: Path) -> Run | None:
+    """Return the run under the root that was launched with this ticket."""
+    for run in list_runs(root):  # the newest first
+        with suppress(OSError):
+            if (run.path / TICKET_FILE).read_text() == ticket:
+                return run
+    return None
 
 
 def run_by_name(name: str, root: Path) -> Run:

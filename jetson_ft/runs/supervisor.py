@@ -2,6 +2,9 @@
 
 Run as `python -m jetson_ft.runs.supervisor RUN LOCK`; LOCK is the number of the open, locked file
 that the command hands over. It imports no torch.
+
+The supervisor takes `worker.lock` before the worker exists and hands it over in the same way, so
+that at no moment a worker lives without it, whenever the supervisor is killed.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -19,14 +23,17 @@ from jetson_ft.errors import Message, _
 from jetson_ft.runs import exit_status
 from jetson_ft.runs.processes import WORKER_ENVIRONMENT, read_distributed_config
 from jetson_ft.runs.queue import QueueTicket
-from jetson_ft.runs.store import Run
+from jetson_ft.runs.store import Run, RunRemoved, lock
 
 _POLL_SECONDS = 0.25
-RunAttempt = Callable[[Run, IO[bytes]], int]  # takes the run and the machine's slot; the exit code
+# Takes the run, and the open files that lock it and the machine's slot; returns the exit code.
+RunAttempt = Callable[[Run, list[IO[bytes]]], int]
 
 
 def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = None) -> None:
     """Wait for the slot, run the worker (again after `EXIT_RETRY`), record the state.
+
+    A run whose folder is removed meanwhile ends without a record.
 
     Args:
         lock_file: the run's locked `supervisor.lock`.
@@ -34,7 +41,7 @@ def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = N
     """
     # A terminated supervisor asks its worker to stop, and stays to record the result.
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
-    with lock_file:
+    with lock_file, suppress(RunRemoved):
         slot = _wait_for_turn(run)
         if slot is None:
             message = Message(_("stopped while waiting in the queue; resumable"))
@@ -50,43 +57,55 @@ def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = N
 def _wait_for_turn(run: Run) -> IO[bytes] | None:
     """Return the slot's lock file; None: the run was asked to stop before its turn."""
     ticket = QueueTicket(since=run.state().updated)
-    while not run.stop_requested():
-        if slot := ticket.try_take(run.path):
-            return slot
-        if not run.state().reason:
-            message = Message(_("another run is training; this one starts after it"))
-            run.write_state("queued", message)
-        time.sleep(_POLL_SECONDS)
-    ticket.cancel()
+    try:
+        while not run.stop_requested():
+            if slot := ticket.try_take(run.path):
+                return slot
+            if not run.state().reason:
+                message = Message(_("another run is training; this one starts after it"))
+                run.write_state("queued", message)
+            time.sleep(_POLL_SECONDS)
+    finally:
+        ticket.cancel()
     return None
 
 
 def _run_attempts(run: Run, slot: IO[bytes], run_attempt: RunAttempt) -> int:
     """Return the worker's exit code; after `EXIT_RETRY`, that of one more attempt."""
-    code = run_attempt(run, slot)
-    if code == exit_status.EXIT_RETRY and run.stop_requested():
-        return exit_status.EXIT_STOPPED
-    if code == exit_status.EXIT_RETRY:
-        run.write_state("running", attempt=run.state().attempt + 1)
-        code = run_attempt(run, slot)
+    lock_file = lock(run.path / "worker.lock", timeout=1.0)
+    if lock_file is None:  # a worker of a supervisor that was killed
+        return exit_status.EXIT_FAILED
+    with lock_file:
+        code = run_attempt(run, [slot, lock_file])
+        if code == exit_status.EXIT_RETRY and run.stop_requested():
+            return exit_status.EXIT_STOPPED
+        if code == exit_status.EXIT_RETRY:
+            run.write_state("running", attempt=run.state().attempt + 1)
+            code = run_attempt(run, [slot, lock_file])
     return code
 
 
-def _run_worker(run: Run, slot: IO[bytes]) -> int:
+def _run_worker(run: Run, locks: list[IO[bytes]]) -> int:
+    """Run an attempt in a process of its own, which inherits the locks; return its exit code."""
     program = "launcher" if read_distributed_config(run).needs_launcher else "worker"
     command = [sys.executable, "-m", f"jetson_ft.runs.{program}", str(run.path)]
     with open(run.path / "log.txt", "ab") as log:
         worker = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            pass_fds=[slot.fileno()], env={**WORKER_ENVIRONMENT, **os.environ},
+            pass_fds=[file.fileno() for file in locks], env={**WORKER_ENVIRONMENT, **os.environ},
         )  # fmt: skip
     run.write_state("running")
     while True:
         try:
             return worker.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
-            if run.stop_requested() and run.state().state == "running":
-                run.write_state("stopping", Message(_("writing a checkpoint")))
+            try:
+                if run.stop_requested() and run.state().state == "running":
+                    run.write_state("stopping", Message(_("writing a checkpoint")))
+            except RunRemoved:  # nothing is left to save
+                worker.kill()
+                worker.wait()
+                raise
 
 
 if __name__ == "__main__":

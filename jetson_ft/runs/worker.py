@@ -1,4 +1,5 @@
-"""The process that trains: `python -m jetson_ft.runs.worker RUN`, started by the supervisor.
+"""The process that trains: `python -m jetson_ft.runs.worker RUN`, started by the supervisor with
+`worker.lock` taken and inherited.
 
 Exit codes: 0 finished, 1 a fault of this program, 2 refused (`UserError`),
 3 stopped on request, 4 out of memory and to be started once more.
@@ -18,27 +19,26 @@ from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.events import Emit, Event, Exited, Failed, Warned
 from jetson_ft.runs.exit_status import EXIT_FAILED, EXIT_REFUSED, EXIT_RETRY, EXIT_STOPPED
 from jetson_ft.runs.oom import OutOfMemory
-from jetson_ft.runs.processes import explain_error, silence_libraries
-from jetson_ft.runs.store import EventLog, Run, lock
+from jetson_ft.runs.processes import end_with_launcher, explain_error, silence_libraries
+from jetson_ft.runs.store import EventLog, Run
 from jetson_ft.training import distributed
 
 
 def main(run: Run, on_interrupt: Any = signal.SIG_IGN) -> int:
-    """Work on the run until it is finished, stopped or failed; return the exit code.
+    """Work on the run until it is finished, stopped, failed or removed; return the exit code.
 
     Args:
         on_interrupt: handler of SIGINT; by default the command that launched it handles Ctrl-C.
     """
     is_local_main = distributed.is_local_main_process()
-    lock_file = lock(run.path / "worker.lock", timeout=1.0) if is_local_main else None
-    if is_local_main and lock_file is None:
-        return EXIT_FAILED
     attempt = run.state().attempt
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
     signal.signal(signal.SIGINT, on_interrupt)
     silence_libraries()
     emit = EventLog(run, attempt).emit if is_local_main else lambda _event: None
     is_launched = distributed.is_launched()
+    if is_launched:
+        end_with_launcher()
     code = _work(run, emit)
     # For `manager.reconcile_state`, if the supervisor that waits for the exit code is gone.
     _emit_last(emit, Exited(code=code))

@@ -43,7 +43,7 @@ def write_checkpoint(home: Path, state: TrainState, save_files: Callable[[Path],
     target = home / f"step-{state.step}"
     staging = home / f".{target.name}.tmp"
     with disk_errors(home), safetensors_errors():
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(exist_ok=True)  # never the folder of a run that was removed
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         try:

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 from program import invoke, main_in_fork
 from typer.testing import CliRunner
-from workbench import LightRuns, Workbench, wait_for
+from workbench import LightRuns, Workbench, is_live, wait_for
 
 from jetson_ft import recipe as recipes
 from jetson_ft.cli.app import app
@@ -151,7 +151,7 @@ def test_foreground_run_stops_at_ctrl_c_and_resumes_to_its_end(
     os.kill(process.pid, signal.SIGINT)
     process.join(30)
     assert process.exitcode == 130
-    assert run.state().state == "stopped" and not run.is_live() and not running_run()
+    assert run.state().state == "stopped" and not is_live(run) and not running_run()
     assert list(run.checkpoints.glob("step-*/manifest.json"))
     lines = foreground.output.read_text().splitlines()
     assert lines[0] == f"run: {run.path}"

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from run_folders import make_run, step_event
+from workbench import is_live
 
 from jetson_ft.errors import Message, UserError
 from jetson_ft.events import CheckpointSaved, Event, PhaseStarted, Sensors, Step
@@ -138,12 +139,12 @@ def test_two_stop_requests_equal_one(run: Run) -> None:
 
 
 def test_lock_is_held_until_it_is_closed(run: Run) -> None:
-    assert not run.is_live()
+    assert not is_live(run)
     held = lock(run.path / "worker.lock")
-    assert held and run.is_locked("worker") and run.is_live() and not run.is_locked("supervisor")
+    assert held and run.is_locked("worker") and is_live(run) and not run.is_locked("supervisor")
     assert lock(run.path / "worker.lock") is None
     held.close()
-    assert not run.is_live()
+    assert not is_live(run)
 
 
 def test_lock_of_a_killed_process_is_free(run: Run) -> None:
@@ -157,10 +158,10 @@ def test_lock_of_a_killed_process_is_free(run: Run) -> None:
         finally:
             os._exit(1)
     assert os.read(ready, 1) == b"x"
-    assert run.is_live()
+    assert is_live(run)
     os.kill(child, 9)
     os.waitpid(child, 0)
-    assert not run.is_live()
+    assert not is_live(run)
 
 
 def test_patient_lock_waits_for_a_short_owner(run: Run) -> None:

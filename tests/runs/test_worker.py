@@ -13,7 +13,7 @@ import pytest
 from jetson_ft.errors import Message, UserError
 from jetson_ft.events import Exited, Failed
 from jetson_ft.runs import exit_status, processes, store, worker
-from jetson_ft.runs.store import EventLog, Run, lock
+from jetson_ft.runs.store import EventLog, Run
 
 
 def work(run: Run) -> int:
@@ -50,21 +50,6 @@ def test_request_to_stop_ends_the_worker_stopped(queued: Any) -> None:
     run = queued("endless")
     run.request_stop()
     assert work(run) == exit_status.EXIT_STOPPED
-
-
-def test_second_worker_exits_at_once(queued: Any) -> None:
-    run = queued("plain")
-    held = lock(run.path / "worker.lock")
-    assert work(run) == exit_status.EXIT_FAILED
-    assert held and not (run.path / "worked-1").exists()
-
-
-def test_terminated_worker_stops_properly(light_runs: Any) -> None:
-    import signal
-
-    run = light_runs.launch("endless")
-    os.kill(light_runs.worker(run), signal.SIGTERM)
-    assert light_runs.wait(run, *store.ENDED_STATES) == "stopped"
 
 
 def test_interrupted_worker_continues(light_runs: Any) -> None:

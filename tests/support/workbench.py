@@ -18,13 +18,16 @@ from jetson_ft.recipe import Recipe
 from jetson_ft.runs import manager, store
 from jetson_ft.runs.store import Run
 
-# A worker process with a pipeline that doesn't train; everything around it is real. The run's name
-# says what it does. Python imports a module of this name (`sitecustomize`) when it starts.
+# A worker process with a pipeline that doesn't train; everything around it is real. The run's name,
+# or LIGHT_RUNS in the environment, says what it does. Python imports a module of this name
+# (`sitecustomize`) when it starts.
 LIGHT_PIPELINE = """
 import os, sys
 
 if "jetson_ft.runs.worker" in sys.orig_argv:
     import time, types
+    if "late" in sys.orig_argv[-1]:
+        time.sleep(1.5)  # before anything of this project runs
     from jetson_ft.errors import UserError
 
     class Pipeline:
@@ -33,7 +36,7 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
             self.stop_requested = stop_requested
 
         def finetune(self):
-            name = self.run.name
+            name = self.run.name + os.environ.get("LIGHT_RUNS", "")
             (self.run.path / "pid").write_text(str(os.getpid()))
             (self.run.path / f"worked-{self.attempt}").write_text(repr(time.time()))
             if "refused" in name:
@@ -61,6 +64,11 @@ def wait_for(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
             return value
         time.sleep(0.02)
     raise AssertionError("the condition never became true")
+
+
+def is_live(run: Run) -> bool:
+    """Return whether a process of the run lives."""
+    return run.is_locked("worker") or run.is_locked("supervisor")
 
 
 class LightRuns:
@@ -126,7 +134,7 @@ class LightRuns:
             run.request_stop()
         for run in runs:
             with contextlib.suppress(AssertionError):
-                wait_for(lambda run=run: not run.is_live(), 5.0)  # type: ignore[misc]
+                wait_for(lambda run=run: not is_live(run), 5.0)  # type: ignore[misc]
 
 
 @pytest.fixture

@@ -67,7 +67,8 @@ def build(t: Locale, runs: Path, page: Any, tabs: Any) -> None:
     with gr.Accordion(t(_("The same as a command and as a recipe")), open=False) as export:
         command = gr.Code(language="shell", interactive=False, label=t(_("Command")))
         yaml = gr.Code(language="yaml", interactive=False, label=t(_("Recipe")))
-    ticket = gr.State(lambda: uuid.uuid4().hex)
+    # In the request, unlike a `gr.State`: the same request sent twice has the same ticket.
+    ticket = gr.Textbox(visible="hidden")
     started = gr.Textbox(visible="hidden")
     inputs = [*fields.values()]
     outputs = [outcome, *inputs]
@@ -77,6 +78,7 @@ def build(t: Locale, runs: Path, page: Any, tabs: Any) -> None:
     inspect.click(form.inspect, inputs, outputs, concurrency_limit=2)
     plan.click(form.plan, inputs, outputs, concurrency_limit=2)
     export.expand(form.export, [name, *inputs], [command, yaml])
+    page.load(lambda: uuid.uuid4().hex, None, ticket)
     page.load(form.open_address, None, [outcome, tabs, *inputs])
     start.click(form.start, [ticket, name, *inputs], [outcome, started, ticket, *inputs]).then(
         lambda name: gr.Tabs(selected="runs") if name else gr.Tabs(), started, tabs
@@ -84,12 +86,12 @@ def build(t: Locale, runs: Path, page: Any, tabs: Any) -> None:
 
 
 class Form:
-    """What the form's buttons do; keeps only the tickets of submitted forms."""
+    """What the form's buttons do."""
+
+    _start_lock = threading.Lock()  # of both languages' forms
 
     def __init__(self, t: Locale, runs: Path) -> None:
         self.t, self.runs = t, runs
-        self._submitted: dict[str, str] = {}  # ticket -> name of its run
-        self._lock = threading.Lock()
 
     def load(self, source: str) -> list[Any]:
         """Return an error's HTML, and updates of all fields for a shipped recipe or a file."""
@@ -156,7 +158,7 @@ class Form:
         return self._outcome(values, html)
 
     def start(self, ticket: str, name: str, *values: Any) -> list[Any]:
-        """Start one run for each ticket, however often the form is submitted.
+        """Start one run for each ticket, however often, and to whichever server, it is sent.
 
         Returns the outcome's HTML, the run's name (empty: none), the next ticket, and updates of
         all fields.
@@ -165,11 +167,10 @@ class Form:
 
         def html(recipe: Recipe) -> str:
             nonlocal run
-            with self._lock:
-                if ticket not in self._submitted:
-                    self._submitted[ticket] = manager.launch(recipe, name).name
-            run = self._submitted[ticket]
-            state = store.run_by_name(run, self.runs).state().state
+            with self._start_lock:
+                started = store.run_of_ticket(ticket, self.runs) if ticket else None
+                started = started or manager.launch(recipe, name, ticket=ticket)
+            run, state = started.name, started.state().state
             queued = state == "queued" and queue.running_run() is not None
             text = _("{run} is queued: another run is training.") if queued else _("Started: {run}")
             return f"<p>{escape(self.t(text, run=run))}</p>"
