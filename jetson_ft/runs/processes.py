@@ -111,7 +111,11 @@ def own_address(host: str) -> str:
 
 
 def end_with_launcher() -> None:
-    """Let the kernel end this worker when the launcher dies, which holds `worker.lock` for it."""
+    """Let the kernel end this worker when the launcher dies, which holds `worker.lock` for it.
+
+    To the kernel the parent is the launcher's thread that started the worker; it waits for the
+    workers, so it never ends before them.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if str(os.getppid()) != os.environ[LAUNCHER_PROCESS]:  # it had died before
         os.kill(os.getpid(), signal.SIGKILL)
