@@ -57,6 +57,17 @@ def show_run(run: RunArgument = "latest", runs: RunsOption = RUNS) -> None:
 
 
 @app.command()
+def resume(runs: RunsOption = RUNS) -> None:
+    """Resume the runs that a power cut or a crash ended (recipe: run.auto_resume).
+
+    The page does so when it starts; this is for a service without a page.
+    """
+    from jetson_ft.runs.interrupted import take_up_runs
+
+    print("\n".join(take_up_runs(runs)) or f"No run in {runs} was cut short.")
+
+
+@app.command()
 def stop(run: RunArgument = "latest", runs: RunsOption = RUNS) -> None:
     """Ask a run to write a checkpoint and end."""
     from jetson_ft.runs import manager, store

@@ -296,6 +296,26 @@ class DeviceRecipe(_Section):
     )
 
 
+class RunRecipe(_Section):
+    """What happens after a power cut or a crash; these keys may change when a run is resumed."""
+
+    auto_resume: bool = Field(
+        False,
+        description=_(
+            "Resume the run by itself: after a crash of its process at once; after a power cut or "
+            "a shutdown when the page, the container or the service starts. A run that hangs is "
+            "ended and resumed. Not after Stop, nor after a fault that would repeat."
+        ),
+    )
+    max_restarts: Count = Field(
+        3,
+        description=_(
+            "With `auto_resume`: how many times in a row without a new checkpoint; then the run "
+            "waits until it is resumed by hand."
+        ),
+    )
+
+
 class Recipe(_Section):
     """One fine-tuning job."""
 
@@ -322,6 +342,7 @@ class Recipe(_Section):
     train: TrainRecipe = Field(TrainRecipe(), description=TrainRecipe.__doc__ or "")
     eval: EvalRecipe = Field(EvalRecipe(), description=EvalRecipe.__doc__ or "")
     device: DeviceRecipe = Field(DeviceRecipe(), description=DeviceRecipe.__doc__ or "")
+    run: RunRecipe = Field(RunRecipe(), description=RunRecipe.__doc__ or "")
     output_dir: Text = Field("runs", description=_("Folder in which each run gets a folder."))
 
     def to_yaml(self) -> str:

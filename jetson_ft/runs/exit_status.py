@@ -10,12 +10,14 @@ from jetson_ft.events import Exited, Failed
 from jetson_ft.runs.store import Run
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_RETRY, EXIT_DISK_FULL = 1, 2, 3, 4, 5
+EXIT_HUNG = 6  # in place of the signal by which the supervisor ended a worker that hung
 
 
 class ExitStatus(NamedTuple):
     state: str
     message: Message | None = None
     resumable: bool = False
+    interrupted: bool = False  # as in `State`
 
 
 def state_for_exit_code(run: Run, code: int) -> ExitStatus:
@@ -23,15 +25,33 @@ def state_for_exit_code(run: Run, code: int) -> ExitStatus:
     if code == 0:
         return ExitStatus("finished")
     if code == EXIT_STOPPED:
-        return ExitStatus("stopped", Message(_("stopped on request; resumable")), True)
-    if code < 0:
-        return ExitStatus("failed", describe_signal(-code))
+        return stopped(run, Message(_("stopped on request; resumable")))
+    if code < 0 or code == EXIT_HUNG:
+        cause = describe_signal(-code) if code < 0 else Message(_("hung, and was ended"))
+        return ExitStatus("failed", cause, True, _is_unasked(run))
     is_resumable = code == EXIT_DISK_FULL
     if failure := run.last_event(Failed):
         return ExitStatus("failed", Message.from_json(failure.messages["what"]), is_resumable)
     if code == EXIT_DISK_FULL:
         return ExitStatus("failed", files.disk_full(run.path).what, True)
     return ExitStatus("failed", Message(_("ended with code {code}; see log.txt"), {"code": code}))
+
+
+def stopped(run: Run, on_request: Message) -> ExitStatus:
+    """Return the state of a run that was asked to stop, before `Run.clear_stop`.
+
+    Args:
+        on_request: the reason if a person asked for it.
+    """
+    if not run.is_shutting_down():
+        return ExitStatus("stopped", on_request, True)
+    text = _("stopped by a shutdown of the machine, the container or the service; resumable")
+    return ExitStatus("stopped", Message(text), True, interrupted=True)
+
+
+def _is_unasked(run: Run) -> bool:
+    """Return whether a run ended without a person's request to stop."""
+    return run.is_shutting_down() or not run.stop_requested()
 
 
 def describe_signal(number: int) -> Message:
@@ -50,7 +70,7 @@ def state_from_events(run: Run) -> ExitStatus:
     if code is not None:
         return state_for_exit_code(run, code)
     cause = Message(_("ended without a report (power cut, or killed); resumable"))
-    return ExitStatus("failed", cause, True)
+    return ExitStatus("failed", cause, True, _is_unasked(run))
 
 
 def last_error(run: Run) -> UserError:

@@ -48,12 +48,16 @@ from jetson_ft.recipe import Layout, Recipe
 from jetson_ft.runs import disk, exit_status, processes, store
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.processes import DistributedConfig
+from jetson_ft.runs.restarts import newest_step
 from jetson_ft.runs.store import ENDED_STATES, LIVE_STATES, SCHEMA, Run, lock
 
 # The keys that may change on resume, and only upwards: the length of a run.
 _LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
 # The keys that change how and when a step is computed, and not the result.
-_PLAN_KEYS = {"train.max_memory_gb", "train.on_oom", "device.max_temperature_c"}
+_PLAN_KEYS = {
+    "train.max_memory_gb", "train.on_oom", "device.max_temperature_c", "run.auto_resume",
+    "run.max_restarts",
+}  # fmt: skip
 _WORKING_STATES = ("running", "stopping")
 Start = Callable[[Run, IO[bytes]], None]  # takes a queued run and its locked supervisor.lock
 _PREFLIGHT_ROWS = 100  # checked of each file
@@ -185,6 +189,7 @@ def resume(
     overrides: Iterable[str] = (),
     config: DistributedConfig | None = None,
     start: Start | None = None,
+    restarts: int = 0,
 ) -> Run:
     """Continue from the last checkpoint.
 
@@ -192,6 +197,7 @@ def resume(
         overrides: `key=value` settings, which may only make the run longer.
         config: the processes for this attempt and later ones; None keeps the old ones.
         start: as for `launch`.
+        restarts: the number in a row of a restart without a person; 0: a person resumes it.
 
     Raises:
         UserError: it is running, it is finished, or an override would change its result.
@@ -215,7 +221,8 @@ def resume(
         if config:
             processes.write_distributed_config(run, config)
         run.clear_stop()
-        run.write_state("queued", attempt=state.attempt + 1)
+        step, attempt = newest_step(run), state.attempt + 1
+        run.write_state("queued", attempt=attempt, restarts=restarts, restart_step=step)
         (start or _start_supervisor)(run, lock_file)
     return run
 

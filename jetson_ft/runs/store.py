@@ -42,6 +42,7 @@ SCHEMA = 1
 _RESERVE_BYTES = 1 << 18  # for an attempt's last events and its state
 _MAX_WAITING = 200  # events; they must fit into the reserve
 TICKET_FILE = "ticket"
+_SHUTDOWN = b"shutdown\n"  # the content of `stop` if no person asks for it
 LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
 
@@ -56,6 +57,10 @@ class State:
     reason: str = ""  # English
     message: dict[str, Any] | None = None  # the reason as `Message.as_json`, for translation
     resumable: bool = False  # it was cut short and can be resumed
+    interrupted: bool = False  # by a power cut, a crash or a shutdown, not by a person or a fault
+    restarts: int = 0  # of its own accord (`run.auto_resume`), in a row without a new checkpoint
+    restart_step: int = 0  # that of the newest checkpoint at the last restart
+    queued: float = 0.0  # when this attempt was put into the queue
     attempt: int = 1
     created: float = 0.0
     updated: float = 0.0
@@ -97,9 +102,13 @@ class Run:
         state: str,
         message: Message | None = None,
         resumable: bool = False,
-        attempt: int | None = None,
+        interrupted: bool = False,
+        **changes: Any,
     ) -> None:
-        """Write `state.json`, holding `supervisor.lock`; without `attempt` keep its number.
+        """Write `state.json`, holding `supervisor.lock`.
+
+        Args:
+            changes: other fields of `State` that change, such as `attempt`; the rest is kept.
 
         Raises:
             RunRemoved: as `require_folder`.
@@ -108,7 +117,12 @@ class Run:
         path, now = self.path / "state.json", time.time()
         old = self.state() if path.exists() else State(state, created=now)
         reason, content = (str(message), message.as_json()) if message else ("", None)
-        new = State(state, reason, content, resumable, attempt or old.attempt, old.created, now)
+        if state == "queued" and (old.state != state or not old.queued):
+            changes["queued"] = now
+        new = replace(
+            old, state=state, reason=reason, message=content, resumable=resumable,
+            interrupted=interrupted, updated=now, **changes,
+        )  # fmt: skip
         write_json(path, asdict(new))
 
     def about(self) -> dict[str, Any]:
@@ -132,10 +146,25 @@ class Run:
         path = self.path / "plan.json"
         return dict(read_json(path)) if path.exists() else {}
 
-    def request_stop(self) -> None:
-        """Ask the worker to save a checkpoint and exit."""
+    def request_stop(self, is_shutdown: bool = False) -> None:
+        """Ask the worker to save a checkpoint and exit.
+
+        Args:
+            is_shutdown: the machine, the container or the service ends, and no person stops the
+                run; an earlier request of a person remains one.
+        """
+        path = self.path / "stop"
         with disk_errors(self.path):
-            (self.path / "stop").touch()
+            if not is_shutdown:
+                path.write_bytes(b"")
+            elif not path.exists():
+                path.write_bytes(_SHUTDOWN)
+
+    def is_shutting_down(self) -> bool:
+        """Return whether the run is asked to stop, by a shutdown and not by a person."""
+        with suppress(FileNotFoundError):
+            return (self.path / "stop").read_bytes() == _SHUTDOWN
+        return False
 
     def stop_requested(self) -> bool:
         """Return whether the run is asked to stop; raise `RunRemoved` as `require_folder`."""

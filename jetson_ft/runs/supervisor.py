@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import IO
 
 from jetson_ft import logs
-from jetson_ft.errors import Message, _
+from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import DiskFull
-from jetson_ft.runs import exit_status, oom
+from jetson_ft.runs import exit_status, hang, oom, restarts
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.processes import WORKER_ENVIRONMENT, read_distributed_config
 from jetson_ft.runs.queue import QueueTicket
@@ -35,7 +35,7 @@ RunAttempt = Callable[[Run, list[IO[bytes]]], int]
 
 
 def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = None) -> None:
-    """Wait for the slot, run the worker (again after `EXIT_RETRY`), record the state.
+    """Wait for the slot, run the worker (again where `_run_attempts` says so), record the state.
 
     A run whose folder is removed meanwhile ends without a record.
 
@@ -43,18 +43,18 @@ def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = N
         lock_file: the run's locked `supervisor.lock`.
         run_attempt: makes one attempt; by default in a worker process.
     """
-    # A terminated supervisor asks its worker to stop, and stays to record the result.
-    signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
+    # A terminated supervisor asks its worker to stop, and stays to record the result. People stop
+    # a run by other means (`manager.stop`); this is the end of the machine or of a service.
+    signal.signal(signal.SIGTERM, lambda *_: run.request_stop(is_shutdown=True))
     with lock_file, suppress(RunRemoved):
         try:
             slot = _wait_for_turn(run)
             if slot is None:
                 message = Message(_("stopped while waiting in the queue; resumable"))
-                status = ExitStatus("stopped", message, True)
+                status = exit_status.stopped(run, message)
             else:
                 with slot:
-                    code = _run_attempts(run, slot, run_attempt or _run_worker)
-                status = exit_status.state_for_exit_code(run, code)
+                    status = _run_attempts(run, slot, run_attempt or _run_worker)
         except DiskFull as error:  # before an attempt: the run's disk or the queue's
             status = ExitStatus("failed", error.what, resumable=True)
         run.release_space()
@@ -99,26 +99,45 @@ def _wait_for_turn(run: Run) -> IO[bytes] | None:
     return None
 
 
-def _run_attempts(run: Run, slot: IO[bytes], run_attempt: RunAttempt) -> int:
-    """Return the worker's exit code; after `EXIT_RETRY`, that of one more attempt."""
+def _run_attempts(run: Run, slot: IO[bytes], run_attempt: RunAttempt) -> ExitStatus:
+    """Run the worker: again after `EXIT_RETRY`, once, and after crashes (`run.auto_resume`).
+
+    Return the state to record.
+    """
     lock_file = lock(run.path / "worker.lock", timeout=1.0)
     if lock_file is None:  # a worker of a supervisor that was killed
-        return exit_status.EXIT_FAILED
+        return exit_status.state_for_exit_code(run, exit_status.EXIT_FAILED)
+    may_retry = True
     with lock_file:
-        code = run_attempt(run, [slot, lock_file])
-        if code == exit_status.EXIT_RETRY and run.stop_requested():
-            return exit_status.EXIT_STOPPED
-        if code == exit_status.EXIT_RETRY:
-            run.write_state("running", attempt=run.state().attempt + 1)
+        while True:
             code = run_attempt(run, [slot, lock_file])
-    return code
+            attempt = run.state().attempt + 1
+            if code == exit_status.EXIT_RETRY and run.stop_requested():
+                code = exit_status.EXIT_STOPPED
+            elif code == exit_status.EXIT_RETRY and may_retry:
+                may_retry = False
+                run.write_state("running", attempt=attempt)
+                continue
+            status = exit_status.state_for_exit_code(run, code)
+            if run.stop_requested():
+                return status
+            number, status = restarts.next_restart(run, status)
+            if number is None:
+                return status
+            step = restarts.newest_step(run)
+            run.write_state("running", attempt=attempt, restarts=number, restart_step=step)
+            with suppress(DiskFull):
+                restarts.record(run, status.message)
 
 
 def _run_worker(run: Run, locks: list[IO[bytes]]) -> int:
-    """Run an attempt in a process of its own, which inherits the locks; return its exit code."""
+    """Run an attempt in a process of its own, which inherits the locks; return its exit code.
+
+    A worker that hangs is ended if the run is restarted by itself, or is asked to stop.
+    """
     program = "launcher" if read_distributed_config(run).needs_launcher else "worker"
     command = [sys.executable, "-m", f"jetson_ft.runs.{program}", str(run.path)]
-    kill_watch = oom.KillWatch()
+    kill_watch, hang_watch, was_ended = oom.KillWatch(), hang.HangWatch(run), False
     with open(run.path / "log.txt", "ab") as log:
         worker = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -133,13 +152,26 @@ def _run_worker(run: Run, locks: list[IO[bytes]]) -> int:
             try:
                 if run.stop_requested() and run.state().state == "running":
                     _try_to_write_state(run, "stopping", Message(_("writing a checkpoint")))
+                if hang_watch.update() and (run.stop_requested() or _is_auto_resumed(run)):
+                    was_ended = True
+                    worker.kill()  # it would not see a SIGTERM; waited for as before
             except RunRemoved:  # nothing is left to save
                 worker.kill()
                 worker.wait()
                 raise
             continue
+        if was_ended:
+            code = exit_status.EXIT_STOPPED if run.stop_requested() else exit_status.EXIT_HUNG
+            recorded = exit_status.recorded_exit_code(run)  # it hung after its work
+            return code if recorded is None else recorded
         is_killed = code == -signal.SIGKILL and kill_watch.saw_kill()
         return oom.record_kill(run) if is_killed else code
+
+
+def _is_auto_resumed(run: Run) -> bool:
+    with suppress(UserError):  # a damaged recipe
+        return run.recipe().run.auto_resume
+    return False
 
 
 if __name__ == "__main__":

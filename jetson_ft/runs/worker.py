@@ -18,7 +18,7 @@ from jetson_ft import logs
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.events import Emit, Event, Exited, Failed, Warned
 from jetson_ft.files import is_disk_full
-from jetson_ft.runs import oom
+from jetson_ft.runs import hang, oom
 from jetson_ft.runs.exit_status import (
     EXIT_DISK_FULL,
     EXIT_FAILED,
@@ -33,18 +33,21 @@ from jetson_ft.training import distributed
 from jetson_ft.training.memory import is_out_of_memory
 
 
-def main(run: Run, on_interrupt: Any = signal.SIG_IGN) -> int:
+def main(run: Run, on_interrupt: Any = signal.SIG_IGN, dump_stacks: bool = False) -> int:
     """Work on the run until it is finished, stopped, failed or removed; return the exit code.
 
     Args:
         on_interrupt: handler of SIGINT; by default the command that launched it handles Ctrl-C.
+        dump_stacks: write the stacks of all threads to stderr when the work hangs.
     """
     is_local_main = distributed.is_local_main_process()
     attempt = run.state().attempt
-    signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
+    signal.signal(signal.SIGTERM, lambda *_: run.request_stop(is_shutdown=True))
     signal.signal(signal.SIGINT, on_interrupt)
     silence_libraries()
     emit = EventLog(run, attempt).emit if is_local_main else lambda _event: None
+    if dump_stacks:
+        emit = hang.StackDump(emit).emit
     is_launched = distributed.is_launched()
     if is_launched:
         end_with_launcher()
@@ -90,4 +93,4 @@ def _emit_last(emit: Emit, event: Event) -> None:
 if __name__ == "__main__":
     logs.ignore_write_errors()
     logs.log_to_stderr()  # which is log.txt
-    sys.exit(main(Run(Path(sys.argv[1]))))
+    sys.exit(main(Run(Path(sys.argv[1])), dump_stacks=True))

@@ -12,7 +12,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from jetson_ft.errors import UserError, _
-from jetson_ft.runs import manager, processes
+from jetson_ft.runs import processes
+from jetson_ft.runs.interrupted import take_up_runs
 from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.security import AccessPolicy
 
@@ -59,9 +60,8 @@ def serve(
     else:
         names = ", ".join(map(str, folders))
         print(f"The page can use files in {names} (--allow-path FOLDER adds one).", flush=True)
-    for run in manager.resumable_runs(runs)[:3]:
-        command = f"jetson-ft train --resume {run.name}"
-        print(f"{run.name} can be resumed: Resume on the page, or {command}", flush=True)
+    for line in take_up_runs(runs):
+        print(line, flush=True)
     # Ctrl-C waits no longer than this for open pages; uvicorn's errors about them are dropped.
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)

@@ -58,9 +58,16 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
             Path(counter).write_text("1")
         os.kill(os.getpid(), 9)
 
+    def make_step(emit, number):
+        from jetson_ft import events
+        emit(events.PhaseStarted(name="training"))
+        emit(events.Step(step=number, total_steps=9, loss=1.0, lr=1e-3, grad_norm=1.0,
+                         tokens=10 * number, tokens_per_second=5000.0, seconds_left=1.0,
+                         memory=10**9))
+
     class Pipeline:
-        def __init__(self, run, log, stop_requested, group):
-            self.run, self.attempt = run, run.state().attempt
+        def __init__(self, run, emit, stop_requested, group):
+            self.run, self.attempt, self.emit = run, run.state().attempt, emit
             self.stop_requested = stop_requested
 
         def finetune(self):
@@ -76,13 +83,30 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
                 raise OutOfMemory("Out of memory.", "here", "Less.", retry=True)
             if "killed" in name:
                 die_in_training(self.run, name)
-            while "endless" in name and not self.stop_requested():
+            if "hanging" in name and (self.attempt == 1 or "always" in name):
+                import ctypes
+                make_step(self.emit, 7)
+                ctypes.PyDLL(None).sleep(60 if "always" in name else 4)  # without releasing the GIL
+                make_step(self.emit, 8)
+            if "crashing" in name:
+                if "advancing" in name and self.attempt < 6:
+                    (self.run.checkpoints / f"step-{self.attempt}").mkdir(parents=True)
+                if "advancing" not in name or self.attempt < 6:
+                    os.kill(os.getpid(), 11)
+            is_endless = "endless" in name or "cut" in name and self.attempt == 1
+            while is_endless and not self.stop_requested():
                 time.sleep(0.02)
             return not self.stop_requested()
 
     module = types.ModuleType("jetson_ft.runs.pipeline")
     module.Pipeline = Pipeline
     sys.modules["jetson_ft.runs.pipeline"] = module
+
+is_run = {"jetson_ft.runs.supervisor", "jetson_ft.runs.worker"} & set(sys.orig_argv)
+if is_run and "HANG_SECONDS" in os.environ:
+    from jetson_ft.runs import hang
+
+    hang.STEP_SECONDS = hang._MARGIN_SECONDS = float(os.environ["HANG_SECONDS"])
 
 if "jetson_ft.runs.supervisor" in sys.orig_argv and "KILL_COUNTER" in os.environ:
     from pathlib import Path
