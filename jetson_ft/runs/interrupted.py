@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.processes import read_distributed_config
 from jetson_ft.runs.store import Run, lock
 
+_TURN_SECONDS = 10.0  # for a supervisor to start
 _MAX_OFFERED = 3  # the newest; others are in the list of runs
 
 
@@ -51,7 +53,17 @@ def _take_up(run: Run) -> bool:
         manager.resume(run, restarts=number)
         with suppress(UserError):  # the disk is full, which ends the run with a message of its own
             restarts.record(run, reason)
+        _wait_for_place(run)
     elif new != old and (lock_file := lock(run.path / "supervisor.lock")):
         with lock_file:
             run.write_state(*new)
     return number is not None
+
+
+def _wait_for_place(run: Run) -> None:
+    """Wait until the run's supervisor has its place in the queue, before the next one's."""
+    deadline = time.monotonic() + _TURN_SECONDS
+    while time.monotonic() < deadline and manager.reconcile_state(run) == "queued":
+        if run.state().reason:  # another run is training
+            return
+        time.sleep(0.02)
