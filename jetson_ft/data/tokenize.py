@@ -18,6 +18,7 @@ import numpy as np
 
 from jetson_ft.data.chat_template import ANSWER, Encoded, encode
 from jetson_ft.data.formats import TEXT, ChatMessage
+from jetson_ft.data.render_template import TemplateLimitError
 from jetson_ft.data.store import open_arrow
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.files import cache_dir, disk_errors
@@ -231,6 +232,8 @@ def _encode_conversation(
     tools = row.get("tools") or ""
     try:
         encoded, dropped = encode(tokenizer, messages, tools), ""
+    except TemplateLimitError:  # it would take as long for every other row
+        raise
     except UserError as error:
         encoded, dropped = Encoded(), json.dumps(error.what.as_json())
     ids, segments = encoded.ids[:max_length], encoded.segments[:max_length]
