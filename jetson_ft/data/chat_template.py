@@ -16,8 +16,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from jetson_ft.data.conversation import BREAK, Span, break_control_tokens, prepare_conversation
+from jetson_ft.data.conversation import (
+    BREAK,
+    Conversation,
+    Span,
+    break_control_tokens,
+    is_trained,
+    prepare_conversation,
+    render_turns,
+)
 from jetson_ft.data.formats import TEXT, ChatMessage
+from jetson_ft.data.render_template import TemplateLimitError
 from jetson_ft.data.templates import CHOOSE_TEMPLATE
 from jetson_ft.errors import UserError, _
 
@@ -61,11 +70,51 @@ def encode(
         UserError: the template can't render such a conversation, changes the last answer, or leaves
             out a user message or the text beside a tool call that is trained on.
     """
-    if messages[0]["role"] == TEXT:
-        return _encode_document(tokenizer, messages[0]["content"])
-    messages = until_last_trained(messages)
-    chat = prepare_conversation(tokenizer, messages, tools)
-    chat.render_turns()
+    (result,) = encode_all(tokenizer, [(messages, tools)])
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[Sequence[ChatMessage], str]]
+) -> list[Encoded | UserError]:
+    """Encode rows (messages and tools) as `encode`; their texts are rendered together.
+
+    Returns:
+        The encoded row, or why it is refused, for each.
+
+    Raises:
+        TemplateLimitError: the template passes a bound; other rows would take as long.
+    """
+    prepared: list[Conversation | UserError | None] = []  # None: a document
+    for messages, tools in rows:
+        chat: Conversation | UserError | None = None
+        if messages[0]["role"] != TEXT:
+            try:
+                chat = prepare_conversation(tokenizer, until_last_trained(messages), tools)
+            except UserError as error:
+                chat = error
+        prepared.append(chat)
+    render_turns([chat for chat in prepared if isinstance(chat, Conversation)])
+    results: list[Encoded | UserError] = []
+    for (messages, _tools), chat in zip(rows, prepared, strict=True):
+        if chat is None:
+            results.append(_encode_document(tokenizer, messages[0]["content"]))
+        elif isinstance(chat, UserError):
+            results.append(chat)
+        else:
+            try:
+                results.append(_encode_conversation(chat))
+            except TemplateLimitError:
+                raise
+            except UserError as error:
+                results.append(error)
+    return results
+
+
+def _encode_conversation(chat: Conversation) -> Encoded:
+    """Encode a conversation that ends with its last answer that is trained on."""
     full = chat.render()
     chat.check_tools(full)
     full, spans = chat.answers(full, whole=True)
@@ -75,13 +124,12 @@ def encode(
             chat.roles(),
             CHOOSE_TEMPLATE,
         )
-    trained = [_is_trained(message) for message in messages if message["role"] == "assistant"]
     if None in spans:
         spans = [*[None] * (len(spans) - 1), spans[-1]]
-    chat.check_texts(full, spans, trained)
+    chat.check_texts(full, spans)
     kept = [span for span in spans if span]
-    result = _encode_turns(tokenizer, full, kept, trained[-len(kept) :])
-    result.context_answers = sum(trained[: len(trained) - len(kept)])
+    result = _encode_turns(chat.tokenizer, full, kept, chat.trained[-len(kept) :])
+    result.context_answers = sum(chat.trained[: len(chat.trained) - len(kept)])
     result.system_dropped = any(
         message["role"] == "system" and message["content"].strip() not in full
         for message in chat.messages
@@ -140,20 +188,16 @@ def prompt_and_reference(
 
 def until_last_trained(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """Return the messages up to the last answer that is trained on; all if there is none."""
-    trained = [index for index, message in enumerate(messages) if _is_trained(message)]
+    trained = [index for index, message in enumerate(messages) if is_trained(message)]
     return list(messages[: trained[-1] + 1] if trained else messages)
-
-
-def _is_trained(message: ChatMessage) -> bool:
-    return message["role"] == "assistant" and message.get("train") is not False
 
 
 def _encode_turns(tokenizer: Any, full: str, spans: list[Span], trained: Sequence[bool]) -> Encoded:
     """Encode the text up to the end of the last span's turn."""
     special = _special_ids(tokenizer, len(tokenizer))
     result, position = Encoded(), 0
-    for (start, end, turn_end), is_trained in zip(spans, trained, strict=True):
-        answer, end_of_turn = (ANSWER, END) if is_trained else (CONTEXT, CONTEXT)
+    for (start, end, turn_end), train in zip(spans, trained, strict=True):
+        answer, end_of_turn = (ANSWER, END) if train else (CONTEXT, CONTEXT)
         result.add(_ids(tokenizer, full[position:start]), CONTEXT)
         result.add(_ids(tokenizer, full[start:end]), answer)
         closing = _ids(tokenizer, full[end:turn_end])
@@ -165,7 +209,7 @@ def _encode_turns(tokenizer: Any, full: str, spans: list[Span], trained: Sequenc
         result.add(closing[:end_at], answer)
         result.add(closing[end_at : end_at + 1], end_of_turn)
         result.add(closing[end_at + 1 :], CONTEXT)
-        if is_trained:
+        if train:
             result.characters += len(full[start:end].replace(BREAK, ""))
         position = turn_end
     return result

@@ -59,6 +59,7 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     control_texts: int  # control tokens that messages and tools spell out
+    trained: list[bool]  # whether each answer is marked to be trained on
     _texts: dict[tuple[int, bool], str | TemplateError] = field(
         default_factory=dict, init=False, compare=False
     )  # by the arguments of `render`
@@ -71,23 +72,22 @@ class Conversation:
         """
         key = len(self.messages) if count is None else count, prompt
         if key not in self._texts:
-            self._render([key])
+            (answers,) = render_template.render([self._request([key])])
+            self._texts[key] = answers[0]
         text = self._texts[key]
         if isinstance(text, TemplateError):
             raise self._refusal(text) from text
         return text
 
-    def render_turns(self) -> None:
-        """Render the texts before and after each answer together, where they are not too long."""
-        texts = [message["content"] for message in self.messages]
-        keys = {(len(self.messages), False): None}
+    def _turns(self) -> list[tuple[int, bool]]:
+        """Return the arguments of `render` for the texts before and after each answer."""
+        keys = [(len(self.messages), False)]
         for index, message in enumerate(self.messages):
             if message["role"] == "assistant":
-                keys |= dict.fromkeys([(index, True), (index + 1, False)])
-        if len(keys) * sum(map(len, texts)) < _BATCH_CHARACTERS:
-            self._render(list(keys))
+                keys += [(index, True), (index + 1, False)]
+        return list(dict.fromkeys(keys))
 
-    def _render(self, keys: list[tuple[int, bool]]) -> None:
+    def _request(self, keys: list[tuple[int, bool]]) -> Request:
         # Templates of reasoning models read `enable_thinking`: it is off, as rows have answers
         # only.
         variables = {**self.tokenizer.special_tokens_map, "enable_thinking": False}
@@ -96,8 +96,7 @@ class Conversation:
         except ValueError as error:  # it has none, or several without a default
             raise self._refusal(error) from error
         place = origin(template, self.tokenizer.name_or_path)
-        request = Request(template, self.messages, keys, self.tools, variables, place)
-        self._texts.update(zip(keys, render_template.render(request), strict=True))
+        return Request(template, self.messages, keys, self.tools, variables, place)
 
     def _refusal(self, error: Exception) -> UserError:
         return UserError(
@@ -211,12 +210,12 @@ class Conversation:
             if is_ignored:
                 raise UserError(what, self.roles(), CHOOSE_TEMPLATE)
 
-    def check_texts(self, full: str, spans: Sequence[Span | None], trained: Sequence[bool]) -> None:
+    def check_texts(self, full: str, spans: Sequence[Span | None]) -> None:
         """Raise a UserError if the template leaves out text that the row is about.
 
         That is a user message, or the text beside a tool call that is trained on. Other answers are
         in their spans; tool results may be quoted, and system messages are counted. Each answer has
-        its span in `full`, or None, and whether it is marked to be trained on.
+        its span in `full`, or None.
         """
         missing = ""
         position = number = 0  # of characters, of answers; texts are in the order of the messages
@@ -229,7 +228,7 @@ class Conversation:
                     missing = _("The model's chat template leaves out a user message.")
                 position = start + len(text)
             elif message["role"] == "assistant":
-                if span and trained[number] and message.get("tool_calls"):
+                if span and self.trained[number] and message.get("tool_calls"):
                     turn = full[span.start : span.end]
                     # Templates may move the tags of a thought, and the white space around them.
                     if any(part.strip() not in turn for part in _THINKING_TAG.split(text)):
@@ -243,6 +242,32 @@ class Conversation:
         """Return the roles of the messages, as the place of an error."""
         roles = ", ".join(message["role"] for message in self.messages)
         return Message(_("roles: {roles}"), {"roles": roles})
+
+
+def render_turns(conversations: Sequence[Conversation]) -> None:
+    """Render the texts before and after each answer together, where they are not too long.
+
+    Those that are not rendered here are rendered one by one, when they are needed.
+
+    Raises:
+        TemplateLimitError: the template passes a bound.
+    """
+    keys = [conversation._turns() for conversation in conversations]
+    sizes = [sum(len(message["content"]) for message in each.messages) for each in conversations]
+    if sum(len(each) * size for each, size in zip(keys, sizes, strict=True)) > _BATCH_CHARACTERS:
+        return
+    try:
+        requests = [each._request(key) for each, key in zip(conversations, keys, strict=True)]
+    except UserError:  # no template: `Conversation.render` raises that
+        return
+    answers = render_template.render(requests)
+    for each, key, texts in zip(conversations, keys, answers, strict=True):
+        each._texts.update(zip(key, texts, strict=True))
+
+
+def is_trained(message: Mapping[str, Any]) -> bool:
+    """Return whether a message is an answer that is trained on."""
+    return message["role"] == "assistant" and message.get("train") is not False
 
 
 def break_control_tokens(tokenizer: Any, text: str) -> tuple[str, int]:
@@ -293,4 +318,5 @@ def prepare_conversation(
         listed = parsed(tools) if tools else None
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(_("Tools or tool calls are not a JSON list of named functions.")) from error
-    return Conversation(tokenizer, prepared, listed or None, control_texts)
+    trained = [is_trained(message) for message in messages if message["role"] == "assistant"]
+    return Conversation(tokenizer, prepared, listed or None, control_texts, trained)

@@ -1,8 +1,9 @@
 """The process that renders chat templates from outside: `python -m jetson_ft.data.render_process`.
 
-Each line of standard input is a JSON object with the fields of `render_template.Request`. The line
-of standard output for it is a JSON list with `{"text": …}` or `{"error": …, "line": …}` for each
-rendering. The kernel ends a process that computes for too long; one that needs too much memory or
+Each line of standard input is a JSON list of objects with the fields of `render_template.Request`,
+where a null template is that of the object before it. The line of standard output for it is a JSON
+list with a list for each of them, of `{"text": …}` or `{"error": …, "line": …}` for each rendering.
+The kernel ends a process that computes for too long; one that needs too much memory or
 writes too much text exits with `MEMORY_EXIT` or `TEXT_EXIT`. This module imports no torch.
 """
 
@@ -51,26 +52,29 @@ def render_messages(
     return str(texts[0])
 
 
-def _answer(line: bytes, own_memory: int) -> list[dict[str, Any]]:
-    request = json.loads(line)
+def _answer(line: bytes, own_memory: int) -> list[list[dict[str, Any]]]:
     _lower(resource.RLIMIT_AS, own_memory + MEMORY_BYTES + MEMORY_PER_BYTE * len(line))
-    answers: list[dict[str, Any]] = []
-    for count, prompt in request["renderings"]:
-        used = sum(os.times()[:2])
-        _lower(resource.RLIMIT_CPU, math.ceil(used) + CPU_SECONDS)
-        messages = request["messages"][:count]
-        try:
-            text = render_messages(
-                request["template"], messages, request["tools"], request["variables"], prompt
-            )
-        except MemoryError:
-            os._exit(MEMORY_EXIT)
-        except Exception as error:  # whatever a template raises is about this conversation
-            answers.append({"error": _text(error), "line": getattr(error, "lineno", None)})
-            continue
-        if len(text) > TEXT_BYTES + TEXT_PER_BYTE * len(line):
-            os._exit(TEXT_EXIT)
-        answers.append({"text": text})
+    answers: list[list[dict[str, Any]]] = []
+    template = ""
+    for request in json.loads(line):
+        template = request["template"] or template
+        answers.append([])
+        for count, prompt in request["renderings"]:
+            _lower(resource.RLIMIT_CPU, math.ceil(sum(os.times()[:2])) + CPU_SECONDS)
+            messages = request["messages"][:count]
+            try:
+                text = render_messages(
+                    template, messages, request["tools"], request["variables"], prompt
+                )
+            except MemoryError:
+                os._exit(MEMORY_EXIT)
+            except Exception as error:  # whatever a template raises is about this conversation
+                number = getattr(error, "lineno", None)
+                answers[-1].append({"error": _text(error), "line": number})
+                continue
+            if len(text) > TEXT_BYTES + TEXT_PER_BYTE * len(line):
+                os._exit(TEXT_EXIT)
+            answers[-1].append({"text": text})
     return answers
 
 

@@ -78,27 +78,28 @@ def stop_check(check: Callable[[], None]) -> Iterator[None]:
         _check_stop.reset(token)
 
 
-def render(request: Request) -> list[str | TemplateError]:
-    """Return the text of each rendering, or why the template refuses it.
+def render(requests: Sequence[Request]) -> list[list[str | TemplateError]]:
+    """Return, for each request, the text of each rendering, or why the template refuses it.
 
     Raises:
-        TemplateLimitError: the template is too long, or passes a bound of time, memory or text.
+        TemplateLimitError: a template is too long, or passes a bound of time, memory or text.
     """
     _check_stop.get()()
-    if not is_trusted(request.template):
-        return _process.render(request)
-    template = with_fixed_date(request.template)
-    answers: list[str | TemplateError] = []
-    for count, prompt in request.renderings:
-        messages = request.messages[:count]
-        try:
-            answers.append(
-                render_process.render_messages(
+    if not all(is_trusted(request.template) for request in requests):
+        return _process.render(requests)
+    answers: list[list[str | TemplateError]] = []
+    for request in requests:
+        template = with_fixed_date(request.template)
+        answers.append([])
+        for count, prompt in request.renderings:
+            messages = request.messages[:count]
+            try:
+                text = render_process.render_messages(
                     template, messages, request.tools, request.variables, prompt
                 )
-            )
-        except Exception as error:  # whatever a template raises is about this conversation
-            answers.append(TemplateError(str(error)))
+                answers[-1].append(text)
+            except Exception as error:  # whatever a template raises is about this conversation
+                answers[-1].append(TemplateError(str(error)))
     return answers
 
 
@@ -191,23 +192,29 @@ class _RenderProcess:
             self._process, self._owner = process, os.getpid()
         return process
 
-    def render(self, request: Request) -> list[str | TemplateError]:
+    def render(self, requests: Sequence[Request]) -> list[list[str | TemplateError]]:
         """Return the text of each rendering, or why the template refuses it."""
-        fields = {**vars(request), "template": with_fixed_date(request.template)}
-        line = json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-        check_size(len(request.template), request.origin)
+        items, template = [], ""
+        for request in requests:
+            check_size(len(request.template), request.origin)
+            is_same = request.template == template
+            template = request.template
+            items.append(
+                {**vars(request), "template": None if is_same else with_fixed_date(template)}
+            )
+        line = json.dumps(items, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
             try:
                 # An idle process may have ended as the line was written to it.
                 while (answer := _exchange(process := self.start(), line)) is None:
                     if code := process.wait():
-                        raise _limit_error(code, request.origin)
+                        raise _limit_error(code, requests[0].origin)
             except BaseException:  # the process is in the middle of an answer
                 self.close()
                 raise
         return [
-            TemplateError(part["error"], part["line"]) if "error" in part else part["text"]
-            for part in json.loads(answer)
+            [TemplateError(p["error"], p["line"]) if "error" in p else p["text"] for p in parts]
+            for parts in json.loads(answer)
         ]
 
     def close(self) -> None:

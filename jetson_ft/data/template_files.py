@@ -37,7 +37,8 @@ def read_template(name: str) -> str:
     if not text.strip():
         raise UserError(_("The chat template is empty."), name, fix, names=names)
     question = [{"role": "user", "content": "a"}]
-    (answer,) = render_template.render(Request(text, question, [(1, False)], None, {}, name))
+    request = Request(text, question, [(1, False)], None, {}, name)
+    ((answer,),) = render_template.render([request])
     # It may need other messages: rows that it refuses are reported.
     if isinstance(answer, TemplateError) and answer.line:
         what = _("The chat template is not valid Jinja: line {line}: {error}")

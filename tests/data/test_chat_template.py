@@ -112,7 +112,9 @@ def test_last_answer_needs_one_rendering_besides_the_whole(
 ) -> None:
     render, rendered = render_template.render, []
     monkeypatch.setattr(
-        render_template, "render", lambda r: rendered.append(len(r.renderings)) or render(r)
+        render_template,
+        "render",
+        lambda requests: rendered.extend(len(r.renderings) for r in requests) or render(requests),
     )
     encode(chat, messages_of(FIRST))
     assert rendered == [2]
