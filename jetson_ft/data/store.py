@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from jetson_ft.data import layouts
 from jetson_ft.data.formats import TEXT, RowError
 from jetson_ft.data.layouts import NO_COLUMNS, Conversation
 from jetson_ft.data.readers import read_rows
-from jetson_ft.data.report import FIXES, MAX_NAME, ReadReport, check_dropped
+from jetson_ft.data.report import FIXES, ReadReport, check_dropped
 from jetson_ft.data.sources import Source
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import cache_dir, cached_sha256, printable, read_json, staged, write_json
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _VERSION = 7  # increase when the columns or the report change
 
 _DETECTION_ROWS = 100  # that decide about the layout
+_COLUMN_NAME = re.compile(r"\w[\w .()-]{0,39}")
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22
 
 _UsableRow = tuple[int, int, list[dict[str, Any]], str]  # number, hash, messages, tools
@@ -66,13 +68,7 @@ def columns_of(source: Source, encoding: str, columns: Mapping[str, str]) -> Map
 
     A question and an answer are a pair: where one of them is missing, neither is returned.
     """
-    if not columns:
-        return NO_COLUMNS
-    names = {name for row in _first_rows(source, encoding) for name in row}
-    present = {purpose: name for purpose, name in columns.items() if name in names}
-    if any(part in columns and part not in present for part in ("question", "answer")):
-        present = {k: name for k, name in present.items() if k not in ("question", "answer")}
-    return present
+    return _present_columns(_first_rows(source, encoding), columns) if columns else NO_COLUMNS
 
 
 def heldout_settings(source: Source, data: DataRecipe) -> tuple[str, Mapping[str, str]]:
@@ -81,10 +77,13 @@ def heldout_settings(source: Source, data: DataRecipe) -> tuple[str, Mapping[str
     The layout is `data.format` where most of the first rows have that; else it is detected. Where
     the training rows are set to be text, rows of no known layout are text too.
     """
-    columns = columns_of(source, "auto", data.columns.chosen())
+    chosen = data.columns.chosen()
+    if data.format == "auto" and not chosen:
+        return "auto", NO_COLUMNS
+    first_rows = _first_rows(source, "auto")
+    columns = _present_columns(first_rows, chosen)
     if data.format == "auto":
         return "auto", columns
-    first_rows = _first_rows(source, "auto")
     matching = sum(layouts.has_layout(row, data.format, columns) for row in first_rows)
     if 2 * matching > len(first_rows):
         return data.format, columns
@@ -192,6 +191,17 @@ def _first_rows(source: Source, encoding: str) -> list[dict[str, Any]]:
     return list(itertools.islice(values, _DETECTION_ROWS))
 
 
+def _present_columns(
+    first_rows: list[dict[str, Any]], columns: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Return those of the chosen columns that the rows have, as `columns_of` describes."""
+    names = {name for row in first_rows for name in row}
+    present = {purpose: name for purpose, name in columns.items() if name in names}
+    if any(part in columns and part not in present for part in ("question", "answer")):
+        present = {k: name for k, name in present.items() if k not in ("question", "answer")}
+    return present
+
+
 def _missing_column(
     first_rows: list[dict[str, Any]], columns: Mapping[str, str]
 ) -> UserError | None:
@@ -237,7 +247,12 @@ def _detect_layout(
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{printable(name)[:MAX_NAME]}`" for name in names[:10]) or "{}"
+    """Return names of columns for people; those that can't be names are left out.
+
+    The file may not hold rows at all: its first line is nobody's to see.
+    """
+    shown = [f"`{name}`" if _COLUMN_NAME.fullmatch(name) else "…" for name in names[:10]]
+    return ", ".join(shown) or "{}"
 
 
 def _usable_rows(

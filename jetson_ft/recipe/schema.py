@@ -188,7 +188,7 @@ class LoraRecipe(_Section):
         ),
     )
     rslora: bool = Field(False, description=_("Scale by alpha / sqrt(rank) instead (rsLoRA)."))
-    plus: float = Field(
+    loraplus_lr_ratio: float = Field(
         1.0,
         ge=1,
         le=64,
@@ -327,6 +327,15 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """Return the resolved recipe as YAML: every key with its value."""
         return strict_yaml.dump_yaml(self.model_dump())
+
+    def rename_paths(self, new_name: Callable[[str], str]) -> None:
+        """Replace each name that can be the path of a file to read."""
+        self.model = new_name(self.model)
+        self.data.rename_sources(new_name)
+        if isinstance(self.data.heldout, str):
+            self.data.heldout = new_name(self.data.heldout)
+        if self.data.chat_template:
+            self.data.chat_template = new_name(self.data.chat_template)
 
     def sha256(self) -> str:
         """Return the hash of the resolved values; comments and order in the file don't matter."""

@@ -7,7 +7,8 @@ import uuid
 from pathlib import Path
 from typing import IO
 
-from jetson_ft.files import cache_dir
+from jetson_ft.errors import UserError
+from jetson_ft.files import cache_dir, disk_errors
 from jetson_ft.runs.store import lock, try_lock
 
 
@@ -31,10 +32,15 @@ class QueueTicket:
             return None
         slot = lock(self._folder / "slot")
         if slot:
-            slot.truncate(0)
-            slot.write(os.fsencode(run.absolute()))
-            slot.flush()
-            self.cancel()
+            try:
+                with disk_errors(self._folder):
+                    slot.truncate(0)
+                    os.write(slot.fileno(), os.fsencode(run.absolute()))
+            except UserError:
+                slot.close()
+                raise
+            finally:
+                self.cancel()
         return slot
 
     def cancel(self) -> None:
@@ -61,8 +67,7 @@ class QueueTicket:
 def running_run() -> Path | None:
     """Return the folder of the run that has the machine's slot; None: it is free."""
     path = cache_dir("queue") / "slot"
-    slot = lock(path)
-    if slot:
-        slot.close()
+    if not path.exists():
         return None
-    return Path(os.fsdecode(path.read_bytes()))
+    with disk_errors(path), open(path, "rb") as slot:
+        return None if try_lock(slot, shared=True) else Path(os.fsdecode(slot.read()))

@@ -27,10 +27,20 @@ import orjson
 from jetson_ft import recipe as recipes
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Event, from_json, to_json
-from jetson_ft.files import disk_errors, expand_user, read_json, safe_name, write_atomic, write_json
+from jetson_ft.files import (
+    disk_errors,
+    expand_user,
+    is_disk_full,
+    read_json,
+    safe_name,
+    write_atomic,
+    write_json,
+)
 from jetson_ft.recipe import Recipe
 
 SCHEMA = 1
+_RESERVE_BYTES = 1 << 18  # for an attempt's last events and its state
+_MAX_WAITING = 200  # events; they must fit into the reserve
 TICKET_FILE = "ticket"
 LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
@@ -89,7 +99,12 @@ class Run:
         resumable: bool = False,
         attempt: int | None = None,
     ) -> None:
-        """Write `state.json`, holding `supervisor.lock`; without `attempt` keep its number."""
+        """Write `state.json`, holding `supervisor.lock`; without `attempt` keep its number.
+
+        Raises:
+            RunRemoved: as `require_folder`.
+        """
+        self.require_folder()
         path, now = self.path / "state.json", time.time()
         old = self.state() if path.exists() else State(state, created=now)
         reason, content = (str(message), message.as_json()) if message else ("", None)
@@ -123,11 +138,12 @@ class Run:
             (self.path / "stop").touch()
 
     def stop_requested(self) -> bool:
-        """Return whether the run is asked to stop.
+        """Return whether the run is asked to stop; raise `RunRemoved` as `require_folder`."""
+        self.require_folder()
+        return (self.path / "stop").exists()
 
-        Raises:
-            RunRemoved: the folder isn't the one that it was at the first call.
-        """
+    def require_folder(self) -> None:
+        """Raise `RunRemoved` if the folder isn't the one that it was at the first call."""
         try:
             stat = self.path.stat()
         except OSError as error:
@@ -136,10 +152,23 @@ class Run:
         self._identity = self._identity or identity
         if identity != self._identity:
             raise RunRemoved(self.path)
-        return (self.path / "stop").exists()
 
     def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)
+
+    def reserve_space(self) -> None:
+        """Reserve disk space for what must be written at an attempt's end, if the disk is full."""
+        path = self.path / "reserve"
+        with disk_errors(path):
+            try:
+                path.write_bytes(os.urandom(_RESERVE_BYTES))  # zeros may take no space
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+
+    def release_space(self) -> None:
+        """Free the reserved space."""
+        (self.path / "reserve").unlink(missing_ok=True)
 
     def is_locked(self, name: str) -> bool:
         """Return whether a living process holds the lock `worker` or `supervisor`."""
@@ -147,7 +176,7 @@ class Run:
         if not path.exists():
             return False
         with open(path, "rb") as file:
-            return not try_lock(file)
+            return not try_lock(file, shared=True)
 
     def events(self) -> list[Event]:
         """Return all complete events; of steps made twice (after a resume), the last attempt's."""
@@ -193,11 +222,16 @@ def read_events(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[Even
 
 
 class EventLog:
-    """Appends events, from any thread; a line is one write, so that two writers never mix."""
+    """Appends events, from any thread; a line is one write, so that two writers never mix.
+
+    While the disk is full, the newest events wait in memory: training goes on without its log until
+    a checkpoint can't be written either.
+    """
 
     def __init__(self, run: Run, attempt: int) -> None:
         self._attempt = attempt
         self._lock = threading.Lock()
+        self._waiting: list[bytes] = []  # lines, oldest first
         self._path = run.events_file
         with disk_errors(self._path):
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -207,12 +241,23 @@ class EventLog:
         event = replace(event, t=round(time.time(), 3), attempt=self._attempt)
         line = (json.dumps(to_json(event), ensure_ascii=False) + "\n").encode()
         with self._lock, disk_errors(self._path):
-            size = os.fstat(self._file).st_size
-            # A power cut or a full disk may have left half a line; the event must start a new one.
-            if size and os.pread(self._file, 1, size - 1) != b"\n":
-                line = b"\n" + line
-            while line:  # a disk that becomes full takes a part and refuses the rest
-                line = line[os.write(self._file, line) :]
+            self._waiting.append(line)
+            try:
+                while self._waiting:
+                    self._append(self._waiting[0])
+                    del self._waiting[0]
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                del self._waiting[:-_MAX_WAITING]
+
+    def _append(self, line: bytes) -> None:
+        size = os.fstat(self._file).st_size
+        # A power cut or a full disk may have left half a line; the event must start a new one.
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        while line:  # a disk that becomes full takes a part and refuses the rest
+            line = line[os.write(self._file, line) :]
 
 
 def lock(path: Path, timeout: float = 0.0) -> IO[bytes] | None:
@@ -231,10 +276,14 @@ def lock(path: Path, timeout: float = 0.0) -> IO[bytes] | None:
     return file
 
 
-def try_lock(file: IO[bytes]) -> bool:
-    """Take an exclusive flock without waiting; return whether that worked."""
+def try_lock(file: IO[bytes], shared: bool = False) -> bool:
+    """Take a flock without waiting; return whether that worked.
+
+    Args:
+        shared: to test the lock: two tests at the same time don't see each other.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
