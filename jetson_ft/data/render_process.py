@@ -17,7 +17,7 @@ import select
 import sys
 from typing import Any
 
-CPU_SECONDS = 10  # for each rendering; the kernel counts whole seconds
+CPU_SECONDS = 5  # for each rendering; the kernel counts whole seconds
 MEMORY_BYTES = 1 << 29  # more than the process needs by itself
 MEMORY_PER_BYTE = 32  # of a request, on top: Python holds a text with 4 bytes a character
 TEXT_BYTES = 1 << 22  # of one rendering

@@ -73,6 +73,12 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_source(base))
     except Exception as error:  # the tokenizers library raises bare ones
+        if _needs_own_code(base.folder / "tokenizer_config.json"):
+            raise UserError(
+                _("The tokenizer needs code from its repository, which is never run."),
+                str(base.folder),
+                _("Choose a model whose tokenizer transformers has itself."),
+            ) from error
         fix = _("Put its files (tokenizer.json, tokenizer_config.json, …) beside the weights.")
         raise _load_error(base, error, _("The tokenizer can't be loaded: {error}"), fix) from error
     if tokenizer.eos_token is None:
@@ -94,6 +100,11 @@ def load_tokenizer(
     return tokenizer
 
 
+def _needs_own_code(settings: Path) -> bool:
+    content = read_json(settings) if settings.is_file() else {}
+    return isinstance(content, dict) and "auto_map" in content
+
+
 def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the tokenizer's chat template, or all if it has several by name."""
     template = tokenizer.chat_template
@@ -109,7 +120,10 @@ def load_config(base: BaseModelFiles) -> PretrainedConfig:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(**_source(base))
+        config = transformers.AutoConfig.from_pretrained(**_source(base))
+        # Building a model of it could load kernels of others; see `models.code_check`.
+        config._attn_implementation = config._experts_implementation = None
+        return config
     except Exception as error:  # a config's class checks the types of its values, in its own ways
         path = base.folder / "config.json"
         config = read_json(path) if path.is_file() and not base.gguf_file else {}
@@ -251,6 +265,9 @@ def _options(base: BaseModelFiles, weights: WeightFormat, device: str) -> dict[s
         # `load_model` checks the loading info; transformers would raise a RuntimeError.
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
+        # transformers' default, whatever the config names: it could load kernels of others.
+        "attn_implementation": None,
+        "experts_implementation": None,
     }
     if base.gguf_file:
         if weights.quantize != "none":
