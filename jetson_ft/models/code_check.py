@@ -44,7 +44,7 @@ def check_folder(folder: Path) -> None:
             raise UserError(
                 _("The file chooses code that is not a part of transformers: {key} = {value}."),
                 str(path),
-                _("Such code is never run. Remove the key if you trust the file without it."),
+                _("Such code is never run. If the model works without it, remove the key."),
                 key=key,
                 value=repr(value)[:100],
             )
