@@ -13,6 +13,7 @@ from typer import Argument, Option
 from jetson_ft.cli.output import RUNS, RunArgument, RunsOption, out, show
 from jetson_ft.errors import UserError
 from jetson_ft.events import Evaluated, Step
+from jetson_ft.files import printable
 
 app = typer.Typer(help="Look at runs.", no_args_is_help=True)
 
@@ -24,7 +25,7 @@ def list_all(runs: RunsOption = RUNS) -> None:
 
     listed = store.list_runs(runs)
     if not listed:
-        print(f"No runs in {runs} yet.")
+        show(f"No runs in {runs} yet.")
         return
     table = Table("run", "state", "steps", "held-out loss", "model", box=None)
     for run in listed:
@@ -65,7 +66,7 @@ def stop(run: RunArgument = "latest", runs: RunsOption = RUNS) -> None:
     manager.stop(stopped)
     state = manager.reconcile_state(stopped)
     result = "stop requested" if state in store.LIVE_STATES else "nothing to stop"
-    print(f"{stopped.name}: {state}, {result}")
+    show(f"{stopped.name}: {state}, {result}")
 
 
 @app.command()
@@ -81,7 +82,7 @@ def describe(
     described = store.find_run(run, runs)
     manager.set_title_and_notes(described, title, notes)
     written = described.about().get("notes", "")
-    print(f"{described.name}: {monitor.run_title(described)}\n{written}".rstrip())
+    show(f"{described.name}: {monitor.run_title(described)}\n{written}".rstrip())
 
 
 @app.command("zip")
@@ -94,7 +95,7 @@ def zip_adapter(
     from jetson_ft.runs import manager, store
 
     zipped = store.find_run(run, runs)
-    print(manager.zip_adapter(zipped, file or Path(f"{zipped.name}.zip")))
+    show(str(manager.zip_adapter(zipped, file or Path(f"{zipped.name}.zip"))))
 
 
 @app.command()
@@ -108,6 +109,7 @@ def delete(
 
     deleted = store.find_run(run, runs)
     if not yes:
-        typer.confirm(f"Delete {deleted.path} with its checkpoints and adapter?", abort=True)
+        question = f"Delete {deleted.path} with its checkpoints and adapter?"
+        typer.confirm(printable(question), abort=True)
     manager.delete(deleted)
-    print(f"{deleted.name}: deleted")
+    show(f"{deleted.name}: deleted")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import write_json
+from jetson_ft.files import quoted, write_json
 from jetson_ft.hardware.detect import Device
 from jetson_ft.runs.store import Run
 from jetson_ft.training.distributed import DistributedContext
@@ -69,7 +69,7 @@ def _out_of_memory(
         )
         return OutOfMemory(what, str(run.path), fix)
     limit = planner.memory_limit_gb(smaller)
-    values = {"path": str(run.path), "limit": limit, "plan": _describe(smaller)}
+    values = {"path": quoted(str(run.path)), "limit": limit, "plan": _describe(smaller)}
     # Several processes get no second attempt, and one more attempt is enough.
     if workload.train.on_oom == "shrink" and dist.size == 1 and "memory_limit_gb" not in stored:
         write_json(run.path / "plan.json", {**stored, "memory_limit_gb": limit})

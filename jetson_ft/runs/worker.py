@@ -17,9 +17,10 @@ from typing import Any
 from jetson_ft import logs
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.events import Emit, Event, Exited, Failed, Warned
+from jetson_ft.parent import end_with_parent
 from jetson_ft.runs.exit_status import EXIT_FAILED, EXIT_REFUSED, EXIT_RETRY, EXIT_STOPPED
 from jetson_ft.runs.oom import OutOfMemory
-from jetson_ft.runs.processes import end_with_launcher, explain_error, silence_libraries
+from jetson_ft.runs.processes import LAUNCHER_PROCESS, explain_error, silence_libraries
 from jetson_ft.runs.store import EventLog, Run
 from jetson_ft.training import distributed
 
@@ -38,7 +39,7 @@ def main(run: Run, on_interrupt: Any = signal.SIG_IGN) -> int:
     emit = EventLog(run, attempt).emit if is_local_main else lambda _event: None
     is_launched = distributed.is_launched()
     if is_launched:
-        end_with_launcher()
+        end_with_parent(LAUNCHER_PROCESS)  # it holds `worker.lock` for this process
     code = _work(run, emit)
     # For `manager.reconcile_state`, if the supervisor that waits for the exit code is gone.
     _emit_last(emit, Exited(code=code))

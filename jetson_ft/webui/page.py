@@ -13,6 +13,7 @@ from jetson_ft.chat.client import ChatClient
 from jetson_ft.errors import UserError, _
 from jetson_ft.webui import api
 from jetson_ft.webui.gradio_import import gr
+from jetson_ft.webui.limits import costly
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.security import AccessMiddleware, AccessPolicy
 from jetson_ft.webui.tabs import chat, device, train
@@ -27,7 +28,7 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
     app.include_router(api.router(runs))
     app.add_exception_handler(UserError, api.error_response)
     app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")))
-    client, doctor = ChatClient(runs), device.Doctor(runs)
+    client, doctor = ChatClient(runs, costly), device.Doctor(runs)
     # Fonts of the browser's machine: web fonts would need a network.
     theme = gr.themes.Base(
         primary_hue="green",

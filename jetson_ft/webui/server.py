@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import re
 import secrets
 import socket
@@ -12,8 +13,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from jetson_ft.errors import UserError, _
+from jetson_ft.files import printable
 from jetson_ft.runs import manager, processes
 from jetson_ft.webui.security import AccessPolicy
+from jetson_ft.webui.uploads import Incoming
 
 
 def serve(
@@ -31,7 +34,11 @@ def serve(
     """
     if reached_as:
         host_names = (*host_names, _host_name(reached_as))
-    policy = AccessPolicy("" if is_loopback(host) else secrets.token_hex(16), host_names)
+    incoming = Incoming(runs)
+    # Gradio's own default is a folder in /tmp, which another user may have made.
+    os.environ["GRADIO_TEMP_DIR"] = str(incoming.folder)
+    token = "" if is_loopback(host) else secrets.token_hex(16)
+    policy = AccessPolicy(token, host_names, incoming=incoming)
     listener = _listen(host, port)
     import uvicorn
 
@@ -43,6 +50,10 @@ def serve(
         print("Everyone with this link can train and chat here; others are refused.", flush=True)
     else:
         print("From another machine: --host 0.0.0.0 (make webui HOST=0.0.0.0).", flush=True)
+    try:
+        incoming.prepare()
+    except UserError as error:  # all else works; each upload is refused with this error
+        print(printable(f"warning: {error}"), flush=True)
     for run in manager.resumable_runs(runs)[:3]:
         command = f"jetson-ft train --resume {run.name}"
         print(f"{run.name} can be resumed: Resume on the page, or {command}", flush=True)
@@ -50,7 +61,10 @@ def serve(
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
-    server.run([listener])
+    try:
+        server.run([listener])
+    finally:
+        incoming.close()
 
 
 def is_loopback(host: str) -> bool:
