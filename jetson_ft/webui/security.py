@@ -18,12 +18,13 @@ import re
 import secrets
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import cookie_parser
+from starlette.requests import ClientDisconnect, cookie_parser
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -170,8 +171,8 @@ class AccessMiddleware:
             refusal = _upload_refusal(t, min(limit, free), free < limit)
             if int(declared) > min(limit, free):
                 return refusal
-            with incoming.receiving():
-                limited = _limited(receive, min(limit, free), refusal)
+            limited = _limited(receive, min(limit, free), refusal)
+            with incoming.receiving(), suppress(ClientDisconnect):
                 await self.app(scope, limited, send)
             return None
         if int(declared) > _BODY_BYTES:
