@@ -10,10 +10,11 @@ import os
 import re
 import socket
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import read_json, write_json
+from jetson_ft.files import cache_root, disk_full, is_disk_full, read_json, write_json
 from jetson_ft.runs.store import SCHEMA, Run
 from jetson_ft.training.memory import is_out_of_memory
 
@@ -29,6 +30,10 @@ WORKER_ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "32",
 }
+OUT_OF_MEMORY_FIX = _(
+    "Close other programs, use quantize: nf4 or a smaller model; in training, lower "
+    "data.max_length or lora.rank."
+)
 LAUNCHER_PROCESS = "JETSON_FT_LAUNCHER"  # its number, in the environment of its workers
 _CONFIG_FILE = "processes.json"
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})")
@@ -116,12 +121,8 @@ def explain_error(error: Exception, fix: Message) -> UserError:
     if isinstance(error, UserError):
         return error
     if is_out_of_memory(error):
-        return UserError(
-            _("Out of memory."),
-            fix=_(
-                "Close other programs, use quantize: nf4 or a smaller model; in training, lower "
-                "data.max_length or lora.rank."
-            ),
-        )
+        return UserError(_("Out of memory."), fix=OUT_OF_MEMORY_FIX)
+    if is_disk_full(error):  # where a library writes
+        return disk_full(Path(getattr(error, "filename", None) or cache_root()))
     text = f"{type(error).__name__}: {error}"
     return UserError(_("A fault in this program: {error}"), fix=fix, error=text)

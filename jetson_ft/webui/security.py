@@ -30,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jetson_ft import i18n
 from jetson_ft.errors import UserError, _
+from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.limits import RateLimit, client_address
 from jetson_ft.webui.render import Locale, render, request_language
 from jetson_ft.webui.uploads import Incoming
@@ -55,11 +56,12 @@ _PRIVATE = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """What `AccessMiddleware` checks requests against."""
+    """What `AccessMiddleware` checks requests against, and the page their arguments."""
 
     token: str = ""  # empty: no login; for loopback only
     host_names: tuple[str, ...] = ()  # accepted besides IP addresses and localhost
     upload_bytes: int = 2 * 2**30
+    allowed: AllowedPaths = EVERY_PATH  # the files that visitors may name
     incoming: Incoming | None = None  # where uploads are received; None: nothing is uploaded
 
 
