@@ -110,8 +110,16 @@ def quoted(text: str) -> str:
     """
     if printable(text) == text:
         return shlex.quote(text)
+
+    def escape(character: str) -> str:
+        code = ord(character)
+        if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as `os.fsdecode` reads it
+            code -= 0xDC00
+        is_byte = code < 0x80 or code != ord(character)
+        return f"\\x{code:02x}" if is_byte else f"\\U{code:08x}"
+
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"$'{printable(escaped)}'"
+    return f"$'{replace_unprintable(escaped, escape)}'"
 
 
 def printable_value(value: Any) -> Any:

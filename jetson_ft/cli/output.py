@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.segment import Segment
+from rich.text import Text
 from typer import Argument, Option
 
 from jetson_ft.errors import UserError, _
@@ -22,9 +23,14 @@ from jetson_ft.files import printable, replace_unprintable
 class _Console(Console):
     """A console that escapes control characters in all it draws, but for Rich's own."""
 
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape a string before Rich measures it, and drops some of the characters."""
+        return super().render_str(printable(text), **options)
+
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterator[Segment]:
+        """Escape what is left in the parts of other renderables."""
         for segment in super().render(renderable, options):
             if segment.control:
                 yield segment
@@ -49,8 +55,7 @@ RunArgument = Annotated[str, Argument(help="Name, path, or `latest`.")]
 
 def show(text: str, style: str | None = None, end: str = "\n") -> None:
     """Print a text as it is: no markup, control characters escaped."""
-    # Escaped here, as Rich drops some of them from a text that it is given.
-    out.print(printable(text), style=style, end=end)
+    out.print(text, style=style, end=end)
 
 
 def print_json(data: Any) -> None:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 from typer import Argument, Option
 
 from jetson_ft.cli.output import RUNS, RunArgument, RunsOption, out, show
@@ -32,14 +31,14 @@ def list_all(runs: RunsOption = RUNS) -> None:
         try:
             state, events, model = manager.reconcile_state(run), run.events(), run.recipe().model
         except UserError as error:  # one damaged run must not hide the others
-            table.add_row(Text(run.name), "damaged", "", "", Text(str(error.where)))
+            table.add_row(run.name, "damaged", "", "", str(error.where))
             continue
         steps = [event for event in events if isinstance(event, Step)]
         # A loss that was not finite is null in the events.
         losses = [e.heldout_loss for e in events if isinstance(e, Evaluated) and e.heldout_loss]
         done = f"{steps[-1].step}/{steps[-1].total_steps or '?'}" if steps else "–"
         loss = f"{losses[0]:.3f} → {min(losses):.3f}" if losses else "–"
-        table.add_row(Text(run.name), state, done, loss, Text(model))
+        table.add_row(run.name, state, done, loss, model)
     out.print(table)
 
 

@@ -211,7 +211,7 @@ class ChatTab:
 def _sampling(seed: str, values: Sequence[Any]) -> Sampling:
     """Return the settings of the sliders and the seed's field."""
     settings = {option.name: value for option, value in zip(_SLIDERS, values, strict=True)}
-    if seed.strip():
+    if seed and seed.strip():
         if not re.fullmatch(r"[0-9]{1,19}", seed.strip()):
             raise UserError(_("The seed must be a whole number."), seed)
         settings["seed"] = int(seed)
