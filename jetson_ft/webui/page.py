@@ -19,6 +19,7 @@ from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.security import AccessMiddleware, AccessPolicy
 from jetson_ft.webui.tabs import chat, device, train
 
+_MAX_QUEUED = 32  # calls of Gradio that wait, each with up to a megabyte; others get 503
 _SCRIPTS = """<link rel="stylesheet" href="/static/page.css">
 <script src="/static/page.js" defer></script>"""
 
@@ -43,6 +44,7 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
         # Else each queue polls a thousand times per second: 7 % of a core for an idle page. These
         # are Gradio's own values for Windows.
         queue = blocks._queue
+        queue.max_size = _MAX_QUEUED
         queue.sleep_when_free, queue.progress_update_sleep_when_free = 0.05, 0.1
         gr.mount_gradio_app(
             app, blocks, f"/{language}", theme=theme, head=_SCRIPTS, footer_links=[],

@@ -37,6 +37,7 @@ from jetson_ft.webui.uploads import Incoming
 
 _YEAR = 365 * 24 * 3600  # seconds
 _BODY_BYTES = 2**20  # of every request but an upload
+_BODY_BYTES_PER_REQUEST = 2**16  # that cost as much as a request
 _BODY_SECONDS = 60.0  # without a byte of an expected body
 # A page loads a hundred files when it is opened, and polls twice in 2.5 seconds.
 _REQUESTS = 500, 50.0  # at once, and per second in the long run, of one address
@@ -88,7 +89,7 @@ class AccessMiddleware:
                 send = _guarded(scope, send)
             response = self._check(scope, address)
             if response is None and scope["type"] == "http":
-                response = await self._pass(scope, receive, send)
+                response = await self._pass(scope, receive, send, address)
             elif response is None:
                 await self.app(scope, receive, send)
             if response is not None and scope["type"] == "http":
@@ -156,7 +157,9 @@ class AccessMiddleware:
         locales = [Locale(language) for language in i18n.languages()]
         return HTMLResponse(render("login.jinja", locales[0], locales=locales), 401, _PRIVATE)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+    async def _pass(
+        self, scope: Scope, receive: Receive, send: Send, address: str
+    ) -> Response | None:
         """Pass the request to `app` with a bounded body; return the response to a refused one."""
         headers = Headers(scope=scope)
         t = Locale(request_language(scope["path"], headers))
@@ -183,6 +186,10 @@ class AccessMiddleware:
             body = await _read(receive)
             if body is None:
                 return _too_large(t)
+            # What is parsed takes several times its size: many large bodies are a flood too.
+            cost = sum(len(part.get("body") or b"") for part in body) / _BODY_BYTES_PER_REQUEST
+            if not self._requests.take(address, cost):
+                return _too_many(t, self._requests.seconds_left(address, cost))
             receive = _replayed(body, receive)
         await self.app(scope, receive, send)
         return None

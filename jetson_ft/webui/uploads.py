@@ -88,7 +88,7 @@ class Incoming:
         for folder in self.folder.parent.glob(f"{_INCOMING}*"):
             if folder != self.folder and not folder.is_symlink() and folder.is_dir():
                 _remove_if_unlocked(folder)
-        sweep_stored(self.runs)
+        _sweep_stored(self.runs)
 
 
 def store(runs: Path, source: Path) -> Path:
@@ -113,7 +113,7 @@ def store(runs: Path, source: Path) -> Path:
     return target
 
 
-def sweep_stored(runs: Path) -> None:
+def _sweep_stored(runs: Path) -> None:
     """Remove the stored files that no run names, a day after they came."""
     stored = [path for path in _uploads(runs).glob("*") if _STORED.fullmatch(path.name)]
     old = [path for path in stored if time.time() - path.lstat().st_mtime > _UNUSED_SECONDS]

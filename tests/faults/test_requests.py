@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -206,6 +206,17 @@ def test_flood_of_one_address_gets_429_and_others_are_answered(page: TokenPage) 
         assert other.get("/live/en/runs").status_code == 200
         time.sleep(1.0)
         assert flooding.get("/live/en/runs").status_code == 200
+
+
+@pytest.mark.promise(36)
+def test_flood_of_large_bodies_gets_429(page: TokenPage) -> None:
+    body = b'{"notes": "n"}' + b" " * 900_000
+    address, kind = "/runs/20260101-000000-a/about", {"Content-Type": "application/json"}
+    with page.client() as client:
+        statuses = Counter(
+            client.post(address, content=body, headers=kind).status_code for _ in range(60)
+        )
+    assert statuses[200] >= 20 and statuses[429] >= 5
 
 
 @pytest.mark.promise(36)
@@ -446,12 +457,20 @@ def test_zip_beside_costly_work_gets_429(tmp_path: Path) -> None:
 def test_command_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
     script = "from jetson_ft.webui.cli_json import run_cli_json as run; run('webui', '--port', '0')"
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
-    children = wait_for(psutil.Process(parent.pid).children)
+    (child,) = wait_for(psutil.Process(parent.pid).children)
+
+    def is_served() -> bool:
+        for connection in child.net_connections("tcp"):
+            with suppress(httpx.HTTPError):
+                return httpx.get(f"http://127.0.0.1:{connection.laddr.port}/healthz").is_success
+        return False
+
+    wait_for(is_served)  # then it prints no more, which would end it too
     parent.kill()
     parent.wait()
-    _gone, alive = psutil.wait_procs(children, timeout=10)
-    for child in alive:
-        child.kill()
+    _gone, alive = psutil.wait_procs([child], timeout=5)
+    for each in alive:
+        each.kill()
     assert not alive
 
 
@@ -479,34 +498,37 @@ def test_sampling_of_a_slider_is_whole() -> None:
         Sampling(top_k=1.5)  # type: ignore[arg-type]
 
 
+def message(client: PageClient, text: str, **changed: Any) -> tuple[dict[str, Any], list[Any]]:
+    """Return the endpoint of a chat's Send and its inputs."""
+    send = client.dependency("send")
+    values = client.values(send, **changed)
+    values[2:8] = text, [], [], "", "", ""
+    return send, values
+
+
 @pytest.mark.slow(minutes=0.5)
 @pytest.mark.promise(36)
 def test_chat_called_by_hand_is_bounded_and_ends_with_its_client(tmp_path: Path) -> None:
     served = Served(tmp_path)
     try:
         client = PageClient(served.base)
-        send = client.dependency("send")
         for value in (10**9, -1, "1e9", None, [1]):
-            values = client.values(send, chat_max_new_tokens=value)
-            values[2] = "你好"
             with pytest.raises(AssertionError, match="process_completed"):
-                client.call(send, values)
+                client.call(*message(client, "你好", chat_max_new_tokens=value))
         assert not psutil.Process(served.process.pid).children()
-        values = client.values(send, chat_max_new_tokens=1024)
-        values[2] = "写一首很长的诗"
+        send, values = message(client, "写一首很长的诗", chat_max_new_tokens=1024)
         joined = {"data": values, "fn_index": send["id"], "session_hash": client.session}
         client.http.post("/gradio_api/queue/join", json=joined).raise_for_status()
         stream = f"/gradio_api/queue/data?session_hash={client.session}"
         with client.http.stream("GET", stream) as lines:
-            for line in lines.iter_lines():
-                if "process_generating" in line:
-                    break
-        started = time.monotonic()
-        other = PageClient(served.base)
-        values = other.values(send, chat_max_new_tokens=1)
-        values[2] = "hi"
-        while other.call(send, values)[0] == "hi":  # busy: the message is given back
-            assert time.monotonic() - started < 15
+            generated = (line for line in lines.iter_lines() if "process_generating" in line)
+            for _delta in range(3):  # the first ones say that the model is loaded
+                next(generated)
+            other = PageClient(served.base)
+            assert other.call(*message(other, "hi", chat_max_new_tokens=1))[0] == "hi"  # busy
+        left = time.monotonic()
+        while other.call(*message(other, "hi", chat_max_new_tokens=1))[0] == "hi":
+            assert time.monotonic() - left < 10
             time.sleep(0.2)
     finally:
         served.kill()

@@ -324,26 +324,15 @@ def test_form_passes_values_and_never_options(
     assert data  # imported, so that the patch is used
 
 
-@pytest.mark.slow(minutes=0.4)
+@pytest.mark.slow(minutes=0.2)
 @pytest.mark.promise(47)
-@pytest.mark.parametrize("value", ["-rf", "--help"])
-def test_real_commands_read_hostile_names_as_names(tmp_path: Path, value: str) -> None:
-    (tmp_path / value).write_text('{"instruction": "q", "output": "a"}\n' * 3)
+def test_real_commands_read_hostile_names_as_names(tmp_path: Path) -> None:
     form = train.Form(Locale("en"), tmp_path / "runs")
     shown = train._form_values(recipes.load_recipe("quickstart-zh"))
-
-    def fields(**changed: Any) -> list[Any]:
-        return [{**shown, **changed}[key] for key in train._ORDER]
-
-    outcome, *_ = form.inspect(*fields(**{"data.train": value}))
-    assert "Data file not found" in outcome and value in outcome
-    outcome, *_ = form.inspect(*fields(model=value))
-    assert value in outcome and "complaint" in outcome and "Usage" not in outcome
-    outcome, *_ = form.plan(*fields(**{"data.train": value}))
-    assert "Data file not found" in outcome and value in outcome
-    (tmp_path / value).rename(tmp_path / "kept")
-    done = program.run("data", "inspect", "--json", "--", str(tmp_path / "kept"), cwd=tmp_path)
-    assert json.loads(done.stdout)["sources"]
+    for key, fault in (("data.train", "Data file not found"), ("model", "")):
+        outcome, *_ = form.inspect(*({**shown, key: "--help"}[each] for each in train._ORDER))
+        assert "complaint" in outcome and fault in outcome and "--help" in outcome
+        assert "Usage" not in outcome and "no object" not in outcome
 
 
 @pytest.mark.promise(47)

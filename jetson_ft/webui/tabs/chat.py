@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ class ChatTab:
                 if reply and reply.stopped:
                     return
         except UserError as error:
-            gr.Warning(self.t(error), duration=15)
+            gr.Warning(escape(self.t(error)), duration=15)  # which is shown as HTML
             yield text, *shown, ""
 
     @staticmethod

@@ -121,7 +121,7 @@ class Form:
         try:
             return str(uploads.store(self.runs, Path(path)))
         except UserError as error:
-            raise gr.Error(self.t(error)) from error
+            raise gr.Error(escape(self.t(error))) from error  # shown as HTML
 
     def plan(self, *values: Any) -> list[Any]:
         """Return the dry run's HTML, and updates of all fields."""
