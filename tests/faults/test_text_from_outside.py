@@ -129,31 +129,28 @@ def hostile_run(root: Path) -> store.Run:
 
 @pytest.mark.promise(46)
 @pytest.mark.promise(22)
-def test_commands_about_a_hostile_run_print_escapes_alone(tmp_path: Path) -> None:
+def test_commands_about_a_hostile_run_print_escapes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run = hostile_run(tmp_path / "runs")
-    evil_file = tmp_path / f"x{EVIL[:5]}\u202e.jsonl"
-    evil_file.write_text(json.dumps({"instruction": "q", "output": "a", EVIL: EVIL}) + "\n")
     for arguments in (
         ("runs", "list"), ("runs", "show", run.name), ("runs", "describe", run.name),
         ("recipe", "validate", EVIL), ("recipe", "show", "quickstart-zh", "--set", f"model={EVIL}"),
         ("train", "--resume", EVIL), ("data", "inspect", "--", f"no{EVIL}"),
     ):  # fmt: skip
-        done = run_here(*arguments, cwd=tmp_path)
+        done = run_here(*arguments)
         assert_harmless(done)
         assert done
 
 
-def run_here(*arguments: str, cwd: Path) -> str:
+def run_here(*arguments: str) -> str:
     """Run the program in this process; return what it prints to both streams."""
-    from contextlib import chdir, redirect_stderr  # type: ignore[attr-defined]
-
     from typer.testing import CliRunner
 
     from jetson_ft.cli.app import app
 
-    errors = io.StringIO()
-    with chdir(cwd), redirect_stderr(errors):
-        result = CliRunner().invoke(app, list(arguments))
+    result = CliRunner().invoke(app, list(arguments))
     text = result.output
     if isinstance(result.exception, UserError):  # as `main` prints it
         text += printable(str(result.exception))
