@@ -13,6 +13,8 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def end_with_parent(variable: str = PARENT_PROCESS) -> None:
     """Let the kernel end this process when the one that started it dies.
 
+    To the kernel the parent is the thread that started this process: it must wait for it.
+
     Args:
         variable: of the environment; has the number of that process.
     """

@@ -131,24 +131,24 @@ def prompt_and_reference(
     messages: Sequence[ChatMessage],
     tools: str = "",
     max_tokens: int = 256,
+    prompt: list[int] | None = None,
 ) -> tuple[list[int], str]:
     """Return the ids before the last answer that is trained on, and that answer's text.
 
     Of a document these are the first half, and the text after it; at most `max_tokens` of each.
+    `prompt`: the ids before that answer, where they are encoded already.
     """
     if messages[0]["role"] == TEXT:
         ids = encode(tokenizer, messages).ids[:-1]
         half = min((len(ids) + 1) // 2, max_tokens)
-        following = tokenizer.decode(ids[half : half + max_tokens])
-        return ids[:half], str(following)
+        return ids[:half], str(tokenizer.decode(ids[half : half + max_tokens]))
     *before, answer = until_last_trained(messages)
-    prompt = encode_prompt(tokenizer, before, tools)
+    prompt = prompt or encode_prompt(tokenizer, before, tools)
     if not answer.get("tool_calls"):
         return prompt, answer["content"]
     whole = encode(tokenizer, messages, tools)
     tokens = list(zip(whole.ids, whole.segments, strict=True))[len(prompt) :]
-    call = tokenizer.decode([number for number, role in tokens if role == ANSWER])
-    return prompt, str(call)
+    return prompt, str(tokenizer.decode([number for number, role in tokens if role == ANSWER]))
 
 
 def until_last_trained(messages: Sequence[ChatMessage]) -> list[ChatMessage]:

@@ -13,6 +13,8 @@ from jetson_ft.errors import UserError, _
 if TYPE_CHECKING:
     import torch
 
+MAX_REPLY_BATCH = 36  # prompts of a batch, where memory sets no lower limit
+
 
 _SHOWN_VALUE = 40  # characters of what is no number
 
@@ -97,7 +99,7 @@ def generate_replies(
     eos_ids: Sequence[int],
     max_new_tokens: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    batch_size: Callable[[int], int] = lambda width: 36,
+    batch_size: Callable[[int], int] = lambda width: MAX_REPLY_BATCH,
 ) -> list[Reply]:
     """Return the greedy reply to each prompt (token ids), in the order of the prompts.
 

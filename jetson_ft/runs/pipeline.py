@@ -243,8 +243,7 @@ class Pipeline:
         """Return why rows can't be packed, after a warning that says so; None: they can."""
         from jetson_ft.kernels.attention_trial import packing_obstacle
 
-        longest = max(tokenize.token_counts(part).max() for part in (rows.train, rows.heldout))
-        if obstacle := packing_obstacle(model, int(longest)):
+        if obstacle := packing_obstacle(model, rows.longest):
             text = _(
                 "With this model rows are computed one by one, which is slower than packed: "
                 "{obstacle}."
@@ -278,7 +277,7 @@ class Pipeline:
             dist=self.dist,
             monitor=self.monitor,
             max_temperature=self.recipe.device.max_temperature_c,
-            lora_plus=self.recipe.lora.plus,
+            loraplus_lr_ratio=self.recipe.lora.loraplus_lr_ratio,
         )
         steps = len(batches.plan_steps(job.train_tokens, job.recipe))
         self._store_plan({"steps": steps})
