@@ -89,8 +89,8 @@ class Reference:
 class Campaign:
     """Runs of all configurations below one folder, the page's server, and the kills so far."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.root = folder, folder / "runs"
+    def __init__(self, folder: Path, seed: int, phases: list[str]) -> None:
+        self.folder, self.root, self.phases = folder, folder / "runs", phases
         self.root.mkdir(parents=True)
         self.random = random.Random(seed)  # noqa: S311 (must be reproducible)
         self.tried: Counter[str] = Counter()  # times that a phase was aimed at
@@ -168,7 +168,8 @@ class Campaign:
         eligible = [
             phase
             for phase, number in PHASES.items()
-            if (number > PHASES[now] or phase == now == "start")
+            if phase in self.phases
+            and (number > PHASES[now] or phase == now == "start")
             and not (is_trained and number == PHASES["training"])
         ]
         if not eligible:
@@ -375,6 +376,9 @@ def main() -> int:
     parser.add_argument(
         "--configuration", action="append", choices=CONFIGURATIONS, help="repeatable; default: all"
     )
+    parser.add_argument(
+        "--phase", action="append", choices=PHASES, help="to aim at; repeatable; default: all"
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kill-runs-"))
     os.environ |= {
@@ -386,7 +390,10 @@ def main() -> int:
 
     save_model(folder / "model", phi_config(64), None)  # wide enough for blocks of nf4
     write_rows(folder / "rows.json")
-    started, campaign = time.monotonic(), Campaign(folder, options.seed)
+    started, campaign = (
+        time.monotonic(),
+        Campaign(folder, options.seed, options.phase or list(PHASES)),
+    )
     configurations = options.configuration or list(CONFIGURATIONS)
     try:
         for configuration in configurations:
