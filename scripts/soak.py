@@ -162,7 +162,8 @@ class Soak:
         print(f"the server at most: {peak} MiB, {most} descriptors; {len(self.samples)} samples")
         print(
             f"left: {last.processes} processes, {last.zombies} zombies, "
-            f"{last.runs_files} files of runs, {last.temp_files} temporary files, {last.cache_files} files in the cache"
+            f"{last.runs_files} files of runs, {last.temp_files} temporary files, "
+            f"{last.cache_files} files in the cache"
         )
         checks = {
             "runs that are not finished": set(self.ends) != {"finished"},
