@@ -44,7 +44,8 @@ def run(tmp_path: Path) -> Run:
 def test_exit_code_gives_state_and_reason_without_earlier_attempts_errors(
     run: Run, code: int, state: str, reason: str
 ) -> None:
-    expected = (state, reason, state == "stopped")
+    is_cut_short = state == "stopped" or code < 0
+    expected = (state, reason, is_cut_short)
     assert result(exit_status.state_for_exit_code(run, code)) == expected
 
 
