@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ def warnings(run: Run) -> list[str]:
 # --- power cut ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow(minutes=0.3)  # it starts the page twice
 @pytest.mark.promise(63)
 def test_page_takes_up_the_runs_in_their_order_after_a_power_cut(light_runs: Any) -> None:
     first = launch(light_runs, "cut-last-by-name")
@@ -155,6 +158,17 @@ def test_run_on_several_machines_waits_for_a_person(light_runs: Any) -> None:
     cut_power(light_runs, run)
     assert "can be resumed" in take_up(light_runs)
     assert run.state().attempt == 1
+
+
+@pytest.mark.promise(63)
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd")
+def test_systemd_unit_is_valid(tmp_path: Path) -> None:
+    unit = Path(__file__).parents[2] / "docker/jetson-ft.service"
+    text = unit.read_text().replace("/opt/jetson-ft/.venv/bin/jetson-ft", "/bin/true")
+    (tmp_path / unit.name).write_text(text)
+    command = ["systemd-analyze", "verify", str(tmp_path / unit.name)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0 and unit.name not in done.stderr, done.stderr
 
 
 # --- crashes -----------------------------------------------------------------------------------
