@@ -119,11 +119,11 @@ class HangWatch:
         if waited > limit + _MARGIN_SECONDS and not self.is_hanging:
             self.is_hanging = True
             reason = self._reason(waited)
-            self._write_reason(reason)
             with suppress(UserError):  # the disk is full
                 EventLog(self._run, self._run.state().attempt).emit(
                     events.Warned.of_message(reason)
                 )
+            self._write_reason(reason)
         return waited > 2 * limit + _MARGIN_SECONDS
 
     def _write_reason(self, reason: Message | None) -> None:

@@ -110,9 +110,10 @@ def test_shutdown_is_no_request_of_a_person(light_runs: Any) -> None:
     worker = light_runs.worker(working)
     light_runs.state_with_reason(waiting)
     supervisors = [light_runs.supervisor(run) for run in (waiting, working)]
+    supervisors[0].terminate()  # else it may have its turn, and end, before the signal
+    light_runs.wait(waiting, "stopped")
     os.kill(worker, signal.SIGTERM)
-    for supervisor in supervisors:
-        supervisor.terminate()
+    supervisors[1].terminate()
     for run in (working, waiting):
         assert light_runs.wait(run, *store.ENDED_STATES) == "stopped"
         assert "shutdown" in run.state().reason
