@@ -17,25 +17,34 @@ import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
-
-import orjson
+from typing import IO, Any
 
 from jetson_ft import recipe as recipes
-from jetson_ft.errors import Message, UserError, _
-from jetson_ft.events import Event, from_json, to_json
-from jetson_ft.files import disk_errors, expand_user, read_json, safe_name, write_atomic, write_json
+from jetson_ft.errors import Message, RecipeError, UserError, _
+from jetson_ft.events import MAX_ATTEMPT, Event, to_json
+from jetson_ft.files import (
+    disk_errors,
+    expand_user,
+    printable,
+    safe_name,
+    write_atomic,
+    write_json,
+)
 from jetson_ft.recipe import Recipe
+from jetson_ft.runs import contents
+from jetson_ft.runs.contents import SCHEMA, DamagedRun, NewerRun
+from jetson_ft.runs.event_reader import E, iter_events, last_attempt_events, newest_event
 
-SCHEMA = 1
 TICKET_FILE = "ticket"
 LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
-
-E = TypeVar("E", bound=Event)
+_MAX_RECIPE_BYTES = 1 << 20
+_LAUNCH_SECONDS = 5.0  # between the folder of a new run and its first state, at most
+_RUN_NAME = re.compile(r"\d{8}-\d{6}-")
 
 
 @dataclass(frozen=True)
@@ -70,17 +79,70 @@ class Run:
         self.events_file = path / "events.jsonl"
 
     def recipe(self) -> Recipe:
-        return recipes.load_recipe(self.path / "recipe.yaml")
+        """Return the resolved recipe.
+
+        Raises:
+            DamagedRun: `recipe.yaml` can't be used.
+        """
+        path = self.path / "recipe.yaml"
+        try:
+            text = contents.read_bytes(path, _MAX_RECIPE_BYTES).decode("utf-8-sig")
+            return recipes.parse_recipe(text, str(path))
+        except RecipeError as error:
+            raise DamagedRun(path, error.what) from error
+        except UnicodeDecodeError as error:
+            raise DamagedRun(path, _("not UTF-8 text")) from error
 
     def report(self) -> dict[str, Any]:
-        """Return report.json, which a finished run has; raise `UserError` without one."""
-        return dict(read_json(self.path / "report.json"))
+        """Return the content of `report.json`, which a finished run has.
+
+        Raises:
+            DamagedRun: the file is missing or can't be used.
+        """
+        return contents.read_object(self.path / "report.json", contents.Report)
 
     def state(self) -> State:
-        """Return the state written last; `manager.reconcile_state` corrects an outdated one."""
-        names = {f.name for f in fields(State)}
-        stored = read_json(self.path / "state.json")
-        return State(**{key: value for key, value in stored.items() if key in names})
+        """Return the state written last; `manager.reconcile_state` corrects an outdated one.
+
+        Raises:
+            DamagedRun: `state.json` is missing or can't be used.
+        """
+        path = self.path / "state.json"
+        stored, names = contents.read_object(path, State), {item.name for item in fields(State)}
+        state = State(**{key: value for key, value in stored.items() if key in names})
+        if state.state not in LIVE_STATES + ENDED_STATES:
+            name = printable(state.state[:100])
+            raise DamagedRun(path, _("the state {name!r} is not known here"), name=name)
+        if not 1 <= state.attempt <= MAX_ATTEMPT:
+            raise DamagedRun(path, _("there is no attempt {number}"), number=state.attempt)
+        try:
+            if state.message is not None:
+                Message.from_json(state.message)
+        except ValueError as error:
+            reason = _("unexpected value of `{key}` ({error})")
+            raise DamagedRun(path, reason, key="message", error=str(error)) from error
+        return state
+
+    def state_or_derived(self) -> State:
+        """Return `state`; if the file is damaged, what can be known without it.
+
+        The attempt is that of the newest event; the run has failed and can be resumed.
+
+        Raises:
+            NewerRun: `state.json` is of a later version.
+        """
+        try:
+            return self.state()
+        except NewerRun:
+            raise
+        except DamagedRun as error:
+            newest = None
+            with suppress(DamagedRun):
+                newest = newest_event(self.events_file, Event)
+            return State(
+                "failed", str(error.what), error.what.as_json(), resumable=True,
+                attempt=newest.attempt if newest else 1, created=time.time(),
+            )  # fmt: skip
 
     def write_state(
         self,
@@ -91,31 +153,58 @@ class Run:
     ) -> None:
         """Write `state.json`, holding `supervisor.lock`; without `attempt` keep its number."""
         path, now = self.path / "state.json", time.time()
-        old = self.state() if path.exists() else State(state, created=now)
+        is_first = not os.path.lexists(path) and not os.path.lexists(self.events_file)
+        old = State(state, created=now) if is_first else self.state_or_derived()
         reason, content = (str(message), message.as_json()) if message else ("", None)
         new = State(state, reason, content, resumable, attempt or old.attempt, old.created, now)
         write_json(path, asdict(new))
 
-    def about(self) -> dict[str, Any]:
-        """Return `title` and `notes` that a person gave the run; missing keys if none."""
-        with suppress(UserError):  # damaged notes are no reason to hide a run
-            stored = read_json(self.path / "about.json")
-            if isinstance(stored, dict):
-                return stored
-        return {}
+    def about(self) -> dict[str, str]:
+        """Return `title` and `notes` that a person gave the run; missing keys if none.
+
+        Raises:
+            DamagedRun: `about.json` can't be used.
+        """
+        path = self.path / "about.json"
+        return contents.read_object(path, contents.About) if os.path.lexists(path) else {}
+
+    def title(self) -> str:
+        """Return the title that a person gave the run, else its folder's name."""
+        with suppress(DamagedRun):  # damaged notes are no reason to hide a run
+            return self.about().get("title") or self.name
+        return self.name
+
+    def has_adapter(self) -> bool:
+        """Return whether the run has a finished adapter."""
+        with suppress(OSError):  # a folder of someone else
+            return self.adapter.is_dir()
+        return False
 
     def require_adapter(self) -> Path:
         """Return the finished adapter's folder; raise `UserError` if there is none yet."""
-        if not self.adapter.is_dir():
+        if not self.has_adapter():
             what = _("{run} has no adapter yet ({state}).")
             fix = _("Let it finish, or name another run (`jetson-ft runs list`).")
             raise UserError(what, str(self.path), fix, run=self.name, state=self.state().state)
         return self.adapter
 
     def plan(self) -> dict[str, Any]:
-        """Return `plan.json`; empty before the first plan."""
+        """Return the content of `plan.json`; empty before the first plan.
+
+        Raises:
+            DamagedRun: the file can't be used.
+        """
         path = self.path / "plan.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return contents.read_object(path, contents.Plan) if os.path.lexists(path) else {}
+
+    def data(self) -> dict[str, Any]:
+        """Return `sha256` and `recipe` of `data.json`; empty before the first attempt.
+
+        Raises:
+            DamagedRun: the file can't be used.
+        """
+        path = self.path / "data.json"
+        return contents.read_object(path, contents.Data) if os.path.lexists(path) else {}
 
     def request_stop(self) -> None:
         """Ask the worker to save a checkpoint and exit."""
@@ -142,54 +231,43 @@ class Run:
         (self.path / "stop").unlink(missing_ok=True)
 
     def is_locked(self, name: str) -> bool:
-        """Return whether a living process holds the lock `worker` or `supervisor`."""
+        """Return whether a living process holds the lock `worker` or `supervisor`.
+
+        Raises:
+            DamagedRun: the lock file belongs to someone else.
+        """
         path = self.path / f"{name}.lock"
-        if not path.exists():
+        try:
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                return not try_lock(file)
+        except PermissionError as error:
+            reason = _("it can't be read ({error})")
+            raise DamagedRun(path, reason, error=error.strerror or "") from error
+        except OSError:  # missing, or nothing that a process could hold
             return False
-        with open(path, "rb") as file:
-            return not try_lock(file)
 
     def events(self) -> list[Event]:
-        """Return all complete events; of steps made twice (after a resume), the last attempt's."""
-        return last_attempt_events(read_events(self.events_file)[0])
+        """Return all events in memory; `iter_events` reads a log of any size."""
+        return list(self.iter_events(Event))
+
+    def iter_events(self, *kinds: type[E]) -> Iterator[E]:
+        """Yield the events of these kinds (`Event`: of all), the oldest first.
+
+        Of steps made twice (after a resume), yield the last attempt's.
+
+        Raises:
+            DamagedRun: `events.jsonl` can't be read.
+        """
+        first, again = (iter_events(self.events_file, *kinds) for _pass in range(2))
+        return last_attempt_events(first, again)
 
     def last_event(self, kind: type[E]) -> E | None:
-        """Return the current attempt's newest event of one kind."""
-        attempt, events = self.state().attempt, reversed(self.events())
-        return next((e for e in events if isinstance(e, kind) and e.attempt == attempt), None)
+        """Return the current attempt's newest event of one kind.
 
-
-def last_attempt_events(events: list[Event]) -> list[Event]:
-    """Leave out events of a step that a later attempt has made again."""
-    newest: dict[tuple[str, Any], int] = {}
-    for event in events:
-        key = (event.kind, getattr(event, "step", None))
-        newest[key] = max(newest.get(key, 0), event.attempt)
-    return [
-        event
-        for event in events
-        if not hasattr(event, "step") or newest[event.kind, event.step] == event.attempt
-    ]
-
-
-def read_events(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[Event], int]:
-    """Return the events from a byte offset on, in at most `limit` bytes (-1: all), and the next
-    offset.
-
-    A half-written last line is left for the next call; a damaged or unknown one is skipped.
-    """
-    data = b""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        file.seek(offset)
-        data = file.read(limit)
-    end = data.rfind(b"\n") + 1
-    events = []
-    for line in data[:end].splitlines():
-        with suppress(ValueError):
-            content = orjson.loads(line)
-            if isinstance(content, dict) and (event := from_json(content)):
-                events.append(event)
-    return events, offset + end
+        Raises:
+            DamagedRun: `state.json` or `events.jsonl` can't be read.
+        """
+        return newest_event(self.events_file, kind, self.state().attempt)
 
 
 class EventLog:
@@ -281,8 +359,8 @@ def find_run(name: str, root: Path) -> Run:
 def run_of_ticket(ticket: str, root: Path) -> Run | None:
     """Return the run under the root that was launched with this ticket."""
     for run in list_runs(root):  # the newest first
-        with suppress(OSError):
-            if (run.path / TICKET_FILE).read_text() == ticket:
+        with suppress(DamagedRun):
+            if contents.read_bytes(run.path / TICKET_FILE) == ticket.encode():
                 return run
     return None
 
@@ -309,8 +387,23 @@ def list_runs(root: Path) -> list[Run]:
 
 def runs_with_adapter(root: Path) -> list[Run]:
     """Return the runs under the root that have a finished adapter, newest first."""
-    return [run for run in list_runs(root) if run.adapter.is_dir()]
+    return [run for run in list_runs(root) if run.has_adapter()]
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "recipe.yaml").is_file() and (path / "state.json").is_file()
+    """Return whether a folder is a run's, damaged or not.
+
+    A run that is being launched has a young recipe and nothing else yet.
+    """
+    try:
+        names = {entry.name for entry in path.iterdir()}
+        if "state.json" in names:
+            return True
+        if "recipe.yaml" not in names:
+            return False
+        age = time.time() - (path / "recipe.yaml").lstat().st_mtime
+        return "events.jsonl" in names or age > _LAUNCH_SECONDS
+    except PermissionError:
+        return bool(_RUN_NAME.match(path.name))  # as far as can be known of someone else's folder
+    except (OSError, ValueError):
+        return False
