@@ -277,9 +277,9 @@ def from_json(line: bytes | str) -> Event | None:
     """
     try:
         content = orjson.loads(line)
-        if not isinstance(content, dict) or (cls := KINDS.get(str(content.get("kind")))) is None:
+        if not isinstance(content, dict) or (kind := str(content.get("kind"))) not in KINDS:
             return None
-        event = _validator(cls).validate_json(line, strict=True)
+        event = _validator(kind).validate_json(line, strict=True)
         if isinstance(event, Warned):
             Message.from_json(event.text)
         elif isinstance(event, Failed):
@@ -296,5 +296,5 @@ def from_json(line: bytes | str) -> Event | None:
 
 
 @functools.cache
-def _validator(cls: type[Event]) -> TypeAdapter[Event]:
-    return TypeAdapter(cls)
+def _validator(kind: str) -> TypeAdapter[Event]:
+    return TypeAdapter(KINDS[kind])

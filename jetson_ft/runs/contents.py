@@ -30,9 +30,9 @@ class DamagedRun(UserError):
     """
 
     def __init__(self, path: Path, reason: str | Message, fix: str = "", **values: Any) -> None:
-        reason = reason if isinstance(reason, Message) else Message(reason, values)
+        self.reason = reason if isinstance(reason, Message) else Message(reason, values)
         fix = fix or _("Put back an intact copy of the file, or delete the run.")
-        what = Message(_("{file} is damaged: {reason}."), {"file": path.name, "reason": reason})
+        what = Message(_("{file} is damaged: {reason}"), {"file": path.name, "reason": self.reason})
         super().__init__(what, printable(str(path)), fix)
 
 
@@ -60,15 +60,6 @@ class Plan(BaseModel):
     peak_memory_bytes: int | None = Field(None, ge=0)
     parts: dict[str, int] = {}
     memory_limit_gb: float | None = Field(None, gt=0)
-
-
-class Processes(BaseModel):
-    """`processes.json`."""
-
-    nproc_per_node: int = Field(1, ge=1)
-    nnodes: int = Field(1, ge=1)
-    node_rank: int = Field(0, ge=0)
-    rendezvous: str | None = None
 
 
 class _Train(BaseModel):

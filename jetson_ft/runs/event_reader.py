@@ -20,9 +20,7 @@ _BLOCK_BYTES = 1 << 20
 _MAX_LINE_BYTES = 1 << 20
 
 
-def read_events(
-    path: Path, offset: int = 0, limit: int = _BLOCK_BYTES
-) -> tuple[list[Event], int]:
+def read_events(path: Path, offset: int = 0, limit: int = _BLOCK_BYTES) -> tuple[list[Event], int]:
     """Return the events from a byte offset on, in at most `limit` bytes, and the next offset.
 
     A half-written last line is left for the next call.
@@ -74,6 +72,23 @@ def newest_event(path: Path, kind: type[E], attempt: int | None = None) -> E | N
         if first and attempt is not None and first.attempt < attempt:  # the attempt began after it
             return None
     return None
+
+
+def offset_of_attempt(path: Path, attempt: int) -> int:
+    """Return a byte offset before the attempt's first event, a block at most.
+
+    Raises:
+        DamagedRun: it is not a file that can be read.
+    """
+    if not os.path.lexists(path):
+        return 0
+    with open_file(path) as file:
+        start = file.seek(0, os.SEEK_END)
+    while start:
+        start = max(0, start - _BLOCK_BYTES)
+        if any(event.attempt < attempt for event in read_events(path, start)[0]):
+            break
+    return start
 
 
 def last_attempt_events(first: Iterable[Event], again: Iterable[E]) -> Iterator[E]:

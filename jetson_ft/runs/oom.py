@@ -7,13 +7,14 @@ like `train.max_memory_gb`: the smaller plan changes how a step is computed and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import write_json
 from jetson_ft.hardware.detect import Device
+from jetson_ft.runs.contents import DamagedRun
 from jetson_ft.runs.store import Run
 from jetson_ft.training.distributed import DistributedContext
 from jetson_ft.training.memory import is_out_of_memory
@@ -33,7 +34,9 @@ class OutOfMemory(UserError):
 
 def limit_memory(run: Run, workload: Workload) -> Workload:
     """Return the workload with the memory limit of a run that shrinks (`train.on_oom`)."""
-    limit = run.plan().get("memory_limit_gb")
+    limit = None
+    with suppress(DamagedRun):  # on another rank than the one that sets it aside
+        limit = run.plan().get("memory_limit_gb")
     if limit is None or workload.train.on_oom != "shrink":
         return workload
     limit = min(limit, workload.train.max_memory_gb or limit)

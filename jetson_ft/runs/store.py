@@ -197,14 +197,35 @@ class Run:
         path = self.path / "plan.json"
         return contents.read_object(path, contents.Plan) if os.path.lexists(path) else {}
 
-    def data(self) -> dict[str, Any]:
-        """Return `sha256` and `recipe` of `data.json`; empty before the first attempt.
+    def set_damaged_plan_aside(self) -> Message | None:
+        """Rename a damaged `plan.json`, so that a new one can be written; return the fault."""
+        path = self.path / "plan.json"
+        try:
+            self.plan()
+        except DamagedRun as error:
+            with disk_errors(path):
+                path.rename(path.with_name("plan.json.damaged"))
+            return error.what
+        return None
+
+    def last_data(self) -> tuple[str, Recipe] | None:
+        """Return the rows' SHA-256 and the recipe of the last attempt; None: there was none.
 
         Raises:
-            DamagedRun: the file can't be used.
+            DamagedRun: `data.json` can't be used.
         """
         path = self.path / "data.json"
-        return contents.read_object(path, contents.Data) if os.path.lexists(path) else {}
+        if not os.path.lexists(path):
+            return None
+        try:
+            stored = contents.read_object(path, contents.Data)
+            return stored["sha256"], Recipe.model_validate(stored["recipe"])
+        except DamagedRun as error:
+            fix = _("Put back an intact copy of it; or move it away: then nothing compares the "
+                    "rows with those of the last attempt.")  # fmt: skip
+            raise DamagedRun(path, error.reason, fix) from error
+        except ValueError as error:
+            raise DamagedRun(path, _("its recipe is not valid")) from error
 
     def request_stop(self) -> None:
         """Ask the worker to save a checkpoint and exit."""
@@ -299,7 +320,8 @@ def lock(path: Path, timeout: float = 0.0) -> IO[bytes] | None:
     Try for `timeout` seconds: `Run.is_locked` takes a free lock for a moment, to test it.
     """
     with disk_errors(path):
-        file = open(path, "ab")  # noqa: SIM115 - held open on purpose
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        file = open(os.open(path, flags, 0o666), "ab")  # noqa: SIM115 - held open on purpose
     deadline = time.monotonic() + timeout
     while not try_lock(file):
         if time.monotonic() >= deadline:

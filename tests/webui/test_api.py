@@ -172,7 +172,7 @@ def test_an_action_has_the_result_of_its_command(page: TestClient, root: Path) -
     assert page.post(f"/runs/{run.name}/explode").status_code == 422
     assert page.post(f"/runs/{run.name}/delete").json() == {"done": True}
     assert not run.path.exists()
-    assert monitor.run_title(run) == run.name
+    assert run.title() == run.name
 
 
 def test_an_error_is_in_the_language_of_its_page(page: TestClient, root: Path) -> None:

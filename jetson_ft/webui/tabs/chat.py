@@ -15,7 +15,7 @@ from jetson_ft.chat.session import parse_examples
 from jetson_ft.errors import UserError, _
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.models import files
-from jetson_ft.runs import monitor, store
+from jetson_ft.runs import store
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
 
@@ -103,7 +103,7 @@ class ChatTab:
     def choices(self) -> list[tuple[str, str]]:
         """Return (label, name) of every run with an adapter and every downloaded base model."""
         runs = store.runs_with_adapter(self.runs)
-        adapters = [(monitor.run_title(run), run.name) for run in runs]
+        adapters = [(run.title(), run.name) for run in runs]
         label = _("{model}, no adapter")
         bases = [(self.t(label, model=name), name) for name in hub.downloaded_models()]
         return [(self.t(_("embedded model, no adapter")), BASE), *adapters, *bases]
