@@ -39,7 +39,7 @@ def main(run: Run) -> int:
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_if_stopped, args=(run,), daemon=True).start()
-    log = EventLog(run, run.state().attempt)
+    log = EventLog(run, run.state_or_derived().attempt)
     if config.nnodes > 1:
         detail = f"{config.nnodes} machines, {config.rendezvous}"
         log.emit(PhaseStarted(name="rendezvous", detail=detail))

@@ -87,9 +87,12 @@ class Run:
         path = self.path / "recipe.yaml"
         try:
             text = contents.read_bytes(path, _MAX_RECIPE_BYTES).decode("utf-8-sig")
+            if not text.strip():  # which would be a recipe of defaults
+                raise DamagedRun(path, _("it is empty"))
             return recipes.parse_recipe(text, str(path))
         except RecipeError as error:
-            raise DamagedRun(path, error.what) from error
+            text = printable(str(error.what))
+            raise DamagedRun(path, _("it is not a recipe ({error})"), error=text) from error
         except UnicodeDecodeError as error:
             raise DamagedRun(path, _("not UTF-8 text")) from error
 
@@ -141,7 +144,7 @@ class Run:
                 newest = newest_event(self.events_file, Event)
             return State(
                 "failed", str(error.what), error.what.as_json(), resumable=True,
-                attempt=newest.attempt if newest else 1, created=time.time(),
+                attempt=newest.attempt if newest else 1, created=time.time(), updated=time.time(),
             )  # fmt: skip
 
     def write_state(

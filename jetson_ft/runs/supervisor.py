@@ -56,12 +56,12 @@ def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = N
 
 def _wait_for_turn(run: Run) -> IO[bytes] | None:
     """Return the slot's lock file; None: the run was asked to stop before its turn."""
-    ticket = QueueTicket(since=run.state().updated)
+    ticket = QueueTicket(since=run.state_or_derived().updated)
     try:
         while not run.stop_requested():
             if slot := ticket.try_take(run.path):
                 return slot
-            if not run.state().reason:
+            if not run.state_or_derived().reason:
                 message = Message(_("another run is training; this one starts after it"))
                 run.write_state("queued", message)
             time.sleep(_POLL_SECONDS)
@@ -80,7 +80,7 @@ def _run_attempts(run: Run, slot: IO[bytes], run_attempt: RunAttempt) -> int:
         if code == exit_status.EXIT_RETRY and run.stop_requested():
             return exit_status.EXIT_STOPPED
         if code == exit_status.EXIT_RETRY:
-            run.write_state("running", attempt=run.state().attempt + 1)
+            run.write_state("running", attempt=run.state_or_derived().attempt + 1)
             code = run_attempt(run, [slot, lock_file])
     return code
 
@@ -100,7 +100,7 @@ def _run_worker(run: Run, locks: list[IO[bytes]]) -> int:
             return worker.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
             try:
-                if run.stop_requested() and run.state().state == "running":
+                if run.stop_requested() and run.state_or_derived().state != "stopping":
                     run.write_state("stopping", Message(_("writing a checkpoint")))
             except RunRemoved:  # nothing is left to save
                 worker.kill()
