@@ -176,7 +176,7 @@ def print_end(run: Run, state: State) -> None:
         if report["eval"]:
             print_figures(report)
         else:
-            show(f"warning: {report['comparison_error']}")
+            show(f"warning: {report.get('comparison_error', 'the comparison failed')}")
         train = report["train"]
         show(
             f"{train['steps']} steps, {train['tokens']:,} tokens in "

@@ -15,7 +15,8 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from program import invoke, run as run_program
+from program import invoke
+from program import run as run_program
 from run_folders import make_run
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
@@ -118,7 +119,9 @@ def assert_shown_and_deleted(root: Path, fault: str) -> None:
     """Every door shows the fault and the good neighbour; the damaged run can be deleted."""
     listed = invoke("runs", "list", "--runs", root)
     by_name = {line.split()[0]: line for line in listed.splitlines()[1:]}
-    assert "finished" in by_name[GOOD] and "3/10" in by_name[GOOD] and "damaged" not in by_name[GOOD]
+    assert (
+        "finished" in by_name[GOOD] and "3/10" in by_name[GOOD] and "damaged" not in by_name[GOOD]
+    )
     assert f"{BAD}: {fault}" in listed
     assert fault in invoke("runs", "show", BAD, "--runs", root)
     assert "finished" in invoke("runs", "show", GOOD, "--runs", root)

@@ -13,7 +13,7 @@ from run_folders import evaluated_event, step_event
 
 from jetson_ft.errors import Message
 from jetson_ft.events import PhaseStarted, Warned
-from jetson_ft.runs import manager, monitor
+from jetson_ft.runs import manager
 from jetson_ft.runs.monitor import Curve, RunMonitor
 from jetson_ft.runs.store import EventLog, Run
 

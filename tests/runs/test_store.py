@@ -322,7 +322,13 @@ def test_step_made_twice_keeps_the_last_attempt() -> None:
     saved = CheckpointSaved(step=2, path="x", seconds=1.0, attempt=1)
     phase = PhaseStarted(name="data", attempt=1)
     events = [step(1, 1), step(2, 1), saved, step(3, 1), phase, step(2, 2)]
-    assert list(last_attempt_events(events, events)) == [step(1, 1), saved, step(3, 1), phase, step(2, 2)]
+    assert list(last_attempt_events(events, events)) == [
+        step(1, 1),
+        saved,
+        step(3, 1),
+        phase,
+        step(2, 2),
+    ]
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3))))

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from jetson_ft.errors import Message, UserError
 from jetson_ft.events import Download, Paused, PauseEnded, PhaseStarted, Warned
-from jetson_ft.runs import monitor, store
+from jetson_ft.runs import store
 from jetson_ft.runs.store import EventLog
 from jetson_ft.webui import api
 
