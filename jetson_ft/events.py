@@ -16,12 +16,27 @@ from typing import Annotated, Any, ClassVar
 import orjson
 from pydantic import TypeAdapter
 
-from jetson_ft.errors import Message, UserError
+from jetson_ft.errors import Message, UserError, _
 
 SCHEMA = 1
 # A line with greater numbers is damaged. Readers have a place for each step.
 MAX_STEP, MAX_ATTEMPT, _MAX_NUMBER = 10**7, 9_999, 2**62
 KINDS: dict[str, type[Event]] = {}  # in the order of definition, which is that of the docs
+
+# Phases of a run, by the names that its events give them.
+PHASES = {
+    "rendezvous": _("connecting to the other machines"),
+    "libraries": _("loading libraries"),
+    "device": _("detecting the device"),
+    "model files": _("fetching model files"),
+    "data": _("reading the data"),
+    "plan": _("planning memory"),
+    "model": _("loading the model"),
+    "sharding": _("splitting the model"),
+    "training": _("training"),
+    "comparison": _("comparing base and adapter"),
+    "report": _("writing the report"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +261,10 @@ class Failed(Event, kind="error"):
 class Exited(Event, kind="exit"):
     """The worker's last event."""
 
-    code: Annotated[int, "0 finished, 1 fault, 2 refused, 3 stopped, 4 out of memory: try again"]
+    code: Annotated[
+        int,
+        "0 finished, 1 fault, 2 refused, 3 stopped, 4 out of memory: try again, 5 disk full",
+    ]
 
 
 Emit = Callable[[Event], None]

@@ -12,11 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import fake_hub
 from hypothesis import settings
 from loaded_phi import phi
+from small_disk import small_disk
 from workbench import finished, light_runs, queued, workbench
 
-__all__ = ["finished", "light_runs", "phi", "queued", "workbench"]  # fixtures of several folders
+__all__ = [
+    "fake_hub",
+    "finished",
+    "light_runs",
+    "phi",
+    "queued",
+    "small_disk",
+    "workbench",
+]  # fixtures of several folders
 
 settings.register_profile("brief", max_examples=20)
 

@@ -54,12 +54,22 @@ class Data(BaseModel):
     recipe: dict[str, Any]
 
 
+class _SmallerPlan(BaseModel):
+    micro_batch_tokens: int = Field(ge=0)
+    checkpointing: bool
+    peak_memory_bytes: int = Field(ge=0)
+    memory_limit_gb: float = Field(gt=0)
+
+
 class Plan(BaseModel):
     """What this program reads of `plan.json`."""
 
-    peak_memory_bytes: int | None = Field(None, ge=0)
+    micro_batch_tokens: int = Field(0, ge=0)
+    checkpointing: bool = False
+    peak_memory_bytes: int = Field(0, ge=0)
     parts: dict[str, int] = {}
     memory_limit_gb: float | None = Field(None, gt=0)
+    smaller: _SmallerPlan | None = None
 
 
 class _Train(BaseModel):
@@ -122,6 +132,25 @@ def open_file(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         text = error.strerror or str(error)
         raise DamagedRun(path, _("it can't be read ({error})"), error=text) from error
+
+
+def open_to_append(path: Path) -> int:
+    """Open a regular file of a run to read and append, or make it; return its descriptor.
+
+    Raises:
+        DamagedRun: something else is in its place.
+        OSError: the disk refuses it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        number = os.open(path, flags, 0o644)
+    except (IsADirectoryError, PermissionError) as error:
+        text = error.strerror or str(error)
+        raise DamagedRun(path, _("it can't be read ({error})"), error=text) from error
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise DamagedRun(path, _("it is not a regular file"))
+    return number
 
 
 def read_bytes(path: Path, limit: int = _MAX_BYTES) -> bytes:

@@ -31,7 +31,9 @@ from jetson_ft.data.formats import RowError
 from jetson_ft.data.sources import Source
 from jetson_ft.data.templates import TEMPLATES, read_template
 from jetson_ft.errors import UserError, _
+from jetson_ft.events import Event
 from jetson_ft.files import (
+    DiskFull,
     disk_errors,
     expand_user,
     printable,
@@ -43,10 +45,12 @@ from jetson_ft.files import (
 from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.recipe import Layout, Recipe
-from jetson_ft.runs import exit_status, processes, store
+from jetson_ft.runs import disk, exit_status, processes, store
 from jetson_ft.runs.contents import SCHEMA, DamagedRun, open_file
+from jetson_ft.runs.exit_status import ExitStatus
+from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import DistributedConfig
-from jetson_ft.runs.store import ENDED_STATES, LIVE_STATES, Run, lock
+from jetson_ft.runs.store import ENDED_STATES, LIVE_STATES, Run
 
 # The keys that may change on resume, and only upwards: the length of a run.
 _LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
@@ -55,6 +59,8 @@ _PLAN_KEYS = {"train.max_memory_gb", "train.on_oom", "device.max_temperature_c"}
 _WORKING_STATES = ("running", "stopping")
 Start = Callable[[Run, IO[bytes]], None]  # takes a queued run and its locked supervisor.lock
 _PREFLIGHT_ROWS = 100  # checked of each file
+# What a recipe takes in the place of a path, and what comes before a file of that name.
+RESERVED_NAMES = frozenset(("embedded", "auto", *sources.BUNDLED, *TEMPLATES))
 
 
 # --- before a run ------------------------------------------------------------------------------
@@ -85,6 +91,7 @@ def check_recipe(recipe: Recipe) -> None:
         base = files.resolve_model(recipe.model, weights=not files.is_hub_id(recipe.model))
         dims = catalog.model_dims(base)
     check_target_modules(dims, recipe.lora.target_modules)
+    disk.require_checkpoint_space(recipe, dims)
     data = recipe.data
     if data.chat_template:
         read_template(data.chat_template)
@@ -164,6 +171,7 @@ def launch(
             processes.write_distributed_config(run, config or DistributedConfig())
             if ticket:
                 write_atomic(run.path / store.TICKET_FILE, safe_name(ticket))
+            run.reserve_space()
             run.write_state("queued")
             (start or _start_supervisor)(run, lock_file)
     except UserError:
@@ -194,7 +202,9 @@ def resume(
         raise _is_running(run)
     with _take_supervisor_lock(run) as lock_file:
         old, state = run.recipe(), run.state_or_derived()
-        run.last_data()  # before the model is loaded
+        # What the worker needs, before it loads the model.
+        run.last_data()
+        run.newest_event(Event)
         processes.read_distributed_config(run)
         new = recipes.parse_recipe(old.to_yaml(), str(run.path / "recipe.yaml"), overrides)
         check_only_longer(run, old, new)
@@ -205,6 +215,7 @@ def resume(
                 _("Make it longer (--set train.epochs=…), or start a new run."),
                 run=run.name,
             )
+        run.reserve_space()  # on a full disk nothing has changed yet
         if new != old:
             write_atomic(run.path / "recipe.yaml", new.to_yaml())
         if config:
@@ -267,17 +278,12 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths, to resume the run from any folder."""
     copy = recipe.model_copy(deep=True)
     copy.output_dir = str(expand_user(recipe.output_dir).absolute())
-    names = "embedded", "auto", *sources.BUNDLED, *TEMPLATES
 
     def absolute(value: str) -> str:
         path = expand_user(value)
-        return str(path.absolute()) if value not in names and path.exists() else value
+        return str(path.absolute()) if value not in RESERVED_NAMES and path.exists() else value
 
-    copy.data.rename_sources(absolute)
-    for section, key in ((copy, "model"), (copy.data, "heldout"), (copy.data, "chat_template")):
-        value = getattr(section, key)
-        if isinstance(value, str):
-            setattr(section, key, absolute(value))
+    copy.rename_paths(absolute)
     return copy
 
 
@@ -285,7 +291,7 @@ def _start_supervisor(run: Run, lock_file: IO[bytes]) -> None:
     """Start the supervisor with the lock inherited, so that the run never looks dead."""
     number = lock_file.fileno()
     command = [sys.executable, "-m", "jetson_ft.runs.supervisor", str(run.path), str(number)]
-    with disk_errors(run.path), open(run.path / "log.txt", "ab") as log:
+    with disk_errors(run.path), run.open_log() as log:
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             pass_fds=[number], start_new_session=True,
@@ -325,8 +331,14 @@ def reconcile_state(run: Run) -> str:
     with lock_file:
         # Read again: it may have ended properly between the first read and the lock.
         if not is_true(run.state().state):
-            works = run.is_locked("worker")
-            run.write_state(*(["running"] if works else exit_status.state_from_events(run)))
+            status = ExitStatus("running")
+            if not run.is_locked("worker"):
+                status = exit_status.state_from_events(run)
+                run.release_space()
+            try:
+                run.write_state(*status)
+            except DiskFull:  # the next call tries again
+                return status.state
         return run.state().state
 
 

@@ -3,14 +3,10 @@
 `state.json` is written only by the process that holds `supervisor.lock`; `events.jsonl` by the
 worker, which inherits `worker.lock` from its supervisor, and by the launcher of several workers.
 The file `stop` is present while the run is asked to stop.
-
-A lock (flock) shows that a process lives; a process number doesn't: a lock works across containers,
-and after a power cut it is free.
 """
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -29,6 +25,7 @@ from jetson_ft.events import MAX_ATTEMPT, Event, to_json
 from jetson_ft.files import (
     disk_errors,
     expand_user,
+    is_disk_full,
     printable,
     safe_name,
     write_atomic,
@@ -38,7 +35,10 @@ from jetson_ft.recipe import Recipe
 from jetson_ft.runs import contents
 from jetson_ft.runs.contents import SCHEMA, DamagedRun, NewerRun
 from jetson_ft.runs.event_reader import E, iter_events, last_attempt_events, newest_event
+from jetson_ft.runs.locks import try_lock
 
+_RESERVE_BYTES = 1 << 18  # for an attempt's last events and its state
+_MAX_WAITING = 200  # events; they must fit into the reserve
 TICKET_FILE = "ticket"
 LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
@@ -141,7 +141,7 @@ class Run:
         except DamagedRun as error:
             newest = None
             with suppress(DamagedRun):
-                newest = newest_event(self.events_file, Event)
+                newest = self.newest_event(Event)
             return State(
                 "failed", str(error.what), error.what.as_json(), resumable=True,
                 attempt=newest.attempt if newest else 1, created=time.time(), updated=time.time(),
@@ -254,6 +254,20 @@ class Run:
     def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)
 
+    def reserve_space(self) -> None:
+        """Reserve disk space for what must be written at an attempt's end, if the disk is full."""
+        path = self.path / "reserve"
+        with disk_errors(path):
+            try:
+                path.write_bytes(os.urandom(_RESERVE_BYTES))  # zeros may take no space
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+
+    def release_space(self) -> None:
+        """Free the reserved space."""
+        (self.path / "reserve").unlink(missing_ok=True)
+
     def is_locked(self, name: str) -> bool:
         """Return whether a living process holds the lock `worker` or `supervisor`.
 
@@ -289,58 +303,56 @@ class Run:
         """Return the current attempt's newest event of one kind.
 
         Raises:
-            DamagedRun: `state.json` or `events.jsonl` can't be read.
+            DamagedRun: `events.jsonl` can't be read.
         """
-        return newest_event(self.events_file, kind, self.state().attempt)
+        return newest_event(self.events_file, kind, self.state_or_derived().attempt)
+
+    def newest_event(self, kind: type[E]) -> E | None:
+        """Return the newest event of a kind (`Event`: of any) of all attempts."""
+        return newest_event(self.events_file, kind)
+
+    def open_log(self) -> IO[bytes]:
+        """Open `log.txt`, to append to it; raise `DamagedRun` if it is no file."""
+        return open(contents.open_to_append(self.path / "log.txt"), "ab")
 
 
 class EventLog:
-    """Appends events, from any thread; a line is one write, so that two writers never mix."""
+    """Appends events, from any thread; a line is one write, so that two writers never mix.
+
+    While the disk is full, the newest events wait in memory: training goes on without its log until
+    a checkpoint can't be written either.
+    """
 
     def __init__(self, run: Run, attempt: int) -> None:
         self._attempt = attempt
         self._lock = threading.Lock()
+        self._waiting: list[bytes] = []  # lines, oldest first
         self._path = run.events_file
         with disk_errors(self._path):
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = contents.open_to_append(self._path)
 
     def emit(self, event: Event) -> None:
         """Append an event with the time and the attempt's number."""
         event = replace(event, t=round(time.time(), 3), attempt=self._attempt)
         line = (json.dumps(to_json(event), ensure_ascii=False) + "\n").encode()
         with self._lock, disk_errors(self._path):
-            size = os.fstat(self._file).st_size
-            # A power cut or a full disk may have left half a line; the event must start a new one.
-            if size and os.pread(self._file, 1, size - 1) != b"\n":
-                line = b"\n" + line
-            while line:  # a disk that becomes full takes a part and refuses the rest
-                line = line[os.write(self._file, line) :]
+            self._waiting.append(line)
+            try:
+                while self._waiting:
+                    self._append(self._waiting[0])
+                    del self._waiting[0]
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                del self._waiting[:-_MAX_WAITING]
 
-
-def lock(path: Path, timeout: float = 0.0) -> IO[bytes] | None:
-    """Take the lock file, until the returned file is closed; None: another process has it.
-
-    Try for `timeout` seconds: `Run.is_locked` takes a free lock for a moment, to test it.
-    """
-    with disk_errors(path):
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-        file = open(os.open(path, flags, 0o666), "ab")  # noqa: SIM115 - held open on purpose
-    deadline = time.monotonic() + timeout
-    while not try_lock(file):
-        if time.monotonic() >= deadline:
-            file.close()
-            return None
-        time.sleep(0.01)
-    return file
-
-
-def try_lock(file: IO[bytes]) -> bool:
-    """Take an exclusive flock without waiting; return whether that worked."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    def _append(self, line: bytes) -> None:
+        size = os.fstat(self._file).st_size
+        # A power cut or a full disk may have left half a line; the event must start a new one.
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        while line:  # a disk that becomes full takes a part and refuses the rest
+            line = line[os.write(self._file, line) :]
 
 
 def create_run(recipe: Recipe, label: str) -> Run:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import UserError, _
-from jetson_ft.events import Evaluated, Step
+from jetson_ft.events import PHASES, Evaluated, Step
 from jetson_ft.runs import monitor, store
 from jetson_ft.runs.monitor import RunMonitor, RunProgress, RunSummary
 from jetson_ft.runs.report import chart, summary
@@ -30,20 +30,6 @@ _STATES = {
     "stopped": _("stopped"), "finished": _("finished"), "failed": _("failed"),
     "damaged": _("damaged"),
 }  # fmt: skip
-# Phases of a run, by the names that its events give them.
-_PHASES = {
-    "rendezvous": _("connecting to the other machines"),
-    "libraries": _("loading libraries"),
-    "device": _("detecting the device"),
-    "model files": _("fetching model files"),
-    "data": _("reading the data"),
-    "plan": _("planning memory"),
-    "model": _("loading the model"),
-    "sharding": _("splitting the model"),
-    "training": _("training"),
-    "comparison": _("comparing base and adapter"),
-    "report": _("writing the report"),
-}
 # Curve -> its title, and the unit that its values are divided by.
 _CHARTS = {
     "lr": (_("Learning rate"), 1.0),
@@ -143,7 +129,7 @@ class Fragments:
             run=summary, step=newest.last(Step), evaluated=newest.last(Evaluated),
             warnings=newest.warnings if is_current else [],
             names=[other.title for other, _progress in source[1:]],
-            phase=_PHASES.get(summary.phase, summary.phase),
+            phase=PHASES.get(summary.phase, summary.phase),
             reading=None if all(p.is_complete for p in progresses) else reading,
             losses=_loss_chart(progresses), charts=_charts(progresses), figures=_figures(run),
             has_report=has_report, has_adapter=run.has_adapter(),

@@ -15,8 +15,9 @@ import pytest
 from jetson_ft.errors import UserError
 from jetson_ft.events import Exited
 from jetson_ft.runs import manager, queue, store
+from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import DistributedConfig, read_distributed_config
-from jetson_ft.runs.store import EventLog, Run, lock
+from jetson_ft.runs.store import EventLog, Run
 
 
 def worker_processes(run: Run) -> list[psutil.Process]:
