@@ -100,7 +100,7 @@ class Pipeline:
         with self.phase("plan"):
             workload = describe_workload(recipe, weights, base, rows)
             if dist.is_local_main and (fault := self.run.set_damaged_plan_aside()):
-                self._warn(_("{fault}; it is computed again"), fault)
+                self._warn(_("{fault} It is computed again."), fault)
             workload = oom.limit_memory(self.run, workload)
             plan = self._choose_plan(workload, device)
             self._store_plan(oom.plan_as_json(workload, plan, device))

@@ -98,7 +98,7 @@ def read_distributed_config(run: Run) -> DistributedConfig:
     except DamagedRun:
         raise
     except UserError as error:  # values that don't fit each other
-        raise DamagedRun(path, error.what) from error
+        raise DamagedRun(path, _("its values don't fit each other")) from error
     names = {field.name for field in fields(DistributedConfig)}
     return DistributedConfig(**{key: value for key, value in stored.items() if key in names})
 

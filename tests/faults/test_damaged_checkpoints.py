@@ -136,7 +136,7 @@ def test_the_resumed_run_names_the_file_and_ends_with_the_same_adapter(
     (run.path / "plan.json").write_text("{,")
     assert workbench.work(run) == 0
     plan, warning = [event.message for event in run.events() if isinstance(event, Warned)]
-    assert "plan.json is damaged" in plan and "computed again" in plan
+    assert "plan.json is damaged" in plan and "It is computed again." in plan
     assert run.plan()["steps"] and (run.path / "plan.json.damaged").exists()
     assert str(newest / "optimizer.safetensors") in warning
     weights = "adapter_model.safetensors"
