@@ -11,12 +11,14 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import orjson
-from pydantic import TypeAdapter
 
 from jetson_ft.errors import Message, UserError, _
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 SCHEMA = 1
 # A line with greater numbers is damaged. Readers have a place for each step.
@@ -315,4 +317,6 @@ def from_json(line: bytes | str) -> Event | None:
 
 @functools.cache
 def _validator(kind: str) -> TypeAdapter[Event]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(KINDS[kind])
