@@ -48,13 +48,14 @@ def assert_refused(done: Done, *words: str) -> None:
         assert word in done.stderr
 
 
-def main_in_fork(arguments: list[str], output: str) -> None:
-    """Be the program, in a process that is forked from one with the imports (`forked`)."""
+def main_in_fork(arguments: list[str], output: str, folder: str = ".") -> None:
+    """Be the program in `folder`, in a process forked from one with the imports (`forked`)."""
     import torch
 
     from jetson_ft.cli import main
 
     torch.set_num_threads(1)
+    os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
