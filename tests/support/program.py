@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 Done = subprocess.CompletedProcess[str]
@@ -33,6 +36,26 @@ def invoke(*arguments: Any, exit_code: int = 0) -> str:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == exit_code, result.output
     return result.output
+
+
+def main_here(*arguments: Any) -> Done:
+    """Be the program in this process and in the current folder, without the wait for imports."""
+    from jetson_ft import cli
+
+    words = [str(argument) for argument in arguments]
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        patch.setattr(sys, "argv", ["jetson-ft", *words])
+        patch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Done(words, code, output.getvalue(), errors.getvalue())
 
 
 def assert_refused(done: Done, *words: str) -> None:
