@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 from typer import Argument, Option
 
 from jetson_ft.cli.output import RUNS, RunArgument, RunsOption, out, show
 from jetson_ft.errors import UserError
 from jetson_ft.events import Evaluated
+from jetson_ft.files import printable
 
 app = typer.Typer(help="Look at runs.", no_args_is_help=True)
 
@@ -26,7 +26,7 @@ def list_all(runs: RunsOption = RUNS) -> None:
 
     listed, monitor = store.list_runs(runs), RunMonitor()
     if not listed:
-        print(f"No runs in {runs} yet.")
+        show(f"No runs in {runs} yet.")
         return
     table = Table("run", "state", "steps", "held-out loss", "model", box=None)
     faults: list[str] = []
@@ -40,7 +40,7 @@ def list_all(runs: RunsOption = RUNS) -> None:
         done = f"{summary.step}/{summary.total_steps or '?'}" if summary.step else "–"
         loss = f"{losses[0]:.3f} → {min(losses):.3f}" if losses else "–"
         states = dict.fromkeys([summary.state.state, *(["damaged"] if summary.faults else [])])
-        table.add_row(Text(run.name), ", ".join(states), done, loss, Text(model))
+        table.add_row(run.name, ", ".join(states), done, loss, model)
         faults += [f"{run.name}: {fault.what}" for fault in summary.faults]
     out.print(table)
     for fault in faults:
@@ -79,7 +79,7 @@ def stop(run: RunArgument = "latest", runs: RunsOption = RUNS) -> None:
         state = stopped.state().state
     except DamagedRun:
         state = "damaged"
-    print(f"{stopped.name}: {state}, {result}")
+    show(f"{stopped.name}: {state}, {result}")
 
 
 @app.command()
@@ -95,7 +95,7 @@ def describe(
     described = store.find_run(run, runs)
     manager.set_title_and_notes(described, title, notes)
     written = described.about().get("notes", "")
-    print(f"{described.name}: {described.title()}\n{written}".rstrip())
+    show(f"{described.name}: {described.title()}\n{written}".rstrip())
 
 
 @app.command("zip")
@@ -108,7 +108,7 @@ def zip_adapter(
     from jetson_ft.runs import manager, store
 
     zipped = store.find_run(run, runs)
-    print(manager.zip_adapter(zipped, file or Path(f"{zipped.name}.zip")))
+    show(str(manager.zip_adapter(zipped, file or Path(f"{zipped.name}.zip"))))
 
 
 @app.command()
@@ -122,6 +122,7 @@ def delete(
 
     deleted = store.find_run(run, runs)
     if not yes:
-        typer.confirm(f"Delete {deleted.path} with its checkpoints and adapter?", abort=True)
+        question = f"Delete {deleted.path} with its checkpoints and adapter?"
+        typer.confirm(printable(question), abort=True)
     manager.delete(deleted)
-    print(f"{deleted.name}: deleted")
+    show(f"{deleted.name}: deleted")

@@ -32,10 +32,14 @@ def lock(path: Path, timeout: float = 0.0) -> IO[bytes] | None:
     return file
 
 
-def try_lock(file: IO[bytes]) -> bool:
-    """Take an exclusive flock without waiting; return whether that worked."""
+def try_lock(file: IO[bytes], shared: bool = False) -> bool:
+    """Take a flock without waiting; return whether that worked.
+
+    Args:
+        shared: to test the lock: two tests at the same time don't see each other.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -27,7 +27,7 @@ from jetson_ft.events import (
     Step,
     Warned,
 )
-from jetson_ft.files import write_json
+from jetson_ft.files import quoted, write_json
 from jetson_ft.hardware import cgroup
 from jetson_ft.runs.contents import DamagedRun
 from jetson_ft.runs.event_reader import read_events
@@ -159,7 +159,7 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
         )
         return OutOfMemory(described, where, fix)
     limit = smaller["memory_limit_gb"]
-    values = {"path": str(run.path), "limit": limit, "plan": _describe(smaller)}
+    values = {"path": quoted(str(run.path)), "limit": limit, "plan": _describe(smaller)}
     # Several processes get no second attempt, and one more attempt is enough.
     with suppress(UserError):  # the disk is full, or a file is damaged
         is_alone = not read_distributed_config(run).needs_launcher

@@ -122,8 +122,7 @@ class Run:
             if state.message is not None:
                 Message.from_json(state.message)
         except ValueError as error:
-            reason = _("unexpected value of `{key}` ({error})")
-            raise DamagedRun(path, reason, key="message", error=str(error)) from error
+            raise DamagedRun(path, _("its message is not valid ({error})"), error=error) from error
         return state
 
     def state_or_derived(self) -> State:
@@ -154,7 +153,12 @@ class Run:
         resumable: bool = False,
         attempt: int | None = None,
     ) -> None:
-        """Write `state.json`, holding `supervisor.lock`; without `attempt` keep its number."""
+        """Write `state.json`, holding `supervisor.lock`; without `attempt` keep its number.
+
+        Raises:
+            RunRemoved: as `require_folder`.
+        """
+        self.require_folder()
         path, now = self.path / "state.json", time.time()
         is_first = not os.path.lexists(path) and not os.path.lexists(self.events_file)
         old = State(state, created=now) if is_first else self.state_or_derived()
@@ -236,11 +240,12 @@ class Run:
             (self.path / "stop").touch()
 
     def stop_requested(self) -> bool:
-        """Return whether the run is asked to stop.
+        """Return whether the run is asked to stop; raise `RunRemoved` as `require_folder`."""
+        self.require_folder()
+        return (self.path / "stop").exists()
 
-        Raises:
-            RunRemoved: the folder isn't the one that it was at the first call.
-        """
+    def require_folder(self) -> None:
+        """Raise `RunRemoved` if the folder isn't the one that it was at the first call."""
         try:
             stat = self.path.stat()
         except OSError as error:
@@ -249,7 +254,6 @@ class Run:
         self._identity = self._identity or identity
         if identity != self._identity:
             raise RunRemoved(self.path)
-        return (self.path / "stop").exists()
 
     def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)
@@ -277,7 +281,7 @@ class Run:
         path = self.path / f"{name}.lock"
         try:
             with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                return not try_lock(file)
+                return not try_lock(file, shared=True)
         except PermissionError as error:
             reason = _("it can't be read ({error})")
             raise DamagedRun(path, reason, error=error.strerror or "") from error
@@ -285,7 +289,7 @@ class Run:
             return False
 
     def events(self) -> list[Event]:
-        """Return all events in memory; `iter_events` reads a log of any size."""
+        """Return all events; `iter_events` reads a log of any size."""
         return list(self.iter_events(Event))
 
     def iter_events(self, *kinds: type[E]) -> Iterator[E]:
