@@ -41,7 +41,7 @@ def list_all(runs: RunsOption = RUNS) -> None:
         done = f"{summary.step}/{summary.total_steps or '?'}" if summary.step else "–"
         loss = f"{losses[0]:.3f} → {min(losses):.3f}" if losses else "–"
         states = dict.fromkeys([summary.state.state, *(["damaged"] if summary.faults else [])])
-        table.add_row(Text(run.name), ", ".join(states), done, loss, Text(model))
+        table.add_row(run.name, ", ".join(states), done, loss, model)
         faults += [f"{run.name}: {fault.what}" for fault in summary.faults]
     out.print(table)
     for fault in faults:

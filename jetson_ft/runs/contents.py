@@ -32,8 +32,9 @@ class DamagedRun(UserError):
     def __init__(self, path: Path, reason: str | Message, fix: str = "", **values: Any) -> None:
         self.reason = reason if isinstance(reason, Message) else Message(reason, values)
         fix = fix or _("Put back an intact copy of the file, or delete the run.")
-        values = {"file": path.name, "reason": self.reason}
-        what = Message(_("{file} is damaged: {reason}."), values)
+        what = Message(
+            _("{file} is damaged: {reason}."), {"file": path.name, "reason": self.reason}
+        )
         super().__init__(what, printable(str(path)), fix)
 
 

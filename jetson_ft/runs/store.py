@@ -122,8 +122,7 @@ class Run:
             if state.message is not None:
                 Message.from_json(state.message)
         except ValueError as error:
-            reason = _("unexpected value of `{key}` ({error})")
-            raise DamagedRun(path, reason, key="message", error=str(error)) from error
+            raise DamagedRun(path, _("its message is not valid ({error})"), error=error) from error
         return state
 
     def state_or_derived(self) -> State:
@@ -290,7 +289,7 @@ class Run:
             return False
 
     def events(self) -> list[Event]:
-        """Return all events in memory; `iter_events` reads a log of any size."""
+        """Return all events; `iter_events` reads a log of any size."""
         return list(self.iter_events(Event))
 
     def iter_events(self, *kinds: type[E]) -> Iterator[E]:

@@ -169,6 +169,9 @@ def test_any_content_is_named(root: Path, name: str) -> None:
             assert not faults  # nothing that is read is wrong
         else:
             assert len(faults) == 1 and faults[0].startswith(f"{name} is damaged: ")
+            assert ("has more than" in faults[0]) == (
+                kind == "20 MB" or (kind == "10 MB" and name == "recipe.yaml")
+            )
 
 
 @pytest.mark.parametrize("kind", STATES)

@@ -21,7 +21,7 @@ from run_folders import evaluated_event, make_run, step_event
 from served import Served
 
 from jetson_ft.errors import Message
-from jetson_ft.events import Event, Exited, Failed, Step, to_json
+from jetson_ft.events import Event, Exited, Failed, Step, Warned, to_json
 from jetson_ft.runs import exit_status, monitor
 from jetson_ft.runs.event_reader import iter_events, newest_event, read_events
 from jetson_ft.runs.monitor import RunMonitor
@@ -79,14 +79,18 @@ def test_half_a_line_is_left_out_and_the_rest_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.promise(16)
-def test_a_line_that_never_ends_is_skipped(tmp_path: Path) -> None:
-    """Between good ones, and as the last one; forwards and backwards."""
+def test_a_line_that_is_too_long_is_skipped(tmp_path: Path) -> None:
+    """Between good ones, and as the last one; forwards and backwards; damaged or not."""
     run = make_run(tmp_path, SHORT)
     good = run.events_file.read_bytes()
+    warning = line(Warned.of_message(Message("w" * (3 << 19))))
     for end in (b"\n", b""):
-        run.events_file.write_bytes(good + b"x" * (5 << 20) + b"\n" + good + b"y" * (3 << 20) + end)
+        middle = b"x" * (5 << 20) + b"\n" + warning
+        run.events_file.write_bytes(good + middle + good + b"y" * (3 << 20) + end)
         assert len(list(iter_events(run.events_file, Event))) == 8
-        assert newest_event(run.events_file, Step).step == 3  # type: ignore[union-attr]
+        newest = newest_event(run.events_file, Step)
+        assert newest and newest.step == 3
+        assert newest_event(run.events_file, Warned) is None
 
 
 @pytest.mark.promise(16)
