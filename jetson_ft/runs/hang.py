@@ -17,7 +17,10 @@ from jetson_ft import events
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import PHASES, Emit, Event
 from jetson_ft.i18n import duration
-from jetson_ft.runs.store import EventLog, Run, read_events
+from jetson_ft.runs.contents import DamagedRun
+from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.event_reader import read_events
+from jetson_ft.runs.store import Run
 
 STEP_SECONDS = 300.0  # the shortest limit: a machine can be busy with other things
 PHASE_SECONDS = 3600.0  # for loading, rows, the first step and the comparison, whose time varies
@@ -106,7 +109,9 @@ class HangWatch:
 
         Return whether it has taken so long that the worker may be ended: twice the limit.
         """
-        read, self._offset = read_events(self._run.events_file, self._offset)
+        read: list[Event] = []
+        with suppress(DamagedRun):  # as without new events
+            read, self._offset = read_events(self._run.events_file, self._offset)
         signs = [self._progress.update(event) for event in read]
         if any(signs):
             self._progress_at = time.monotonic()
@@ -120,7 +125,7 @@ class HangWatch:
             self.is_hanging = True
             reason = self._reason(waited)
             with suppress(UserError):  # the disk is full
-                EventLog(self._run, self._run.state().attempt).emit(
+                EventLog(self._run, self._run.state_or_derived().attempt).emit(
                     events.Warned.of_message(reason)
                 )
             self._write_reason(reason)
@@ -128,7 +133,7 @@ class HangWatch:
 
     def _write_reason(self, reason: Message | None) -> None:
         with suppress(UserError):  # the disk is full
-            self._run.write_state(self._run.state().state, reason)
+            self._run.write_state(self._run.state_or_derived().state, reason)
 
     def _reason(self, waited: float) -> Message:
         usual = self._progress.step_seconds

@@ -9,8 +9,9 @@ from pathlib import Path
 from jetson_ft.errors import Message, UserError
 from jetson_ft.runs import manager, restarts
 from jetson_ft.runs.exit_status import ExitStatus
+from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import read_distributed_config
-from jetson_ft.runs.store import Run, lock
+from jetson_ft.runs.store import Run
 
 _TURN_SECONDS = 10.0  # for a supervisor to start
 _MAX_OFFERED = 3  # the newest; others are in the list of runs

@@ -24,13 +24,14 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Failed, PhaseStarted
 from jetson_ft.hardware.detect import usable_cores
 from jetson_ft.runs import exit_status, oom
+from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.processes import (
     LAUNCHER_PROCESS,
     DistributedConfig,
     own_address,
     read_distributed_config,
 )
-from jetson_ft.runs.store import EventLog, Run, RunRemoved
+from jetson_ft.runs.store import Run, RunRemoved
 
 _RENDEZVOUS_SECONDS = 900  # to wait for the other machines
 
@@ -42,7 +43,7 @@ def main(run: Run) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kill_watch = oom.KillWatch()
     threading.Thread(target=_watch, args=(run, kill_watch), daemon=True).start()
-    log = EventLog(run, run.state().attempt)
+    log = EventLog(run, run.state_or_derived().attempt)
     if config.nnodes > 1:
         detail = f"{config.nnodes} machines, {config.rendezvous}"
         log.emit(PhaseStarted(name="rendezvous", detail=detail))

@@ -11,8 +11,9 @@ from contextlib import suppress
 
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Warned
+from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.exit_status import ExitStatus
-from jetson_ft.runs.store import EventLog, Run
+from jetson_ft.runs.store import Run
 from jetson_ft.training import checkpoint
 
 

@@ -20,6 +20,7 @@ from jetson_ft.events import Emit, Event, Exited, Failed, Warned
 from jetson_ft.files import is_disk_full
 from jetson_ft.parent import end_with_parent
 from jetson_ft.runs import hang, oom
+from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.exit_status import (
     EXIT_DISK_FULL,
     EXIT_FAILED,
@@ -29,7 +30,7 @@ from jetson_ft.runs.exit_status import (
 )
 from jetson_ft.runs.oom import OutOfMemory
 from jetson_ft.runs.processes import LAUNCHER_PROCESS, explain_error, silence_libraries
-from jetson_ft.runs.store import EventLog, Run
+from jetson_ft.runs.store import Run
 from jetson_ft.training import distributed
 from jetson_ft.training.memory import is_out_of_memory
 
@@ -42,7 +43,7 @@ def main(run: Run, on_interrupt: Any = signal.SIG_IGN, dump_stacks: bool = False
         dump_stacks: write the stacks of all threads to stderr when the work hangs.
     """
     is_local_main = distributed.is_local_main_process()
-    attempt = run.state().attempt
+    attempt = run.state_or_derived().attempt
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop(is_shutdown=True))
     signal.signal(signal.SIGINT, on_interrupt)
     silence_libraries()

@@ -18,8 +18,9 @@ from jetson_ft.hardware.detect import Device
 from jetson_ft.models.loading import WeightFormat
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import processes, store
+from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.queue import QueueTicket
-from jetson_ft.runs.store import EventLog, Run
+from jetson_ft.runs.store import Run
 
 GB = 10**9
 CPU = Device("cpu", "a processor", None, 2, 8 * GB, 4 * GB, False, False)

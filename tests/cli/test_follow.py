@@ -16,7 +16,8 @@ from jetson_ft.errors import Message, UserError
 from jetson_ft.files import write_json
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
-from jetson_ft.runs.store import EventLog, Run
+from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.store import Run
 
 Follow = Callable[..., list[str]]
 

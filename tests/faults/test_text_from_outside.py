@@ -31,7 +31,7 @@ from jetson_ft.events import Warned
 from jetson_ft.files import printable, quoted
 from jetson_ft.recipe import strict_yaml
 from jetson_ft.runs import store
-from jetson_ft.runs.store import EventLog
+from jetson_ft.runs.event_log import EventLog
 from jetson_ft.webui import api
 from jetson_ft.webui.render import Locale, error_html, render
 from jetson_ft.webui.tabs import train

@@ -10,7 +10,8 @@ from jetson_ft.errors import UserError
 from jetson_ft.events import Exited, Failed
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import exit_status, store
-from jetson_ft.runs.store import EventLog, Run
+from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.store import Run
 
 
 def result(status: exit_status.ExitStatus) -> tuple[str, str, bool]:

@@ -15,6 +15,7 @@ from jetson_ft.events import PHASES, Failed, PhaseStarted, Step, Warned
 from jetson_ft.hardware.boards import find_board
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import exit_status, manager, oom, store
+from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.oom import OutOfMemory
 from jetson_ft.runs.processes import DistributedConfig, write_distributed_config
 from jetson_ft.runs.store import Run
@@ -193,7 +194,7 @@ def out_of_memory(folder: Path, phase: str, processes: int = 1) -> tuple[Run, Ou
     plan = planner.choose_plan(one, device, 1e12)
     stored(run, **oom.plan_as_json(one, plan, device))
     write_distributed_config(run, DistributedConfig(nproc_per_node=processes))
-    store.EventLog(run, 1).emit(PhaseStarted(name=phase))
+    EventLog(run, 1).emit(PhaseStarted(name=phase))
     return run, oom.explain_oom(run)
 
 

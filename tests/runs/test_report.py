@@ -17,8 +17,9 @@ from jetson_ft.events import Event, PauseEnded, Sensors, Step, Warned
 from jetson_ft.i18n import duration
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
+from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.report import summary
-from jetson_ft.runs.store import EventLog, Run
+from jetson_ft.runs.store import Run
 from jetson_ft.training.planner import Plan
 from jetson_ft.training.state import TrainState
 

@@ -13,7 +13,8 @@ import pytest
 from jetson_ft.errors import Message, UserError
 from jetson_ft.events import Exited, Failed
 from jetson_ft.runs import exit_status, processes, store, worker
-from jetson_ft.runs.store import EventLog, Run
+from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.store import Run
 
 
 def work(run: Run) -> int:

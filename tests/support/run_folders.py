@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.events import Evaluated, Step
-from jetson_ft.runs.store import EventLog, Run
+from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.store import Run
 
 
 def step_event(step: int = 1, **changes: Any) -> Step:

@@ -14,6 +14,7 @@ from small_disk import SmallDisk
 from jetson_ft import logs
 from jetson_ft.events import KINDS, Event
 from jetson_ft.runs import store, worker
+from jetson_ft.runs.event_log import EventLog
 
 
 def work(path: str, kill_at: str, environment: dict[str, str] | None = None) -> None:
@@ -31,14 +32,14 @@ def work(path: str, kill_at: str, environment: dict[str, str] | None = None) -> 
     os.dup2(log, 1)
     os.dup2(log, 2)
     logs.ignore_write_errors()
-    emit = store.EventLog.emit
+    emit = EventLog.emit
     fault_at = os.environ.get("FAULT_AT", "")
     names_of = ("FILL_AT", "EMPTY_AT", "REFUSE_AT")
     fill_at, empty_at, refuse_at = (os.environ.get(name, "") for name in names_of)
     places = filter(None, (kill_at, fault_at, fill_at, empty_at, refuse_at))
     assert {place.partition("-")[0] for place in places} <= KINDS.keys()
 
-    def emit_or_die(self: store.EventLog, event: Event) -> None:
+    def emit_or_die(self: EventLog, event: Event) -> None:
         place = getattr(event, "step", getattr(event, "name", None))
         names = (event.kind, f"{event.kind}-{place}")
         if kill_at in names:
@@ -53,7 +54,7 @@ def work(path: str, kill_at: str, environment: dict[str, str] | None = None) -> 
             raise RuntimeError(os.environ["FAULT"])
         emit(self, event)
 
-    store.EventLog.emit = emit_or_die  # type: ignore[method-assign]
+    EventLog.emit = emit_or_die  # type: ignore[method-assign]
     sys.exit(worker.main(store.Run(Path(path))))
 
 

@@ -41,7 +41,7 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
                 "smaller": None if "smallest" in name else smaller}
         (run.path / "plan.json").write_text(json.dumps({**run.plan(), **plan}))
         from jetson_ft import events
-        from jetson_ft.runs.store import EventLog
+        from jetson_ft.runs.event_log import EventLog
         log = EventLog(run, attempt)
         log.emit(events.PhaseStarted(name="model" if "loading" in name else "training", detail=""))
         if "loading" not in name:

@@ -8,7 +8,7 @@ from run_folders import make_run
 
 from jetson_ft.errors import Message
 from jetson_ft.events import Warned
-from jetson_ft.runs.store import EventLog
+from jetson_ft.runs.event_log import EventLog
 from jetson_ft.webui.fragments import Fragments
 
 

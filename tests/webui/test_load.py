@@ -13,7 +13,7 @@ import pytest
 from run_folders import make_run, step_event
 from served import Served
 
-from jetson_ft.runs.store import EventLog
+from jetson_ft.runs.event_log import EventLog
 
 pytestmark = pytest.mark.slow
 PAGES, SECONDS = 10, 10.0
