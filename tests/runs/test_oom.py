@@ -142,9 +142,7 @@ def test_stop_requested_meanwhile_prevents_the_second_attempt(queued: Any) -> No
     run = queued("hungry")
     run.request_stop()
     with open(run.path / "slot", "ab") as slot:
-        assert (
-            supervisor._run_attempts(run, slot, supervisor._run_worker) == exit_status.EXIT_STOPPED
-        )
+        assert supervisor._run_attempts(run, slot, supervisor._run_worker).state == "stopped"
     assert not (run.path / "worked-2").exists()
 
 
