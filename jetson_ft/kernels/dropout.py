@@ -127,9 +127,7 @@ def token_keys(pack: Pack) -> Tensor:
     before = sums[starts] - hashes[starts]  # of the rows before
     if pack.shared_prefix:
         before[1:] -= sums[pack.shared_prefix - 1]
-    return sums - before.repeat_interleave(
-        lengths.to(sums.device), output_size=len(sums)
-    )
+    return sums - before.repeat_interleave(lengths.to(sums.device), output_size=len(sums))
 
 
 class _Dropout(torch.autograd.Function):
@@ -172,7 +170,7 @@ def _feature_keys(features: int, device: torch.device) -> Tensor:
 
 
 def _mix64(x: Tensor) -> Tensor:
-    """Return SplitMix64's finalizer of int64 numbers (Steele et al. 2014; Stafford's variant 13)."""
+    """Return SplitMix64's finalizer of int64 numbers (Steele et al. 2014, Stafford's variant)."""
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _signed(0x94D049BB133111EB)
     return x ^ ((x >> 31) & 0x1FFFFFFFF)

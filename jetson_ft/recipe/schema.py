@@ -194,6 +194,13 @@ class LoraRecipe(_Section):
         le=64,
         description=_("Learning rate of the B matrices, as a multiple of the A matrices' (LoRA+)."),
     )
+    initial_adapter: Text | None = Field(
+        None,
+        description=_(
+            "Adapter to start from: a run's folder, or a folder with a PEFT adapter of the same "
+            "model, rank and layers; null: a new adapter."
+        ),
+    )
     dora: bool = Field(
         False, description=_("Train magnitude and direction separately (DoRA); slower.")
     )

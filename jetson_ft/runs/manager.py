@@ -10,7 +10,6 @@ that it starts. If both are dead, `reconcile_state` takes it.
 
 from __future__ import annotations
 
-import math
 import shutil
 import signal
 import subprocess
@@ -43,14 +42,10 @@ from jetson_ft.files import (
 from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.recipe import Layout, Recipe
-from jetson_ft.runs import exit_status, processes, store
+from jetson_ft.runs import contract, exit_status, initial_adapter, processes, store
 from jetson_ft.runs.processes import DistributedConfig
 from jetson_ft.runs.store import ENDED_STATES, LIVE_STATES, SCHEMA, Run, lock
 
-# The keys that may change on resume, and only upwards: the length of a run.
-_LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
-# The keys that change how and when a step is computed, and not the result.
-_PLAN_KEYS = {"train.max_memory_gb", "train.on_oom", "device.max_temperature_c"}
 _WORKING_STATES = ("running", "stopping")
 Start = Callable[[Run, IO[bytes]], None]  # takes a queued run and its locked supervisor.lock
 _PREFLIGHT_ROWS = 100  # checked of each file
@@ -84,6 +79,8 @@ def check_recipe(recipe: Recipe) -> None:
         base = files.resolve_model(recipe.model, weights=not files.is_hub_id(recipe.model))
         dims = catalog.model_dims(base)
     check_target_modules(dims, recipe.lora.target_modules)
+    if recipe.lora.initial_adapter:
+        initial_adapter.check(recipe.lora, dims)
     data = recipe.data
     if data.chat_template:
         read_template(data.chat_template)
@@ -161,6 +158,8 @@ def launch(
     try:
         with _take_supervisor_lock(run) as lock_file:
             processes.write_distributed_config(run, config or DistributedConfig())
+            if recipe.lora.initial_adapter:
+                initial_adapter.copy_into(run, recipe.lora.initial_adapter)
             if ticket:
                 write_atomic(run.path / store.TICKET_FILE, safe_name(ticket))
             run.write_state("queued")
@@ -181,7 +180,8 @@ def resume(
     """Continue from the last checkpoint.
 
     Args:
-        overrides: `key=value` settings, which may only make the run longer.
+        overrides: `key=value` settings, which may only make the run longer, or name the folder
+            that the base model was moved to.
         config: the processes for this attempt and later ones; None keeps the old ones.
         start: as for `launch`.
 
@@ -193,7 +193,9 @@ def resume(
     with _take_supervisor_lock(run) as lock_file:
         old, state = run.recipe(), run.state()
         new = recipes.parse_recipe(old.to_yaml(), str(run.path / "recipe.yaml"), overrides)
-        check_only_longer(run, old, new)
+        contract.check_only_longer(run, old, new)
+        if new.model != old.model:  # the same files elsewhere
+            contract.check_moved_base(run, new.model)
         if state.state == "finished" and new == old:
             raise UserError(
                 _("{run} is finished."),
@@ -231,34 +233,6 @@ def _is_running(run: Run) -> UserError:
     )
 
 
-def check_only_longer(run: Run, old: Recipe, new: Recipe) -> None:
-    """Refuse a recipe with which a resumed run would have another result, or be shorter."""
-    changes = old.diff(new)
-    others = [
-        f"{key}: {before!r} -> {after!r}"
-        for key, (before, after) in changes.items()
-        if key not in _PLAN_KEYS | _LENGTH_KEYS
-    ]
-    if others:
-        raise UserError(
-            _("A resumed run must keep its settings; this would change {changes}."),
-            str(run.path),
-            _("Resume without it, or start a new run with it."),
-            changes=", ".join(others),
-        )
-    for key, (before, after) in changes.items():
-        # null means no limit
-        if key in _LENGTH_KEYS and (after or math.inf) < (before or math.inf):
-            raise UserError(
-                _("A resumed run can only become longer; {key} would fall from {old} to {new}."),
-                str(run.path),
-                _("`jetson-ft runs stop` ends a run early."),
-                key=key,
-                old=before,
-                new=after,
-            )
-
-
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths, to resume the run from any folder."""
     copy = recipe.model_copy(deep=True)
@@ -270,7 +244,11 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
         return str(path.absolute()) if value not in names and path.exists() else value
 
     copy.data.rename_sources(absolute)
-    for section, key in ((copy, "model"), (copy.data, "heldout"), (copy.data, "chat_template")):
+    keys = (
+        (copy, "model"), (copy.data, "heldout"), (copy.data, "chat_template"),
+        (copy.lora, "initial_adapter"),
+    )  # fmt: skip
+    for section, key in keys:
         value = getattr(section, key)
         if isinstance(value, str):
             setattr(section, key, absolute(value))

@@ -263,7 +263,7 @@ def create_run(recipe: Recipe, label: str) -> Run:
 def find_run(name: str, root: Path) -> Run:
     """Return a run by path, by name under the root, or `latest`; refuse an unknown name."""
     direct = expand_user(name)
-    if _is_run(direct):
+    if is_run(direct):
         return Run(direct.absolute())
     runs = list_runs(root)
     for run in runs:  # the newest first
@@ -290,7 +290,7 @@ def run_of_ticket(ticket: str, root: Path) -> Run | None:
 def run_by_name(name: str, root: Path) -> Run:
     """Return a run by its folder's name alone, for clients that may not name paths."""
     path = root.absolute() / safe_name(name)
-    if not _is_run(path):
+    if not is_run(path):
         raise UserError(
             _("Run {name!r} not found."), str(root), _("It may have been deleted."), name=name
         )
@@ -304,7 +304,7 @@ def list_runs(root: Path) -> list[Run]:
     with disk_errors(root):
         paths = sorted(root.absolute().iterdir(), reverse=True)
         # A name with a dot: a run that is being deleted.
-        return [Run(path) for path in paths if not path.name.startswith(".") and _is_run(path)]
+        return [Run(path) for path in paths if not path.name.startswith(".") and is_run(path)]
 
 
 def runs_with_adapter(root: Path) -> list[Run]:
@@ -312,5 +312,6 @@ def runs_with_adapter(root: Path) -> list[Run]:
     return [run for run in list_runs(root) if run.adapter.is_dir()]
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Return whether a path is the folder of a run."""
     return (path / "recipe.yaml").is_file() and (path / "state.json").is_file()

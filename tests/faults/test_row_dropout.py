@@ -11,13 +11,10 @@ import pytest
 import torch
 from training_bench import Bench
 
-from jetson_ft.adapter import attach_adapter
 from jetson_ft.data.prepare import prepare_rows
-from jetson_ft.kernels import attention, dropout
-from jetson_ft.kernels.packing import make_packs, pack_rows
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import load_tokenizer
-from jetson_ft.recipe import LoraRecipe, Recipe
+from jetson_ft.recipe import Recipe
 from jetson_ft.training import loop
 
 P = 0.1
