@@ -14,9 +14,18 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from loaded_phi import phi
+from training_bench import bench, make_bench
 from workbench import finished, light_runs, queued, workbench
 
-__all__ = ["finished", "light_runs", "phi", "queued", "workbench"]  # fixtures of several folders
+__all__ = [
+    "bench",
+    "finished",
+    "light_runs",
+    "make_bench",
+    "phi",
+    "queued",
+    "workbench",
+]  # fixtures of several folders
 
 settings.register_profile("brief", max_examples=20)
 

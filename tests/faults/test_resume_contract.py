@@ -21,7 +21,7 @@ from jetson_ft.errors import UserError
 from jetson_ft.events import Failed, PhaseStarted, Step
 from jetson_ft.recipe import LoraRecipe
 from jetson_ft.runs import exit_status, initial_adapter, manager
-from jetson_ft.runs.store import Run
+from jetson_ft.runs.store import Run, lock
 from jetson_ft.training import checkpoint
 
 
@@ -42,6 +42,69 @@ def refusal(workbench: Workbench, run: Run) -> Failed:
     assert "model" not in [event.name for event in events if isinstance(event, PhaseStarted)]
     (error,) = [event for event in events if isinstance(event, Failed)]
     return error
+
+
+# --- rows and settings -------------------------------------------------------------------------
+
+
+@pytest.mark.promise(5)
+def test_changed_data_is_refused_on_resume(workbench: Any, rows_file: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "rows.json"
+    shutil.copy(rows_file, mine)
+    run = workbench.run("data", rows=mine)
+    assert workbench.work(run, "step-6") == -signal.SIGKILL
+    rows = json.loads(mine.read_text())
+    rows[3]["output"] += "！"
+    mine.write_text(json.dumps(rows))
+    error = refusal(workbench, run)
+    assert "data has changed" in error.what and error.where == str(mine)
+    assert f"jetson-ft train --fork {run.path}" in error.fix
+    shutil.copy(rows_file, mine)
+    assert workbench.work(run) == 0, "with the old rows it continues"
+
+
+@pytest.mark.promise(6)
+@pytest.mark.promise(7)
+@pytest.mark.parametrize(
+    ("line", "edited", "difference"),
+    [
+        ("learning_rate: 0.01", "learning_rate: 0.02", "train.learning_rate: 0.01 -> 0.02"),
+        ("rank: 2", "rank: 4", "lora.rank: 2 -> 4"),
+    ],
+)
+def test_edited_recipe_is_refused_before_the_model_is_loaded(
+    workbench: Any, finished: Run, tmp_path: Path, line: str, edited: str, difference: str
+) -> None:
+    run = copy_of(finished, tmp_path)
+    text = (run.path / "recipe.yaml").read_text()
+    assert text.count(line) == 1
+    (run.path / "recipe.yaml").write_text(text.replace(line, edited))
+    assert difference in refusal(workbench, run).what
+
+
+@pytest.mark.promise(6)
+@pytest.mark.promise(7)
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("train.learning_rate=1e-3", "train.learning_rate: 0.01 -> 0.001"),
+        ("train.seed=5", "train.seed: 0 -> 5"),
+        ("train.tokens_per_step=99", "train.tokens_per_step: 220 -> 99"),
+        ("lora.rank=64", "lora.rank: 2 -> 64"),
+        ("lora.target_modules=[q_proj]", "lora.target_modules: 'all-linear' -> ['q_proj']"),
+        ("data.train=other.json", "'other.json'"),
+    ],
+)
+def test_resume_with_another_result_is_refused(
+    begun: Any, tmp_path: Path, override: str, difference: str
+) -> None:
+    run = copy_of(begun[0], tmp_path)
+    run.write_state("stopped")
+    with pytest.raises(UserError, match="must keep its settings") as caught:
+        manager.resume(run, [override])
+    assert difference in str(caught.value.what)
+    assert run.state().attempt == 1 and run.recipe() == begun[0].recipe()
+    assert lock(run.path / "supervisor.lock"), "the refusal let the lock go"
 
 
 # --- the base ----------------------------------------------------------------------------------

@@ -11,21 +11,10 @@ import pytest
 import torch
 from training_bench import Bench
 
-from jetson_ft.data.prepare import prepare_rows
-from jetson_ft.models.files import BaseModelFiles
-from jetson_ft.models.loading import load_tokenizer
-from jetson_ft.recipe import Recipe
 from jetson_ft.training import loop
 
 P = 0.1
 Adapter = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def bench(tiny_phi: Path, rows_file: Path) -> Bench:
-    """Rows with a shared prefix for the tiny Phi."""
-    data = Recipe.model_validate({"data": {"train": str(rows_file), "heldout": 6}}).data
-    return Bench(tiny_phi, prepare_rows(data, load_tokenizer(BaseModelFiles("tiny", tiny_phi))))
 
 
 def train(

@@ -177,25 +177,6 @@ def ended(tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize(
-    ("override", "difference"),
-    [
-        ("train.learning_rate=1e-3", "train.learning_rate: 0.0002 -> 0.001"),
-        ("train.seed=5", "train.seed: 0 -> 5"),
-        ("train.tokens_per_step=99", "train.tokens_per_step: 4096 -> 99"),
-        ("lora.rank=64", "lora.rank: 16 -> 64"),
-        ("lora.target_modules=[q_proj]", "lora.target_modules: 'all-linear' -> ['q_proj']"),
-        ("data.train=other.json", "data.train: 'bundled' -> 'other.json'"),
-    ],
-)
-def test_resume_with_another_result_is_refused(ended: Run, override: str, difference: str) -> None:
-    with pytest.raises(UserError, match="must keep its settings") as caught:
-        manager.resume(ended, [override])
-    assert difference in str(caught.value.what)
-    assert ended.state().attempt == 1 and ended.recipe().train.learning_rate == 2e-4
-    assert lock(ended.path / "supervisor.lock"), "the refusal let the lock go"
-
-
-@pytest.mark.parametrize(
     "override", ["train.epochs=1.5", "train.max_minutes=9", "train.max_steps=100"]
 )
 def test_resume_with_a_shorter_run_is_refused(ended: Run, override: str) -> None:
