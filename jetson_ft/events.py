@@ -12,10 +12,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar
 
-from jetson_ft.errors import Message
+from jetson_ft.errors import Message, _
 
 SCHEMA = 1
 KINDS: dict[str, type[Event]] = {}  # in the order of definition, which is that of the docs
+
+# Phases of a run, by the names that its events give them.
+PHASES = {
+    "rendezvous": _("connecting to the other machines"),
+    "libraries": _("loading libraries"),
+    "device": _("detecting the device"),
+    "model files": _("fetching model files"),
+    "data": _("reading the data"),
+    "plan": _("planning memory"),
+    "model": _("loading the model"),
+    "sharding": _("splitting the model"),
+    "training": _("training"),
+    "comparison": _("comparing base and adapter"),
+    "report": _("writing the report"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +255,10 @@ class Failed(Event, kind="error"):
 class Exited(Event, kind="exit"):
     """The worker's last event."""
 
-    code: Annotated[int, "0 finished, 1 fault, 2 refused, 3 stopped, 4 out of memory: try again"]
+    code: Annotated[
+        int,
+        "0 finished, 1 fault, 2 refused, 3 stopped, 4 out of memory: try again, 5 disk full",
+    ]
 
 
 Emit = Callable[[Event], None]

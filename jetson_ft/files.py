@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from jetson_ft.errors import UserError, _
+from jetson_ft.errors import Message, UserError, _
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Libraries raise errors of their own types about a full disk, safetensors with a number.
+_FULL_TEXT = re.compile(r"os error (?:28|122)\b|No space left on device|Disk quota exceeded")
+_STAGED_SECONDS = 2.0  # after which a file that is being written is locked, or left behind
 # Terminal escapes; marks that reverse the direction of writing; halves of surrogate pairs (from a
 # file name that is not UTF-8, or from JSON), which can't be encoded.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -82,6 +88,46 @@ def printable(text: str) -> str:
     return _CONTROL.sub(escape, text)
 
 
+class DiskFull(UserError):
+    """A file can't be written, because the disk is full or the user's quota is used up."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether the error, or an error that led to it, reports a full disk."""
+    while error is not None:
+        if isinstance(error, DiskFull) or (isinstance(error, OSError) and error.errno in _FULL):
+            return True
+        if _FULL_TEXT.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def disk_full(path: Path) -> DiskFull:
+    """Return the message for a full disk, on which `path` is."""
+    what = _("The disk is full ({free:,.0f} MiB free).")
+    fix = _(
+        "Free some space, or choose another disk (`--set output_dir=FOLDER` for runs, "
+        "JETSON_FT_CACHE and HF_HOME for caches)."
+    )
+    free = shutil.disk_usage(existing_parent(path)).free / 2**20
+    return DiskFull(what, str(path), fix, free=free)
+
+
+def require_space(path: Path, needed: float, purpose: Message) -> None:
+    """Raise `DiskFull` if the disk of `path` has less than `needed` bytes free for `purpose`."""
+    free = shutil.disk_usage(existing_parent(path)).free
+    if needed > free:
+        raise DiskFull(
+            _("The disk is full: {free:,.1f} MB are free, {purpose} needs {needed:,.1f} MB."),
+            str(path),
+            disk_full(path).fix,
+            free=free / 10**6,
+            needed=needed / 10**6,
+            purpose=purpose,
+        )
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Raise operating system errors about `path` as a plain `UserError`."""
@@ -94,14 +140,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 def disk_error(path: Path, error: OSError) -> UserError:
     """Return the plain message for an `OSError` met while reading or writing `path`."""
     code = error.errno
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        what = _("The disk is full ({free:,.0f} MiB free).")
-        fix = _(
-            "Free some space, or choose another disk (`--set output_dir=FOLDER` for runs, "
-            "JETSON_FT_CACHE and HF_HOME for caches)."
-        )
-        free = shutil.disk_usage(existing_parent(path)).free / 2**20
-        return UserError(what, str(path), fix, free=free)
+    if code in _FULL:
+        return disk_full(path)
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         what = _("This file or folder can't be written or read.")
         fix = _("Choose a folder of your own, or change its owner (`ls -ld` shows who owns it).")
@@ -130,18 +170,53 @@ def staged(path: Path) -> Iterator[IO[bytes]]:
         temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # for `remove_abandoned`
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            # mkstemp makes files private; the umask can only be read by setting it.
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
-            temporary.replace(path)
+                # mkstemp makes files private; the umask can only be read by setting it.
+                umask = os.umask(0)
+                os.umask(umask)
+                temporary.chmod(0o666 & ~umask)
+                temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+@contextmanager
+def staging_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; remove it, with what is left in it, at the end."""
+    with disk_errors(path):
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # for `remove_abandoned`
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what `staged` and `staging_folder` left in the folder when their process was killed.
+
+    Its lock shows that a process still writes.
+    """
+    for path in folder.glob(".*.tmp"):
+        with suppress(OSError):  # another process removes it too, or it is another user's
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - path.stat().st_mtime < _STAGED_SECONDS:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any, Literal
 
-from jetson_ft.errors import UserError, _
-from jetson_ft.files import disk_error, sha256_file
+from jetson_ft.errors import Message, UserError, _
+from jetson_ft.files import disk_error, require_space, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -166,11 +166,17 @@ def _fetch_large_files(repo: str, kind: Kind, patterns: list[str]) -> None:
 
     info: Any = HfApi().repo_info(repo, repo_type=kind, files_metadata=True)
     cache = cache_folder() / repo_folder_name(repo_id=repo, repo_type=kind)
+    missing = {}  # files by blob
     for file in info.siblings:
         matches = any(fnmatch(file.rfilename, pattern) for pattern in patterns)
         blob = cache / "blobs" / file.lfs.sha256 if matches and file.lfs else None
-        if not blob or blob.exists() or file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
-            continue
+        if blob and not blob.exists() and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
+            missing[blob] = file
+    parts = (blob.with_suffix(".part") for blob in missing)
+    here = sum(part.stat().st_size for part in parts if part.exists())
+    needed = sum(file.size for file in missing.values()) - here
+    require_space(cache, needed, Message(_("the download of {repo}"), {"repo": repo}))
+    for blob, file in missing.items():
         url = hf_hub_url(repo, file.rfilename, repo_type=kind, revision=info.sha)
         part = blob.with_suffix(".part")
         part.parent.mkdir(parents=True, exist_ok=True)

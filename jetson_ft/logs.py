@@ -6,8 +6,11 @@ sends it nowhere; the command line sends it to stderr with `--debug`, a run's wo
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
+from typing import Any
 
 DEBUG = "JETSON_FT_DEBUG"  # environment variable; not empty: as with --debug
 
@@ -25,3 +28,24 @@ def log_to_stderr() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname).1s %(name)s: %(message)s"))
         logger.addHandler(handler)
+
+
+class _BestEffortFile(io.FileIO):
+    """A file that drops what can't be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(memoryview(data).cast("B"))
+
+
+def ignore_write_errors() -> None:
+    """Make stdout and stderr, which are `log.txt`, drop what a full disk doesn't take.
+
+    Else a line of the log would end a run, or change its exit code when Python flushes at its end.
+    """
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        buffer = io.BufferedWriter(_BestEffortFile(number, "wb", closefd=False))
+        text = io.TextIOWrapper(buffer, "utf-8", "backslashreplace", line_buffering=True)
+        setattr(sys, name, text)

@@ -12,18 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import fake_hub
 from hypothesis import settings
 from loaded_phi import phi
+from small_disk import small_disk
 from training_bench import bench, make_bench
 from workbench import finished, light_runs, queued, workbench
 
 __all__ = [
     "bench",
+    "fake_hub",
     "finished",
     "light_runs",
     "make_bench",
     "phi",
     "queued",
+    "small_disk",
     "workbench",
 ]  # fixtures of several folders
 

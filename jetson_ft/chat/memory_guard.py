@@ -31,7 +31,8 @@ def require_memory(model: str, weights: WeightFormat, device: Device) -> None:
         raise UserError(
             _("Busy: a run is training. Beside it {free:.1f} GiB are left; this model needs "
               "{needed:.1f} GiB."),
-            fix=_("Wait for its end, or stop it; it can be resumed."),
+            str(folder),
+            _("Wait for its end, or stop it; it can be resumed."),
             free=max(0, free) / 2**30, needed=needed / 2**30,
         )  # fmt: skip
 

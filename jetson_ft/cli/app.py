@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,12 +42,21 @@ def webui(
         str,
         Option(metavar="HOST[:PORT]", envvar="JETSON_FT_REACHED_AS", help="Address in the link."),
     ] = "",
+    allow_path: Annotated[
+        list[Path] | None,
+        Option(
+            metavar="FOLDER",
+            envvar="JETSON_FT_ALLOW_PATH",
+            help="Visitors may use its files, besides runs and uploads; repeatable. "
+            "Without --host they may use all that you can read.",
+        ),
+    ] = None,
     runs: RunsOption = RUNS,
 ) -> None:
     """Train and watch in a browser."""
     from jetson_ft.webui.server import serve
 
-    serve(runs, host, port, tuple(host_name or ()), reached_as)
+    serve(runs, host, port, tuple(host_name or ()), reached_as, tuple(allow_path or ()))
 
 
 for command in (

@@ -71,10 +71,12 @@ class Follower:
                 self._bar.show(event.file, done, total, note, line)
             case events.DeviceDetected():
                 device = event.device
+                limited = " (limit of this container or service)"
                 show(
                     f"device: {device['board'] or device['name']}, "
                     f"{device['memory_available'] / 2**30:.1f} of "
-                    f"{device['memory_total'] / 2**30:.1f} GiB free, {event.precision}"
+                    f"{device['memory_total'] / 2**30:.1f} GiB free"
+                    f"{limited if device.get('memory_limited') else ''}, {event.precision}"
                 )
             case events.ProcessesConnected():
                 hosts = ", ".join(dict.fromkeys(event.hosts))

@@ -83,7 +83,10 @@ def plan(
     print_devices(forecast.devices)
     print_coverage(forecast.coverage)
     here = [f"{d.name}: {d.device}, {d.precision}" for d in forecast.devices if d.is_this_machine]
-    for line in [*here, *forecast.sources, *forecast.assumptions]:
+    if any(d.memory_limited for d in forecast.devices):
+        here.append("free: up to the limit of this container or service")
+    disk = f"disk: {forecast.disk_bytes / 10**6:,.0f} MB for checkpoints and adapter"
+    for line in [*here, disk, *forecast.sources, *forecast.assumptions]:
         output.show(f"- {line}")
 
 

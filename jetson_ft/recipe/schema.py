@@ -335,6 +335,17 @@ class Recipe(_Section):
         """Return the resolved recipe as YAML: every key with its value."""
         return strict_yaml.dump_yaml(self.model_dump())
 
+    def rename_paths(self, new_name: Callable[[str], str]) -> None:
+        """Replace each name that can be the path of a file to read."""
+        self.model = new_name(self.model)
+        self.data.rename_sources(new_name)
+        if isinstance(self.data.heldout, str):
+            self.data.heldout = new_name(self.data.heldout)
+        if self.data.chat_template:
+            self.data.chat_template = new_name(self.data.chat_template)
+        if self.lora.initial_adapter:
+            self.lora.initial_adapter = new_name(self.lora.initial_adapter)
+
     def sha256(self) -> str:
         """Return the hash of the resolved values; comments and order in the file don't matter."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from jetson_ft import files
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Exited, Failed
 from jetson_ft.runs.store import Run
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_RETRY = 1, 2, 3, 4
+EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_RETRY, EXIT_DISK_FULL = 1, 2, 3, 4, 5
 
 
 class ExitStatus(NamedTuple):
@@ -25,16 +26,16 @@ def state_for_exit_code(run: Run, code: int) -> ExitStatus:
         return ExitStatus("stopped", Message(_("stopped on request; resumable")), True)
     if code < 0:
         return ExitStatus("failed", describe_signal(-code))
+    is_resumable = code == EXIT_DISK_FULL
     if failure := run.last_event(Failed):
-        return ExitStatus("failed", Message.from_json(failure.messages["what"]))
+        return ExitStatus("failed", Message.from_json(failure.messages["what"]), is_resumable)
+    if code == EXIT_DISK_FULL:
+        return ExitStatus("failed", files.disk_full(run.path).what, True)
     return ExitStatus("failed", Message(_("ended with code {code}; see log.txt"), {"code": code}))
 
 
 def describe_signal(number: int) -> Message:
-    text = _("crashed (signal {number})")
-    if number == 9:
-        text = _("crashed (signal {number}); most likely the kernel ended it for lack of memory")
-    return Message(text, {"number": number})
+    return Message(_("crashed (signal {number})"), {"number": number})
 
 
 def recorded_exit_code(run: Run) -> int | None:

@@ -28,6 +28,7 @@ from jetson_ft.models.dims import Coverage, ModelDims
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe, parse_recipe
+from jetson_ft.runs import disk
 from jetson_ft.training import memory, planner
 from jetson_ft.training.batches import plan_steps
 from jetson_ft.training.cost_model import COST_MODELS, Workload, describe_workload
@@ -46,6 +47,7 @@ class DeviceForecast:
     name: str  # a board's, or `THIS_MACHINE`
     device: str
     precision: str
+    memory_limited: bool  # memory_bytes are limited by a control group
     memory_bytes: int  # free for the run
     least_memory_bytes: int  # of the smallest plan
     fits: bool
@@ -63,6 +65,7 @@ class Forecast:
     sources: list[str]  # of the model's dimensions and of the rows' lengths
     assumptions: list[str]
     coverage: Coverage  # of the model by adapters and quantization
+    disk_bytes: int  # of checkpoints and adapter
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that `plan --json` prints."""
@@ -87,7 +90,8 @@ def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
         "Predicted; no board has run this yet.",
         "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
     ]
-    return Forecast(devices, origins, assumptions, _coverage(recipe, workload))
+    disk_bytes = disk.checkpoint_bytes(recipe, workload.dims)
+    return Forecast(devices, origins, assumptions, _coverage(recipe, workload), disk_bytes)
 
 
 def _coverage(recipe: Recipe, workload: Workload) -> Coverage:
@@ -112,6 +116,7 @@ def _forecast(
         name=name,
         device=device.board or device.name,
         precision=str(workload.weights),
+        memory_limited=device.memory_limited,
         memory_bytes=device.memory_available,
         least_memory_bytes=planner.least_memory(workload, device),
         fits=plan is not None,

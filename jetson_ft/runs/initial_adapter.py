@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft import adapter
-from jetson_ft.errors import UserError, _
+from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors, expand_user, read_json, sha256_file, write_json
 from jetson_ft.models.dims import ModelDims, starred
 from jetson_ft.models.files import BaseModelFiles
@@ -158,7 +158,7 @@ def load_into(model: Any, run: Run, base: BaseModelFiles) -> None:
     folder = run.path / _FOLDER
     path = folder / _FILES[1]
     if source is None or not path.is_file() or sha256_file(path) != source["sha256"]:
-        raise _damaged(folder, "its SHA-256 differs")
+        raise _damaged(folder, Message(_("its SHA-256 differs")))
     if source["base"] not in (None, base.fingerprint()):
         raise UserError(
             _("The initial adapter was made for another base than {model}."),
@@ -183,7 +183,7 @@ def load_into(model: Any, run: Run, base: BaseModelFiles) -> None:
     set_peft_model_state_dict(model, tensors)
 
 
-def _damaged(folder: Path, reason: str) -> UserError:
+def _damaged(folder: Path, reason: str | Message) -> UserError:
     return UserError(
         _("The initial adapter is damaged: {reason}."),
         str(folder),

@@ -12,16 +12,18 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 
+from jetson_ft import logs
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Failed, PhaseStarted
 from jetson_ft.hardware.detect import usable_cores
-from jetson_ft.runs import exit_status
+from jetson_ft.runs import exit_status, oom
 from jetson_ft.runs.processes import (
     LAUNCHER_PROCESS,
     DistributedConfig,
@@ -38,7 +40,8 @@ def main(run: Run) -> int:
     config = read_distributed_config(run)
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_if_stopped, args=(run,), daemon=True).start()
+    kill_watch = oom.KillWatch()
+    threading.Thread(target=_watch, args=(run, kill_watch), daemon=True).start()
     log = EventLog(run, run.state().attempt)
     if config.nnodes > 1:
         detail = f"{config.nnodes} machines, {config.rendezvous}"
@@ -49,6 +52,9 @@ def main(run: Run) -> int:
             executor.submit(_launch, run, config).result()
     except Exception as error:
         traceback.print_exc()
+        if _is_killed(error) and kill_watch.saw_kill():
+            log.emit(Failed(**oom.explain_oom(run, is_killed=True).as_json()))
+            return exit_status.EXIT_FAILED
         code = exit_status.recorded_exit_code(run)
         # When a process is lost, torch ends the others; rank 0 records that as a stop.
         if code not in (None, exit_status.EXIT_STOPPED):
@@ -96,15 +102,27 @@ def _set_environment(config: DistributedConfig, own: str) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(cores))
 
 
-def _exit_if_stopped(run: Run) -> None:
-    """End the wait for other machines on request; once the worker runs, it obeys the request."""
-    while not psutil.Process().children():
+def _watch(run: Run, kill_watch: oom.KillWatch) -> None:
+    """Watch the memory; end the wait for other machines on request, which a worker obeys itself."""
+    is_waiting = True  # for other machines, before the workers are started
+    while True:
+        is_waiting = is_waiting and not psutil.Process().children()
         try:
-            if run.stop_requested():
+            if is_waiting and run.stop_requested():
                 os._exit(exit_status.EXIT_STOPPED)
         except RunRemoved:
             os._exit(exit_status.EXIT_FAILED)
-        threading.Event().wait(0.25)
+        kill_watch.update()
+        time.sleep(0.25)
+
+
+def _is_killed(error: Exception) -> bool:
+    """Return whether torch's launcher reports a worker that ended by SIGKILL."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if not isinstance(error, ChildFailedError):
+        return False
+    return any(failure.exitcode == -signal.SIGKILL for failure in error.failures.values())
 
 
 def explain_error(error: Exception, config: DistributedConfig) -> UserError:
@@ -136,4 +154,5 @@ def explain_error(error: Exception, config: DistributedConfig) -> UserError:
 
 
 if __name__ == "__main__":
+    logs.ignore_write_errors()
     sys.exit(main(Run(Path(sys.argv[1]))))

@@ -31,6 +31,7 @@ from jetson_ft.data.sources import Source
 from jetson_ft.data.templates import TEMPLATES, read_template
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import (
+    DiskFull,
     disk_errors,
     expand_user,
     printable,
@@ -42,13 +43,16 @@ from jetson_ft.files import (
 from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.recipe import Layout, Recipe
-from jetson_ft.runs import contract, exit_status, initial_adapter, processes, store
+from jetson_ft.runs import contract, disk, exit_status, initial_adapter, processes, store
+from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.processes import DistributedConfig
 from jetson_ft.runs.store import ENDED_STATES, LIVE_STATES, SCHEMA, Run, lock
 
 _WORKING_STATES = ("running", "stopping")
 Start = Callable[[Run, IO[bytes]], None]  # takes a queued run and its locked supervisor.lock
 _PREFLIGHT_ROWS = 100  # checked of each file
+# What a recipe takes in the place of a path, and what comes before a file of that name.
+RESERVED_NAMES = frozenset(("embedded", "auto", *sources.BUNDLED, *TEMPLATES))
 
 
 # --- before a run ------------------------------------------------------------------------------
@@ -81,6 +85,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_target_modules(dims, recipe.lora.target_modules)
     if recipe.lora.initial_adapter:
         initial_adapter.check(recipe.lora, dims)
+    disk.require_checkpoint_space(recipe, dims)
     data = recipe.data
     if data.chat_template:
         read_template(data.chat_template)
@@ -162,6 +167,7 @@ def launch(
                 initial_adapter.copy_into(run, recipe.lora.initial_adapter)
             if ticket:
                 write_atomic(run.path / store.TICKET_FILE, safe_name(ticket))
+            run.reserve_space()
             run.write_state("queued")
             (start or _start_supervisor)(run, lock_file)
     except UserError:
@@ -203,6 +209,7 @@ def resume(
                 _("Make it longer (--set train.epochs=…), or start a new run."),
                 run=run.name,
             )
+        run.reserve_space()  # on a full disk nothing has changed yet
         if new != old:
             write_atomic(run.path / "recipe.yaml", new.to_yaml())
         if config:
@@ -237,21 +244,12 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     """Return the recipe with absolute paths, to resume the run from any folder."""
     copy = recipe.model_copy(deep=True)
     copy.output_dir = str(expand_user(recipe.output_dir).absolute())
-    names = "embedded", "auto", *sources.BUNDLED, *TEMPLATES
 
     def absolute(value: str) -> str:
         path = expand_user(value)
-        return str(path.absolute()) if value not in names and path.exists() else value
+        return str(path.absolute()) if value not in RESERVED_NAMES and path.exists() else value
 
-    copy.data.rename_sources(absolute)
-    keys = (
-        (copy, "model"), (copy.data, "heldout"), (copy.data, "chat_template"),
-        (copy.lora, "initial_adapter"),
-    )  # fmt: skip
-    for section, key in keys:
-        value = getattr(section, key)
-        if isinstance(value, str):
-            setattr(section, key, absolute(value))
+    copy.rename_paths(absolute)
     return copy
 
 
@@ -287,8 +285,14 @@ def reconcile_state(run: Run) -> str:
     with lock_file:
         # Read again: it may have ended properly between the first read and the lock.
         if not is_true(run.state().state):
-            works = run.is_locked("worker")
-            run.write_state(*(["running"] if works else exit_status.state_from_events(run)))
+            status = ExitStatus("running")
+            if not run.is_locked("worker"):
+                status = exit_status.state_from_events(run)
+                run.release_space()
+            try:
+                run.write_state(*status)
+            except DiskFull:  # the next call tries again
+                return status.state
         return run.state().state
 
 

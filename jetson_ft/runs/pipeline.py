@@ -19,7 +19,7 @@ from jetson_ft.data import tokenize
 from jetson_ft.data.prepare import PreparedRows, prepare_rows
 from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.events import Emit
-from jetson_ft.files import disk_errors, write_json
+from jetson_ft.files import disk_errors, staging_folder, write_json
 from jetson_ft.hardware import detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.hardware.monitor import Monitor
@@ -30,7 +30,7 @@ from jetson_ft.models import fast_import, files, loading, positions
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import contract, initial_adapter, oom
+from jetson_ft.runs import contract, disk, initial_adapter, oom
 from jetson_ft.runs.processes import explain_error
 from jetson_ft.runs.report import summary
 from jetson_ft.runs.store import SCHEMA, Run
@@ -74,6 +74,8 @@ class Pipeline:
     def _finetune(self) -> None:
         recipe, dist, emit = self.recipe, self.dist, self.emit
         with self.phase("libraries"):
+            if dist.is_local_main:
+                disk.remove_abandoned_files(self.run)
             fast_import.import_libraries("datasets", "jetson_ft.training.loop")
             from jetson_ft.kernels.fused_layers import fuse_layers
         with self.phase("device"):
@@ -98,6 +100,8 @@ class Pipeline:
             workload = describe_workload(recipe, weights, base, rows)
             workload = oom.limit_memory(self.run, workload)
             plan = self._choose_plan(workload, device)
+            self._store_plan(oom.plan_as_json(workload, plan, device))
+            disk.require_checkpoint_space(recipe, workload.dims, self.run)
         with self.phase("model", f"{base.name} as {weights}"):
             model = loading.load_model(base, weights, device.kind)
             self._turn_off_base_dropout(model)
@@ -113,19 +117,18 @@ class Pipeline:
             ))  # fmt: skip
             for note in coverage.notes:
                 emit(events.Warned.of_message(note))
-        with oom.explain_oom(self.run, workload, plan, device, dist):
-            if plan.shards > 1:
-                with self.phase("sharding", f"the layers among {plan.shards} processes"):
-                    shard_layers(model, dist, device.kind)
-            obstacle = self._packing_obstacle(model, rows)
+        if plan.shards > 1:
+            with self.phase("sharding", f"the layers among {plan.shards} processes"):
+                shard_layers(model, dist, device.kind)
+        obstacle = self._packing_obstacle(model, rows)
         packing = not dist.any_rank(obstacle is not None)
         if not packing:  # no row is longer than the planned micro-batch
             plan = replace(plan, micro_batch_tokens=0)  # one row each
-        with oom.explain_oom(self.run, workload, plan, device, dist):
-            state = self._train(model, rows, device, plan, packing)
-            if not state.is_complete or state.evaluation_due:
-                raise _Stopped
-            exported_step = self._export_adapter(model, rows, base, plan, state)
+            self._store_plan(oom.plan_as_json(workload, plan, device))
+        state = self._train(model, rows, device, plan, packing)
+        if not state.is_complete or state.evaluation_due:
+            raise _Stopped
+        exported_step = self._export_adapter(model, rows, base, plan, state)
         if plan.shards == 1:  # sharded: all ranks must take part in the comparison
             if not dist.is_main:
                 return
@@ -259,6 +262,15 @@ class Pipeline:
             listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
             self.emit(events.Warned.of_message(Message(text, {"shares": listed})))
 
+    def _store_plan(self, changes: dict[str, Any]) -> None:
+        """Write `plan.json`, on each machine once; keep its other keys.
+
+        The last attempt's `memory_limit_gb` is one of them (`train.on_oom: shrink`).
+        """
+        if self.dist.is_local_main:
+            content = {**self.run.plan(), "schema": SCHEMA, **changes}
+            write_json(self.run.path / "plan.json", content)
+
     def _packing_obstacle(self, model: Any, rows: PreparedRows) -> Message | None:
         """Return why rows can't be packed, after a warning that says so; None: they can."""
         from jetson_ft.kernels.attention_trial import packing_obstacle
@@ -301,10 +313,7 @@ class Pipeline:
             lora_plus=self.recipe.lora.plus,
         )
         steps = len(batches.plan_steps(job.train_tokens, job.recipe))
-        if self.dist.is_local_main:
-            # What the last attempt wrote stays: `memory_limit_gb` of a run that shrinks.
-            content = {**self.run.plan(), "schema": SCHEMA, **plan.as_json(), "steps": steps}
-            write_json(self.run.path / "plan.json", content)
+        self._store_plan({"steps": steps})
         self.emit(events.Planned(**plan.as_json(), steps_at_most=steps, packing=packing))
         self.monitor.wait_for_reading()
         packed_attention = attention.use_packed_attention(model) if packing else nullcontext()
@@ -336,12 +345,14 @@ class Pipeline:
                 exported_step = state.best_step
                 self.emit(events.BestSelected(step=state.best_step, heldout_loss=state.best_loss))
             model.eval()
-            staging = self.run.path / ".adapter.tmp"
-            with disk_errors(self.run.path), checkpoint.safetensors_errors():
-                shutil.rmtree(staging, ignore_errors=True)
-                adapter.save_adapter(model, rows.tokenizer, base, staging)
+            with (
+                disk_errors(self.run.path),
+                checkpoint.safetensors_errors(),
+                staging_folder(self.run.adapter) as staging,
+            ):
+                adapter.save_adapter(model, rows.tokenizer, base, staging / "adapter")
                 shutil.rmtree(self.run.adapter, ignore_errors=True)
-                staging.replace(self.run.adapter)
+                (staging / "adapter").replace(self.run.adapter)
         if plan.shards > 1:  # every rank compares with what was exported
             self.dist.broadcast_parameters(loop.trainable_parameters(model))
         return exported_step

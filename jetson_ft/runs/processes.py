@@ -12,10 +12,11 @@ import re
 import signal
 import socket
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import read_json, write_json
+from jetson_ft.files import cache_root, disk_full, is_disk_full, read_json, write_json
 from jetson_ft.runs.store import SCHEMA, Run
 from jetson_ft.training.memory import is_out_of_memory
 
@@ -31,6 +32,10 @@ WORKER_ENVIRONMENT = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "LRU_CACHE_CAPACITY": "32",
 }
+OUT_OF_MEMORY_FIX = _(
+    "Close other programs, use quantize: nf4 or a smaller model; in training, lower "
+    "data.max_length or lora.rank."
+)
 LAUNCHER_PROCESS = "JETSON_FT_LAUNCHER"  # its number, in the environment of its workers
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CONFIG_FILE = "processes.json"
@@ -126,12 +131,8 @@ def explain_error(error: Exception, fix: Message) -> UserError:
     if isinstance(error, UserError):
         return error
     if is_out_of_memory(error):
-        return UserError(
-            _("Out of memory."),
-            fix=_(
-                "Close other programs, use quantize: nf4 or a smaller model; in training, lower "
-                "data.max_length or lora.rank."
-            ),
-        )
+        return UserError(_("Out of memory."), fix=OUT_OF_MEMORY_FIX)
+    if is_disk_full(error):  # where a library writes
+        return disk_full(Path(getattr(error, "filename", None) or cache_root()))
     text = f"{type(error).__name__}: {error}"
     return UserError(_("A fault in this program: {error}"), fix=fix, error=text)

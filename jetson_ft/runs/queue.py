@@ -7,7 +7,8 @@ import uuid
 from pathlib import Path
 from typing import IO
 
-from jetson_ft.files import cache_dir
+from jetson_ft.errors import UserError
+from jetson_ft.files import cache_dir, disk_errors
 from jetson_ft.runs.store import lock, try_lock
 
 
@@ -31,10 +32,15 @@ class QueueTicket:
             return None
         slot = lock(self._folder / "slot")
         if slot:
-            slot.truncate(0)
-            slot.write(os.fsencode(run.absolute()))
-            slot.flush()
-            self.cancel()
+            try:
+                with disk_errors(self._folder):
+                    slot.truncate(0)
+                    os.write(slot.fileno(), os.fsencode(run.absolute()))
+            except UserError:
+                slot.close()
+                raise
+            finally:
+                self.cancel()
         return slot
 
     def cancel(self) -> None:

@@ -27,10 +27,20 @@ import orjson
 from jetson_ft import recipe as recipes
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Event, from_json, to_json
-from jetson_ft.files import disk_errors, expand_user, read_json, safe_name, write_atomic, write_json
+from jetson_ft.files import (
+    disk_errors,
+    expand_user,
+    is_disk_full,
+    read_json,
+    safe_name,
+    write_atomic,
+    write_json,
+)
 from jetson_ft.recipe import Recipe
 
 SCHEMA = 1
+_RESERVE_BYTES = 1 << 18  # for an attempt's last events and its state
+_MAX_WAITING = 200  # events; they must fit into the reserve
 TICKET_FILE = "ticket"
 LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
@@ -141,6 +151,20 @@ class Run:
     def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)
 
+    def reserve_space(self) -> None:
+        """Reserve disk space for what must be written at an attempt's end, if the disk is full."""
+        path = self.path / "reserve"
+        with disk_errors(path):
+            try:
+                path.write_bytes(os.urandom(_RESERVE_BYTES))  # zeros may take no space
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
+
+    def release_space(self) -> None:
+        """Free the reserved space."""
+        (self.path / "reserve").unlink(missing_ok=True)
+
     def is_locked(self, name: str) -> bool:
         """Return whether a living process holds the lock `worker` or `supervisor`."""
         path = self.path / f"{name}.lock"
@@ -193,11 +217,16 @@ def read_events(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[Even
 
 
 class EventLog:
-    """Appends events, from any thread; a line is one write, so that two writers never mix."""
+    """Appends events, from any thread; a line is one write, so that two writers never mix.
+
+    While the disk is full, the newest events wait in memory: training goes on without its log until
+    a checkpoint can't be written either.
+    """
 
     def __init__(self, run: Run, attempt: int) -> None:
         self._attempt = attempt
         self._lock = threading.Lock()
+        self._waiting: list[bytes] = []  # lines, oldest first
         self._path = run.events_file
         with disk_errors(self._path):
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -207,12 +236,23 @@ class EventLog:
         event = replace(event, t=round(time.time(), 3), attempt=self._attempt)
         line = (json.dumps(to_json(event), ensure_ascii=False) + "\n").encode()
         with self._lock, disk_errors(self._path):
-            size = os.fstat(self._file).st_size
-            # A power cut or a full disk may have left half a line; the event must start a new one.
-            if size and os.pread(self._file, 1, size - 1) != b"\n":
-                line = b"\n" + line
-            while line:  # a disk that becomes full takes a part and refuses the rest
-                line = line[os.write(self._file, line) :]
+            self._waiting.append(line)
+            try:
+                while self._waiting:
+                    self._append(self._waiting[0])
+                    del self._waiting[0]
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                del self._waiting[:-_MAX_WAITING]
+
+    def _append(self, line: bytes) -> None:
+        size = os.fstat(self._file).st_size
+        # A power cut or a full disk may have left half a line; the event must start a new one.
+        if size and os.pread(self._file, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        while line:  # a disk that becomes full takes a part and refuses the rest
+            line = line[os.write(self._file, line) :]
 
 
 def lock(path: Path, timeout: float = 0.0) -> IO[bytes] | None:

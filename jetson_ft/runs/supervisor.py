@@ -19,13 +19,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from jetson_ft import logs
 from jetson_ft.errors import Message, _
-from jetson_ft.runs import exit_status
+from jetson_ft.files import DiskFull
+from jetson_ft.runs import exit_status, oom
+from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.processes import WORKER_ENVIRONMENT, read_distributed_config
 from jetson_ft.runs.queue import QueueTicket
 from jetson_ft.runs.store import Run, RunRemoved, lock
 
 _POLL_SECONDS = 0.25
+_RECORD_SECONDS = 5.0  # to write the last state on a full disk
 # Takes the run, and the open files that lock it and the machine's slot; returns the exit code.
 RunAttempt = Callable[[Run, list[IO[bytes]]], int]
 
@@ -42,16 +46,41 @@ def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = N
     # A terminated supervisor asks its worker to stop, and stays to record the result.
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
     with lock_file, suppress(RunRemoved):
-        slot = _wait_for_turn(run)
-        if slot is None:
-            message = Message(_("stopped while waiting in the queue; resumable"))
-            status = exit_status.ExitStatus("stopped", message, True)
-        else:
-            with slot:
-                code = _run_attempts(run, slot, run_attempt or _run_worker)
-            status = exit_status.state_for_exit_code(run, code)
+        try:
+            slot = _wait_for_turn(run)
+            if slot is None:
+                message = Message(_("stopped while waiting in the queue; resumable"))
+                status = ExitStatus("stopped", message, True)
+            else:
+                with slot:
+                    code = _run_attempts(run, slot, run_attempt or _run_worker)
+                status = exit_status.state_for_exit_code(run, code)
+        except DiskFull as error:  # before an attempt: the run's disk or the queue's
+            status = ExitStatus("failed", error.what, resumable=True)
+        run.release_space()
         run.clear_stop()  # first, so that no reader sees an ended run with a request to stop
-        run.write_state(*status)
+        _record(run, status)
+
+
+def _record(run: Run, status: ExitStatus) -> None:
+    """Write the state; while the disk is full, try again for a while.
+
+    After that `manager.reconcile_state` derives the state, as after a supervisor's death.
+    """
+    deadline = time.monotonic() + _RECORD_SECONDS
+    while True:
+        try:
+            return run.write_state(*status)
+        except DiskFull:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_SECONDS)
+
+
+def _try_to_write_state(run: Run, state: str, message: Message | None = None) -> None:
+    """Write a state that is soon replaced; do nothing if the disk is full."""
+    with suppress(DiskFull):
+        run.write_state(state, message)
 
 
 def _wait_for_turn(run: Run) -> IO[bytes] | None:
@@ -63,7 +92,7 @@ def _wait_for_turn(run: Run) -> IO[bytes] | None:
                 return slot
             if not run.state().reason:
                 message = Message(_("another run is training; this one starts after it"))
-                run.write_state("queued", message)
+                _try_to_write_state(run, "queued", message)
             time.sleep(_POLL_SECONDS)
     finally:
         ticket.cancel()
@@ -89,24 +118,30 @@ def _run_worker(run: Run, locks: list[IO[bytes]]) -> int:
     """Run an attempt in a process of its own, which inherits the locks; return its exit code."""
     program = "launcher" if read_distributed_config(run).needs_launcher else "worker"
     command = [sys.executable, "-m", f"jetson_ft.runs.{program}", str(run.path)]
+    kill_watch = oom.KillWatch()
     with open(run.path / "log.txt", "ab") as log:
         worker = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             pass_fds=[file.fileno() for file in locks], env={**WORKER_ENVIRONMENT, **os.environ},
         )  # fmt: skip
-    run.write_state("running")
+    _try_to_write_state(run, "running")
     while True:
         try:
-            return worker.wait(_POLL_SECONDS)
+            code = worker.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
+            kill_watch.update()
             try:
                 if run.stop_requested() and run.state().state == "running":
-                    run.write_state("stopping", Message(_("writing a checkpoint")))
+                    _try_to_write_state(run, "stopping", Message(_("writing a checkpoint")))
             except RunRemoved:  # nothing is left to save
                 worker.kill()
                 worker.wait()
                 raise
+            continue
+        is_killed = code == -signal.SIGKILL and kill_watch.saw_kill()
+        return oom.record_kill(run) if is_killed else code
 
 
 if __name__ == "__main__":
+    logs.ignore_write_errors()
     supervise(Run(Path(sys.argv[1])), os.fdopen(int(sys.argv[2]), "ab"))

@@ -2,7 +2,7 @@
 `worker.lock` taken and inherited.
 
 Exit codes: 0 finished, 1 a fault of this program, 2 refused (`UserError`),
-3 stopped on request, 4 out of memory and to be started once more.
+3 stopped on request, 4 out of memory and to be started once more, 5 the disk is full.
 """
 
 from __future__ import annotations
@@ -17,11 +17,20 @@ from typing import Any
 from jetson_ft import logs
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.events import Emit, Event, Exited, Failed, Warned
-from jetson_ft.runs.exit_status import EXIT_FAILED, EXIT_REFUSED, EXIT_RETRY, EXIT_STOPPED
+from jetson_ft.files import is_disk_full
+from jetson_ft.runs import oom
+from jetson_ft.runs.exit_status import (
+    EXIT_DISK_FULL,
+    EXIT_FAILED,
+    EXIT_REFUSED,
+    EXIT_RETRY,
+    EXIT_STOPPED,
+)
 from jetson_ft.runs.oom import OutOfMemory
 from jetson_ft.runs.processes import end_with_launcher, explain_error, silence_libraries
 from jetson_ft.runs.store import EventLog, Run
 from jetson_ft.training import distributed
+from jetson_ft.training.memory import is_out_of_memory
 
 
 def main(run: Run, on_interrupt: Any = signal.SIG_IGN) -> int:
@@ -54,13 +63,21 @@ def _work(run: Run, emit: Emit) -> int:
     except Exception as error:
         traceback.print_exc()
         fix = _("Resume the run; if it fails again, report it with log.txt from the run's folder.")
-        explained = explain_error(error, Message(fix))
-        if isinstance(error, OutOfMemory) and error.retry:
-            _emit_last(emit, Warned.of_message(joined([explained.what, explained.fix], " ")))
-            return EXIT_RETRY
+        is_short = is_out_of_memory(error)
+        explained = oom.explain_oom(run) if is_short else explain_error(error, Message(fix))
+        if isinstance(explained, OutOfMemory):
+            if explained.retry:
+                _emit_last(emit, Warned.of_message(joined([explained.what, explained.fix], " ")))
+                return EXIT_RETRY
+            _emit_last(emit, Failed(**explained.as_json()))
+            return EXIT_FAILED
+        is_full = is_disk_full(explained)
+        if is_full:
+            run.release_space()  # for the events that follow
         _emit_last(emit, Failed(**explained.as_json()))
-        is_refused = isinstance(error, UserError) and not isinstance(error, OutOfMemory)
-        return EXIT_REFUSED if is_refused else EXIT_FAILED
+        if is_full:
+            return EXIT_DISK_FULL
+        return EXIT_REFUSED if isinstance(error, UserError) else EXIT_FAILED
     return 0 if finished else EXIT_STOPPED
 
 
@@ -71,5 +88,6 @@ def _emit_last(emit: Emit, event: Event) -> None:
 
 
 if __name__ == "__main__":
+    logs.ignore_write_errors()
     logs.log_to_stderr()  # which is log.txt
     sys.exit(main(Run(Path(sys.argv[1]))))

@@ -33,7 +33,9 @@ def with_own_memory(device: Device, processes: int = 1) -> Device:
     if not device.shares_memory:
         return device
     own = psutil.Process().memory_info().rss
-    return replace(device, memory_available=device.memory_available // processes + own)
+    # Libraries' pages are in `own`, and available too as page cache.
+    available = min(device.memory_available // processes + own, device.memory_total)
+    return replace(device, memory_available=available)
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -45,7 +45,11 @@ def choose_plan(workload: Workload, device: Device, flops: float) -> Plan:
     if plan := best_plan(workload, device, flops):
         return plan
     smaller, limit_gb = suggestions(workload, device), workload.train.max_memory_gb
-    free = Message(_("{free:.2f} GiB are free"), {"free": device.memory_available / 2**30})
+    sizes = {"free": device.memory_available / 2**30, "total": device.memory_total / 2**30}
+    free = Message(_("{free:.2f} GiB are free"), sizes)
+    if device.memory_limited:
+        text = _("{free:.2f} GiB are free of the {total:.2f} GiB of this container or service")
+        free = Message(text, sizes)
     fix = _("By prediction it would fit with {settings}.")
     if not smaller:
         fix = _("Free some memory, or choose a smaller model: no setting saves enough.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import UserError, _
-from jetson_ft.events import Evaluated, Step
+from jetson_ft.events import PHASES, Evaluated, Step
 from jetson_ft.files import read_json
 from jetson_ft.runs import monitor, store
 from jetson_ft.runs.monitor import RunMonitor, RunProgress, RunSummary
@@ -31,20 +31,6 @@ _STATES = {
     "stopped": _("stopped"), "finished": _("finished"), "failed": _("failed"),
     "damaged": _("damaged"),
 }  # fmt: skip
-# Phases of a run, by the names that its events give them.
-_PHASES = {
-    "rendezvous": _("connecting to the other machines"),
-    "libraries": _("loading libraries"),
-    "device": _("detecting the device"),
-    "model files": _("fetching model files"),
-    "data": _("reading the data"),
-    "plan": _("planning memory"),
-    "model": _("loading the model"),
-    "sharding": _("splitting the model"),
-    "training": _("training"),
-    "comparison": _("comparing base and adapter"),
-    "report": _("writing the report"),
-}
 # Curve -> its title, and the unit that its values are divided by.
 _CHARTS = {
     "lr": (_("Learning rate"), 1.0),
@@ -124,7 +110,7 @@ class Fragments:
             "run.jinja", t, LIVE=LIVE_STATES, STATES=_STATES,
             run=summary, step=last(Step), evaluated=last(Evaluated), warnings=warnings,
             names=[self._summary(other).title for other in runs[1:]],
-            phase=_PHASES.get(summary.phase, summary.phase),
+            phase=PHASES.get(summary.phase, summary.phase),
             losses=_loss_chart(progresses), charts=_charts(progresses), figures=_figures(run),
             has_report=(run.path / "report.html").is_file(), has_adapter=run.adapter.is_dir(),
             log=_log_tail(run), notes=run.about().get("notes", ""),

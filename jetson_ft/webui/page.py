@@ -12,6 +12,7 @@ from jetson_ft import i18n
 from jetson_ft.chat.client import ChatClient
 from jetson_ft.errors import UserError, _
 from jetson_ft.webui import api
+from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.security import AccessMiddleware, AccessPolicy
@@ -35,8 +36,9 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
         font_mono=["ui-monospace", "monospace"],
     )
     for language in i18n.languages():
-        blocks = _build(Locale(language), runs, client, doctor)
+        blocks = _build(Locale(language), runs, client, doctor, policy.allowed)
         blocks.has_launched = True  # Gradio checks the paths in requests only then
+        blocks.api_open = False  # no call passes the queue, whose limits it would escape
         # Else each queue polls a thousand times per second: 7 % of a core for an idle page. These
         # are Gradio's own values for Windows.
         queue = blocks._queue
@@ -48,21 +50,23 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
     return AccessMiddleware(app, policy)
 
 
-def _build(t: Locale, runs: Path, client: ChatClient, doctor: device.Doctor) -> Any:
+def _build(
+    t: Locale, runs: Path, client: ChatClient, doctor: device.Doctor, allowed: AllowedPaths
+) -> Any:
     """Return the Gradio page in one language: a head, and a tab for each task."""
     with gr.Blocks(title="jetson-ft", analytics_enabled=False) as page:
         locales = [Locale(other) for other in i18n.languages()]
         gr.HTML(render("head.jinja", t, locales=locales), apply_default_css=False)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab(t(_("Train")), id="train"):
-                train.build(t, runs, page, tabs)
+                train.build(t, runs, page, tabs, allowed)
             with gr.Tab(t(_("Runs")), id="runs"):
                 gr.HTML(
                     '<div id="run-page"><div id="run-list"></div><div id="run-detail"></div></div>',
                     apply_default_css=False,
                 )
             with gr.Tab(t(_("Chat")), id="chat") as tab:
-                chat.build(t, runs, client, page, tab)
+                chat.build(t, runs, client, page, tab, allowed)
             with gr.Tab(t(_("Device")), id="device") as tab:
                 device.build(t, doctor, tab)
     return page

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jetson_ft import i18n
 from jetson_ft.errors import _
+from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.render import Locale, render, request_language
 
 _YEAR = 365 * 24 * 3600  # seconds
@@ -28,11 +29,12 @@ _YEAR = 365 * 24 * 3600  # seconds
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """What `AccessMiddleware` checks requests against."""
+    """What `AccessMiddleware` checks requests against, and the page their arguments."""
 
     token: str = ""  # empty: no login; for loopback only
     host_names: tuple[str, ...] = ()  # accepted besides IP addresses and localhost
     upload_bytes: int = 2 * 2**30
+    allowed: AllowedPaths = EVERY_PATH  # the files that visitors may name
 
 
 class AccessMiddleware:

@@ -13,11 +13,17 @@ from urllib.parse import urlsplit
 
 from jetson_ft.errors import UserError, _
 from jetson_ft.runs import manager, processes
+from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.security import AccessPolicy
 
 
 def serve(
-    runs: Path, host: str, port: int, host_names: tuple[str, ...], reached_as: str = ""
+    runs: Path,
+    host: str,
+    port: int,
+    host_names: tuple[str, ...],
+    reached_as: str = "",
+    allowed: tuple[Path, ...] = (),
 ) -> None:
     """Serve the page until the process is interrupted; print the link to open.
 
@@ -25,13 +31,18 @@ def serve(
         host: the address to listen on; beyond loopback a token is required, the link contains it.
         host_names: names accepted as `Host` besides IP addresses and localhost.
         reached_as: HOST or HOST:PORT of the link, where it differs from `host`: in a container.
+        allowed: folders whose files visitors may name, besides the folder of runs and what they
+            upload there. On loopback without any: all that the user may read.
 
     Raises:
         UserError: the page can't be served there, or `reached_as` is not an address.
     """
     if reached_as:
         host_names = (*host_names, _host_name(reached_as))
-    policy = AccessPolicy("" if is_loopback(host) else secrets.token_hex(16), host_names)
+    is_local = is_loopback(host)
+    folders = None if is_local and not allowed else (runs, *allowed)
+    token = "" if is_local else secrets.token_hex(16)
+    policy = AccessPolicy(token, host_names, allowed=AllowedPaths(folders))
     listener = _listen(host, port)
     import uvicorn
 
@@ -43,6 +54,11 @@ def serve(
         print("Everyone with this link can train and chat here; others are refused.", flush=True)
     else:
         print("From another machine: --host 0.0.0.0 (make webui HOST=0.0.0.0).", flush=True)
+    if folders is None:
+        print("The page can use every file that you can read (--allow-path FOLDER limits it).")
+    else:
+        names = ", ".join(map(str, folders))
+        print(f"The page can use files in {names} (--allow-path FOLDER adds one).", flush=True)
     for run in manager.resumable_runs(runs)[:3]:
         command = f"jetson-ft train --resume {run.name}"
         print(f"{run.name} can be resumed: Resume on the page, or {command}", flush=True)

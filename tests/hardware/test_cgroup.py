@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jetson_ft.hardware.cgroup import UNLIMITED, MemoryLimit, memory_limit, parse_size
+from jetson_ft.hardware.cgroup import UNLIMITED, MemoryLimit, memory_limit, oom_kills, parse_size
 
 GIB = 2**30
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -82,6 +82,40 @@ def test_full_group_leaves_nothing(tmp_path: Path) -> None:
 def test_more_cache_than_usage_leaves_the_limit(tmp_path: Path) -> None:
     group(own_group(tmp_path, "0::/"), V2, GIB, GIB // 2, 2 * GIB)
     assert memory_limit(tmp_path) == MemoryLimit(GIB, GIB)
+
+
+def test_lower_of_high_and_max_is_the_limit(tmp_path: Path) -> None:
+    """Above memory.high the kernel slows a group down instead of killing."""
+    base = own_group(tmp_path, "0::/a")
+    group(base / "a", V2, 4 * GIB, GIB)
+    (base / "a/memory.high").write_text(f"{2 * GIB}\n")
+    assert memory_limit(tmp_path) == MemoryLimit(2 * GIB, GIB)
+    (base / "a/memory.high").write_text("max\n")
+    assert memory_limit(tmp_path) == MemoryLimit(4 * GIB, 3 * GIB)
+    group(base / "a", V2, "max", GIB)
+    (base / "a/memory.high").write_text(f"{3 * GIB}\n")
+    assert memory_limit(tmp_path) == MemoryLimit(3 * GIB, 2 * GIB)
+
+
+def test_limit_above_a_containers_group_counts_in_version_1(tmp_path: Path) -> None:
+    """A pod's limit: the group that has it isn't mounted in its containers."""
+    base = own_group(tmp_path, "4:memory:/kubepods/pod/a") / "memory"
+    group(base, V1, V1_UNLIMITED, GIB)
+    with open(base / "memory.stat", "a") as file:
+        file.write(f"hierarchical_memory_limit {2 * GIB}\n")
+    assert memory_limit(tmp_path) == MemoryLimit(2 * GIB, GIB)
+
+
+def test_kills_of_all_groups_and_the_machine_are_counted(tmp_path: Path) -> None:
+    base = own_group(tmp_path, "4:memory:/a", "0::/a")
+    assert oom_kills(tmp_path) == 0
+    (base / "memory/a").mkdir(parents=True)
+    (base / "unified/a").mkdir(parents=True)
+    (base / "memory/a/memory.oom_control").write_text("under_oom 0\noom_kill 2\n")
+    (base / "unified/a/memory.events").write_text("oom 9\noom_kill 3\noom_group_kill 1\n")
+    (base / "unified/memory.events").write_text("oom_kill 10\n")
+    (tmp_path / "proc/vmstat").write_text("nr_free_pages 5\noom_kill 100\n")
+    assert oom_kills(tmp_path) == 115
 
 
 def test_missing_statistics_count_as_no_cache(tmp_path: Path) -> None:

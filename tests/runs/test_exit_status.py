@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Run:
         (1, "failed", "ended with code 1; see log.txt"),
         (-11, "failed", "crashed (signal 11)"),
         (-40, "failed", "crashed (signal 40)"),
-        (-9, "failed", "crashed (signal 9); most likely the kernel ended it for lack of memory"),
+        (-9, "failed", "crashed (signal 9)"),
     ],
 )
 def test_exit_code_gives_state_and_reason_without_earlier_attempts_errors(

@@ -15,7 +15,7 @@ from workbench import is_live
 
 from jetson_ft.errors import Message, UserError
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import exit_status, manager, store
+from jetson_ft.runs import contract, exit_status, manager, store
 from jetson_ft.runs.store import Run, lock
 
 
@@ -199,10 +199,10 @@ def test_resume_with_a_shorter_run_is_refused(ended: Run, override: str) -> None
 def test_each_length_key_may_only_grow(ended: Run, changes: dict[str, Any], fine: bool) -> None:
     new = Recipe.model_validate({"output_dir": ended.recipe().output_dir, "train": OLD | changes})
     if fine:
-        manager.check_only_longer(ended, ended.recipe(), new)
+        contract.check_only_longer(ended, ended.recipe(), new)
     else:
         with pytest.raises(UserError):
-            manager.check_only_longer(ended, ended.recipe(), new)
+            contract.check_only_longer(ended, ended.recipe(), new)
 
 
 def test_unknown_key_on_resume_changes_nothing(ended: Run) -> None:

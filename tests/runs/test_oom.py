@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 
-from jetson_ft.events import Failed, Step, Warned
+from jetson_ft.events import PHASES, Failed, PhaseStarted, Step, Warned
 from jetson_ft.hardware.boards import find_board
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import exit_status, manager, oom, store
+from jetson_ft.runs import contract, exit_status, oom, store
 from jetson_ft.runs.oom import OutOfMemory
+from jetson_ft.runs.processes import DistributedConfig, write_distributed_config
 from jetson_ft.runs.store import Run
 from jetson_ft.training import cost_model, planner
-from jetson_ft.training.distributed import DistributedContext
+from jetson_ft.training.memory import is_out_of_memory
 
 NVMAP = "NvMapMemAllocInternalTagged: 1075072515 error 12"
 NVML = "NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp:838"
@@ -100,7 +101,7 @@ def test_on_oom_stop_fails_and_the_named_command_continues(workbench: Any) -> No
     granted = Recipe.model_validate({"train": {"max_memory_gb": float(override.split("=")[1])}})
     recipe = run.recipe()
     recipe.train.max_memory_gb = granted.train.max_memory_gb
-    manager.check_only_longer(run, run.recipe(), recipe)
+    contract.check_only_longer(run, run.recipe(), recipe)
     (run.path / "recipe.yaml").write_text(recipe.to_yaml())
     assert workbench.work(run) == 0
     assert plan_of(run)["checkpointing"] and not first["checkpointing"]
@@ -180,35 +181,45 @@ def test_lower_of_stored_limit_and_recipes_limit_applies(
     assert limited.train.max_memory_gb == expected
 
 
-@pytest.mark.parametrize("cause", [CUDA, NVML, NVMAP])
-def test_several_processes_get_no_second_attempt(cause: str, tmp_path: Path) -> None:
-    device, one = find_board("orin-nx-16gb").device(), workload(on_oom="shrink")
+def out_of_memory(folder: Path, phase: str, processes: int = 1) -> tuple[Run, OutOfMemory]:
+    """Return a run whose only attempt got so far, and its error; `train.on_oom` is `shrink`."""
+    recipe = Recipe.model_validate({"output_dir": str(folder), "train": {"on_oom": "shrink"}})
+    run, device, one = (
+        store.create_run(recipe, "x"),
+        find_board("orin-nx-16gb").device(),
+        workload(),
+    )
+    run.write_state("running")
     plan = planner.choose_plan(one, device, 1e12)
-    run = stored(Run(tmp_path), **plan.as_json())
-    group = DistributedContext()
-    group.size = 2
-    with pytest.raises(OutOfMemory) as caught, oom.explain_oom(run, one, plan, device, group):
-        raise RuntimeError(cause)
-    assert "4,096 tokens" in str(caught.value.what)
-    assert not caught.value.retry and "2,048 tokens" in str(caught.value.fix)
+    stored(run, **oom.plan_as_json(one, plan, device))
+    write_distributed_config(run, DistributedConfig(nproc_per_node=processes))
+    store.EventLog(run, 1).emit(PhaseStarted(name=phase))
+    return run, oom.explain_oom(run)
+
+
+def test_several_processes_get_no_second_attempt(tmp_path: Path) -> None:
+    run, error = out_of_memory(tmp_path, "training", processes=2)
+    assert "4,096 tokens" in str(error.what)
+    assert not error.retry and "2,048 tokens" in str(error.fix)
     assert "memory_limit_gb" not in plan_of(run)
-    with (
-        pytest.raises(OutOfMemory) as caught,
-        oom.explain_oom(run, one, plan, device, DistributedContext()),
-    ):
-        raise RuntimeError(cause)
-    assert caught.value.retry and plan_of(run)["memory_limit_gb"]
+    run, error = out_of_memory(tmp_path, "training")
+    assert error.retry and plan_of(run)["memory_limit_gb"]
 
 
-def test_out_of_memory_before_the_plan_is_written_is_explained(tmp_path: Path) -> None:
-    """Sharding and the trial of packing come before it."""
-    device, one = find_board("orin-nx-16gb").device(), workload()
-    plan = planner.choose_plan(one, device, 1e12)
-    with (
-        pytest.raises(OutOfMemory, match="4,096 tokens"),
-        oom.explain_oom(Run(tmp_path), one, plan, device, DistributedContext()),
-    ):
-        raise RuntimeError(CUDA)
+def test_smaller_plan_is_named_only_where_it_helps(tmp_path: Path) -> None:
+    for phase in ("sharding", "comparison"):
+        _run, error = out_of_memory(tmp_path, phase)
+        assert error.retry and "4,096 tokens" in str(error.what)
+        assert PHASES[phase] in str(error.where)
+    for phase in ("libraries", "data", "model"):
+        _run, error = out_of_memory(tmp_path, phase)
+        assert not error.retry and str(error.what) == "Out of memory."
+        assert PHASES[phase] in str(error.where)
+
+
+@pytest.mark.parametrize("text", [CUDA, NVML, NVMAP])
+def test_errors_of_the_gpu_are_out_of_memory(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text)) and not is_out_of_memory(RuntimeError("other"))
 
 
 def test_limit_is_just_enough_for_the_next_plan() -> None:

@@ -312,6 +312,7 @@ def test_incomplete_adapter_is_written_again(workbench: Any, finished: Run, tmp_
     (run.adapter / "adapter_model.safetensors").unlink()
     (run.path / ".adapter.tmp").mkdir()
     (run.path / ".adapter.tmp" / "stale").write_text("x")
+    os.utime(run.path / ".adapter.tmp", (1, 1))
     assert workbench.work(run) == 0
     assert adapter_bytes(run) == adapter_bytes(finished)
     assert not (run.adapter / "stale").exists() and not (run.path / ".adapter.tmp").exists()

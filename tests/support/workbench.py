@@ -25,10 +25,38 @@ LIGHT_PIPELINE = """
 import os, sys
 
 if "jetson_ft.runs.worker" in sys.orig_argv:
-    import time, types
+    import json, time, types
+    from pathlib import Path
     if "late" in sys.orig_argv[-1]:
         time.sleep(1.5)  # before anything of this project runs
     from jetson_ft.errors import UserError
+
+    def die_in_training(run, name):
+        attempt = run.state().attempt
+        if attempt > 1 and "always" not in name:
+            return
+        smaller = {"micro_batch_tokens": 256, "checkpointing": True,
+                   "peak_memory_bytes": 10**9, "memory_limit_gb": 1.0}
+        plan = {"micro_batch_tokens": 512, "checkpointing": False, "peak_memory_bytes": 2 * 10**9,
+                "smaller": None if "smallest" in name else smaller}
+        (run.path / "plan.json").write_text(json.dumps({**run.plan(), **plan}))
+        from jetson_ft import events
+        from jetson_ft.runs.store import EventLog
+        log = EventLog(run, attempt)
+        log.emit(events.PhaseStarted(name="model" if "loading" in name else "training", detail=""))
+        if "loading" not in name:
+            log.emit(events.Step(step=7, total_steps=9, loss=1.0, lr=1e-3, grad_norm=1.0, tokens=10,
+                                 tokens_per_second=1.0, seconds_left=1.0, memory=10**9))
+        group = os.environ.get("KILLING_GROUP")
+        if group and "by-hand" not in name:
+            Path(group, "cgroup.procs").write_text(str(os.getpid()))
+            taken = []
+            while True:
+                taken.append(os.urandom(1 << 20))
+        counter = os.environ.get("KILL_COUNTER")
+        if counter and "by-hand" not in name:
+            Path(counter).write_text("1")
+        os.kill(os.getpid(), 9)
 
     class Pipeline:
         def __init__(self, run, log, stop_requested, group):
@@ -46,6 +74,8 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
             if "hungry" in name and (self.attempt == 1 or "always" in name):
                 from jetson_ft.runs.oom import OutOfMemory
                 raise OutOfMemory("Out of memory.", "here", "Less.", retry=True)
+            if "killed" in name:
+                die_in_training(self.run, name)
             while "endless" in name and not self.stop_requested():
                 time.sleep(0.02)
             return not self.stop_requested()
@@ -53,6 +83,12 @@ if "jetson_ft.runs.worker" in sys.orig_argv:
     module = types.ModuleType("jetson_ft.runs.pipeline")
     module.Pipeline = Pipeline
     sys.modules["jetson_ft.runs.pipeline"] = module
+
+if "jetson_ft.runs.supervisor" in sys.orig_argv and "KILL_COUNTER" in os.environ:
+    from pathlib import Path
+    from jetson_ft.hardware import cgroup
+
+    cgroup.oom_kills = lambda _root: int(Path(os.environ["KILL_COUNTER"]).read_text())
 """
 
 

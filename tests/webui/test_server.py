@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -124,47 +123,6 @@ def test_no_file_of_the_machine_is_served(served: Served, path: str) -> None:
     for address in (f"/en/gradio_api/file={path}", f"/static/{path}", f"/en/file={path}"):
         answer = served.get(address)
         assert answer is not None and answer.status_code >= 400 and secret not in answer.text
-
-
-def file_turn(path: str) -> dict[str, Any]:
-    """A chat turn as a browser sends one that holds a file."""
-    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    return {"role": "user", "content": [{"type": "file", "file": file}]}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", ["/etc/passwd", "/proc/self/environ", "mine.txt"])
-def test_a_file_named_in_a_request_is_neither_copied_nor_served(served: Served, path: str) -> None:
-    reply = {"role": "assistant", "content": [{"type": "text", "text": "hi"}]}
-    turns = [file_turn(path), reply]
-    config = served.get("/en/config")
-    assert config is not None
-    secret = Path("/etc/passwd").read_text()[:20]
-    calls = 0
-    for dependency in config.json()["dependencies"]:
-        inputs = [by_id["type"] for number in dependency["inputs"]
-                  for by_id in config.json()["components"] if by_id["id"] == number]  # fmt: skip
-        if "chatbot" not in inputs:
-            continue
-        defaults = {"chatbot": turns, "checkbox": False, "dropdown": "base", "slider": 1}
-        data = [defaults.get(kind, "") for kind in inputs]
-        answer = httpx.post(
-            f"{served.base}/en/gradio_api/queue/join", timeout=20,
-            json={"data": data, "fn_index": dependency["id"], "session_hash": "client"},
-        )  # fmt: skip
-        assert answer.status_code == 200
-        streamed = ""
-        with httpx.stream(
-            "GET", f"{served.base}/en/gradio_api/queue/data?session_hash=client", timeout=20
-        ) as events:
-            for line in events.iter_lines():
-                streamed += line
-                if "process_completed" in line or "close_stream" in line:
-                    break
-        assert "process_completed" in streamed
-        assert "/file=" not in streamed and secret not in streamed, dependency["api_name"]
-        calls += 1
-    assert calls >= 4  # send, again, undo, open
 
 
 @pytest.mark.slow

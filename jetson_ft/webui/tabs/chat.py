@@ -16,6 +16,7 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.models import files
 from jetson_ft.runs import monitor, store
+from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
 
@@ -35,9 +36,11 @@ _CHATBOT = partial(
 )
 
 
-def build(t: Locale, runs: Path, client: ChatClient, page: Any, tab: Any) -> None:
+def build(
+    t: Locale, runs: Path, client: ChatClient, page: Any, tab: Any, allowed: AllowedPaths
+) -> None:
     """Add the tab's components."""
-    chat = ChatTab(t, runs, client)
+    chat = ChatTab(t, runs, client, allowed)
     chosen_by_user = gr.State(False)
     with gr.Row():
         with gr.Column(scale=3):
@@ -97,8 +100,10 @@ def build(t: Locale, runs: Path, client: ChatClient, page: Any, tab: Any) -> Non
 class ChatTab:
     """What the chat's buttons do."""
 
-    def __init__(self, t: Locale, runs: Path, client: ChatClient) -> None:
-        self.t, self.runs, self.client = t, runs, client
+    def __init__(
+        self, t: Locale, runs: Path, client: ChatClient, allowed: AllowedPaths = EVERY_PATH
+    ) -> None:
+        self.t, self.runs, self.client, self.allowed = t, runs, client, allowed
 
     def choices(self) -> list[tuple[str, str]]:
         """Return (label, name) of every run with an adapter and every downloaded base model."""
@@ -111,7 +116,7 @@ class ChatTab:
     def open(self, name: str, chosen_by_user: bool, turns: ChatTurns) -> Any:
         """Return an update of the choices; choose the newest adapter until the user has chosen."""
         try:
-            target.resolve_target(name, self.runs)
+            target.resolve_target(self._allowed(name), self.runs)
             keep = chosen_by_user or bool(turns)
         except UserError:
             keep = False
@@ -134,7 +139,16 @@ class ChatTab:
 
     def title(self, name: str) -> str:
         """Return the title of a model's conversation."""
-        return self.t(_("Base")) if files.is_base_model(name) else self.t(_("Adapter"))
+        try:
+            is_base = files.is_base_model(self._allowed(name))
+        except UserError:
+            is_base = False
+        return self.t(_("Base")) if is_base else self.t(_("Adapter"))
+
+    def _allowed(self, name: str) -> str:
+        """Return the name unchanged; raise `UserError` for a path that may not be named."""
+        names = {"latest", BASE, *(run.name for run in store.list_runs(self.runs))}
+        return name if name in names else self.allowed.require(name)
 
     def send(self, request: gr.Request, *form: Any) -> Iterator[tuple[Any, ...]]:
         """Yield the outputs while the answers are generated, the base model's first."""
@@ -156,9 +170,9 @@ class ChatTab:
             yield "", *shown, ""
             return
         turns = dict(zip(("base", "adapter"), before, strict=True))
-        both = side_by_side and not files.is_base_model(name)
         speed = ""
         try:
+            both = side_by_side and not files.is_base_model(self._allowed(name))
             sampling = _sampling(seed, values)
             few_shot = parse_examples(examples, self.t(_("Few-shot examples")))
             for side in ("base", "adapter") if both else ("adapter",):

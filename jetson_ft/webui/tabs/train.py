@@ -20,6 +20,7 @@ from jetson_ft.errors import RecipeError, UserError, _
 from jetson_ft.files import disk_errors, expand_user
 from jetson_ft.recipe import Recipe, SourceRecipe, strict_yaml
 from jetson_ft.runs import manager, monitor, queue, store
+from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.cli_json import run_cli_json
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, error_html, render
@@ -37,9 +38,9 @@ _UNCHANGED = [gr.skip()] * len(_ORDER)
 _MISTAKES = _("Fix the marked fields.")
 
 
-def build(t: Locale, runs: Path, page: Any, tabs: Any) -> None:
+def build(t: Locale, runs: Path, page: Any, tabs: Any, allowed: AllowedPaths) -> None:
     """Add the tab's components."""
-    form = Form(t, runs)
+    form = Form(t, runs, allowed)
     initial = "quickstart-zh"
     values = _form_values(recipes.load_recipe(initial))
     with gr.Row(elem_classes="sources"):
@@ -90,8 +91,8 @@ class Form:
 
     _start_lock = threading.Lock()  # of both languages' forms
 
-    def __init__(self, t: Locale, runs: Path) -> None:
-        self.t, self.runs = t, runs
+    def __init__(self, t: Locale, runs: Path, allowed: AllowedPaths = EVERY_PATH) -> None:
+        self.t, self.runs, self.allowed = t, runs, allowed
 
     def load(self, source: str) -> list[Any]:
         """Return an error's HTML, and updates of all fields for a shipped recipe or a file."""
@@ -193,7 +194,7 @@ class Form:
         """
         mistakes: dict[str, str] = {}
         try:
-            outcome = html(self._recipe(values))
+            outcome = html(self.allowed.require_recipe(self._recipe(values)))
         except RecipeError as error:
             outcome = error_html(_MISTAKES, self.t)
             mistakes = {
