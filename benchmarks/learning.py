@@ -29,7 +29,7 @@ SETTINGS: dict[str, list[str]] = {
     "rate 1e-3": ["train.learning_rate=1e-3"],
     "rate 4e-3": ["train.learning_rate=4e-3"],
     "256 tokens a step": ["train.tokens_per_step=256"],
-    "LoRA+ 4, rate 1e-3": ["lora.plus=4", "train.learning_rate=1e-3"],
+    "LoRA+ 4, rate 1e-3": ["lora.loraplus_lr_ratio=4", "train.learning_rate=1e-3"],
     "rank 64": ["lora.rank=64"],
     "rank 64, rsLoRA": ["lora.rank=64", "lora.rslora=true"],
     "questions trained on too": ["prompts"],
@@ -95,7 +95,7 @@ def train(overrides: list[str], seed: int, tokens: int, minutes: float) -> dict[
             device=device.kind,
             emit=measured.append,
             stop_requested=lambda: False,
-            lora_plus=settings.lora.plus,
+            loraplus_lr_ratio=settings.lora.loraplus_lr_ratio,
         )
         state = loop.train(model, job)
     last = [event for event in measured if isinstance(event, Evaluated)][-1]
@@ -103,13 +103,13 @@ def train(overrides: list[str], seed: int, tokens: int, minutes: float) -> dict[
 
 
 def show(results: dict[str, list[dict[str, Any]]]) -> None:
-    """Print the table of the settings that have a result for every seed of the first one."""
+    """Print the table; each setting has a result for every seed, in the same order."""
     first, *_ = results.values()
     print("| setting | bits per character | range | difference | tokens | seconds |")
     print("|---|---:|---:|---:|---:|---:|")
     for name, runs in results.items():
         bits = [run["bits"] for run in runs]
-        differences = [run["bits"] - other["bits"] for run, other in zip(runs, first, strict=False)]
+        differences = [run["bits"] - other["bits"] for run, other in zip(runs, first, strict=True)]
         tokens, seconds = (
             statistics.fmean(run[key] for run in runs) for key in ("tokens", "seconds")
         )

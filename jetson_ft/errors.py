@@ -97,6 +97,11 @@ class UserError(Exception):
             lines.append(f"  {translate(_('fix:')):6} {fix}")
         return "\n".join(lines)
 
+    def with_fix(self, *more: Message, where: Message | None = None) -> UserError:
+        """Return the error with more ways to fix it behind its own, and perhaps another place."""
+        fixes = [self.fix, *more] if str(self.fix) else list(more)
+        return UserError(self.what, where or self.where, joined(fixes, " "))
+
     def as_json(self) -> dict[str, Any]:
         """Return the English texts, and under `messages` what `from_json` takes."""
         return messages_as_json(what=self.what, where=self.where, fix=self.fix)

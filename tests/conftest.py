@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import os
 import signal
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from fake_hub import fake_hub
 from hypothesis import settings
 from loaded_phi import phi
 from small_disk import small_disk
+from tiny_models import phi_config, save_model, write_rows
 from training_bench import bench, make_bench
 from workbench import finished, light_runs, queued, workbench
 
@@ -79,48 +79,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("JETSON_FT_CACHE", str(cache))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
         yield
-
-
-def make_tokenizer(template: str | None) -> Any:
-    """Bytes as tokens, and three special ones."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {text: number for number, text in enumerate([*special, *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>" if template else "<|endoftext|>",
-        additional_special_tokens=special[1:],
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def save_model(folder: Path, config: Any, template: str | None) -> Path:
-    """Random weights, the same in every session, with the tokenizer beside them."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    make_tokenizer(template).save_pretrained(folder)
-    return folder
-
-
-def phi_config(hidden_size: int) -> Any:
-    """A Phi of two layers."""
-    from transformers import PhiConfig
-
-    return PhiConfig(
-        vocab_size=259, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=2048,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -192,14 +150,6 @@ def tiny_model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty short alpaca rows, each different."""
-    rows = [
-        {
-            "instruction": f"第{n}题：{n}加{n + 1}等于几？",
-            "input": "",
-            "output": f"等于{2 * n + 1}。" * (1 + n % 3),
-        }
-        for n in range(40)
-    ]
     path = tmp_path_factory.mktemp("rows") / "rows.json"
-    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    write_rows(path)
     return path

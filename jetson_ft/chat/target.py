@@ -9,7 +9,7 @@ from typing import get_args
 from jetson_ft import adapter
 from jetson_ft.chat import memory_guard
 from jetson_ft.chat.session import ChatSession
-from jetson_ft.errors import Message, UserError, _, joined
+from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import expand_user
 from jetson_ft.hardware import detect
 from jetson_ft.models import fast_import, files, loading, positions
@@ -84,11 +84,8 @@ def open_session(target: ChatTarget) -> ChatSession:
         except UserError as error:
             values = {"name": name, "file": str(target.named_in)}
             fix = Message(_("Name the adapter's base model with `--model NAME`."))
-            raise UserError(
-                error.what,
-                Message(_("{name}, named in {file}"), values),
-                joined([error.fix, fix], " ") if str(error.fix) else fix,
-            ) from error
+            where = Message(_("{name}, named in {file}"), values)
+            raise error.with_fix(fix, where=where) from error
     memory_guard.require_memory(name, weights, device)
     base = files.resolve_model(name)
     if adapter_dir:

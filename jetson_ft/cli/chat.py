@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /compare [on|off]    base and adapter side by side from one prompt
+/compare QUESTION    the same for this question alone
 /system [TEXT]       set or clear the system message
 /examples [FILE]     few-shot examples before the conversation (none: clear)
 /set NAME VALUE      max_new_tokens, temperature (0: greedy), top_k, top_p,
@@ -93,12 +94,8 @@ class Terminal:
         try:
             if line.startswith("/"):
                 self._run_command(line)
-                return
-            if self.compare:
-                self._write_reply("base", line, use_adapter=False)
-            answer = self._write_reply("adapter" if self.session.has_adapter else "model", line)
-            if answer.strip():  # else it was stopped before its first token
-                self.session.add_turn(line, answer)
+            else:
+                self._answer(line, self.compare)
         except UserError as error:
             show(str(error))
         except KeyboardInterrupt:
@@ -107,6 +104,14 @@ class Terminal:
             if not is_out_of_memory(error):
                 raise
             show("Out of memory.\n  fix:   /reset, or /set max_new_tokens to fewer.")
+
+    def _answer(self, question: str, compare: bool) -> None:
+        """Write the reply and add the turn; with `compare`, write the base's reply first."""
+        if compare:
+            self._write_reply("base", question, use_adapter=False)
+        answer = self._write_reply("adapter" if self.session.has_adapter else "model", question)
+        if answer.strip():  # else it was stopped before its first token
+            self.session.add_turn(question, answer)
 
     def _write_reply(self, speaker: str, text: str, use_adapter: bool = True) -> str:
         """Stream one reply to the screen; return it, a part of it after Ctrl-C."""
@@ -135,8 +140,11 @@ class Terminal:
             case "/compare":
                 if not self.session.has_adapter:
                     raise UserError("No adapter to compare with.", fix="Start with a run's name.")
-                self.compare = argument == "on" or (argument != "off" and not self.compare)
-                show(f"compare: {'on' if self.compare else 'off'}")
+                if argument in ("", "on", "off"):
+                    self.compare = argument == "on" or (not argument and not self.compare)
+                    show(f"compare: {'on' if self.compare else 'off'}")
+                else:
+                    self._answer(argument, compare=True)
             case "/system":
                 self.session.system = argument
                 show("system message " + ("set" if argument else "cleared"))

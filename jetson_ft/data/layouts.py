@@ -407,8 +407,10 @@ def to_conversation(
         is_nan = role == "assistant" and text == "nan"  # an empty cell that went through pandas
         if (_BLANK.fullmatch(text) or is_nan) and not calls and role != "tool":
             raise RowError(NO_ANSWER if role == "assistant" else _NO_QUESTION)
-        if _DAMAGE.search(text + calls + tools):
+        if _DAMAGE.search(text + calls):
             raise RowError(_DAMAGED)
+    if _DAMAGE.search(tools):
+        raise RowError(_DAMAGED)
     if all(message.get("train") is False for message in messages if message["role"] == "assistant"):
         raise RowError(_("every answer is marked as not to be trained on"))
     return Conversation(messages, tools, columns.all_unread())

@@ -101,13 +101,23 @@ def lengths_from_counts(sizes: Any, supervised: Any) -> LengthHistogram:
 
 # Tokens per Chinese character, by the least size of a vocabulary that has it. Counted over 800 rows
 # of alpaca_zh, and the bundled ones: 1.8 and 1.9 (SmolLM2), 0.84 and 0.95 (Llama 3), 0.65 and 0.78
-# (151,643 tokens, Qwen to Qwen3); by the lengths below, 2.2 (Phi-1.5). For larger vocabularies
-# (Gemma 3, Qwen3.5, Phi-4-mini) that of Qwen is taken.
+# (151,643 tokens, Qwen to Qwen3); by the lengths below, 2.2 (Phi-1.5). Each message was tokenized
+# without a template; the rate is what is left of its tokens, after 0.25 for each other character,
+# by the Chinese characters. The totals are in the tests. For larger vocabularies (Gemma 3, Qwen3.5,
+# Phi-4-mini) that of Qwen is taken.
 _WIDE_CHARACTER_TOKENS = {150_000: 0.75, 100_000: 0.9, 0: 2.0}
 _NARROW_CHARACTER_TOKENS = 0.25  # usual for English, with every vocabulary
 _FIRST_WIDE = "\u2e80"  # where Unicode's East Asian scripts begin
 _WIDE_SHARE = 0.8  # of the characters in both data sets of `KNOWN_LENGTHS`
 _MESSAGE_TOKENS = 5  # what a chat template adds to a message
+_LARGEST_COUNTED = 151_936  # the vocabulary, of a model's config, that Qwen's tokenizer goes with
+
+
+def accuracy_of_estimate(vocabulary: int) -> str:
+    """Return how near converted and estimated lengths are to what such a tokenizer counts."""
+    if vocabulary <= _LARGEST_COUNTED:
+        return "within 20%"
+    return f"not checked for a vocabulary of {vocabulary:,}"
 
 
 def token_factor(counted_vocabulary: int, vocabulary: int) -> float:
@@ -151,9 +161,11 @@ def _wide_tokens(vocabulary: int) -> float:
     return next(rate for least, rate in _WIDE_CHARACTER_TOKENS.items() if vocabulary >= least)
 
 
-# By `data.train` and `model`, whose tokenizer counted; for planning without reading either.
+# By `data.train` and `model`, whose tokenizer counted; for planning without reading either. They
+# have the groups of `lengths_from_counts`, of rows that are not truncated.
 KNOWN_LENGTHS = {
-    # Counted over 1,000 rows drawn from about 51 thousand.
+    # Counted over 1,000 rows drawn from about 51 thousand. Which rows, and the template, are not
+    # recorded, so that this count can't be repeated exactly.
     ("llamafactory/alpaca_zh", "microsoft/phi-1_5"): LengthHistogram(51_000, 1082, (
         (49, 21), (66, 29), (77, 34), (86, 40), (96, 54), (108, 61), (116, 69), (125, 78),
         (134, 83), (148, 102), (164, 116), (180, 120), (194, 149), (215, 159), (235, 182),
@@ -162,6 +174,7 @@ KNOWN_LENGTHS = {
         (618, 570), (651, 612), (683, 636), (716, 678), (751, 701), (778, 739), (806, 760),
         (835, 794), (874, 831), (923, 883), (989, 943),
     )),
+    # All rows, with the model's own template; a test counts both sets again.
     ("bundled", "embedded"): LengthHistogram(690, 553, (
         (114, 48), (155, 82), (183, 102), (192, 115), (200, 120), (206, 131), (209, 128),
         (213, 139), (216, 138), (220, 139), (223, 145), (226, 149), (231, 146), (235, 154),

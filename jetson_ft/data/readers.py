@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ def read_rows(path: Path, encoding: str = "auto") -> tuple[FileInfo, Iterator[Nu
             a byte is not text in that encoding, or there are no rows.
     """
     container: Container = "parquet"
-    sha256, size, key = cached_sha256(path), path.stat().st_size, ""
+    sha256, stat, key = cached_sha256(path), path.stat(), ""
     packed, name, start = compression.inspect_file(path)
     unread: dict[str, int] = {}
     head = ""
@@ -74,7 +75,7 @@ def read_rows(path: Path, encoding: str = "auto") -> tuple[FileInfo, Iterator[Nu
         encoding, rows = "", _read_parquet(path)
     else:
         if encoding == "auto":
-            encoding = encodings.detect_encoding(path)
+            encoding = _detect_encoding(path, stat.st_size, stat.st_mtime_ns, start)
         encoding = encodings.check_encoding(encoding)
         for text in encodings.decode_file(path, encoding):
             head = (head + text).lstrip()
@@ -92,8 +93,18 @@ def read_rows(path: Path, encoding: str = "auto") -> tuple[FileInfo, Iterator[Nu
             rows = _read_text(path, encoding)
         else:
             rows = _read_csv(path, encoding, head.partition("\n")[0])
-    info = FileInfo(path, container, encoding, size, sha256, key, packed, unread)
+    info = FileInfo(path, container, encoding, stat.st_size, sha256, key, packed, unread)
     return info, _numbered(path, rows, head.startswith("{") and not key)
+
+
+@lru_cache(maxsize=64)
+def _detect_encoding(path: Path, size: int, mtime_ns: int, start: bytes) -> str:
+    """Return `encodings.detect_encoding`, which reads the whole file; cached until it changes.
+
+    Before a run a file is opened for its columns, its layout and its rows. The first bytes take
+    part as the clock of file systems has ticks of milliseconds.
+    """
+    return encodings.detect_encoding(path)
 
 
 def _detect_container(head: str, suffix: str) -> Container:

@@ -47,8 +47,6 @@ class SplitInfo:
     sources: list[SourcePart]
     heldout: list[SourcePart]  # sources of held-out rows alone; the others are from `sources`
     heldout_from: str
-    train_rows: int
-    heldout_rows: int
     left_out: int  # training rows left out because they are in the held-out set too
 
 
@@ -175,11 +173,9 @@ def split_rows(data: DataRecipe) -> tuple[datasets.Dataset, datasets.Dataset, Sp
         sources=[rows.part for rows in taken],
         heldout=[rows.part for rows in sets],
         heldout_from=", ".join([*names, *(rows.part.name for rows in sets)]),
-        train_rows=sum(map(len, kept)),
-        heldout_rows=len(heldout_hashes),
         left_out=sum(map(len, train)) - sum(map(len, kept)),
     )
-    if not info.train_rows:
+    if not any(map(len, kept)):
         raise UserError(
             _("No training row is left: every one is in the held-out set too."),
             data.train_names(),
@@ -248,5 +244,5 @@ def _split_document(
     source = next(rows.part for rows in taken if len(rows))
     source.rows = source.heldout_rows = 1
     sources = [rows.part for rows in taken]
-    info = SplitInfo(sources, [], f"the end of {source.name}", 1, 1, 0)
+    info = SplitInfo(sources, [], f"the end of {source.name}", 0)
     return part_of(text[:cut]), part_of(text[cut:]), info

@@ -68,13 +68,7 @@ def columns_of(source: Source, encoding: str, columns: Mapping[str, str]) -> Map
 
     A question and an answer are a pair: where one of them is missing, neither is returned.
     """
-    if not columns:
-        return NO_COLUMNS
-    names = {name for row in _first_rows(source, encoding) for name in row}
-    present = {purpose: name for purpose, name in columns.items() if name in names}
-    if any(part in columns and part not in present for part in ("question", "answer")):
-        present = {k: name for k, name in present.items() if k not in ("question", "answer")}
-    return present
+    return _present_columns(_first_rows(source, encoding), columns) if columns else NO_COLUMNS
 
 
 def heldout_settings(source: Source, data: DataRecipe) -> tuple[str, Mapping[str, str]]:
@@ -83,10 +77,13 @@ def heldout_settings(source: Source, data: DataRecipe) -> tuple[str, Mapping[str
     The layout is `data.format` where most of the first rows have that; else it is detected. Where
     the training rows are set to be text, rows of no known layout are text too.
     """
-    columns = columns_of(source, "auto", data.columns.chosen())
+    chosen = data.columns.chosen()
+    if data.format == "auto" and not chosen:
+        return "auto", NO_COLUMNS
+    first_rows = _first_rows(source, "auto")
+    columns = _present_columns(first_rows, chosen)
     if data.format == "auto":
         return "auto", columns
-    first_rows = _first_rows(source, "auto")
     matching = sum(layouts.has_layout(row, data.format, columns) for row in first_rows)
     if 2 * matching > len(first_rows):
         return data.format, columns
@@ -192,6 +189,17 @@ def _first_rows(source: Source, encoding: str) -> list[dict[str, Any]]:
     rows = itertools.chain.from_iterable(read_rows(path, encoding)[1] for path in source.files)
     values = (row.value for row in rows if isinstance(row.value, dict))
     return list(itertools.islice(values, _DETECTION_ROWS))
+
+
+def _present_columns(
+    first_rows: list[dict[str, Any]], columns: Mapping[str, str]
+) -> Mapping[str, str]:
+    """Return those of the chosen columns that the rows have, as `columns_of` describes."""
+    names = {name for row in first_rows for name in row}
+    present = {purpose: name for purpose, name in columns.items() if name in names}
+    if any(part in columns and part not in present for part in ("question", "answer")):
+        present = {k: name for k, name in present.items() if k not in ("question", "answer")}
+    return present
 
 
 def _missing_column(

@@ -16,7 +16,7 @@ from jetson_ft.data.chat_template import (
     until_last_trained,
 )
 from jetson_ft.data.formats import TEXT
-from jetson_ft.inference.generate import Reply, generate_replies
+from jetson_ft.inference.generate import MAX_REPLY_BATCH, Reply, generate_replies
 from jetson_ft.inference.metrics import reply_metrics
 from jetson_ft.kernels import attention
 from jetson_ft.kernels.lm_head_loss import Score, chunked_lm_head, score_packs
@@ -35,7 +35,7 @@ def compare_adapter(
     samples: int,
     progress: ProgressCallback,
     max_length: int,
-    batch_size: Callable[[int], int] = lambda width: 36,
+    batch_size: Callable[[int], int] = lambda width: MAX_REPLY_BATCH,
     scores: dict[str, Score] | None = None,
 ) -> dict[str, Any]:
     """Measure a PEFT model with its adapter disabled ("before") and enabled ("after").
@@ -56,10 +56,13 @@ def compare_adapter(
     Returns:
         `report.json`'s `eval` and, under "generation", how the replies were generated.
     """
-    conversations = [_cut_turns(tokenizer, row, max_length) for row in conversations]
+    cut = [_cut_turns(tokenizer, row, max_length) for row in conversations]
+    conversations = [row for row, _prompt in cut]
     pairs = [
-        prompt_and_reference(tokenizer, row["messages"], row.get("tools") or "", max_new_tokens)
-        for row in conversations
+        prompt_and_reference(
+            tokenizer, row["messages"], row.get("tools") or "", max_new_tokens, prompt
+        )
+        for row, prompt in cut
     ]
     prompts, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     eos_ids = end_ids(tokenizer, model)
@@ -97,20 +100,23 @@ def compare_adapter(
     return {"eval": result, "generation": generation}
 
 
-def _cut_turns(tokenizer: Any, row: dict[str, Any], max_length: int) -> dict[str, Any]:
+def _cut_turns(
+    tokenizer: Any, row: dict[str, Any], max_length: int
+) -> tuple[dict[str, Any], list[int] | None]:
     """Return the row up to the last answer, trained on, that begins within `max_length` tokens.
 
-    Training has truncated the row there, so that later turns are no part of it.
+    Training has truncated the row there, so that later turns are no part of it. The second value
+    has the ids before that answer; None for a document.
     """
     if row["messages"][0]["role"] == TEXT:
-        return row
+        return row, None
     messages, tools = until_last_trained(row["messages"]), row.get("tools") or ""
-    while len(encode_prompt(tokenizer, messages[:-1], tools)) >= max_length:
+    while len(prompt := encode_prompt(tokenizer, messages[:-1], tools)) >= max_length:
         earlier = until_last_trained(messages[:-1])
         if len(earlier) == len(messages) - 1:  # there is none
             break
         messages = earlier
-    return {**row, "messages": messages}
+    return {**row, "messages": messages}, prompt
 
 
 def _measure_loss(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jetson_ft.errors import Message, _
 from jetson_ft.kernels.attention import PACKED_ATTENTION, PackingError, use_packed_attention
+from jetson_ft.models.positions import max_positions
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,7 @@ def _try_packing(model: Any, longest_row: int) -> Message | None:
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     positions = torch.cat((torch.arange(_FIRST), torch.arange(_SECOND)))
-    table = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    last = max(_FIRST, min(longest_row, table))
+    last = max(_FIRST, min(longest_row, max_positions(model.config) or 0))
     far_positions = positions[:-_PREFIX].clone()
     far_positions[_PREFIX:_FIRST] += last - _FIRST
     far_positions[_FIRST:] += _PREFIX

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from jetson_ft.errors import UserError, _
 from jetson_ft.models import loading
 from jetson_ft.models.dims import LinearGroup, ModelDims, ModuleGroup, ModuleKind, dims_from_config
 from jetson_ft.models.files import BaseModelFiles, is_hub_id
@@ -162,17 +161,9 @@ def model_dims(base: BaseModelFiles) -> ModelDims:
     """Return the dimensions of a model on disk; no weights are read.
 
     Raises:
-        UserError: the config can't be read, or is not of a causal language model.
+        UserError: the config can't be read, or is of a model that can't be trained.
     """
-    if dims := known_dims(base.name):
-        return dims
-    config = loading.load_config(base)
-    try:
-        return dims_from_config(config)
-    except ValueError as error:  # transformers has no such model for this architecture
-        what = _("The architecture {name} is not a causal language model.")
-        fix = _("Choose a model that generates text; `jetson-ft models` lists some.")
-        raise UserError(what, str(base.folder), fix, name=config.model_type) from error
+    return known_dims(base.name) or dims_from_config(loading.load_config(base))
 
 
 def nearest_name(name: str) -> str:

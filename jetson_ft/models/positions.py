@@ -67,15 +67,20 @@ def check_longest_row(base: BaseModelFiles, longest: int) -> Message | None:
     if limit is None or longest <= limit:
         return None
     if config_table_size(config):
-        raise UserError(
-            _("The model reads {limit:,} tokens at most, and the longest row has {longest:,}."),
-            base.name,
-            _("Set `data.max_length` to {limit} or less, or choose a model with more positions."),
-            limit=limit,
-            longest=longest,
-        )
+        raise beyond_table(base.name, limit, longest)
     text = _(
         "The longest row has {longest:,} tokens; the model has learned {limit:,} positions, and "
         "what follows them may be learned badly. `data.max_length: {limit}` truncates such rows."
     )
     return Message(text, {"longest": longest, "limit": limit})
+
+
+def beyond_table(name: str, limit: int, longest: int) -> UserError:
+    """Return the error for a row that is longer than a model's table of positions."""
+    return UserError(
+        _("The model reads {limit:,} tokens at most, and the longest row has {longest:,}."),
+        name,
+        _("Set `data.max_length` to {limit} or less, or choose a model with more positions."),
+        limit=limit,
+        longest=longest,
+    )

@@ -188,7 +188,7 @@ class LoraRecipe(_Section):
         ),
     )
     rslora: bool = Field(False, description=_("Scale by alpha / sqrt(rank) instead (rsLoRA)."))
-    plus: float = Field(
+    loraplus_lr_ratio: float = Field(
         1.0,
         ge=1,
         le=64,

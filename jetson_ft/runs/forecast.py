@@ -19,8 +19,8 @@ from jetson_ft.data.chat_template import CONTEXT, encode
 from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.lengths import LengthHistogram
 from jetson_ft.data.prepare import count_tokens, prepare_rows
-from jetson_ft.data.templates import read_template
-from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
+from jetson_ft.data.template_files import read_template
+from jetson_ft.errors import Message, UserError, _, messages_as_json
 from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import catalog, files, loading, positions
@@ -90,13 +90,9 @@ def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
         "Predicted; no board has run this yet.",
         "On an H100 what torch allocates was within 6.1%; process and driver: unmeasured.",
     ]
+    coverage = workload.dims.coverage(recipe.lora.rank, recipe.lora.target_modules, recipe.quantize)
     disk_bytes = disk.checkpoint_bytes(recipe, workload.dims)
-    return Forecast(devices, origins, assumptions, _coverage(recipe, workload), disk_bytes)
-
-
-def _coverage(recipe: Recipe, workload: Workload) -> Coverage:
-    weights = replace(workload.weights, quantize=recipe.quantize)
-    return replace(workload, weights=weights).coverage
+    return Forecast(devices, origins, assumptions, coverage, disk_bytes)
 
 
 def forecast_here(recipe: Recipe, workload: Workload) -> DeviceForecast:
@@ -152,13 +148,14 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
         source = f"built-in lengths of {train}, {known.rows:,} rows; no file was read"
         return _workload(recipe, dims, known), [model_source, f"rows: {source}"]
     scaled = _scaled_lengths(train, dims.vocabulary)
+    accuracy = lengths.accuracy_of_estimate(dims.vocabulary)
     if base is None and (train == "bundled" or not scaled):
         base = _files_here(recipe.model)
     has_tokenizer = base and (base.gguf_file or files.has_tokenizer(base.folder))
     # A known data set on the Hub is large: it is neither downloaded nor tokenized for a prediction.
     if scaled and not (has_tokenizer and train == "bundled"):
         source = f"built-in lengths of {train} for another tokenizer, converted"
-        return _workload(recipe, dims, scaled), [model_source, f"rows: {source} (within 20%)"]
+        return _workload(recipe, dims, scaled), [model_source, f"rows: {source} ({accuracy})"]
     try:
         if base and has_tokenizer:
             rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
@@ -169,8 +166,7 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     except UserError as error:
         names = ", ".join(dict.fromkeys(name for name, _model in lengths.KNOWN_LENGTHS))
         fix = Message(_("Planned without their file: {names}."), {"names": names})
-        fixes = [error.fix, fix] if str(error.fix) else [fix]
-        raise UserError(error.what, error.where, joined(fixes, " ")) from error
+        raise error.with_fix(fix) from error
     estimated, estimated_heldout = (
         lengths.estimate_lengths(part["messages"], dims.vocabulary, data.max_length)
         for part in (rows_read, heldout)
@@ -180,7 +176,7 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     )
     count = sum(part.read.rows_kept for part in info.sources)
     source = f"{count:,} read from {data.train_names()}"
-    source += "; tokens estimated from characters (within 20%): no tokenizer here"
+    source += f"; tokens estimated from characters ({accuracy}): no tokenizer here"
     return workload, [model_source, f"rows: {source}"]
 
 
@@ -202,10 +198,10 @@ def _files_of_unknown_model(model: str) -> BaseModelFiles:
             if base and (base.folder / "config.json").is_file():
                 return base
         fix = _("`jetson-ft models` lists the models that are planned without their files.")
-        fixes = [error.fix, Message(fix)] if str(error.fix) else [Message(fix)]
+        fixes = [Message(fix)]
         if near := catalog.nearest_name(model):
             fixes.insert(0, Message(_("Did you mean `{near}`?"), {"near": near}))
-        raise UserError(error.what, error.where, joined(fixes, " ")) from error
+        raise error.with_fix(*fixes) from error
 
 
 def _scaled_lengths(train: str, vocabulary: int) -> LengthHistogram | None:
@@ -335,7 +331,9 @@ def dry_run(recipe: Recipe) -> DryRun:
         tokens=int(sum(lengths[step].sum() for step in steps)),
         rows_per_step=sum(map(len, steps)) / max(1, len(steps)),
         forecast=forecast_here(recipe, workload),
-        coverage=_coverage(recipe, workload),
+        coverage=workload.dims.coverage(
+            recipe.lora.rank, recipe.lora.target_modules, recipe.quantize
+        ),
         warning=warning,
     )
 

@@ -28,7 +28,8 @@ from jetson_ft.data import layouts, readers, sources
 from jetson_ft.data import store as rows_store
 from jetson_ft.data.formats import RowError
 from jetson_ft.data.sources import Source
-from jetson_ft.data.templates import TEMPLATES, read_template
+from jetson_ft.data.template_files import read_template
+from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import (
     DiskFull,
@@ -42,6 +43,7 @@ from jetson_ft.files import (
 )
 from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
+from jetson_ft.models.dims import dims_from_config
 from jetson_ft.recipe import Layout, Recipe
 from jetson_ft.runs import contract, disk, exit_status, initial_adapter, processes, store
 from jetson_ft.runs.exit_status import ExitStatus
@@ -76,12 +78,13 @@ def check_recipe(recipe: Recipe) -> None:
     Data sets on the hub are fetched, and small files of models there. All rows are tokenized where
     `data.max_length` allows longer ones than the model does.
     """
-    base = None
+    config = None
     if recipe.model == "embedded":
         dims = catalog.KNOWN_DIMS[recipe.model]
     else:
         base = files.resolve_model(recipe.model, weights=not files.is_hub_id(recipe.model))
-        dims = catalog.model_dims(base)
+        config = loading.load_config(base)
+        dims = catalog.known_dims(base.name) or dims_from_config(config)
     check_target_modules(dims, recipe.lora.target_modules)
     if recipe.lora.initial_adapter:
         initial_adapter.check(recipe.lora, dims)
@@ -102,14 +105,14 @@ def check_recipe(recipe: Recipe) -> None:
         source = sources.resolve_source(data.heldout)
         layout, columns = rows_store.heldout_settings(source, data)
         _check_rows(source, layout, "auto", data.on_invalid, columns)
-    if base:
-        config = loading.load_config(base)
+    if config:
         limit = positions.max_positions(config)
         if limit and limit < data.max_length and positions.config_table_size(config):
             from jetson_ft.data.prepare import prepare_rows
 
             rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
-            positions.check_longest_row(base, rows.longest)
+            if rows.longest > limit:
+                raise positions.beyond_table(base.name, limit, rows.longest)
 
 
 def _check_rows(

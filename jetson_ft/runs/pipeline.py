@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from jetson_ft import adapter, events, hub
-from jetson_ft.data import tokenize
+from jetson_ft.data import render_template, tokenize
 from jetson_ft.data.prepare import PreparedRows, prepare_rows
 from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.events import Emit
@@ -65,7 +65,11 @@ class Pipeline:
     def finetune(self) -> bool:
         """Do everything from the recipe to the report; return False when a stop was requested."""
         try:
-            with self.monitor, hub.download_progress(self._on_download):
+            with (
+                self.monitor,
+                hub.download_progress(self._on_download),
+                render_template.stop_check(self._on_rendering),
+            ):
                 self._finetune()
         except _Stopped:
             return False
@@ -174,6 +178,10 @@ class Pipeline:
             raise _Stopped
         self.emit(events.Download(file=file, done=done, total=total, seconds_left=left))
 
+    def _on_rendering(self) -> None:
+        if self.dist.size == 1 and self.stop_requested():  # as above
+            raise _Stopped
+
     def _warn(self, template: str, fault: Message | None) -> None:
         self.emit(events.Warned.of_message(Message(template, {"fault": fault})))
 
@@ -275,8 +283,7 @@ class Pipeline:
         """Return why rows can't be packed, after a warning that says so; None: they can."""
         from jetson_ft.kernels.attention_trial import packing_obstacle
 
-        longest = max(tokenize.token_counts(part).max() for part in (rows.train, rows.heldout))
-        if obstacle := packing_obstacle(model, int(longest)):
+        if obstacle := packing_obstacle(model, rows.longest):
             text = _(
                 "With this model rows are computed one by one, which is slower than packed: "
                 "{obstacle}."
@@ -310,7 +317,7 @@ class Pipeline:
             dist=self.dist,
             monitor=self.monitor,
             max_temperature=self.recipe.device.max_temperature_c,
-            lora_plus=self.recipe.lora.plus,
+            loraplus_lr_ratio=self.recipe.lora.loraplus_lr_ratio,
         )
         steps = len(batches.plan_steps(job.train_tokens, job.recipe))
         self._store_plan({"steps": steps})

@@ -67,8 +67,7 @@ class QueueTicket:
 def running_run() -> Path | None:
     """Return the folder of the run that has the machine's slot; None: it is free."""
     path = cache_dir("queue") / "slot"
-    slot = lock(path)
-    if slot:
-        slot.close()
+    if not path.exists():
         return None
-    return Path(os.fsdecode(path.read_bytes()))
+    with disk_errors(path), open(path, "rb") as slot:
+        return None if try_lock(slot, shared=True) else Path(os.fsdecode(slot.read()))

@@ -99,7 +99,12 @@ class Run:
         resumable: bool = False,
         attempt: int | None = None,
     ) -> None:
-        """Write `state.json`, holding `supervisor.lock`; without `attempt` keep its number."""
+        """Write `state.json`, holding `supervisor.lock`; without `attempt` keep its number.
+
+        Raises:
+            RunRemoved: as `require_folder`.
+        """
+        self.require_folder()
         path, now = self.path / "state.json", time.time()
         old = self.state() if path.exists() else State(state, created=now)
         reason, content = (str(message), message.as_json()) if message else ("", None)
@@ -133,11 +138,12 @@ class Run:
             (self.path / "stop").touch()
 
     def stop_requested(self) -> bool:
-        """Return whether the run is asked to stop.
+        """Return whether the run is asked to stop; raise `RunRemoved` as `require_folder`."""
+        self.require_folder()
+        return (self.path / "stop").exists()
 
-        Raises:
-            RunRemoved: the folder isn't the one that it was at the first call.
-        """
+    def require_folder(self) -> None:
+        """Raise `RunRemoved` if the folder isn't the one that it was at the first call."""
         try:
             stat = self.path.stat()
         except OSError as error:
@@ -146,7 +152,6 @@ class Run:
         self._identity = self._identity or identity
         if identity != self._identity:
             raise RunRemoved(self.path)
-        return (self.path / "stop").exists()
 
     def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)
@@ -171,7 +176,7 @@ class Run:
         if not path.exists():
             return False
         with open(path, "rb") as file:
-            return not try_lock(file)
+            return not try_lock(file, shared=True)
 
     def events(self) -> list[Event]:
         """Return all complete events; of steps made twice (after a resume), the last attempt's."""
@@ -271,10 +276,14 @@ def lock(path: Path, timeout: float = 0.0) -> IO[bytes] | None:
     return file
 
 
-def try_lock(file: IO[bytes]) -> bool:
-    """Take an exclusive flock without waiting; return whether that worked."""
+def try_lock(file: IO[bytes], shared: bool = False) -> bool:
+    """Take a flock without waiting; return whether that worked.
+
+    Args:
+        shared: to test the lock: two tests at the same time don't see each other.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

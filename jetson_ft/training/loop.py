@@ -58,7 +58,7 @@ class TrainingJob:
     dist: DistributedContext = field(default_factory=DistributedContext)
     monitor: Monitor = field(default_factory=Monitor)
     max_temperature: float | None = None  # degrees Celsius; None: no limit
-    lora_plus: float = 1.0  # learning rate of the B matrices, as a multiple of the A matrices'
+    loraplus_lr_ratio: float = 1.0  # the B matrices' learning rate over the A matrices'
     share_prefix: bool = True  # the rows of a pack share one copy of their common prefix
 
 
@@ -95,7 +95,7 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
     parameters = trainable_parameters(model)
     dist.broadcast_parameters(parameters)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, job.lora_plus), lr=recipe.learning_rate,
+        parameter_groups(model, job.loraplus_lr_ratio), lr=recipe.learning_rate,
         weight_decay=recipe.weight_decay, fused=True,
     )  # fmt: skip
     if resume:
@@ -124,7 +124,7 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
             raise _diverged(_("gradient"), state.step + 1, job)
         lr = recipe.learning_rate * batches.lr_multiplier(state, recipe)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
+            group["lr"] = lr * group["lr_ratio"]
         optimizer.step()
         optimizer.zero_grad()
 
@@ -282,8 +282,8 @@ def trainable_parameters(model: Any) -> Sequence[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def parameter_groups(model: Any, lora_plus: float) -> list[dict[str, Any]]:
-    """Return the optimizer's groups, each with the factor on its learning rate.
+def parameter_groups(model: Any, loraplus_lr_ratio: float) -> list[dict[str, Any]]:
+    """Return the optimizer's groups, each with the ratio of its learning rate to the recipe's.
 
     LoRA+ (Hayou et al., 2024, https://arxiv.org/abs/2402.12354) trains the B matrices at a higher
     rate than the A matrices.
@@ -291,9 +291,9 @@ def parameter_groups(model: Any, lora_plus: float) -> list[dict[str, Any]]:
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = lora_plus if ".lora_B." in name else 1.0
-            groups.setdefault(factor, []).append(parameter)
-    return [{"params": group, "lr_factor": factor} for factor, group in groups.items()]
+            ratio = loraplus_lr_ratio if ".lora_B." in name else 1.0
+            groups.setdefault(ratio, []).append(parameter)
+    return [{"params": group, "lr_ratio": ratio} for ratio, group in groups.items()]
 
 
 def _diverged(quantity: str, step: int, job: TrainingJob) -> UserError:

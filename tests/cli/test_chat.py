@@ -105,6 +105,16 @@ def test_compare_sets_or_toggles(converse: Any, typed: list[str], on: bool) -> N
     assert converse(*typed)[0].compare is on
 
 
+@pytest.mark.parametrize("mode", ["on", "off"])
+def test_compare_with_a_question_answers_it_and_keeps_the_mode(converse: Any, mode: str) -> None:
+    terminal, shown = converse(f"/compare {mode}", "/compare 天空 为什么是蓝色的？", "再说")
+    assert shown.index("base> ") < shown.index("adapter> ")
+    assert terminal.compare is (mode == "on")
+    assert shown.count("base> ") == (2 if mode == "on" else 1)
+    questions = [turn["content"] for turn in terminal.session.turns if turn["role"] == "user"]
+    assert questions == ["天空 为什么是蓝色的？", "再说"]
+
+
 def test_compare_without_an_adapter_is_refused(converse: Any, tuned: ChatSession) -> None:
     alone = ChatSession(tuned.model, tuned.tokenizer, False, 2048)
     terminal, shown = converse("/compare", "你好", chat=alone)
@@ -201,7 +211,7 @@ def test_help_lists_every_command(converse: Any) -> None:
 
 
 def test_every_command_in_the_help_is_known(converse: Any) -> None:
-    names = re.findall(r"/[a-z]+", HELP)
+    names = dict.fromkeys(re.findall(r"/[a-z]+", HELP))
     assert len(names) == 7
     assert "Unknown command" not in converse(*names)[1]
 

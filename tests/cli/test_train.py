@@ -95,6 +95,7 @@ def test_new_run_is_in_the_folder_of_runs_or_else_in_output_dir(
     assert launch.call_args.args[0].output_dir == folder
 
 
+@pytest.mark.promise(8)
 def test_ctrl_c_stops_the_run_and_exits_with_130(light_runs: LightRuns, tmp_path: Path) -> None:
     recipe = tmp_path / "endless.yaml"
     recipe.write_text(light_runs.recipe().to_yaml())
@@ -138,6 +139,7 @@ class Foreground:
         return self.output.exists() and "step 1/" in self.output.read_text()
 
 
+@pytest.mark.promise(8)
 def test_foreground_run_stops_at_ctrl_c_and_resumes_to_its_end(
     workbench: Workbench, finished: Run, tmp_path: Path
 ) -> None:

@@ -96,6 +96,22 @@ def test_gb18030_after_a_megabyte_of_ascii_is_detected(tmp_path: Path) -> None:
     assert list(rows)[-1].value == ROWS[-1]
 
 
+def test_encoding_is_detected_once_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detected: list[Path] = []
+    detect = encodings.detect_encoding
+    monkeypatch.setattr(
+        encodings, "detect_encoding", lambda path: (detected.append(path), detect(path))[1]
+    )
+    path = write(tmp_path, "a.jsonl", as_jsonl(ROWS))
+    assert values(path) == values(path) == ROWS
+    assert detected == [path]
+    write(tmp_path, "a.jsonl", as_jsonl(ROWS).encode("gb18030"))
+    assert values(path) == ROWS
+    assert detected == [path, path]
+
+
 @pytest.mark.parametrize(
     "content",
     [

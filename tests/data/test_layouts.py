@@ -389,6 +389,7 @@ def test_row_of_unknown_layout_is_not_detected(value: dict[str, Any]) -> None:
         ),
         ({"instruction": "q", "output": "a\ufffd"}, "damaged text"),
         ({"instruction": "\ud83d", "output": "a"}, "damaged text"),
+        ({"instruction": "q", "output": "a", "tools": '[{"name": "\ufffd"}]'}, "damaged text"),
     ],
 )
 def test_unusable_columns_have_a_reason(value: dict[str, Any], reason: str) -> None:

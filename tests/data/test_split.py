@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jetson_ft.data import sources
+from jetson_ft.data import sources, store
 from jetson_ft.data import split as splitting
+from jetson_ft.data.readers import read_rows
 from jetson_ft.data.sources import Source, resolve_source
 from jetson_ft.errors import UserError
 from jetson_ft.recipe import DataRecipe, SourceRecipe
@@ -49,6 +50,20 @@ def test_chosen_columns_are_read_in_heldout_rows_that_have_them(tmp_path: Path) 
         assert answers(held) == [answer]
 
 
+def test_heldout_settings_read_the_first_rows_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = source(tmp_path, [{"title": "t", "body": "b"}])
+    opened: list[Path] = []
+    monkeypatch.setattr(
+        store, "read_rows", lambda path, encoding: (opened.append(path), read_rows(path))[1]
+    )
+    columns = {"question": "title", "answer": "body"}
+    chosen = DataRecipe.model_validate({"columns": columns, "format": "alpaca"})
+    assert store.heldout_settings(data, chosen) == ("alpaca", columns)
+    assert opened == list(data.files)
+
+
 @pytest.mark.parametrize(
     ("count", "heldout", "kept"),
     [(2, "auto", 1), (30, "auto", 3), (700, "auto", 60), (30, 7, 7), (2, 1, 1)],
@@ -61,7 +76,7 @@ def test_heldout_rows_are_taken_from_the_end(
     assert train["row"][:] == list(range(1, count - kept + 1))
     assert held["row"][:] == list(range(count - kept + 1, count + 1))
     assert train.column_names == held.column_names == ["row", "messages", "tools"]
-    assert (info.train_rows, info.heldout_rows, info.left_out) == (count - kept, kept, 0)
+    assert info.left_out == 0
     assert info.heldout == []
 
 
@@ -70,7 +85,7 @@ def test_training_row_in_the_heldout_set_is_left_out(tmp_path: Path) -> None:
     train, held, info = split(data, 1)
     assert train["row"][:] == [1, 3, 5]
     assert answers(held) == ["答案9"]
-    assert (info.train_rows, info.left_out) == (3, 2)
+    assert info.left_out == 2
 
 
 def test_heldout_file_has_its_own_detection(tmp_path: Path) -> None:
@@ -284,7 +299,7 @@ def test_any_mixture_trains_on_no_heldout_row_and_counts_every_row(data: st.Data
         limit = max(1, round(item.share * count)) if item.share else item.rows or count
         assert part.rows + part.heldout_rows + part.repeated <= min(count, limit)
     taken = sum(part.rows + part.heldout_rows for part in info.sources)
-    assert taken == len(train) + len(held) == info.train_rows + info.heldout_rows
+    assert taken == len(train) + len(held)
 
 
 # Plain text
@@ -297,7 +312,7 @@ def test_end_of_the_only_document_is_held_out(tmp_path: Path) -> None:
     (first,), (last,) = answers(train), answers(held)
     assert first + last == "".join(lines) and last.startswith("第")
     assert 0.05 < len(last) / len(first + last) < 0.15
-    assert (info.train_rows, info.heldout_rows) == (1, 1)
+    assert [(part.rows, part.heldout_rows) for part in info.sources] == [(1, 1)]
 
 
 def test_documents_are_held_out_whole(tmp_path: Path) -> None:

@@ -153,10 +153,12 @@ def test_supervisor_outlives_a_full_disk_and_records_the_end(
     worker, supervisor = short_runs.worker(run), short_runs.supervisor(run)
     small_disk.fill()
     os.kill(worker, signal.SIGSTOP)
-    run.request_stop()
-    time.sleep(0.6)  # the supervisor tries to write that the run is stopping
-    assert supervisor.is_running() and supervisor.status() != "zombie"
-    os.kill(worker, signal.SIGCONT)
+    try:
+        run.request_stop()
+        time.sleep(0.6)  # the supervisor tries to write that the run is stopping
+        assert supervisor.is_running() and supervisor.status() != "zombie"
+    finally:
+        os.kill(worker, signal.SIGCONT)
     assert short_runs.wait(run, *store.ENDED_STATES) == "stopped"
     assert not (run.path / "reserve").exists() and not hidden(run.path)
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,21 @@ def test_supervisor_killed_before_its_worker_exists_leaves_a_resumable_run(
 
 
 @pytest.mark.promise(52)
+def test_supervisor_killed_before_it_writes_the_end_hides_no_result(light_runs: Any) -> None:
+    run = light_runs.launch("endless")
+    worker = psutil.Process(light_runs.worker(run))
+    supervisor = light_runs.supervisor(run)
+    supervisor.suspend()
+    manager.stop(run)
+    light_runs.until(lambda: worker.status() == psutil.STATUS_ZOMBIE)
+    assert run.state().state == "running" and queue.running_run() == run.path
+    supervisor.kill()
+    supervisor.wait(5)
+    assert manager.reconcile_state(run) == "stopped" and run.state().resumable
+    assert queue.running_run() is None
+
+
+@pytest.mark.promise(52)
 def test_launchers_workers_end_with_it(light_runs: Any) -> None:
     """The launcher holds the lock for its workers, so none may outlive it."""
     recipe = light_runs.recipe()
@@ -104,6 +120,31 @@ def test_written_state_does_not_hide_a_living_worker(light_runs: Any, state: str
     assert_kept(run)
     manager.stop(run)
     assert light_runs.wait(run, *store.ENDED_STATES) == "stopped"
+
+
+@pytest.mark.promise(53)
+def test_readers_at_the_same_time_take_each_other_for_no_worker(light_runs: Any) -> None:
+    """A test of a lock is no process that lives, or an ended run would become a running one."""
+    first, run = light_runs.launch("endless"), light_runs.launch("waits")
+    light_runs.state_with_reason(run)
+    manager.stop(run)
+    light_runs.wait(run, "stopped")
+    light_runs.until(lambda: not run.is_locked("supervisor"))
+    (run.path / "worker.lock").touch()  # as after an attempt
+    manager.stop(first)
+    light_runs.until(lambda: queue.running_run() is None)
+    ended, deadline = run.state(), time.monotonic() + 0.7
+
+    def read(_reader: int) -> set[str]:
+        states = set()
+        while time.monotonic() < deadline:
+            states.add(manager.reconcile_state(Run(run.path)))
+            assert queue.running_run() is None
+        return states
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set().union(*pool.map(read, range(4))) == {"stopped"}
+    assert run.state() == ended
 
 
 @pytest.mark.promise(53)
@@ -143,6 +184,19 @@ def test_worker_ends_when_its_folder_is_removed(
     _gone, alive = psutil.wait_procs([worker, supervisor], timeout=5)
     assert not alive and queue.running_run() is None
     assert list(run.path.iterdir()) == [] if how == "replaced" else not run.path.exists()
+
+
+@pytest.mark.promise(54)
+def test_end_is_not_written_into_another_folder(light_runs: Any) -> None:
+    run = light_runs.launch("endless")
+    worker, supervisor = light_runs.worker(run), light_runs.supervisor(run)
+    supervisor.suspend()
+    run.path.rename(run.path.with_name("elsewhere"))
+    run.path.mkdir()
+    kill(worker)  # the supervisor sees this end before it looks at the folder again
+    supervisor.resume()
+    supervisor.wait(5)
+    assert list(run.path.iterdir()) == []
 
 
 @pytest.mark.promise(54)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -102,9 +106,48 @@ def test_run_outlives_a_killed_server_and_stops_by_the_next(page: LightPage) -> 
 
 
 @pytest.mark.promise(14)
-def test_two_commands_at_once_queue(light_runs: Any) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        runs = list(pool.map(lambda _command: light_runs.launch("plain"), range(2)))
-    for run in runs:
+@pytest.mark.promise(8)
+def test_two_commands_at_once_queue_and_ctrl_c_stops_each(
+    light_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHT_RUNS", "endless")
+    recipe = tmp_path / "twice.yaml"
+    recipe.write_text(light_runs.recipe().to_yaml())
+    command = [sys.executable, "-m", "jetson_ft.cli", "train", str(recipe)]
+    commands = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    runs = light_runs.until(
+        lambda: len(all_runs := store.list_runs(light_runs.root)) == 2 and all_runs
+    )
+    (waiting,) = light_runs.until(lambda: [run for run in runs if run.state().reason])
+    (trains,) = set(runs) - {waiting}
+    assert "another run is training" in waiting.state().reason
+    light_runs.worker(trains)
+    for process in commands:
+        process.send_signal(signal.SIGINT)
+    outputs = [process.communicate(timeout=20)[0] for process in commands]
+    assert [process.returncode for process in commands] == [130, 130]
+    assert sum("another run is training" in output for output in outputs) == 1
+    assert [run.state().state for run in runs] == ["stopped"] * 2
+    assert not (waiting.path / "worked-1").exists()
+
+
+@pytest.mark.promise(14)
+def test_killed_and_stopped_runs_leave_the_queue_and_its_order(light_runs: Any) -> None:
+    trains = light_runs.launch("endless")
+    light_runs.worker(trains)
+    killed, stopped, third, fourth = [
+        light_runs.launch(label) for label in ("killed", "stopped", "third", "fourth")
+    ]
+    for run in (killed, stopped, third, fourth):
+        light_runs.state_with_reason(run)
+    light_runs.supervisor(killed).kill()
+    manager.stop(stopped)
+    assert light_runs.wait(stopped, *store.ENDED_STATES) == "stopped"
+    assert manager.reconcile_state(trains) == "running"
+    manager.stop(trains)
+    for run in (third, fourth):
         assert light_runs.wait(run, *store.ENDED_STATES) == "finished"
-    assert runs[0].path != runs[1].path
+    began = [float((run.path / "worked-1").read_text()) for run in (third, fourth)]
+    assert began == sorted(began)
+    assert manager.reconcile_state(killed) == "failed" and killed.state().resumable
+    assert not list(light_runs.root.glob("*-[ks][it]*/worked-1"))

@@ -149,9 +149,11 @@ def test_conversation_is_cut_after_the_last_answer_that_training_saw(phi: Any, l
     encoded = encode(phi.tokenizer, TURNS)  # type: ignore[arg-type]
     ids, roles = encoded.ids[:length], encoded.segments[:length]
     assume(ANSWER in roles)
-    cut = _cut_turns(phi.tokenizer, {"messages": TURNS}, length)["messages"]
+    row, encoded_prompt = _cut_turns(phi.tokenizer, {"messages": TURNS}, length)
+    cut = row["messages"]
     assert cut == TURNS[: len(cut)] and cut[-1]["role"] == "assistant" and cut[-1] != UNTRAINED
     prompt, reference = prompt_and_reference(phi.tokenizer, cut)
+    assert encoded_prompt == prompt
     assert reference == cut[-1]["content"]
     assert prompt == ids[: len(prompt)] and len(prompt) < length
     answers = [i for i in range(1, length) if roles[i : i + 1] == [ANSWER] != roles[i - 1 : i]]

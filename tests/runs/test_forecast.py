@@ -190,6 +190,22 @@ def test_lengths_of_other_rows_are_estimated_where_no_tokenizer_is_here(rows_fil
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "accuracy"),
+    [
+        ("Qwen/Qwen3-0.6B", "within 20%"),
+        ("google/gemma-3-270m", "not checked for a vocabulary of 262,144"),
+        ("Qwen/Qwen3.5-0.8B", "not checked for a vocabulary of 248,320"),
+    ],
+)
+@pytest.mark.parametrize("train", ["llamafactory/alpaca_zh", None], ids=["converted", "estimated"])
+def test_estimates_for_vocabularies_that_were_not_counted_are_not_called_near(
+    model: str, accuracy: str, train: str | None, rows_file: Path
+) -> None:
+    recipe = Recipe.model_validate({"model": model, "data": {"train": train or str(rows_file)}})
+    assert f"({accuracy})" in forecast_recipe(recipe, "orin-nx-16gb").sources[1]
+
+
 def test_lengths_of_several_sources_are_read_and_not_the_built_in_ones(
     rows_file: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from jetson_ft.data import store
 from jetson_ft.errors import UserError
+from jetson_ft.models import loading
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs.manager import check_recipe, launch
 
@@ -51,6 +52,20 @@ def test_rows_within_the_position_table_pass_with_any_length(
 ) -> None:
     name = rows(tmp_path / "a.jsonl", *[{**ROW, "output": str(n)} for n in range(9)])
     check_recipe(recipe(model=str(short_gpt2), train=name, heldout=1))
+
+
+def test_the_models_config_is_loaded_once(
+    tmp_path: Path, short_gpt2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    load = loading.load_config
+    monkeypatch.setattr(
+        loading, "load_config", lambda base: (loaded.append(base.name), load(base))[1]
+    )
+    name = rows(tmp_path / "a.jsonl", {**ROW, "output": "好" * 60}, ROW)
+    with pytest.raises(UserError, match="reads 64 tokens at most"):
+        check_recipe(recipe(model=str(short_gpt2), train=name, heldout=1))
+    assert loaded == [str(short_gpt2)]
 
 
 @pytest.fixture

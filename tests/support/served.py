@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ class Served:
     def __init__(self, folder: Path, *options: str, port: int = 0) -> None:
         command = [sys.executable, "-m", "jetson_ft.cli", "webui", "--port", str(port), *options]
         started = time.monotonic()
-        self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         assert self.process.stdout
         self.link = self.process.stdout.readline().removeprefix("open: ").strip()
         self.base = self.link.partition("?")[0].rstrip("/")
@@ -45,6 +48,6 @@ class Served:
         return self.process.wait(20)
 
     def kill(self) -> None:
-        """Kill the process."""
-        self.process.kill()
+        """Kill the process with its group, as a terminal or a service manager does."""
+        os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(20)

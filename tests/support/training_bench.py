@@ -45,7 +45,7 @@ class Bench:
         recompute: bool = False,
         monitor: Monitor | None = None,
         max_temperature: float | None = None,
-        lora_plus: float = 1.0,
+        loraplus_lr_ratio: float = 1.0,
         **train: Any,
     ) -> Any:
         """Return a job whose steps have about 220 tokens: nine steps an epoch."""
@@ -68,7 +68,7 @@ class Bench:
             stop_requested=stop,
             monitor=monitor or Monitor(),
             max_temperature=max_temperature,
-            lora_plus=lora_plus,
+            loraplus_lr_ratio=loraplus_lr_ratio,
         )
 
     def train(self, model: Any, job: Any, resume: Path | None = None) -> Any:

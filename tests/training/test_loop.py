@@ -239,12 +239,12 @@ def test_lora_plus_moves_the_b_matrices_alone_and_in_proportion(bench: Any, tmp_
     import torch
 
     moved = {}
-    for plus in (1.0, 4.0):
+    for ratio in (1.0, 4.0):
         model = bench.model()
         before = lora(model)
-        home = tmp_path / str(plus)
-        bench.train(model, bench.job(home, max_steps=1, lora_plus=plus, warmup_steps=0))
-        moved[plus] = {name: value - before[name] for name, value in lora(model).items()}
+        home = tmp_path / str(ratio)
+        bench.train(model, bench.job(home, max_steps=1, loraplus_lr_ratio=ratio, warmup_steps=0))
+        moved[ratio] = {name: value - before[name] for name, value in lora(model).items()}
     for name, change in moved[1.0].items():
         if "lora_B" in name:
             norm = torch.linalg.vector_norm
@@ -255,10 +255,10 @@ def test_lora_plus_moves_the_b_matrices_alone_and_in_proportion(bench: Any, tmp_
 
 def test_a_run_with_lora_plus_resumes_bitwise(bench: Any, tmp_path: Path) -> None:
     whole, resumed = bench.model(), bench.model()
-    bench.train(whole, bench.job(tmp_path / "whole", lora_plus=4.0, max_steps=6))
+    bench.train(whole, bench.job(tmp_path / "whole", loraplus_lr_ratio=4.0, max_steps=6))
     home = tmp_path / "resumed"
-    bench.train(bench.model(), bench.job(home, stop_at(3), lora_plus=4.0, max_steps=6))
-    bench.train(resumed, bench.job(home, lora_plus=4.0, max_steps=6), home / "step-3")
+    bench.train(bench.model(), bench.job(home, stop_at(3), loraplus_lr_ratio=4.0, max_steps=6))
+    bench.train(resumed, bench.job(home, loraplus_lr_ratio=4.0, max_steps=6), home / "step-3")
     assert same(lora(whole), lora(resumed))
 
 

@@ -329,6 +329,7 @@ def test_the_quickstarts_comparison_and_loading_take_the_measured_time() -> None
     short = replace(one, reply_tokens=24)
     assert cost_model.predict_other_seconds(short, "cpu", flops) < 33
     assert cost_model.STEP_COST == generate.STEP_COST
+    assert cost_model.MAX_REPLY_BATCH == generate.MAX_REPLY_BATCH
 
 
 def test_the_heads_logits_are_counted_by_its_chunks() -> None:

@@ -64,6 +64,15 @@ def choose(page: Any, tab: str) -> None:
     page.get_by_role("tab", name=tab).click()
 
 
+def open_runs(browser: Any, served: Served) -> Any:
+    """Return a page with the runs open; it accepts every dialog."""
+    page = browser.new_page(locale="en-GB")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.goto(served.link)
+    choose(page, "Runs")
+    return page
+
+
 def start_run(page: Any, rows: Path) -> None:
     """Upload the data, open both previews, and start."""
     page.locator("#upload input[type=file]").set_input_files(rows)
@@ -151,10 +160,7 @@ def test_a_button_acts_on_the_shown_run(browser: Any, tmp_path: Path) -> None:
     """Another run is chosen, and its fragment does not arrive."""
     shown, chosen = (make_run(tmp_path / "runs", f"2026010{n}-000000-{n}") for n in (2, 1))
     served = Served(tmp_path)
-    page = browser.new_page(locale="en-GB")
-    page.on("dialog", lambda dialog: dialog.accept())
-    page.goto(served.link)
-    choose(page, "Runs")
+    page = open_runs(browser, served)
     sync_api.expect(page.locator("#run-detail h2")).to_have_text(shown.name)
     page.route(re.compile("/live/en/runs/."), lambda route: route.abort())
     page.locator(f"[data-choose='{chosen.name}']").click()
@@ -167,10 +173,7 @@ def test_a_button_acts_on_the_shown_run(browser: Any, tmp_path: Path) -> None:
 def test_the_last_runs_detail_is_gone_after_its_deletion(browser: Any, tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs", "20260101-000000-1")
     served = Served(tmp_path)
-    page = browser.new_page(locale="en-GB")
-    page.on("dialog", lambda dialog: dialog.accept())
-    page.goto(served.link)
-    choose(page, "Runs")
+    page = open_runs(browser, served)
     sync_api.expect(page.locator("#run-detail h2")).to_have_text(run.name)
     with page.expect_response(re.compile(r"/live/en/runs\?")):
         pass
@@ -184,9 +187,7 @@ def test_the_last_runs_detail_is_gone_after_its_deletion(browser: Any, tmp_path:
 def test_the_detail_is_shown_again_after_a_failed_request(browser: Any, tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs", "20260101-000000-1")
     served = Served(tmp_path)
-    page = browser.new_page(locale="en-GB")
-    page.goto(served.link)
-    choose(page, "Runs")
+    page = open_runs(browser, served)
     title = page.locator("#run-detail h2")
     sync_api.expect(title).to_have_text(run.name)
     address = re.compile("/live/en/runs/.")
@@ -201,9 +202,7 @@ def test_a_compared_run_has_a_visible_tick(browser: Any, tmp_path: Path) -> None
     for number in (1, 2):
         make_run(tmp_path / "runs", f"2026010{number}-000000-{number}")
     served = Served(tmp_path)
-    page = browser.new_page(locale="en-GB")
-    page.goto(served.link)
-    choose(page, "Runs")
+    page = open_runs(browser, served)
     box = page.locator('[data-compared$="-1"]')  # the newest is chosen
     box.check()
     sync_api.expect(page.locator("#run-detail .train.c1")).to_have_count(1)
