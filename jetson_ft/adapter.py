@@ -25,12 +25,13 @@ def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) 
     """Attach a new adapter (fp32 for any base) to the model, in place.
 
     Args:
-        fused: with the layers of `kernels.lora_linear`; else with PEFT's own.
+        fused: with the layers of `kernels.lora_linear` and `kernels.dropout`; else with PEFT's.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    from jetson_ft.kernels.dropout import replace_adapter_dropout
     from jetson_ft.kernels.lora_linear import register_layers
 
     paths = _target_paths(model, lora.target_modules)
@@ -53,7 +54,10 @@ def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) 
     )
     if fused:
         register_layers(config)
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if fused:
+        replace_adapter_dropout(peft_model)
+    return peft_model
 
 
 def _target_paths(model: Any, targets: str | list[str]) -> list[str]:

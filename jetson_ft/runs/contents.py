@@ -54,6 +54,8 @@ class Data(BaseModel):
 
     sha256: str
     recipe: dict[str, Any]
+    base: dict[str, Any] | None = None
+    token_ids_sha256: str | None = None
 
 
 class _SmallerPlan(BaseModel):
