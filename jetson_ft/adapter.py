@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors, read_json, write_json
 from jetson_ft.models import loading
+from jetson_ft.models.code_check import check_folder
 from jetson_ft.models.dims import ModelDims, starred
 from jetson_ft.models.files import BaseModelFiles, has_tokenizer
 from jetson_ft.models.layers import linear_layers
@@ -122,7 +123,11 @@ def save_adapter(model: Any, tokenizer: Any, base: BaseModelFiles, folder: Path)
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return the adapter's configuration; `UserError` for no adapter or a pickled one."""
+    """Return the adapter's configuration.
+
+    Raises:
+        UserError: no adapter, a pickled one, or one whose files choose code.
+    """
     config_file = folder / "adapter_config.json"
     if not config_file.is_file():
         raise UserError(_("No adapter found."), str(folder), _("Name a run, or a PEFT folder."))
@@ -132,6 +137,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             str(folder),
             _("Save it again with PEFT's `save_pretrained`, which writes safetensors."),
         )
+    check_folder(folder)
     return dict(read_json(config_file))
 
 

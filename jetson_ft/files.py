@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -23,9 +24,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Libraries raise errors of their own types about a full disk, safetensors with a number.
 _FULL_TEXT = re.compile(r"os error (?:28|122)\b|No space left on device|Disk quota exceeded")
 _STAGED_SECONDS = 2.0  # after which a file that is being written is locked, or left behind
-# Terminal escapes; marks that reverse the direction of writing; halves of surrogate pairs (from a
-# file name that is not UTF-8, or from JSON), which can't be encoded.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Terminal escapes; separators of lines and paragraphs; marks of direction and other invisible
+# characters, tags among them, that can disguise a text; halves of surrogate pairs (from a file name
+# that is not UTF-8, or from JSON), which can't be encoded. Joiners of emoji and scripts stay.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
 
 
 def cache_dir(*parts: str) -> Path:
@@ -79,13 +84,50 @@ def safe_name(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters and half surrogate pairs escaped."""
+    """Return the text with control and invisible characters and half surrogate pairs escaped.
 
-    def escape(match: re.Match[str]) -> str:
-        code = ord(match.group())
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    Line breaks and tabs stay.
+    """
 
-    return _CONTROL.sub(escape, text)
+    def escape(character: str) -> str:
+        code = ord(character)
+        if code < 0x100:
+            return f"\\x{code:02x}"
+        return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+    return replace_unprintable(text, escape)
+
+
+def replace_unprintable(text: str, escape: Callable[[str], str]) -> str:
+    """Return the text with each character that `printable` escapes replaced by `escape` of it."""
+    return _CONTROL.sub(lambda match: escape(match.group()), text)
+
+
+def quoted(text: str) -> str:
+    """Return a text as one word of a shell command that is shown to be copied.
+
+    Control characters are escaped as bash reads them (`$'\\x1b'`).
+    """
+    if printable(text) == text:
+        return shlex.quote(text)
+
+    def escape(character: str) -> str:
+        code = ord(character)
+        if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as `os.fsdecode` reads it
+            code -= 0xDC00
+        is_byte = code < 0x80 or code != ord(character)
+        return f"\\x{code:02x}" if is_byte else f"\\U{code:08x}"
+
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{replace_unprintable(escaped, escape)}'"
+
+
+def printable_value(value: Any) -> Any:
+    """Return a text as `printable` does, and any other value unchanged: `finalize` of Jinja.
+
+    Text that is marked as HTML is unchanged too.
+    """
+    return printable(value) if type(value) is str else value
 
 
 class DiskFull(UserError):

@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +44,19 @@ class ChatReply:
 
 
 class ChatClient:
-    """One model for all clients of a page; it generates one reply at a time."""
+    """One model for all clients of a page; it generates one reply at a time.
 
-    def __init__(self, runs_root: Path) -> None:
+    Args:
+        loading: returns a context that is held while a model is loaded; entering it can raise a
+            `UserError`.
+    """
+
+    def __init__(
+        self, runs_root: Path, loading: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self.root = runs_root
+        self._load_limit = loading
+        self._loaded = ""  # the name of what the process has loaded
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()  # held while a reply is generated
         self._client_id = ""  # of that reply
@@ -68,7 +77,9 @@ class ChatClient:
             raise UserError(busy, fix=_("Try again soon."))
         self._client_id = client_id
         try:
-            self._load(name)
+            lives = self._process is not None and self._process.poll() is None
+            with nullcontext() if lives and name == self._loaded else self._load_limit():
+                self._load(name)
             self._send({"action": "generate", **asdict(request)})
             text = kind = ""
             try:
@@ -114,7 +125,9 @@ class ChatClient:
         self._loading, self._stopped = True, False
         try:
             self._send({"action": "load", "name": name})
+            self._loaded = ""
             self._read("ready")
+            self._loaded = name
         finally:
             self._loading = False
 

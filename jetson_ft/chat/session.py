@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jetson_ft.data import render_template
 from jetson_ft.data.chat_template import encode_prompt, end_ids
 from jetson_ft.data.formats import ChatMessage, RowError
 from jetson_ft.data.json_rows import parse_json
@@ -19,6 +20,10 @@ from jetson_ft.files import disk_errors
 from jetson_ft.inference.generate import Sampling, stream_reply
 
 DEFAULT_SAMPLING = Sampling()
+
+
+class _ReplyStopped(Exception):
+    """`should_stop` returned True before the first token."""
 
 
 @dataclass
@@ -71,12 +76,24 @@ class ChatSession:
 
         Args:
             use_adapter: False: the base model answers.
-            should_stop: called after each token; True ends the answer.
+            should_stop: called after each token, and while the chat template is rendered; True
+                ends the answer.
 
         Raises:
-            UserError: the conversation alone fills the model's context.
+            UserError: the conversation alone fills the model's context, or the chat template
+                refuses it or passes a bound.
         """
-        prompt = encode_prompt(self.tokenizer, self.messages(text))
+
+        def check() -> None:
+            if should_stop():
+                raise _ReplyStopped
+
+        try:
+            with render_template.stop_check(check):
+                prompt = encode_prompt(self.tokenizer, self.messages(text))
+                ends = end_ids(self.tokenizer, self.model)
+        except _ReplyStopped:
+            return
         left = self.context_length - len(prompt)
         if left < 1:
             raise UserError(
@@ -87,7 +104,6 @@ class ChatSession:
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, left))
         base_only = self.has_adapter and not use_adapter
         with self.model.disable_adapter() if base_only else nullcontext():
-            ends = end_ids(self.tokenizer, self.model)
             yield from stream_reply(self.model, self.tokenizer, prompt, ends, sampling, should_stop)
 
     def messages(self, text: str) -> list[ChatMessage]:

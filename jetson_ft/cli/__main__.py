@@ -1,6 +1,12 @@
 """`python -m jetson_ft.cli`."""
 
+import os
+
 from jetson_ft.cli.app import main
+from jetson_ft.parent import PARENT_PROCESS, end_with_parent
 
 if __name__ == "__main__":  # processes that multiprocessing spawns import this module too
+    if PARENT_PROCESS in os.environ:
+        end_with_parent()
+        del os.environ[PARENT_PROCESS]
     main()

@@ -50,7 +50,7 @@ def bench(
     folder = output or Path("bench") / time.strftime("%Y%m%d-%H%M%S")
     with bench_bar() as on_progress:
         report = run_bench(settings, folder, on_progress)
-    print(markdown(report))
+    show(markdown(report))
     show(f"written: {folder / 'bench.md'}, {folder / 'bench.json'}")
     if all("error" in measured for measured in report["rounds"]):
         raise typer.Exit(1)

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from jetson_ft.cli import output
 from jetson_ft.cli.output import RUNS, JsonOption, RunsOption, out, print_json, show
-from jetson_ft.files import printable
 
 if TYPE_CHECKING:
     from jetson_ft.hardware.doctor import Finding
@@ -40,12 +39,12 @@ def print_findings(findings: Iterable[Finding]) -> list[Finding]:
     done = []
     for finding in findings:
         done.append(finding)
-        text = printable(str(finding.text))
+        text = str(finding.text)
         if out.is_terminal:
             # A table for each row: the slow checks end long after the others.
             row = Table.grid(Column(width=1), Column(width=12), Column(), padding=(0, 2))
             mark, style = _MARKS[finding.status]
-            row.add_row(Text(mark, style=style), str(finding.title), Text(text))
+            row.add_row(Text(mark, style=style), str(finding.title), text)
             out.print(row)
         else:
             show(f"{finding.status:8} {finding.title}: {text}")

@@ -9,7 +9,7 @@ from jetson_ft import events
 from jetson_ft.cli.data import print_rows
 from jetson_ft.cli.evaluate import SIDES, print_figures
 from jetson_ft.cli.output import ProgressBar, show
-from jetson_ft.files import printable
+from jetson_ft.files import printable, quoted
 from jetson_ft.i18n import duration
 from jetson_ft.runs import exit_status, manager, processes
 from jetson_ft.runs.report.summary import energy_phrase, sensor_warnings
@@ -157,7 +157,7 @@ def print_end(run: Run, state: State) -> None:
     """Print where the results are, or (to stderr) what went wrong; and how to continue."""
     if state.state == "stopped":
         show(f"Stopped: {state.reason}.")
-        show(f"Continue with: jetson-ft train --resume {run.path}")
+        show(f"Continue with: jetson-ft train --resume {quoted(str(run.path))}")
     elif state.state == "failed":
         log = run.path / "log.txt"
         text = f"error: {exit_status.last_error(run)}"

@@ -10,14 +10,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.segment import Segment
+from rich.text import Text
 from typer import Argument, Option
 
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import printable
+from jetson_ft.files import printable, replace_unprintable
 
-out = Console(highlight=False, soft_wrap=True, emoji=False)
+
+class _Console(Console):
+    """A console that escapes control characters in all it draws, but for Rich's own."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape a string before Rich measures it, and drops some of the characters."""
+        return super().render_str(printable(text), **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """Escape what is left in the parts of other renderables."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(printable(segment.text), segment.style)
+
+
+out = _Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 RUNS = Path("runs")
 _LINE_SECONDS = 10.0  # between two lines of progress where no bar is drawn
 
@@ -34,13 +55,17 @@ RunArgument = Annotated[str, Argument(help="Name, path, or `latest`.")]
 
 def show(text: str, style: str | None = None, end: str = "\n") -> None:
     """Print a text as it is: no markup, control characters escaped."""
-    out.print(printable(text), style=style, end=end, markup=False)
+    out.print(text, style=style, end=end)
 
 
 def print_json(data: Any) -> None:
-    """Print an object for programs; in ASCII if the output is not in a Unicode encoding."""
+    """Print an object for programs; in ASCII if the output is not in a Unicode encoding.
+
+    Control characters in its texts are escaped as JSON allows it.
+    """
     is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    print(json.dumps(data, ensure_ascii=not is_unicode, indent=2))
+    text = json.dumps(data, ensure_ascii=not is_unicode, indent=2)
+    print(replace_unprintable(text, lambda part: json.dumps(part)[1:-1]))
 
 
 class ProgressBar(Progress):

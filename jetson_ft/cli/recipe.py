@@ -26,7 +26,7 @@ def list_shipped() -> None:
     from jetson_ft import recipe as recipes
 
     for name, path in recipes.shipped().items():
-        print(f"{name:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+        output.show(f"{name:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
 @app.command()
@@ -43,7 +43,7 @@ def validate(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     from jetson_ft import recipe as recipes
 
     sha256 = recipes.load_recipe(recipe, overrides or []).sha256()
-    print(f"ok: {recipe} (sha256 {sha256[:12]})")
+    output.show(f"ok: {recipe} (sha256 {sha256[:12]})")
 
 
 @app.command()

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 from typer import Argument, Option
 
 from jetson_ft.cli.output import RUNS, RunArgument, RunsOption, out, show
 from jetson_ft.errors import UserError
 from jetson_ft.events import Evaluated, Step
+from jetson_ft.files import printable
 
 app = typer.Typer(help="Look at runs.", no_args_is_help=True)
 
@@ -24,21 +24,21 @@ def list_all(runs: RunsOption = RUNS) -> None:
 
     listed = store.list_runs(runs)
     if not listed:
-        print(f"No runs in {runs} yet.")
+        show(f"No runs in {runs} yet.")
         return
     table = Table("run", "state", "steps", "held-out loss", "model", box=None)
     for run in listed:
         try:
             state, events, model = manager.reconcile_state(run), run.events(), run.recipe().model
         except UserError as error:  # one damaged run must not hide the others
-            table.add_row(Text(run.name), "damaged", "", "", Text(str(error.where)))
+            table.add_row(run.name, "damaged", "", "", str(error.where))
             continue
         steps = [event for event in events if isinstance(event, Step)]
         # A loss that was not finite is null in the events.
         losses = [e.heldout_loss for e in events if isinstance(e, Evaluated) and e.heldout_loss]
         done = f"{steps[-1].step}/{steps[-1].total_steps or '?'}" if steps else "–"
         loss = f"{losses[0]:.3f} → {min(losses):.3f}" if losses else "–"
-        table.add_row(Text(run.name), state, done, loss, Text(model))
+        table.add_row(run.name, state, done, loss, model)
     out.print(table)
 
 
@@ -65,7 +65,7 @@ def stop(run: RunArgument = "latest", runs: RunsOption = RUNS) -> None:
     manager.stop(stopped)
     state = manager.reconcile_state(stopped)
     result = "stop requested" if state in store.LIVE_STATES else "nothing to stop"
-    print(f"{stopped.name}: {state}, {result}")
+    show(f"{stopped.name}: {state}, {result}")
 
 
 @app.command()
@@ -81,7 +81,7 @@ def describe(
     described = store.find_run(run, runs)
     manager.set_title_and_notes(described, title, notes)
     written = described.about().get("notes", "")
-    print(f"{described.name}: {monitor.run_title(described)}\n{written}".rstrip())
+    show(f"{described.name}: {monitor.run_title(described)}\n{written}".rstrip())
 
 
 @app.command("zip")
@@ -94,7 +94,7 @@ def zip_adapter(
     from jetson_ft.runs import manager, store
 
     zipped = store.find_run(run, runs)
-    print(manager.zip_adapter(zipped, file or Path(f"{zipped.name}.zip")))
+    show(str(manager.zip_adapter(zipped, file or Path(f"{zipped.name}.zip"))))
 
 
 @app.command()
@@ -108,6 +108,7 @@ def delete(
 
     deleted = store.find_run(run, runs)
     if not yes:
-        typer.confirm(f"Delete {deleted.path} with its checkpoints and adapter?", abort=True)
+        question = f"Delete {deleted.path} with its checkpoints and adapter?"
+        typer.confirm(printable(question), abort=True)
     manager.delete(deleted)
-    print(f"{deleted.name}: deleted")
+    show(f"{deleted.name}: deleted")

@@ -14,6 +14,7 @@ from typer import Option
 
 from jetson_ft.cli.output import RECIPE, RUNS, SetOption, json_errors, print_json, show
 from jetson_ft.errors import UserError
+from jetson_ft.files import printable, quoted
 
 if TYPE_CHECKING:
     from jetson_ft.runs.forecast import DryRun
@@ -73,7 +74,7 @@ def train(
                 recipe, why = manager.default_recipe()
                 choose = "choose with `jetson-ft train NAME` or make finetune RECIPE=…"
                 output = sys.stderr if as_json else sys.stdout
-                print(f"recipe: {recipe} ({why}; {choose})", file=output)
+                print(printable(f"recipe: {recipe} ({why}; {choose})"), file=output)
             loaded = load_recipe(recipe, overrides or [])
             if runs:
                 loaded.output_dir = str(runs)
@@ -93,7 +94,7 @@ def train(
     if foreground:
         state = run.state()
     else:
-        print(f"run: {run.path}", flush=True)
+        show(f"run: {run.path}")
         state = _follow(run)
     print_end(run, state)
     raise typer.Exit(_EXIT_CODES[state.state])
@@ -115,7 +116,7 @@ def _follow(run: Run) -> State:
         return follower.follow()
     except KeyboardInterrupt:
         print("The run is stopping in the background.")
-        print(f"Resume with: jetson-ft train --resume {run.path}")
+        show(f"Resume with: jetson-ft train --resume {quoted(str(run.path))}")
         raise typer.Exit(130) from None
 
 
@@ -129,7 +130,7 @@ def _start_here(config: DistributedConfig) -> Callable[[Run, IO[bytes]], None]:
         from jetson_ft.cli.follow import Follower
         from jetson_ft.runs import manager
 
-        print(f"run: {run.path}", flush=True)
+        show(f"run: {run.path}")
         # A bar, which is drawn again and again, would disturb a debugger's prompt.
         printer = threading.Thread(target=Follower(run, live=False).follow, daemon=True)
         printer.start()

@@ -1,17 +1,11 @@
-"""Chat templates that a recipe can name instead of the model's own: shipped ones, and files.
-
-A template is Jinja text; transformers renders it in a sandboxed environment.
-"""
+"""Chat templates that a recipe can name instead of the model's own, as Jinja text."""
 
 from __future__ import annotations
 
 import datetime
-import logging
+from functools import lru_cache
 
-from jetson_ft.errors import UserError, _
-from jetson_ft.files import disk_errors, expand_user
-
-logger = logging.getLogger(__name__)
+from jetson_ft.errors import _
 
 CHOOSE_TEMPLATE = _(
     "Set `data.chat_template`: to `chatml`, which keeps every message, or to a file with a "
@@ -62,33 +56,7 @@ TEMPLATES = {
 }
 
 
-def read_template(name: str) -> str:
-    """Return the shipped template of that name, or the text of a file.
-
-    Raises:
-        UserError: there is neither, or the file is empty, not UTF-8 or not valid Jinja.
-    """
-    if name in TEMPLATES:
-        return TEMPLATES[name]
-    path = expand_user(name)
-    fix = _("`data.chat_template` takes a file with Jinja text, or one of {names}.")
-    names = ", ".join(TEMPLATES)
-    if not path.is_file():
-        raise UserError(_("Chat template not found."), name, fix, names=names)
-    with disk_errors(path):
-        content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            _("The chat template is not UTF-8 text."), name, fix, names=names
-        ) from error
-    if not text.strip():
-        raise UserError(_("The chat template is empty."), name, fix, names=names)
-    _check_syntax(text, name)
-    return text
-
-
+@lru_cache(maxsize=4)
 def with_fixed_date(template: str) -> str:
     """Return a template that renders alike on every day.
 
@@ -99,17 +67,3 @@ def with_fixed_date(template: str) -> str:
     replaced = "".join(f" | replace('%{code}', '{_TODAY:%{code}}')" for code in _DATE_CODES)
     # Jinja removes the line break after the macro (`trim_blocks`).
     return f"{{% macro strftime_now(form) %}}{{{{ form{replaced} }}}}{{% endmacro %}}\n{template}"
-
-
-def _check_syntax(text: str, name: str) -> None:
-    """Raise a UserError if the text is not valid Jinja, with the tags that transformers adds."""
-    from jinja2 import TemplateSyntaxError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=text)
-    except TemplateSyntaxError as error:
-        what = _("The chat template is not valid Jinja: line {line}: {error}")
-        raise UserError(what, name, line=error.lineno, error=error.message) from error
-    except Exception:  # it may need other messages; rows that it refuses are reported
-        logger.debug("the chat template refuses a single question", exc_info=True)

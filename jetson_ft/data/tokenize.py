@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jetson_ft.data.chat_template import ANSWER, Encoded, encode
+from jetson_ft.data.chat_template import ANSWER, Encoded, encode_all
 from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.store import open_arrow
 from jetson_ft.errors import Message, UserError, _, joined
@@ -187,23 +187,23 @@ def _encode_batch(
 ) -> dict[str, list[Any]]:
     """Return the columns of the rows in a batch."""
     result: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for values in zip(*batch.values(), strict=True):
-        row = dict(zip(batch, values, strict=True))
-        if row["messages"][0]["role"] == TEXT:
-            encoded_rows = list(_encode_document(row, tokenizer, max_length))
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    pairs = [(row["messages"], row.get("tools") or "") for row in rows]
+    for row, encoded in zip(rows, encode_all(tokenizer, pairs), strict=True):
+        if isinstance(encoded, Encoded) and row["messages"][0]["role"] == TEXT:
+            pieces = list(_document_columns(row, encoded, max_length))
         else:
-            encoded_rows = [_encode_conversation(row, tokenizer, max_length, truncation)]
-        for encoded in encoded_rows:
+            pieces = [_conversation_columns(row, encoded, tokenizer, max_length, truncation)]
+        for piece in pieces:
             for name, column in result.items():
-                column.append(encoded[name])
+                column.append(piece[name])
     return result
 
 
-def _encode_document(
-    row: dict[str, Any], tokenizer: Any, max_length: int
+def _document_columns(
+    row: dict[str, Any], whole: Encoded, max_length: int
 ) -> Iterator[dict[str, Any]]:
     """Yield the columns of each piece of a document; pieces are of about equal length."""
-    whole = encode(tokenizer, row["messages"])
     length = len(whole.ids)
     count = -(-length // max_length)
     for number in range(count):
@@ -227,16 +227,19 @@ def _encode_document(
         }
 
 
-def _encode_conversation(
-    row: dict[str, Any], tokenizer: Any, max_length: int, truncation: str
+def _conversation_columns(
+    row: dict[str, Any],
+    encoded: Encoded | UserError,
+    tokenizer: Any,
+    max_length: int,
+    truncation: str,
 ) -> dict[str, Any]:
     """Return the row's columns; `dropped`: why it is not kept, of `_REASONS` or a message."""
     messages: list[ChatMessage] = row["messages"]
     tools = row.get("tools") or ""
-    try:
-        encoded, dropped = encode(tokenizer, messages, tools), ""
-    except UserError as error:
-        encoded, dropped = Encoded(), json.dumps(error.what.as_json())
+    dropped = ""
+    if isinstance(encoded, UserError):
+        dropped, encoded = json.dumps(encoded.what.as_json()), Encoded()
     ids, segments = encoded.ids[:max_length], encoded.segments[:max_length]
     characters = encoded.characters
     if not dropped and ANSWER not in segments:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 MAX_REPLY_BATCH = 36  # prompts of a batch, where memory sets no lower limit
 
 
+_SHOWN_VALUE = 40  # characters of what is no number
+
+
 def _option(default: Any, text: str, lowest: float, highest: float, **slider: float) -> Any:
     """Return a field of `Sampling`; a slider has the useful part of the allowed range."""
     metadata = {"help": text, "lowest": lowest, "highest": highest, **slider}
@@ -30,7 +33,7 @@ class Sampling:
     `max`, `step`.
 
     Raises:
-        UserError: a value is out of its range.
+        UserError: a value is out of its range, or no number (a whole one, where the default is).
     """
 
     max_new_tokens: int = _option(
@@ -52,11 +55,33 @@ class Sampling:
         for option in fields(self):
             value = getattr(self, option.name)
             low, high = option.metadata["lowest"], option.metadata["highest"]
-            if value is not None and not low <= value <= high:
+            if value is None and option.default is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UserError(
-                    _("{name} can't be {value:g}."), fix=_("From {low:g} to {high:g}."),
-                    name=option.name, value=value, low=low, high=high,
+                    _("{name} must be a number, not {value}."),
+                    name=option.name, value=repr(value)[:_SHOWN_VALUE],
                 )  # fmt: skip
+            if not low <= value <= high:  # nor is NaN
+                raise UserError(
+                    _("{name} can't be {value}."), fix=_("From {low:g} to {high:g}."),
+                    name=option.name, value=_short(value), low=low, high=high,
+                )  # fmt: skip
+            if not isinstance(option.default, float):  # a slider may send 256.0
+                if value != int(value):
+                    raise UserError(
+                        _("{name} must be a whole number, not {value}."),
+                        name=option.name, value=value,
+                    )  # fmt: skip
+                object.__setattr__(self, option.name, int(value))
+
+
+def _short(value: float) -> str:
+    """Return a number in a few characters, however many digits it has."""
+    try:
+        return f"{value:g}"
+    except OverflowError:
+        return ">1e308" if value > 0 else "<-1e308"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from jetson_ft import hub
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import expand_user, read_json
 from jetson_ft.models import embedded
+from jetson_ft.models.code_check import check_folder
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.json", "vocab.txt"]  # one is enough
@@ -52,7 +53,7 @@ def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
     """Return the model's files; download those of a hub id, without `weights` only the others.
 
     Raises:
-        UserError: unknown, not reachable, without usable weights, or in need of remote code.
+        UserError: unknown, not reachable, without usable weights, or in need of code of its own.
     """
     if name == "embedded":
         return BaseModelFiles(name, embedded.embedded_folder())
@@ -69,6 +70,7 @@ def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
             name,
             _("Give `embedded`, a hub id such as `microsoft/phi-1_5`, or a folder that exists."),
         )
+    check_folder(base.folder)
     path = base.folder / "config.json"
     config = read_json(path) if path.is_file() else {}  # a GGUF file contains its own
     # "auto_map" points to code: transformers must have the architecture itself.

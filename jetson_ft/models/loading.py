@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jetson_ft.data.templates import TEMPLATES, read_template
+from jetson_ft.data import render_template
+from jetson_ft.data.conversation import prepare_conversation
+from jetson_ft.data.render_template import TemplateLimitError
+from jetson_ft.data.template_files import read_template
+from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import read_json
 from jetson_ft.hardware.detect import Device
@@ -70,6 +73,12 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_source(base))
     except Exception as error:  # the tokenizers library raises bare ones
+        if _needs_own_code(base.folder / "tokenizer_config.json"):
+            raise UserError(
+                _("The tokenizer needs code from its repository, which is never run."),
+                str(base.folder),
+                _("Choose a model whose tokenizer transformers has itself."),
+            ) from error
         fix = _("Put its files (tokenizer.json, tokenizer_config.json, …) beside the weights.")
         raise _load_error(base, error, _("The tokenizer can't be loaded: {error}"), fix) from error
     if tokenizer.eos_token is None:
@@ -83,9 +92,23 @@ def load_tokenizer(
         has_start = start is not None and tokenizer("a")["input_ids"][0] == start
         prefix = "{{ bos_token }}" if has_start and name in TEMPLATES else ""
         tokenizer.chat_template = prefix + read_template(name)
+    for template in _templates(tokenizer):
+        render_template.check_size(len(template), str(base.folder))
+    render_template.prepare(str(tokenizer.get_chat_template()))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _needs_own_code(settings: Path) -> bool:
+    content = read_json(settings) if settings.is_file() else {}
+    return isinstance(content, dict) and "auto_map" in content
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokenizer's chat template, or all if it has several by name."""
+    template = tokenizer.chat_template
+    return list(template.values()) if isinstance(template, dict) else [str(template)]
 
 
 def load_config(base: BaseModelFiles) -> PretrainedConfig:
@@ -97,7 +120,10 @@ def load_config(base: BaseModelFiles) -> PretrainedConfig:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(**_source(base))
+        config = transformers.AutoConfig.from_pretrained(**_source(base))
+        # Building a model of it could load kernels of others; see `models.code_check`.
+        config._attn_implementation = config._experts_implementation = None
+        return config
     except Exception as error:  # a config's class checks the types of its values, in its own ways
         path = base.folder / "config.json"
         config = read_json(path) if path.is_file() and not base.gguf_file else {}
@@ -203,13 +229,17 @@ def check_vocabulary(
         texts: token ids of texts that the model will read.
 
     Raises:
-        UserError: it has not.
+        UserError: it has not, or the chat template passes a bound.
     """
     ids = [tokenizer.vocab_size - 1, tokenizer.eos_token_id, tokenizer.pad_token_id]
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
-    with suppress(Exception):  # faults of a template have a message of their own
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    try:
+        text = prepare_conversation(tokenizer, messages, "").render()
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    except TemplateLimitError:
+        raise
+    except UserError:  # a template that refuses these messages may take those of the rows
+        pass
     if len(tokenizer) > rows:  # else no text has such a token
         ids += [max(text, default=0) for text in texts]
     if max(ids) >= rows:
@@ -235,6 +265,9 @@ def _options(base: BaseModelFiles, weights: WeightFormat, device: str) -> dict[s
         # `load_model` checks the loading info; transformers would raise a RuntimeError.
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
+        # transformers' default, whatever the config names: it could load kernels of others.
+        "attn_implementation": None,
+        "experts_implementation": None,
     }
     if base.gguf_file:
         if weights.quantize != "none":

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from jetson_ft.errors import Message, Problem, _
+from jetson_ft.files import printable
 
 MAX_DEPTH = 16
 MAX_CHARACTERS = 100_000  # a second of reading
@@ -74,15 +75,21 @@ def parse_yaml(text: str) -> tuple[Any, dict[KeyPath, int], list[Problem]]:
 
 def dump_yaml(value: Any) -> str:
     """Return plain values as YAML, keys in their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return _dump(value)
 
 
 def dump_flow(value: Any) -> str:
     """Return plain values as YAML on one line."""
-    return yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True,
-        default_flow_style=True, width=sys.maxsize,
-    ).strip()  # fmt: skip
+    return _dump(value, default_flow_style=True, width=sys.maxsize).strip()
+
+
+def _dump(value: Any, **options: Any) -> str:
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, **options)
+    if printable(text) == text:
+        return text
+    # With a character that can disguise the text all beyond ASCII is escaped: PyYAML has no choice
+    # between.
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, **options))
 
 
 def parse_scalar(text: str) -> Any:

@@ -19,7 +19,7 @@ from jetson_ft.data.chat_template import CONTEXT, encode
 from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.lengths import LengthHistogram
 from jetson_ft.data.prepare import count_tokens, prepare_rows
-from jetson_ft.data.templates import read_template
+from jetson_ft.data.template_files import read_template
 from jetson_ft.errors import Message, UserError, _, messages_as_json
 from jetson_ft.hardware import boards, detect
 from jetson_ft.hardware.detect import Device

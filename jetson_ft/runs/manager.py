@@ -29,7 +29,8 @@ from jetson_ft.data import layouts, readers, sources
 from jetson_ft.data import store as rows_store
 from jetson_ft.data.formats import RowError
 from jetson_ft.data.sources import Source
-from jetson_ft.data.templates import TEMPLATES, read_template
+from jetson_ft.data.template_files import read_template
+from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import (
     DiskFull,

@@ -18,7 +18,7 @@ import psutil
 
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.events import PHASES, Failed, Generated, PhaseEnded, PhaseStarted, Step, Warned
-from jetson_ft.files import write_json
+from jetson_ft.files import quoted, write_json
 from jetson_ft.hardware import cgroup
 from jetson_ft.runs.exit_status import EXIT_FAILED, EXIT_RETRY
 from jetson_ft.runs.processes import OUT_OF_MEMORY_FIX, read_distributed_config
@@ -145,7 +145,7 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
         )
         return OutOfMemory(described, where, fix)
     limit = smaller["memory_limit_gb"]
-    values = {"path": str(run.path), "limit": limit, "plan": _describe(smaller)}
+    values = {"path": quoted(str(run.path)), "limit": limit, "plan": _describe(smaller)}
     # Several processes get no second attempt, and one more attempt is enough.
     is_alone = not read_distributed_config(run).needs_launcher
     if run.recipe().train.on_oom == "shrink" and is_alone and "memory_limit_gb" not in plan:

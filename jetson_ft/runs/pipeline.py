@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from jetson_ft import adapter, events, hub
-from jetson_ft.data import tokenize
+from jetson_ft.data import render_template, tokenize
 from jetson_ft.data.prepare import PreparedRows, prepare_rows
 from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.events import Emit
@@ -66,7 +66,11 @@ class Pipeline:
     def finetune(self) -> bool:
         """Do everything from the recipe to the report; return False when a stop was requested."""
         try:
-            with self.monitor, hub.download_progress(self._on_download):
+            with (
+                self.monitor,
+                hub.download_progress(self._on_download),
+                render_template.stop_check(self._on_rendering),
+            ):
                 self._finetune()
         except _Stopped:
             return False
@@ -170,6 +174,10 @@ class Pipeline:
         if self.dist.size == 1 and self.stop_requested():  # other ranks would wait for this one
             raise _Stopped
         self.emit(events.Download(file=file, done=done, total=total, seconds_left=left))
+
+    def _on_rendering(self) -> None:
+        if self.dist.size == 1 and self.stop_requested():  # as above
+            raise _Stopped
 
     def _warn(self, template: str, fault: Message | None) -> None:
         self.emit(events.Warned.of_message(Message(template, {"fault": fault})))

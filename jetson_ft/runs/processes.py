@@ -6,10 +6,8 @@ no part of the recipe. This module imports no torch.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import socket
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -37,7 +35,6 @@ OUT_OF_MEMORY_FIX = _(
     "data.max_length or lora.rank."
 )
 LAUNCHER_PROCESS = "JETSON_FT_LAUNCHER"  # its number, in the environment of its workers
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CONFIG_FILE = "processes.json"
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):(\d{1,5})")
 
@@ -108,17 +105,6 @@ def own_address(host: str) -> str:
             _("Give the address of machine 0 in a network that all machines are in."),
             error=error.strerror or str(error),
         ) from error
-
-
-def end_with_launcher() -> None:
-    """Let the kernel end this worker when the launcher dies, which holds `worker.lock` for it.
-
-    To the kernel the parent is the launcher's thread that started the worker; it waits for the
-    workers, so it never ends before them.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if str(os.getppid()) != os.environ[LAUNCHER_PROCESS]:  # it had died before
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def silence_libraries() -> None:

@@ -18,6 +18,7 @@ from jetson_ft import logs
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.events import Emit, Event, Exited, Failed, Warned
 from jetson_ft.files import is_disk_full
+from jetson_ft.parent import end_with_parent
 from jetson_ft.runs import oom
 from jetson_ft.runs.exit_status import (
     EXIT_DISK_FULL,
@@ -27,7 +28,7 @@ from jetson_ft.runs.exit_status import (
     EXIT_STOPPED,
 )
 from jetson_ft.runs.oom import OutOfMemory
-from jetson_ft.runs.processes import end_with_launcher, explain_error, silence_libraries
+from jetson_ft.runs.processes import LAUNCHER_PROCESS, explain_error, silence_libraries
 from jetson_ft.runs.store import EventLog, Run
 from jetson_ft.training import distributed
 from jetson_ft.training.memory import is_out_of_memory
@@ -47,7 +48,7 @@ def main(run: Run, on_interrupt: Any = signal.SIG_IGN) -> int:
     emit = EventLog(run, attempt).emit if is_local_main else lambda _event: None
     is_launched = distributed.is_launched()
     if is_launched:
-        end_with_launcher()
+        end_with_parent(LAUNCHER_PROCESS)  # it holds `worker.lock` for this process
     code = _work(run, emit)
     # For `manager.reconcile_state`, if the supervisor that waits for the exit code is gone.
     _emit_last(emit, Exited(code=code))

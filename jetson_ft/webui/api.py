@@ -17,6 +17,7 @@ from starlette.background import BackgroundTask
 from jetson_ft.errors import UserError, _
 from jetson_ft.runs import manager, store
 from jetson_ft.webui.fragments import Fragments
+from jetson_ft.webui.limits import BusyError, costly
 from jetson_ft.webui.render import Locale, request_language
 
 Compared = Annotated[tuple[str, ...], Query()]
@@ -57,7 +58,8 @@ def router(root: Path) -> APIRouter:
     def adapter(name: str) -> Response:
         run = store.run_by_name(name, root)
         folder = tempfile.TemporaryDirectory()
-        path = manager.zip_adapter(run, Path(folder.name) / "adapter.zip")
+        with costly():
+            path = manager.zip_adapter(run, Path(folder.name) / "adapter.zip")
         cleanup = BackgroundTask(folder.cleanup)
         return FileResponse(path, filename=f"{run.name}-adapter.zip", background=cleanup)
 
@@ -75,7 +77,10 @@ def error_response(request: Request, error: Exception) -> Response:
     """Return a `UserError` as JSON, in the page's language."""
     assert isinstance(error, UserError)
     t = Locale(request_language(request.url.path, request.headers))
-    return JSONResponse({"what": t(error.what), "where": t(error.where), "fix": t(error.fix)}, 422)
+    texts = {"what": t(error.what), "where": t(error.where), "fix": t(error.fix)}
+    if isinstance(error, BusyError):
+        return JSONResponse(texts, 429, {"Retry-After": "10"})
+    return JSONResponse(texts, 422)
 
 
 def _fragment(request: Request, html: str) -> Response:

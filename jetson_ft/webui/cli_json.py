@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
 
 from jetson_ft.errors import Message, UserError, _
+from jetson_ft.parent import PARENT_PROCESS
+from jetson_ft.webui.limits import costly
+
+_SECONDS = 900.0  # for a command; tokenizing gigabytes of rows takes minutes
 
 
 def run_cli_json(*arguments: str) -> dict[str, Any]:
     """Run `jetson-ft` with these arguments; return the object that it prints.
 
+    The process ends with this one.
+
     Raises:
+        BusyError: as many such processes run as may.
         UserError: the command's own error, or its output to stderr where it printed no object.
     """
     command = [sys.executable, "-m", "jetson_ft.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    environment = {**os.environ, PARENT_PROCESS: str(os.getpid())}
+    with costly():
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                errors="replace", env=environment, timeout=_SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                _("This took longer than {minutes:.0f} minutes and was ended."),
+                fix=_("Use fewer rows, or run the command in a terminal."),
+                minutes=_SECONDS / 60,
+            ) from error
     try:
         result = json.loads(done.stdout)
     except ValueError:

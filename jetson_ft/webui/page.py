@@ -14,10 +14,12 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.webui import api
 from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.gradio_import import gr
+from jetson_ft.webui.limits import costly
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.security import AccessMiddleware, AccessPolicy
 from jetson_ft.webui.tabs import chat, device, train
 
+_MAX_QUEUED = 32  # calls of Gradio that wait, each with up to a megabyte; others get 503
 _SCRIPTS = """<link rel="stylesheet" href="/static/page.css">
 <script src="/static/page.js" defer></script>"""
 
@@ -28,7 +30,7 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
     app.include_router(api.router(runs))
     app.add_exception_handler(UserError, api.error_response)
     app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")))
-    client, doctor = ChatClient(runs), device.Doctor(runs)
+    client, doctor = ChatClient(runs, costly), device.Doctor(runs)
     # Fonts of the browser's machine: web fonts would need a network.
     theme = gr.themes.Base(
         primary_hue="green",
@@ -42,6 +44,7 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
         # Else each queue polls a thousand times per second: 7 % of a core for an idle page. These
         # are Gradio's own values for Windows.
         queue = blocks._queue
+        queue.max_size = _MAX_QUEUED
         queue.sleep_when_free, queue.progress_update_sleep_when_free = 0.05, 0.1
         gr.mount_gradio_app(
             app, blocks, f"/{language}", theme=theme, head=_SCRIPTS, footer_links=[],

@@ -13,11 +13,13 @@ from starlette.requests import cookie_parser
 
 from jetson_ft import i18n
 from jetson_ft.errors import Message, UserError, joined
+from jetson_ft.files import printable, printable_value
 
 _PAGE = re.compile(r"/(?:live/)?(\w+)/")
 _TEMPLATES = Environment(
-    loader=PackageLoader("jetson_ft.webui"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-)
+    loader=PackageLoader("jetson_ft.webui"), autoescape=True, finalize=printable_value,
+    trim_blocks=True, lstrip_blocks=True,
+)  # fmt: skip
 _TEMPLATES.globals |= {"joined": joined, "duration": i18n.duration}
 _TEMPLATES.filters["message"] = Message.from_json
 
@@ -31,9 +33,13 @@ class Locale:
         self._translate = i18n.translator(self.language)
 
     def __call__(self, text: str | Message | UserError, **values: Any) -> str:
-        """Return a text in this language; `values` fill the fields of a template."""
+        """Return a text in this language, control characters in its values escaped.
+
+        Args:
+            values: of the fields of a template.
+        """
         message = Message(text, values) if isinstance(text, str) else text
-        return message.format(self._translate)
+        return printable(message.format(self._translate))
 
 
 def render(template: str, t: Locale, **values: Any) -> str:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import re
 import secrets
 import socket
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from jetson_ft.errors import UserError, _
+from jetson_ft.files import printable
 from jetson_ft.runs import manager, processes
 from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.security import AccessPolicy
+from jetson_ft.webui.uploads import Incoming
 
 
 def serve(
@@ -39,11 +43,13 @@ def serve(
     """
     if reached_as:
         host_names = (*host_names, _host_name(reached_as))
+    incoming = Incoming(runs)
     is_local = is_loopback(host)
     folders = None if is_local and not allowed else (runs, *allowed)
     token = "" if is_local else secrets.token_hex(16)
-    policy = AccessPolicy(token, host_names, allowed=AllowedPaths(folders))
+    policy = AccessPolicy(token, host_names, allowed=AllowedPaths(folders), incoming=incoming)
     listener = _listen(host, port)
+    upload_error = _prepare_uploads(incoming)
     import uvicorn
 
     from jetson_ft.webui.page import make_app
@@ -59,6 +65,8 @@ def serve(
     else:
         names = ", ".join(map(str, folders))
         print(f"The page can use files in {names} (--allow-path FOLDER adds one).", flush=True)
+    if upload_error:
+        print(printable(f"warning: {upload_error}"), flush=True)
     for run in manager.resumable_runs(runs)[:3]:
         command = f"jetson-ft train --resume {run.name}"
         print(f"{run.name} can be resumed: Resume on the page, or {command}", flush=True)
@@ -66,7 +74,24 @@ def serve(
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
-    server.run([listener])
+    try:
+        server.run([listener])
+    finally:
+        incoming.close()
+
+
+def _prepare_uploads(incoming: Incoming) -> UserError | None:
+    """Let Gradio receive files in `incoming`; return why uploads will be refused.
+
+    Gradio's own default is a folder in /tmp, which another user may have made.
+    """
+    try:
+        incoming.prepare()
+    except UserError as error:
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp()  # Gradio writes there when it starts
+        return error
+    os.environ["GRADIO_TEMP_DIR"] = str(incoming.folder)
+    return None
 
 
 def is_loopback(host: str) -> bool:
@@ -97,8 +122,10 @@ def _host_name(address: str) -> str:
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket, before the page is built: a taken port is reported at once."""
     try:
-        family, *_rest, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _name, address = addresses[0]
+        # With the protocol, asyncio sets TCP_NODELAY: without it a response takes 40 ms longer.
+        listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(128)

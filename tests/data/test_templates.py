@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jetson_ft.data.templates import TEMPLATES, read_template
+from jetson_ft.data.template_files import read_template
+from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import load_tokenizer

@@ -48,7 +48,7 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def encode_nothing(*_: Any) -> None:
         raise AssertionError("encoded")
 
-    monkeypatch.setattr(tokenize, "encode", encode_nothing)
+    monkeypatch.setattr(tokenize, "encode_all", encode_nothing)
 
 
 def full_lengths(tokenizer: Any, rows: Dataset) -> list[int]:

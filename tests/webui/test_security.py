@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,11 +28,11 @@ async def chat(socket: WebSocket) -> None:
     await socket.close()
 
 
-def client(token: str = "", names: tuple[str, ...] = (), upload: int = 1000) -> TestClient:
+def client(token: str = "", names: tuple[str, ...] = ()) -> TestClient:
     app = Starlette(routes=[
         Route("/", root, methods=["GET", "POST"]), WebSocketRoute("/talk", chat),
     ])  # fmt: skip
-    middleware = AccessMiddleware(app, AccessPolicy(token, names, upload))
+    middleware = AccessMiddleware(app, AccessPolicy(token, names))
     return TestClient(middleware, base_url=HOME, follow_redirects=False)
 
 
@@ -110,24 +108,6 @@ def test_websockets_of_other_sites_are_closed() -> None:
 def test_the_origin_is_compared_with_its_port() -> None:
     headers = {"host": "[::1]:7860", "origin": "http://[::1]:7860"}
     assert not is_cross_origin(Headers(headers))
-
-
-# Uploads
-
-
-def test_a_body_over_the_limit_gets_413() -> None:
-    assert client().post("/", content=b"x" * 1000).is_success
-    answer = client().post("/", content=b"x" * 1001)
-    assert answer.status_code == 413 and "larger than 0 MiB" in answer.text
-
-
-def test_a_body_without_length_is_disconnected_at_the_limit() -> None:
-    def chunks() -> Iterator[bytes]:
-        yield from [b"x" * 600] * 3
-
-    with pytest.raises(Exception) as caught:
-        client().post("/", content=chunks())
-    assert type(caught.value).__name__ == "ClientDisconnect"
 
 
 # The token

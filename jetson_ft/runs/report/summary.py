@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jetson_ft import __version__
 from jetson_ft.errors import Message, _
 from jetson_ft.events import Evaluated, Event, PauseEnded, Sensors, Step, Warned
-from jetson_ft.files import write_atomic, write_json
+from jetson_ft.files import printable, printable_value, write_atomic, write_json
 from jetson_ft.i18n import duration, languages, translator
 from jetson_ft.runs.report import chart
 from jetson_ft.runs.store import Run
@@ -226,7 +226,7 @@ def render_markdown(name: str, report: dict[str, Any]) -> str:
         is_text = pair["messages"][0]["role"] == "text"
         title = "given continuation" if is_text else "given answer"
         lines += [_quoted(title, pair["reference"])]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def _sources_as_markdown(report: dict[str, Any]) -> list[str]:
@@ -258,6 +258,7 @@ def render_html(name: str, report: dict[str, Any], events: list[Event]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=printable_value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -292,7 +293,7 @@ def _in_every_language(text: str | Message, **values: Any) -> Any:
     message = text if isinstance(text, Message) else Message(text, values)
     span = Markup('<span lang="{}">{}</span>')
     return Markup("").join(
-        span.format(_html_tag(language), message.format(translator(language)))
+        span.format(_html_tag(language), printable(message.format(translator(language))))
         for language in languages()
     )
 

@@ -32,7 +32,7 @@
     const response = await fetch(address, { headers, cache: "no-store" });
     if (response.status === 304 || wanted.get(id) !== address) return;
     if (!response.ok) {
-      if (id === "run-detail") clearDetail();
+      if (id === "run-detail" && response.status !== 429) clearDetail();
       return;
     }
     const html = await response.text();

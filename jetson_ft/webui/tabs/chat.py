@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from jetson_ft.chat import target
 from jetson_ft.chat.client import ChatClient, ChatRequest, ChatTurns
 from jetson_ft.chat.session import parse_examples
 from jetson_ft.errors import UserError, _
+from jetson_ft.files import printable
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.models import files
 from jetson_ft.runs import monitor, store
@@ -108,7 +111,7 @@ class ChatTab:
     def choices(self) -> list[tuple[str, str]]:
         """Return (label, name) of every run with an adapter and every downloaded base model."""
         runs = store.runs_with_adapter(self.runs)
-        adapters = [(monitor.run_title(run), run.name) for run in runs]
+        adapters = [(printable(monitor.run_title(run)), run.name) for run in runs]
         label = _("{model}, no adapter")
         bases = [(self.t(label, model=name), name) for name in hub.downloaded_models()]
         return [(self.t(_("embedded model, no adapter")), BASE), *adapters, *bases]
@@ -181,7 +184,7 @@ class ChatTab:
                 yield "", *turns.values(), self.t(_("Loading the model …"))
                 reply = None
                 for reply in self.client.generate(name, chat, str(request.session_hash)):
-                    turns[side] = [*asked, {"role": "assistant", "content": reply.text}]
+                    turns[side] = [*asked, {"role": "assistant", "content": printable(reply.text)}]
                     if reply.tokens and reply.seconds:
                         rate = reply.tokens / reply.seconds
                         note = _("{tokens} tokens, {rate:.1f} tokens/s")
@@ -191,7 +194,7 @@ class ChatTab:
                 if reply and reply.stopped:
                     return
         except UserError as error:
-            gr.Warning(self.t(error), duration=15)
+            gr.Warning(escape(self.t(error)), duration=15)  # which is shown as HTML
             yield text, *shown, ""
 
     @staticmethod
@@ -209,8 +212,8 @@ class ChatTab:
 def _sampling(seed: str, values: Sequence[Any]) -> Sampling:
     """Return the settings of the sliders and the seed's field."""
     settings = {option.name: value for option, value in zip(_SLIDERS, values, strict=True)}
-    if seed.strip():
-        if not seed.strip().isdigit():
+    if seed and seed.strip():
+        if not re.fullmatch(r"[0-9]{1,19}", seed.strip()):
             raise UserError(_("The seed must be a whole number."), seed)
         settings["seed"] = int(seed)
     return Sampling(**settings)

@@ -51,5 +51,6 @@ def build(t: Locale, doctor: Doctor, tab: Any) -> None:
         except UserError as error:
             return error_html(error, t)
 
-    tab.select(examine, None, html, concurrency_limit=None)
-    again.click(partial(examine, 0.0), None, html, concurrency_limit=None)
+    # Those that wait for an examination hold no threads, which the rest of the page needs.
+    tab.select(examine, None, html, concurrency_limit=2)
+    again.click(partial(examine, 0.0), None, html, concurrency_limit=2)

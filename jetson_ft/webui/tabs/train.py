@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
-import shutil
 import tempfile
 import threading
 import uuid
@@ -17,9 +15,10 @@ from typing import Any, Literal, get_args, get_origin
 from jetson_ft import recipe as recipes
 from jetson_ft.data.readers import SUFFIXES
 from jetson_ft.errors import RecipeError, UserError, _
-from jetson_ft.files import disk_errors, expand_user
+from jetson_ft.files import expand_user, quoted
 from jetson_ft.recipe import Recipe, SourceRecipe, strict_yaml
 from jetson_ft.runs import manager, monitor, queue, store
+from jetson_ft.webui import uploads
 from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.cli_json import run_cli_json
 from jetson_ft.webui.gradio_import import gr
@@ -119,15 +118,10 @@ class Form:
 
     def store_upload(self, path: str) -> str:
         """Move an uploaded file to the folder of runs, for later resumes; return its path."""
-        source = Path(path)
-        folder = self.runs.absolute() / "uploads" / uuid.uuid4().hex[:8]
         try:
-            with disk_errors(folder):
-                folder.mkdir(parents=True)
-                shutil.move(source, folder / source.name)
+            return str(uploads.store(self.runs, Path(path)))
         except UserError as error:
-            raise gr.Error(self.t(error)) from error
-        return str(folder / source.name)
+            raise gr.Error(escape(self.t(error))) from error  # shown as HTML
 
     def plan(self, *values: Any) -> list[Any]:
         """Return the dry run's HTML, and updates of all fields."""
@@ -147,11 +141,11 @@ class Form:
         def html(recipe: Recipe) -> str:
             data = recipe.data
             result = run_cli_json(
-                "data", "inspect", "--json", "--model", recipe.model,
-                "--max-length", str(data.max_length), "--format", data.format,
-                "--encoding", data.encoding,
+                "data", "inspect", "--json", f"--model={recipe.model}",
+                f"--max-length={data.max_length}", f"--format={data.format}",
+                f"--encoding={data.encoding}",
                 *(f"--column={part}={name}" for part, name in data.columns.chosen().items()),
-                *(["--chat-template", data.chat_template] if data.chat_template else []),
+                *([f"--chat-template={data.chat_template}"] if data.chat_template else []),
                 "--", *(_inspected(item) for item in data.sources()),
             )  # fmt: skip
             return render("inspection.jinja", self.t, **result)
@@ -225,8 +219,9 @@ def command_of(recipe: Recipe, name: str) -> str:
         sets += [f"{key}={_text(value)}" for key, (value, _default) in changes.items()]
     if Path(recipe.output_dir) == Path("runs").absolute():
         sets.remove(f"output_dir={recipe.output_dir}")  # the command's default
-    options = [f"--set {shlex.quote(text)}" for text in sets]
-    return " \\\n  ".join([f"jetson-ft train {name}", *options])
+    options = [f"--set {quoted(text)}" for text in sets]
+    name = f"./{name}" if name.startswith("-") else name  # else an option
+    return " \\\n  ".join([f"jetson-ft train {quoted(name)}", *options])
 
 
 def _form_values(recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,368 @@
+"""Texts from outside: escaped at each door that shows them, and values, never options."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import program
+import pytest
+from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.table import Table
+from rich.text import Text
+from run_folders import make_run
+from starlette.testclient import TestClient
+
+from jetson_ft import recipe as recipes
+from jetson_ft.cli import output
+from jetson_ft.errors import Message, UserError
+from jetson_ft.events import Warned
+from jetson_ft.files import printable, quoted
+from jetson_ft.recipe import strict_yaml
+from jetson_ft.runs import store
+from jetson_ft.runs.store import EventLog
+from jetson_ft.webui import api
+from jetson_ft.webui.render import Locale, error_html, render
+from jetson_ft.webui.tabs import train
+
+# Moves the cursor, rings, sets a title, has C1's CSI, reverses, hides, is half a surrogate pair.
+EVIL = "a\x1b[2J\x07\x1b]0;b\x07\x9b31m\u202ec\u2066\u061c\u200f\ufeff\U000e0041\u2028d\r"
+SHOWN = r"a\x1b[2J\x07\x1b]0;b\x07\x9b31m\u202ec\u2066\u061c\u200f\ufeff\U000e0041\u2028d\x0d"
+# Ordinary: scripts with joiners, a family, a flag, a tab and line breaks.
+ORDINARY = "中文\tनमस्ते क्‍ष می‌خواهم 👩‍👩‍👧 🇨🇳 ❤️ «é»\n"
+FORMATS = {"Cc", "Cs", "Zl", "Zp"}
+DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+def is_dangerous(character: str) -> bool:
+    if character in "\n\t":
+        return False
+    marks = character in "\u061c\u200e\u200f\ufeff" or 0xE0000 <= ord(character) <= 0xE007F
+    kind = unicodedata.category(character)
+    return kind in FORMATS or unicodedata.bidirectional(character) in DIRECTIONS or marks
+
+
+def assert_harmless(text: str) -> None:
+    """Nothing in the text moves a cursor, reverses or hides."""
+    assert [character for character in text if is_dangerous(character)] == []
+
+
+@pytest.mark.promise(46)
+@given(st.text(st.characters()))
+def test_printable_text_holds_nothing_dangerous_and_keeps_the_rest(text: str) -> None:
+    shown = printable(text)
+    assert_harmless(shown)
+    shown.encode()
+    assert printable(shown) == shown
+    harmless = "".join(each for each in text if printable(each) == each)
+    assert re.sub(r"\\x..|\\u....|\\U.{8}", "", shown) in (
+        harmless, re.sub(r"\\x..|\\u....|\\U.{8}", "", harmless),
+    )  # fmt: skip
+
+
+@pytest.mark.promise(46)
+def test_every_dangerous_character_is_escaped_and_ordinary_text_stays() -> None:
+    for code in range(0x110000):
+        if is_dangerous(chr(code)):
+            assert printable(chr(code)) != chr(code), hex(code)
+    assert printable(ORDINARY) == ORDINARY and printable(EVIL) == SHOWN
+
+
+# The terminal
+
+
+@pytest.mark.promise(46)
+def test_console_escapes_in_texts_tables_rules_and_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"width": 300, "markup": False, "color_system": None}
+    console = output._Console(file=io.StringIO(), **options)
+    monkeypatch.setattr(output, "out", console)
+    evil = "a\x1b[2J\x9b31m\u202e\ufeff[red]b[/red]"
+    table = Table("name", evil, title=evil)
+    table.add_row(evil, Text(evil, overflow="fold"))
+    console.print(table)
+    console.rule(evil)
+    console.print(evil)
+    output.show(EVIL)
+    text = console.file.getvalue()
+    assert_harmless(text)
+    assert text.count(r"a\x1b[2J\x9b31m\u202e\ufeff[red]b[/red]") >= 6 and SHOWN in text
+
+
+@pytest.mark.promise(46)
+def test_json_is_escaped_and_equal(capsys: pytest.CaptureFixture[str]) -> None:
+    output.print_json({EVIL: [EVIL, ORDINARY]})
+    text = capsys.readouterr().out
+    assert_harmless(text)
+    assert json.loads(text) == {EVIL: [EVIL, ORDINARY]} and "中文" in text
+
+
+@pytest.mark.promise(46)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=50))
+def test_recipe_is_written_without_dangerous_characters_and_read_back(text: str) -> None:
+    for dumped in (strict_yaml.dump_yaml({"a": text}), strict_yaml.dump_flow([text])):
+        assert_harmless(dumped)
+        value = strict_yaml.parse_yaml(dumped)[0]
+        assert value in ({"a": text}, [text])
+
+
+def hostile_run(root: Path) -> store.Run:
+    """Make a run whose every text is hostile."""
+    run = make_run(root, "20260101-000000-a", "failed")
+    evil = EVIL + "<b>"
+    EventLog(run, 1).emit(Warned.of_message(Message("{x}", {"x": evil})))
+    run.write_state("failed", Message("{x}", {"x": evil}))
+    (run.path / "log.txt").write_bytes(evil.encode("utf-8", "surrogatepass"))
+    (run.path / "about.json").write_text(json.dumps({"title": evil, "notes": evil}))
+    return run
+
+
+@pytest.mark.promise(46)
+@pytest.mark.promise(22)
+def test_commands_about_a_hostile_run_print_escapes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = hostile_run(tmp_path / "runs")
+    for arguments in (
+        ("runs", "list"), ("runs", "show", run.name), ("runs", "describe", run.name),
+        ("recipe", "validate", EVIL), ("recipe", "show", "quickstart-zh", "--set", f"model={EVIL}"),
+        ("train", "--resume", EVIL), ("data", "inspect", "--", f"no{EVIL}"),
+    ):  # fmt: skip
+        done = run_here(*arguments)
+        assert_harmless(done)
+        assert done
+
+
+def run_here(*arguments: str) -> str:
+    """Run the program in this process; return what it prints to both streams."""
+    from typer.testing import CliRunner
+
+    from jetson_ft.cli.app import app
+
+    result = CliRunner().invoke(app, list(arguments))
+    text = result.output
+    if isinstance(result.exception, UserError):  # as `main` prints it
+        text += printable(str(result.exception))
+    return text
+
+
+@pytest.mark.slow(minutes=0.1)
+@pytest.mark.promise(46)
+def test_rows_in_a_terminal_are_escaped(tmp_path: Path) -> None:
+    """The whole program at a terminal, whose own colours are escapes."""
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"instruction": EVIL, "output": EVIL, EVIL: n}) + "\n" for n in range(3))
+    )
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jetson_ft.cli", "data", "inspect", "rows.jsonl"],
+        cwd=tmp_path, stdin=slave, stdout=slave, stderr=slave, close_fds=True,
+    )  # fmt: skip
+    os.close(slave)
+    received = b""
+    while True:
+        try:
+            block = os.read(master, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not block:
+            break
+        received += block
+    assert process.wait(60) == 0, received
+    text = re.sub(r"\x1b\[[0-9;]*m", "", received.decode()).replace("\r\n", "\n")
+    assert r"\x1b[2J\x07" in text and "row 1" in text
+    assert_harmless(text)
+
+
+# The page
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> TestClient:
+    app = FastAPI()
+    app.include_router(api.router(tmp_path))
+    app.add_exception_handler(UserError, api.error_response)
+    return TestClient(app)
+
+
+@pytest.mark.promise(46)
+@pytest.mark.promise(22)
+def test_page_escapes_all_texts_of_a_run(page: TestClient, tmp_path: Path) -> None:
+    run = hostile_run(tmp_path)
+    other = hostile_run(tmp_path / "other")
+    other.path.rename(tmp_path / "20260102-000000-b")
+    for address in (
+        "/live/en/runs", f"/live/en/runs/{run.name}", f"/live/zh_CN/runs/{run.name}",
+        f"/live/en/runs/{run.name}?compared=20260102-000000-b",
+    ):  # fmt: skip
+        html = page.get(address).text
+        assert_harmless(html)
+        assert SHOWN in html and "&lt;b&gt;" in html and "d\\x0d<b>" not in html
+    refused = page.post("/runs/%1b%5B2J%E2%80%AE/stop")
+    assert refused.status_code == 422
+    assert_harmless("".join(refused.json().values()))
+
+
+@pytest.mark.promise(46)
+@pytest.mark.promise(22)
+def test_templates_and_errors_of_the_page_escape_their_values() -> None:
+    evil = EVIL + "<i>"
+    t = Locale("zh_CN")
+    message = Message("{x}", {"x": evil})
+    check = {
+        "status": "ok",
+        "messages": {key: message.as_json() for key in ("title", "text", "fix")},
+    }
+    read = {
+        "rows_read": 1, "rows_kept": 1, "layout": evil, "encoding": evil, "unread": [evil],
+        "dropped": {"x": {"count": 1, "message": message.as_json(), "places": [message.as_json()]}},
+        "duplicates": 0,
+    }  # fmt: skip
+    tokens = {
+        "tokens": 1, "supervised_tokens": 1, "tokens_per_character": 1, "truncated": 0, "split": 0,
+        "lengths": {"p50": 1, "p90": 1, "p99": 1, "max": 1}, "notices": [message.as_json()],
+    }  # fmt: skip
+    source = {"name": evil, "read": read, "rows": 1, "tokens": 1, "repeated": 0}
+    htmls = [
+        error_html(UserError("{x}", evil, evil.replace("{", ""), x=evil), t),
+        render("findings.jinja", t, works=True, checks=[check]),
+        render("inspection.jinja", t, sources=[source, source], tokens=tokens, max_length=9,
+               previews=[[(evil, True), (evil, False)]]),
+    ]  # fmt: skip
+    for html in htmls:
+        assert_harmless(html)
+        assert SHOWN in html and "<i>" not in html
+
+
+# Reports
+
+
+@pytest.mark.promise(46)
+@pytest.mark.promise(22)
+def test_reports_escape_rows_replies_and_names() -> None:
+    from jetson_ft.runs.report import summary
+
+    evil = EVIL + "<u>"
+    sample = {
+        "row": 0, "messages": [{"role": "user", "content": evil}], "reply": evil,
+        "reference": evil, "ended": True,
+    }  # fmt: skip
+    figures = {key: 1.0 for key, *_ in summary.METRICS}
+    part = {"name": evil, "rows_read": 1, "rows": 1, "tokens": 1}
+    report = {
+        "model": evil, "precision": "fp32", "seed": 1,
+        "versions": {"jetson-ft": "1", "torch": evil},
+        "device": {"board": evil, "name": evil}, "sensors": None, "data": {"sources": [part, part]},
+        "warnings": [{"message": "m", "text": Message("{x}", {"x": evil}).as_json()}],
+        "generation": {"max_new_tokens": 1},
+        "train": {"steps": 1, "tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0,
+                  "peak_memory_bytes": 1, "energy_joules": None},
+        "eval": {"rows": 1, "documents": 0, "before": {**figures, "samples": [sample]},
+                 "after": {**figures, "samples": [sample]}},
+    }  # fmt: skip
+    html = summary.render_html("a", report, [])
+    markdown = summary.render_markdown("a", report)
+    assert_harmless(html)
+    assert_harmless(markdown)
+    assert html.count(SHOWN) >= 8 and markdown.count(r"a\x1b[2J") >= 6 and "<u>" not in html
+
+
+# Values that begin with a dash
+
+HOSTILE = ["-rf", "--debug", "--help", "-", "--", "-h", "--set=model=x", "--runs=/tmp"]
+
+
+@pytest.mark.promise(47)
+def test_form_passes_values_and_never_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a real parser of the command line reads from what the page passes."""
+    from jetson_ft.cli import data
+
+    passed: list[tuple[str, ...]] = []
+    monkeypatch.setattr(train, "run_cli_json", lambda *words: passed.append(words) or {"error": 1})
+    monkeypatch.setattr(train, "render", lambda *_, **__: "")
+    form = train.Form(Locale("en"), tmp_path)
+    shown = train._form_values(recipes.load_recipe("quickstart-zh"))
+    for value in HOSTILE:
+        changed = {
+            **shown, "data.train": value, "model": value, "data.encoding": "auto",
+            "data.chat_template": value, "data.columns.question": value,
+            "data.columns.answer": value,
+        }  # fmt: skip
+        count = len(passed)
+        form.inspect(*(changed.get(key) for key in train._ORDER))
+        if len(passed) == count:
+            assert value == "-"  # a list in YAML, which the form refuses
+            continue
+        seen: dict[str, Any] = {}
+        monkeypatch.setattr(
+            "jetson_ft.runs.forecast.inspect_data",
+            lambda *values, seen=seen: seen.update(values=values) or (_ for _ in ()).throw(
+                UserError("read")
+            ),
+        )  # fmt: skip
+        words = passed[-1]
+        program.invoke(*words, exit_code=1)
+        paths, model, *_others, columns, template = seen["values"]
+        assert paths == [value] and model == value and template == value
+        assert sorted(columns) == [f"answer={value}", f"question={value}"]
+    assert data  # imported, so that the patch is used
+
+
+@pytest.mark.slow(minutes=0.2)
+@pytest.mark.promise(47)
+def test_real_commands_read_hostile_names_as_names(tmp_path: Path) -> None:
+    form = train.Form(Locale("en"), tmp_path / "runs")
+    shown = train._form_values(recipes.load_recipe("quickstart-zh"))
+    for key, fault in (("data.train", "Data file not found"), ("model", "")):
+        outcome, *_ = form.inspect(*({**shown, key: "--help"}[each] for each in train._ORDER))
+        assert "complaint" in outcome and fault in outcome and "--help" in outcome
+        assert "Usage" not in outcome and "no object" not in outcome
+
+
+@pytest.mark.promise(47)
+@pytest.mark.promise(46)
+@pytest.mark.parametrize("name", [*HOSTILE, "a b", "$(id)", "`id`", "'; id", EVIL, "中 文"])
+def test_command_to_copy_has_names_as_one_word(tmp_path: Path, name: str) -> None:
+    if "/" in name:
+        return
+    (tmp_path / name).write_text("version: 1\n") if name not in ("-", "--") else None
+    path = tmp_path / name
+    recipe = recipes.parse_recipe("version: 1\n", "", [])
+    if path.exists():
+        command = train.command_of(recipe, str(path))
+        words = shell_words(command.replace("\\\n", " "))
+        assert words[:3] == ["jetson-ft", "train", str(path)]
+    assert_harmless(quoted(name))
+    assert shell_words(f"printf %s {quoted(name)}")[2:] == [name]
+
+
+def shell_words(command: str) -> list[str]:
+    """Return the words that bash makes of the command."""
+    script = f'words() {{ printf "%s\\0" "$@"; }}\nwords {command}'
+    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env=environment)
+    return done.stdout.decode().split("\0")[:-1]
+
+
+@pytest.mark.promise(47)
+def test_recipe_whose_name_begins_with_a_dash_is_a_file_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("-rf", "--help"):
+        Path(name).write_text("version: 1\n")
+        command = train.command_of(recipes.load_recipe(name), name)
+        assert shlex.split(command.replace("\\\n", ""))[2] == f"./{name}"
