@@ -43,12 +43,6 @@ def fork_command(run: Run, changes: dict[str, Any] | None = None) -> str:
     return " ".join(["jetson-ft train --fork", shlex.quote(str(run.path)), *settings])
 
 
-def last_data(run: Run) -> dict[str, Any]:
-    """Return `data.json` of the last attempt; empty before the first."""
-    path = run.path / "data.json"
-    return dict(read_json(path)) if path.exists() else {}
-
-
 # --- settings ----------------------------------------------------------------------------------
 
 
@@ -59,7 +53,7 @@ def check_only_longer(run: Run, old: Recipe, new: Recipe) -> None:
     """
     changes = old.diff(new)
     allowed = _PLAN_KEYS | _LENGTH_KEYS
-    if "base" in last_data(run):
+    if (run.last_data() or {}).get("base"):
         allowed |= {"model"}
     others = {key: values for key, values in changes.items() if key not in allowed}
     if others:
@@ -162,7 +156,9 @@ def check_base(run: Run, old: dict[str, Any], new: dict[str, Any], base: BaseMod
 def check_moved_base(run: Run, model: str) -> None:
     """Refuse a base model with other weights than those that the run began with."""
     base = files.resolve_model(model)
-    if changes := weight_changes(last_data(run)["base"]["weights"], base.weight_hashes()):
+    last = run.last_data()
+    assert last and last["base"], "check_only_longer refuses the change without it"
+    if changes := weight_changes(last["base"]["weights"], base.weight_hashes()):
         raise UserError(changes[0], str(base.folder), _OLD_FILES)
 
 

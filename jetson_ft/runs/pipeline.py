@@ -31,9 +31,10 @@ from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import contract, disk, initial_adapter, oom
+from jetson_ft.runs.contents import SCHEMA
 from jetson_ft.runs.processes import explain_error
 from jetson_ft.runs.report import summary
-from jetson_ft.runs.store import SCHEMA, Run
+from jetson_ft.runs.store import Run
 from jetson_ft.training import batches, checkpoint, memory, planner
 from jetson_ft.training.cost_model import Workload, describe_workload
 from jetson_ft.training.distributed import DistributedContext, shard_layers
@@ -102,6 +103,8 @@ class Pipeline:
                 emit(events.Warned.of_message(warning))
         with self.phase("plan"):
             workload = describe_workload(recipe, weights, base, rows)
+            if dist.is_local_main and (fault := self.run.set_damaged_plan_aside()):
+                self._warn(_("{fault} It is computed again."), fault)
             workload = oom.limit_memory(self.run, workload)
             plan = self._choose_plan(workload, device)
             self._store_plan(oom.plan_as_json(workload, plan, device))
@@ -206,12 +209,12 @@ class Pipeline:
 
     def _prepare_checked_rows(self, base: BaseModelFiles, tokenizer: Any) -> PreparedRows:
         """Prepare the rows, compare all with the last attempt, and write `data.json`."""
-        last = contract.last_data(self.run)
+        last = self.run.last_data()
         described = contract.describe_base(base, tokenizer)
         if last:  # recipe.yaml may have been edited since
             old = Recipe.model_validate(last["recipe"])
             contract.check_only_longer(self.run, old, self.recipe)
-            if "base" in last:  # not in runs of older versions
+            if last.get("base"):  # not in runs of older versions
                 contract.check_base(self.run, last["base"], described, base)
         rows = prepare_rows(self.recipe.data, tokenizer)
         ids_sha256 = contract.token_ids_sha256(rows)
@@ -403,10 +406,8 @@ class Pipeline:
         # Training has measured the base (step 0), and the exported weights.
         measured = {
             event.step: Score(event.heldout_loss, event.bits_per_char)
-            for event in self.run.events()
-            if isinstance(event, events.Evaluated)
-            and event.heldout_loss is not None
-            and event.bits_per_char is not None
+            for event in self.run.iter_events(events.Evaluated)
+            if event.heldout_loss is not None and event.bits_per_char is not None
         }
         before, after = measured.get(0), measured.get(exported_step)
         scores = {"before": before, "after": after} if before and after else None
