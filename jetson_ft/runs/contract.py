@@ -53,7 +53,7 @@ def check_only_longer(run: Run, old: Recipe, new: Recipe) -> None:
     """
     changes = old.diff(new)
     allowed = _PLAN_KEYS | _LENGTH_KEYS
-    if "base" in run.last_data():
+    if (run.last_data() or {}).get("base"):
         allowed |= {"model"}
     others = {key: values for key, values in changes.items() if key not in allowed}
     if others:
@@ -156,7 +156,9 @@ def check_base(run: Run, old: dict[str, Any], new: dict[str, Any], base: BaseMod
 def check_moved_base(run: Run, model: str) -> None:
     """Refuse a base model with other weights than those that the run began with."""
     base = files.resolve_model(model)
-    if changes := weight_changes(run.last_data()["base"]["weights"], base.weight_hashes()):
+    last = run.last_data()
+    assert last and last["base"], "check_only_longer refuses the change without it"
+    if changes := weight_changes(last["base"]["weights"], base.weight_hashes()):
         raise UserError(changes[0], str(base.folder), _OLD_FILES)
 
 

@@ -16,7 +16,7 @@ from jetson_ft.files import disk_errors, expand_user, read_json, sha256_file, wr
 from jetson_ft.models.dims import ModelDims, starred
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.recipe import LoraRecipe, Recipe, parse_recipe
-from jetson_ft.runs import contract, store
+from jetson_ft.runs import contents, contract, store
 from jetson_ft.runs.store import Run
 from jetson_ft.training import checkpoint
 
@@ -78,7 +78,8 @@ def _resolve(name: str) -> tuple[Path, dict[str, Any]]:
     if base_file.is_file():
         source["base"] = read_json(base_file).get("fingerprint")
     else:
-        source["base"] = run.last_data().get("base", {}).get("fingerprint")
+        last = (run.last_data() if source["run"] else None) or {}
+        source["base"] = (last.get("base") or {}).get("fingerprint")
     return folder, source
 
 
@@ -141,7 +142,7 @@ def copy_into(run: Run, name: str) -> None:
 def source_of(run: Run) -> dict[str, Any] | None:
     """Return where the run's initial adapter comes from; None for a new one."""
     path = run.path / _FOLDER / _SOURCE
-    return dict(read_json(path)) if path.is_file() else None
+    return contents.read_object(path, contents.InitialAdapter) if path.is_file() else None
 
 
 def load_into(model: Any, run: Run, base: BaseModelFiles) -> None:

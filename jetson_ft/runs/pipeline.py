@@ -214,7 +214,7 @@ class Pipeline:
         if last:  # recipe.yaml may have been edited since
             old = Recipe.model_validate(last["recipe"])
             contract.check_only_longer(self.run, old, self.recipe)
-            if "base" in last:  # not in runs of older versions
+            if last.get("base"):  # not in runs of older versions
                 contract.check_base(self.run, last["base"], described, base)
         rows = prepare_rows(self.recipe.data, tokenizer)
         ids_sha256 = contract.token_ids_sha256(rows)

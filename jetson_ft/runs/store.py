@@ -215,25 +215,25 @@ class Run:
             return error.what
         return None
 
-    def last_data(self) -> dict[str, Any]:
-        """Return `data.json` of the last attempt; empty before the first.
+    def last_data(self) -> dict[str, Any] | None:
+        """Return `data.json` of the last attempt (`contents.Data`); None: there was none.
 
         Raises:
             DamagedRun: `data.json` can't be used.
         """
         path = self.path / "data.json"
         if not os.path.lexists(path):
-            return {}
+            return None
         try:
             stored = contents.read_object(path, contents.Data)
             Recipe.model_validate(stored["recipe"])
-            return stored
         except DamagedRun as error:
             fix = _("Put back an intact copy of it; or move it away: then nothing compares the "
                     "rows with those of the last attempt.")  # fmt: skip
             raise DamagedRun(path, error.reason, fix) from error
         except ValueError as error:
             raise DamagedRun(path, _("its recipe is not valid")) from error
+        return stored
 
     def request_stop(self) -> None:
         """Ask the worker to save a checkpoint and exit."""

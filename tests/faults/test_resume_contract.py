@@ -21,7 +21,8 @@ from jetson_ft.errors import UserError
 from jetson_ft.events import Failed, PhaseStarted, Step
 from jetson_ft.recipe import LoraRecipe
 from jetson_ft.runs import exit_status, initial_adapter, manager
-from jetson_ft.runs.store import Run, lock
+from jetson_ft.runs.locks import lock
+from jetson_ft.runs.store import Run
 from jetson_ft.training import checkpoint
 
 
