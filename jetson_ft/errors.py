@@ -8,9 +8,15 @@ Templates and values are kept apart, so that `jetson_ft.i18n` can put a text int
 
 from __future__ import annotations
 
+import re
+import string
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+# Of a stored template: a width would let a short one fill the memory.
+_FORMAT = re.compile(r"(0[1-9])?,?(\.\d{1,2})?[defgnsx%]?")
+_NESTED_MESSAGES = 20
 
 
 def _(text: str) -> str:
@@ -46,13 +52,33 @@ class Message:
         return asdict(self)  # of nested messages too
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Message:
-        """Return the message that `as_json` described."""
-        values = {
-            name: cls.from_json(value) if isinstance(value, dict) else value
-            for name, value in data["values"].items()
-        }
-        return cls(data["template"], values)
+    def from_json(cls, data: Any, depth: int = _NESTED_MESSAGES) -> Message:
+        """Return the message that `as_json` described.
+
+        Raises:
+            ValueError: `data` is something else, or its text can't be made.
+        """
+        template, values = (
+            (data.get("template"), data.get("values")) if isinstance(data, dict) else (None, None)
+        )
+        if not isinstance(template, str) or not isinstance(values, dict) or not depth:
+            raise ValueError("not a message")
+        for _text, name, form, _conversion in string.Formatter().parse(template):
+            # A name with a dot or a bracket would reach into the value.
+            if name is not None and not (name.isidentifier() and _FORMAT.fullmatch(form or "")):
+                raise ValueError("not a message's template")
+        message = cls(
+            template,
+            {
+                name: cls.from_json(value, depth - 1) if isinstance(value, dict) else value
+                for name, value in values.items()
+            },
+        )
+        try:
+            message.format()
+        except (KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError("a message whose values don't fit its template") from error
+        return message
 
 
 def messages_as_json(**messages: Message) -> dict[str, Any]:
@@ -108,8 +134,15 @@ class UserError(Exception):
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> UserError:
-        """Return the error of another process that `as_json` described."""
-        return UserError(**{k: Message.from_json(value) for k, value in data["messages"].items()})
+        """Return the error of another process that `as_json` described.
+
+        Raises:
+            ValueError: `data` is something else.
+        """
+        texts, names = data["messages"], ("what", "where", "fix")
+        if not isinstance(texts, dict) or sorted(texts) != sorted(names):
+            raise ValueError("not an error's messages")
+        return UserError(*(Message.from_json(texts[name]) for name in names))
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,22 @@ temperatures in degrees Celsius, losses in nats per token.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from jetson_ft.errors import Message, _
+import orjson
+
+from jetson_ft.errors import Message, UserError, _
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 SCHEMA = 1
+# A line with greater numbers is damaged. Readers have a place for each step.
+MAX_STEP, MAX_ATTEMPT, _MAX_NUMBER = 10**7, 9_999, 2**62
 KINDS: dict[str, type[Event]] = {}  # in the order of definition, which is that of the docs
 
 # Phases of a run, by the names that its events give them.
@@ -282,15 +290,33 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def from_json(line: dict[str, Any]) -> Event | None:
-    """Return the event of a line's object; None: a kind or a shape that isn't known here.
+def from_json(line: bytes | str) -> Event | None:
+    """Return the event of a line; None: a damaged line, or a kind that isn't known here.
 
-    Unknown fields are ignored: later versions may add some.
+    Unknown fields are ignored: later versions may add some. Values have the types of their fields.
     """
-    if (cls := KINDS.get(str(line.get("kind")))) is None:
-        return None
-    names = {f.name for f in fields(cls)}
     try:
-        return cls(**{name: value for name, value in line.items() if name in names})
-    except TypeError:  # a field is missing
+        content = orjson.loads(line)
+        if not isinstance(content, dict) or (kind := str(content.get("kind"))) not in KINDS:
+            return None
+        event = _validator(kind).validate_json(line, strict=True)
+        if isinstance(event, Warned):
+            Message.from_json(event.text)
+        elif isinstance(event, Failed):
+            UserError.from_json({"messages": event.messages})
+    except ValueError:
         return None
+    numbers = (value for value in vars(event).values() if isinstance(value, int | float))
+    is_plausible = (
+        0 <= event.attempt <= MAX_ATTEMPT
+        and 0 <= getattr(event, "step", 0) <= MAX_STEP
+        and all(-_MAX_NUMBER < number < _MAX_NUMBER for number in numbers)
+    )
+    return event if is_plausible else None
+
+
+@functools.cache
+def _validator(kind: str) -> TypeAdapter[Event]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(KINDS[kind])

@@ -42,6 +42,7 @@ from jetson_ft import events  # noqa: E402
 from jetson_ft.files import sha256_file  # noqa: E402
 from jetson_ft.recipe import Recipe  # noqa: E402
 from jetson_ft.runs import manager, store  # noqa: E402
+from jetson_ft.runs.event_reader import iter_events  # noqa: E402
 from jetson_ft.runs.processes import DistributedConfig  # noqa: E402
 from jetson_ft.runs.store import LIVE_STATES, Run  # noqa: E402
 
@@ -303,7 +304,7 @@ def kill_all(run: Run) -> None:
 
 def attempt_events(run: Run) -> tuple[list[events.Event], list[events.Event]]:
     """Return the events of the current attempt, and those of all."""
-    written = store.read_events(run.events_file)[0]
+    written = list(iter_events(run.events_file, events.Event))
     attempt = run.state().attempt
     return [event for event in written if event.attempt == attempt], written
 
@@ -336,7 +337,7 @@ def phase_of(run: Run, written: list[events.Event]) -> str:
 
 def phase_seconds(run: Run, launched: float) -> dict[str, float]:
     """Return how long each phase of an uninterrupted run took."""
-    written = store.read_events(run.events_file)[0]
+    written = list(iter_events(run.events_file, events.Event))
     ended = {e.name: e for e in written if isinstance(e, events.PhaseEnded)}
     comparison = next(
         e.t for e in written if isinstance(e, events.PhaseStarted) and e.name == "comparison"

@@ -56,19 +56,20 @@ def remaining_memory(run: Run, device: Device) -> float:
     """
     try:
         plan, attempt = run.plan(), run.state().attempt
+        progress = monitor.read_progress(run)
+        count = processes.read_distributed_config(run).nproc_per_node
     except UserError:
         plan = {}
     if not plan.get("peak_memory_bytes"):
         return _UNPLANNED_SHARE * device.memory_total
-    progress = monitor.read_progress(run)
     step, weights = progress.last(Step), progress.last(WeightsLoaded)
     # A step's `memory` is all of a process on a CPU. On a GPU it is what torch allocated, without
     # the process itself and the driver's context.
-    parts = plan["parts"]
-    allocated: float = parts["process"] + parts["context"]
+    process, context = (plan.get("parts", {}).get(part, 0) for part in ("process", "context"))
+    allocated: float = process + context
     if step and step.attempt == attempt:
-        allocated = step.memory + (allocated if parts["context"] else 0)
+        allocated = step.memory + (allocated if context else 0)
     elif weights and weights.attempt == attempt:
         allocated += sum(weights.bytes.values())
-    count = processes.read_distributed_config(run).nproc_per_node if device.shares_memory else 1
+    count = count if device.shares_memory else 1
     return count * max(0.0, float(plan["peak_memory_bytes"]) - allocated)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
 from jetson_ft import events
 from jetson_ft.cli.data import print_rows
@@ -12,8 +13,9 @@ from jetson_ft.cli.output import ProgressBar, show
 from jetson_ft.files import printable, quoted
 from jetson_ft.i18n import duration
 from jetson_ft.runs import exit_status, manager, processes
+from jetson_ft.runs.event_reader import offset_of_attempt, read_events
 from jetson_ft.runs.report.summary import energy_phrase, sensor_warnings
-from jetson_ft.runs.store import LIVE_STATES, Run, State, read_events
+from jetson_ft.runs.store import LIVE_STATES, Run, State
 
 _POLL_SECONDS = 0.2
 _SILENT_PHASES = ("device", "report", "training")
@@ -31,7 +33,8 @@ class Follower:
         self._bar = ProgressBar(live)
         self._heldout_loss: float | None = None
         self._board = ""  # power and temperature, once they are known
-        self._offset = 0  # bytes of events.jsonl that are printed
+        # Bytes of events.jsonl that are printed, or of earlier attempts.
+        self._offset = offset_of_attempt(run.events_file, self._attempt)
 
     def follow(self) -> State:
         """Print until the run has ended; return its final state.
@@ -48,13 +51,17 @@ class Follower:
                 if state in LIVE_STATES and self.run.stop_requested() and not stopping:
                     stopping = True
                     show("stopping: a checkpoint is being written")
-                read, self._offset = read_events(self.run.events_file, self._offset)
+                offset = self._offset
+                read, self._offset = read_events(self.run.events_file, offset)
                 for event in read:
                     if event.attempt >= self._attempt:
-                        self.print(event)
-                if state not in LIVE_STATES and not read:
+                        # A damaged line may lack what is read of an event's dictionaries.
+                        with suppress(KeyError, TypeError, ValueError, AttributeError):
+                            self.print(event)
+                is_end = self._offset == offset
+                if state not in LIVE_STATES and is_end:
                     return self.run.state()
-                time.sleep(_POLL_SECONDS if state in LIVE_STATES else 0)
+                time.sleep(_POLL_SECONDS if state in LIVE_STATES and is_end else 0)
 
     def print(self, event: events.Event) -> None:
         """Print one event; nothing for kinds that the terminal doesn't show."""
@@ -171,7 +178,7 @@ def print_end(run: Run, state: State) -> None:
         if report["eval"]:
             print_figures(report)
         else:
-            show(f"warning: {report['comparison_error']}")
+            show(f"warning: {report.get('comparison_error', 'the comparison failed')}")
         train = report["train"]
         show(
             f"{train['steps']} steps, {train['tokens']:,} tokens in "

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 from typer import Argument, Option
 
 from jetson_ft.cli.output import RUNS, RunArgument, RunsOption, out, show
 from jetson_ft.errors import UserError
-from jetson_ft.events import Evaluated, Step
+from jetson_ft.events import Evaluated
 from jetson_ft.files import printable
 
 app = typer.Typer(help="Look at runs.", no_args_is_help=True)
@@ -20,51 +22,64 @@ app = typer.Typer(help="Look at runs.", no_args_is_help=True)
 @app.command("list")
 def list_all(runs: RunsOption = RUNS) -> None:
     """All runs, newest first."""
-    from jetson_ft.runs import manager, store
+    from jetson_ft.runs import store
+    from jetson_ft.runs.monitor import RunMonitor
 
-    listed = store.list_runs(runs)
+    listed, monitor = store.list_runs(runs), RunMonitor()
     if not listed:
         show(f"No runs in {runs} yet.")
         return
     table = Table("run", "state", "steps", "held-out loss", "model", box=None)
+    faults: list[str] = []
     for run in listed:
-        try:
-            state, events, model = manager.reconcile_state(run), run.events(), run.recipe().model
-        except UserError as error:  # one damaged run must not hide the others
-            table.add_row(run.name, "damaged", "", "", str(error.where))
-            continue
-        steps = [event for event in events if isinstance(event, Step)]
-        # A loss that was not finite is null in the events.
-        losses = [e.heldout_loss for e in events if isinstance(e, Evaluated) and e.heldout_loss]
-        done = f"{steps[-1].step}/{steps[-1].total_steps or '?'}" if steps else "–"
+        summary, losses, model = monitor.summary(run), [], ""
+        with suppress(UserError):
+            model = run.recipe().model
+        with suppress(UserError):
+            # A loss that was not finite is null in the events.
+            losses = [e.heldout_loss for e in run.iter_events(Evaluated) if e.heldout_loss]
+        done = f"{summary.step}/{summary.total_steps or '?'}" if summary.step else "–"
         loss = f"{losses[0]:.3f} → {min(losses):.3f}" if losses else "–"
-        table.add_row(run.name, state, done, loss, model)
+        states = dict.fromkeys([summary.state.state, *(["damaged"] if summary.faults else [])])
+        table.add_row(run.name, ", ".join(states), done, loss, model)
+        faults += [f"{run.name}: {fault.what}" for fault in summary.faults]
     out.print(table)
+    for fault in faults:
+        show(fault)
 
 
 @app.command("show")
 def show_run(run: RunArgument = "latest", runs: RunsOption = RUNS) -> None:
     """State, figures and files of one run."""
     from jetson_ft.cli.follow import print_end
-    from jetson_ft.runs import manager, store
+    from jetson_ft.runs import store
+    from jetson_ft.runs.contents import DamagedRun
+    from jetson_ft.runs.monitor import RunMonitor
 
     shown = store.find_run(run, runs)
-    manager.reconcile_state(shown)
-    state = shown.state()
+    summary = RunMonitor().summary(shown)
+    state = summary.state
     show(f"{shown.path}: {state.state}{f' – {state.reason}' if state.reason else ''}")
+    for fault in summary.faults:
+        show(f"damaged: {fault}")
     if state.state in store.ENDED_STATES:
-        print_end(shown, state)
+        with suppress(DamagedRun):  # which is shown already
+            print_end(shown, state)
 
 
 @app.command()
 def stop(run: RunArgument = "latest", runs: RunsOption = RUNS) -> None:
     """Ask a run to write a checkpoint and end."""
     from jetson_ft.runs import manager, store
+    from jetson_ft.runs.contents import DamagedRun
 
     stopped = store.find_run(run, runs)
     manager.stop(stopped)
-    state = manager.reconcile_state(stopped)
-    result = "stop requested" if state in store.LIVE_STATES else "nothing to stop"
+    result = "stop requested" if manager.is_live(stopped) else "nothing to stop"
+    try:
+        state = stopped.state().state
+    except DamagedRun:
+        state = "damaged"
     show(f"{stopped.name}: {state}, {result}")
 
 
@@ -76,12 +91,12 @@ def describe(
     runs: RunsOption = RUNS,
 ) -> None:
     """Give a run a title or notes."""
-    from jetson_ft.runs import manager, monitor, store
+    from jetson_ft.runs import manager, store
 
     described = store.find_run(run, runs)
     manager.set_title_and_notes(described, title, notes)
     written = described.about().get("notes", "")
-    show(f"{described.name}: {monitor.run_title(described)}\n{written}".rstrip())
+    show(f"{described.name}: {described.title()}\n{written}".rstrip())
 
 
 @app.command("zip")

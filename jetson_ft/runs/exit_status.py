@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 from jetson_ft import files
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Exited, Failed
+from jetson_ft.runs.contents import DamagedRun
 from jetson_ft.runs.store import Run
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_STOPPED, EXIT_RETRY, EXIT_DISK_FULL = 1, 2, 3, 4, 5
@@ -27,8 +29,10 @@ def state_for_exit_code(run: Run, code: int) -> ExitStatus:
     if code < 0:
         return ExitStatus("failed", describe_signal(-code))
     is_resumable = code == EXIT_DISK_FULL
-    if failure := run.last_event(Failed):
-        return ExitStatus("failed", Message.from_json(failure.messages["what"]), is_resumable)
+    with suppress(DamagedRun):
+        if failure := run.last_event(Failed):
+            what = Message.from_json(failure.messages["what"])
+            return ExitStatus("failed", what, is_resumable)
     if code == EXIT_DISK_FULL:
         return ExitStatus("failed", files.disk_full(run.path).what, True)
     return ExitStatus("failed", Message(_("ended with code {code}; see log.txt"), {"code": code}))
@@ -40,8 +44,10 @@ def describe_signal(number: int) -> Message:
 
 def recorded_exit_code(run: Run) -> int | None:
     """Return the exit code of the attempt's last event, if the worker wrote one."""
-    event = run.last_event(Exited)
-    return event.code if event else None
+    with suppress(DamagedRun):
+        if event := run.last_event(Exited):
+            return event.code
+    return None
 
 
 def state_from_events(run: Run) -> ExitStatus:
@@ -55,7 +61,8 @@ def state_from_events(run: Run) -> ExitStatus:
 
 def last_error(run: Run) -> UserError:
     """Return why the run's last attempt failed."""
-    if failure := run.last_event(Failed):
-        return UserError.from_json({"messages": failure.messages})
+    with suppress(DamagedRun):
+        if failure := run.last_event(Failed):
+            return UserError.from_json({"messages": failure.messages})
     message = run.state().message
     return UserError(Message.from_json(message) if message else "")

@@ -42,7 +42,7 @@ def main(run: Run) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kill_watch = oom.KillWatch()
     threading.Thread(target=_watch, args=(run, kill_watch), daemon=True).start()
-    log = EventLog(run, run.state().attempt)
+    log = EventLog(run, run.state_or_derived().attempt)
     if config.nnodes > 1:
         detail = f"{config.nnodes} machines, {config.rendezvous}"
         log.emit(PhaseStarted(name="rendezvous", detail=detail))

@@ -32,6 +32,7 @@ from jetson_ft.data.sources import Source
 from jetson_ft.data.template_files import read_template
 from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError, _
+from jetson_ft.events import Event
 from jetson_ft.files import (
     DiskFull,
     disk_errors,
@@ -47,9 +48,11 @@ from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.models.dims import dims_from_config
 from jetson_ft.recipe import Layout, Recipe
 from jetson_ft.runs import disk, exit_status, processes, store
+from jetson_ft.runs.contents import SCHEMA, DamagedRun, open_file
 from jetson_ft.runs.exit_status import ExitStatus
+from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import DistributedConfig
-from jetson_ft.runs.store import ENDED_STATES, LIVE_STATES, SCHEMA, Run, lock
+from jetson_ft.runs.store import ENDED_STATES, LIVE_STATES, Run
 
 # The keys that may change on resume, and only upwards: the length of a run.
 _LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
@@ -195,12 +198,17 @@ def resume(
         start: as for `launch`.
 
     Raises:
-        UserError: it is running, it is finished, or an override would change its result.
+        UserError: it is running, it is finished, an override would change its result, or one of
+            its files is damaged. A damaged `state.json` is written anew.
     """
-    if reconcile_state(run) in LIVE_STATES:
+    if is_live(run):
         raise _is_running(run)
     with _take_supervisor_lock(run) as lock_file:
-        old, state = run.recipe(), run.state()
+        old, state = run.recipe(), run.state_or_derived()
+        # What the worker needs, before it loads the model.
+        run.last_data()
+        run.newest_event(Event)
+        processes.read_distributed_config(run)
         new = recipes.parse_recipe(old.to_yaml(), str(run.path / "recipe.yaml"), overrides)
         check_only_longer(run, old, new)
         if state.state == "finished" and new == old:
@@ -286,7 +294,7 @@ def _start_supervisor(run: Run, lock_file: IO[bytes]) -> None:
     """Start the supervisor with the lock inherited, so that the run never looks dead."""
     number = lock_file.fileno()
     command = [sys.executable, "-m", "jetson_ft.runs.supervisor", str(run.path), str(number)]
-    with disk_errors(run.path), open(run.path / "log.txt", "ab") as log:
+    with disk_errors(run.path), run.open_log() as log:
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             pass_fds=[number], start_new_session=True,
@@ -295,12 +303,24 @@ def _start_supervisor(run: Run, lock_file: IO[bytes]) -> None:
 
 def stop(run: Run) -> None:
     """Request a checkpoint and the end of a run; do nothing if it has ended."""
-    if reconcile_state(run) in LIVE_STATES:
+    if is_live(run):
         run.request_stop()
 
 
+def is_live(run: Run) -> bool:
+    """Return whether the run works or waits; if `state.json` is damaged, by its locks alone."""
+    try:
+        return reconcile_state(run) in LIVE_STATES
+    except DamagedRun:
+        return run.is_locked("worker") or run.is_locked("supervisor")
+
+
 def reconcile_state(run: Run) -> str:
-    """Return the run's state, corrected where its processes live or have died without a record."""
+    """Return the run's state, corrected where its processes live or have died without a record.
+
+    Raises:
+        DamagedRun: `state.json` can't be used; it is not changed.
+    """
 
     def is_true(state: str) -> bool:
         return state in (_WORKING_STATES if run.is_locked("worker") else ENDED_STATES)
@@ -340,7 +360,10 @@ def resumable_runs(root: Path) -> list[Run]:
 
 def set_title_and_notes(run: Run, title: str | None = None, notes: str | None = None) -> None:
     """Write the run's title and notes; None keeps the old."""
-    about = run.about()
+    try:
+        about: dict[str, Any] = run.about()
+    except DamagedRun:  # these texts replace the damaged ones
+        about = {}
     for key, text, limit, too_long in (
         ("title", title, 100, _("The title has {count:,} characters.")),
         ("notes", notes, 20_000, _("The notes have {count:,} characters.")),
@@ -353,8 +376,8 @@ def set_title_and_notes(run: Run, title: str | None = None, notes: str | None = 
 
 
 def delete(run: Run) -> None:
-    """Remove the folder of a run; refuse a running one."""
-    if reconcile_state(run) in LIVE_STATES:
+    """Remove the folder of a run, damaged or not; refuse a running one."""
+    if is_live(run):
         raise _is_running(run)
     trash = run.path.with_name(f".deleted-{run.name}")
     with _take_supervisor_lock(run), disk_errors(run.path):  # nothing starts meanwhile
@@ -364,11 +387,16 @@ def delete(run: Run) -> None:
 
 
 def zip_adapter(run: Run, target: Path) -> Path:
-    """Write the finished adapter's folder as one file; return its path."""
+    """Write the finished adapter's folder as one file; return its path.
+
+    Raises:
+        DamagedRun: the folder contains something else than files.
+    """
     run.require_adapter()
     with staged(target) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(run.adapter.iterdir()):
-            archive.write(path, f"{run.name}/{path.name}")
+            with open_file(path):  # not a FIFO, which would never end
+                archive.write(path, f"{run.name}/{path.name}")
     return target
 
 

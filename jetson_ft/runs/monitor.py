@@ -1,23 +1,33 @@
 """Progress and curves of runs, updated from their events as the files grow; each byte is read once.
 
-For the page, which reads runs again and again; `Run.events` is for reading a run once.
+For the page, which reads runs again and again; `Run.iter_events` is for reading a run once. A
+request reads for a fraction of a second at most: of a very long log it shows what is read so far.
 """
 
 from __future__ import annotations
 
+import copy
+import os
+import threading
+import time
 from array import array
 from bisect import bisect_left
 from collections import defaultdict
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from jetson_ft import events
+from jetson_ft.errors import UserError, _
 from jetson_ft.events import Event
-from jetson_ft.runs import manager
-from jetson_ft.runs.store import LIVE_STATES, E, Run, State, read_events
+from jetson_ft.files import printable
+from jetson_ft.runs import contents, manager, processes
+from jetson_ft.runs.contents import DamagedRun
+from jetson_ft.runs.event_reader import E, read_events
+from jetson_ft.runs.store import LIVE_STATES, Run, State
 
 # The fields that can be drawn, by kind of event.
 CURVES: dict[type[Event], tuple[str, ...]] = {
@@ -25,26 +35,39 @@ CURVES: dict[type[Event], tuple[str, ...]] = {
     events.Evaluated: ("heldout_loss",),
     events.Sensors: ("watts", "temperature"),
 }
-COOLING = "cooling"
+COOLING, DAMAGED = "cooling", "damaged"
+_SHOWN_FILES = (
+    "state.json", "recipe.yaml", "events.jsonl", "about.json", "plan.json", "data.json",
+    "processes.json", "log.txt", "report.json", "adapter",
+)  # fmt: skip
 _MAX_WARNINGS = 20  # kept of an attempt, the first ones
-_CHUNK_BYTES = 1 << 22
+_MAX_POINTS = 1 << 13  # of a curve in memory
+_READ_SECONDS = 0.2  # of one call of `RunMonitor.progress`, about
+_MAX_FOLLOWED = 32  # runs whose progress is kept: those that were looked at last
 _TAIL_BYTES = 1 << 18  # some hundreds of events
 
 
+@dataclass
 class Curve:
-    """A value by step, ascending; a step that is made again takes its new value."""
+    """A value by step, ascending; a step that is made again takes its new value.
 
-    def __init__(self) -> None:
-        self.steps, self.values = array("q"), array("d")
+    Of more than `_MAX_POINTS` points some are left out, but no extreme.
+    """
+
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
 
     def add(self, step: int, value: float) -> None:
         """Add a value, or replace that of the same step."""
         index = bisect_left(self.steps, step)
         if index < len(self.steps) and self.steps[index] == step:
             self.values[index] = value
-        else:
-            self.steps.insert(index, step)
-            self.values.insert(index, value)
+            return
+        self.steps.insert(index, step)
+        self.values.insert(index, value)
+        if len(self.steps) > _MAX_POINTS:
+            steps, values = zip(*self.points(_MAX_POINTS // 2), strict=True)
+            self.steps, self.values = array("q", steps), array("d", values)
 
     def points(self, at_most: int = 600) -> list[tuple[int, float]]:
         """Return at most so many points: the lowest and highest of `at_most` / 2 equal spans."""
@@ -69,7 +92,14 @@ class RunProgress:
     attempt: int = 0  # of the newest event
     warnings: list[events.Warned] = field(default_factory=list)  # of the attempt, distinct
     offset: int = 0  # bytes of the events that are read
+    size: int = 0  # bytes of the events; they are read as far as whole lines go
+    is_complete: bool = True  # all of them are read
     _last: dict[type[Event], Event] = field(default_factory=dict)
+
+    def snapshot(self) -> RunProgress:
+        """Return a copy that `update` doesn't change."""
+        curves, warnings, last = copy.deepcopy(self.curves), [*self.warnings], {**self._last}
+        return replace(self, curves=curves, warnings=warnings, _last=last)
 
     def last(self, kind: type[E]) -> E | None:
         """Return the newest event of one kind."""
@@ -99,35 +129,60 @@ class RunProgress:
                     self.curves[name].add(step, value)
 
 
-class RunMonitor:
-    """Follows the events of runs; all clients of a page share one."""
+class _Followed:
+    """The progress of one run, and the lock of what updates it."""
 
     def __init__(self) -> None:
-        self._progress: dict[Path, RunProgress] = {}
+        self.lock, self.progress = threading.Lock(), RunProgress()
+
+
+class RunMonitor:
+    """Follows the events of runs; all clients of a page share one. Any thread may call it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the dictionaries; held for no reading
+        self._followed: dict[Path, _Followed] = {}
         self._summaries: dict[Path, tuple[Any, RunSummary]] = {}
 
     def progress(self, run: Run) -> RunProgress:
-        """Return the run's progress by all its events so far."""
-        progress = self._progress.setdefault(run.path, RunProgress())
-        if _stamp(run.events_file)[1] < progress.offset:  # another run of that name
-            progress = self._progress[run.path] = RunProgress()
-        while True:
-            chunk, offset = read_events(run.events_file, progress.offset, _CHUNK_BYTES)
-            if offset == progress.offset:
-                return progress
-            progress.offset = offset
-            for event in chunk:
-                progress.update(event)
+        """Return the run's progress by its events, as far as they can be read in short time.
+
+        The next call continues. Calls for other runs don't wait for this one.
+
+        Raises:
+            DamagedRun: `events.jsonl` can't be read.
+        """
+        with self._lock:
+            followed = self._followed.pop(run.path, None) or _Followed()
+            self._followed[run.path] = followed  # as the newest
+            while len(self._followed) > _MAX_FOLLOWED:
+                del self._followed[next(iter(self._followed))]
+        with followed.lock:
+            size = _stamp(run.events_file)[1]
+            if size < followed.progress.offset:  # another run of that name
+                followed.progress = RunProgress()
+            progress, deadline = followed.progress, time.monotonic() + _READ_SECONDS
+            progress.size, progress.is_complete = size, False
+            while time.monotonic() < deadline and not progress.is_complete:
+                chunk, offset = read_events(run.events_file, progress.offset)
+                for event in chunk:
+                    progress.update(event)
+                progress.is_complete = offset == progress.offset
+                progress.offset = offset
+            return progress.snapshot()
 
     def summary(self, run: Run) -> RunSummary:
-        """Return the run's summary; raise `UserError` if its state can't be read."""
-        stamp, summary = self._summaries.get(run.path, (None, None))
-        if summary is None or summary.state.state in LIVE_STATES:
-            manager.reconcile_state(run)
+        """Return the run's summary; its `faults` name what is damaged."""
+        with self._lock:
+            stamp, summary = self._summaries.get(run.path, (None, None))
+        if summary is None or summary.state.state in LIVE_STATES or summary.faults:
+            with suppress(UserError):  # which `find_faults` finds
+                manager.reconcile_state(run)
         now = change_stamp(run)
         if summary is None or stamp != now:
-            summary = _summarize(run)
-            self._summaries[run.path] = (now, summary)
+            summary = summarize(run)
+            with self._lock:
+                self._summaries[run.path] = (now, summary)
         return summary
 
 
@@ -137,7 +192,9 @@ class RunSummary:
 
     name: str
     title: str
-    state: State
+    state: State  # `damaged` if it isn't known
+    faults: tuple[UserError, ...] = ()  # of the run's files
+    is_live: bool = False  # processes of it live, or may live
     step: int = 0
     total_steps: int | None = None
     seconds_left: float | None = None
@@ -147,14 +204,24 @@ class RunSummary:
     download: events.Download | None = None  # while one goes on
 
 
-def _summarize(run: Run) -> RunSummary:
-    progress = read_progress(run)
+def summarize(run: Run) -> RunSummary:
+    """Return the run's summary as it is now on the disk; damaged files raise nothing."""
+    faults = find_faults(run)
+    progress, state, is_live = RunProgress(), State(DAMAGED), False
+    with suppress(DamagedRun):
+        is_live = manager.is_live(run)
+    with suppress(DamagedRun):
+        state = run.state()
+    with suppress(DamagedRun):
+        progress = read_progress(run)
     step, evaluated = progress.last(events.Step), progress.last(events.Evaluated)
     figures = ("step", "total_steps", "seconds_left", "loss")
     return RunSummary(
         name=run.name,
-        title=run_title(run),
-        state=run.state(),
+        title=run.title(),
+        state=state,
+        faults=tuple(faults),
+        is_live=is_live,
         heldout_loss=evaluated.heldout_loss if evaluated else None,
         phase=progress.phase,
         download=progress.last(events.Download),
@@ -162,24 +229,61 @@ def _summarize(run: Run) -> RunSummary:
     )
 
 
+def find_faults(run: Run) -> list[UserError]:
+    """Return what is wrong with the run's files; files that a run may lack can be missing."""
+
+    def check_report() -> None:
+        if os.path.lexists(run.path / "report.json"):
+            run.report()
+
+    faults: list[UserError] = []
+    for check in (
+        run.state, run.recipe, run.about, run.plan, run.last_data, check_report,
+        lambda: processes.read_distributed_config(run),
+        lambda: read_progress(run), lambda: log_tail(run, 1),
+        lambda: run.is_locked("worker"), lambda: run.is_locked("supervisor"),
+    ):  # fmt: skip
+        try:
+            check()
+        except UserError as error:
+            faults.append(error)
+    return faults
+
+
 def read_progress(run: Run) -> RunProgress:
-    """Return the progress by the newest events alone, which costs the same for a long run."""
-    progress = RunProgress()
-    _time, size = _stamp(run.events_file)
-    for event in read_events(run.events_file, max(0, size - _TAIL_BYTES))[0]:
+    """Return the progress by the newest events alone, which costs the same for a long run.
+
+    Raises:
+        DamagedRun: `events.jsonl` can't be read, or has no line that can be.
+    """
+    progress = RunProgress(size=_stamp(run.events_file)[1])
+    progress.offset = max(0, progress.size - _TAIL_BYTES)
+    newest, end = read_events(run.events_file, progress.offset, _TAIL_BYTES)
+    for event in newest:
         progress.update(event)
+    if not newest and end > progress.offset:
+        raise DamagedRun(run.events_file, _("its newest lines are not events"))
     return progress
 
 
-def run_title(run: Run) -> str:
-    """Return the title that a person gave the run, else its folder's name."""
-    return str(run.about().get("title") or run.name)
+def log_tail(run: Run, size: int) -> str:
+    """Return the last bytes of `log.txt` as text, at most `size`; empty without the file.
+
+    Raises:
+        DamagedRun: it can't be read.
+    """
+    path = run.path / "log.txt"
+    if not os.path.lexists(path):
+        return ""
+    with contents.open_file(path) as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+        text = file.read(size).decode("utf-8", "replace")
+    return printable(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def change_stamp(run: Run) -> list[tuple[int, int]]:
     """Return a value that changes as soon as anything that is shown of the run changes."""
-    names = ("state.json", "events.jsonl", "about.json", "log.txt", "report.json", "adapter")
-    return [_stamp(run.path / name) for name in names]
+    return [_stamp(run.path / name) for name in _SHOWN_FILES]
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -188,4 +292,4 @@ def _stamp(path: Path) -> tuple[int, int]:
         stat = path.stat()
     except OSError:
         return (0, 0)
-    return (stat.st_mtime_ns, stat.st_size)
+    return (stat.st_ctime_ns, stat.st_size)

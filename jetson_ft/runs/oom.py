@@ -17,12 +17,23 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from jetson_ft.errors import Message, UserError, _, joined
-from jetson_ft.events import PHASES, Failed, Generated, PhaseEnded, PhaseStarted, Step, Warned
+from jetson_ft.events import (
+    PHASES,
+    Event,
+    Failed,
+    Generated,
+    PhaseEnded,
+    PhaseStarted,
+    Step,
+    Warned,
+)
 from jetson_ft.files import quoted, write_json
 from jetson_ft.hardware import cgroup
+from jetson_ft.runs.contents import DamagedRun
+from jetson_ft.runs.event_reader import read_events
 from jetson_ft.runs.exit_status import EXIT_FAILED, EXIT_RETRY
 from jetson_ft.runs.processes import OUT_OF_MEMORY_FIX, read_distributed_config
-from jetson_ft.runs.store import EventLog, Run, read_events
+from jetson_ft.runs.store import EventLog, Run
 
 if TYPE_CHECKING:
     from jetson_ft.hardware.detect import Device
@@ -34,6 +45,7 @@ _SHORT_SHARE = 0.02  # of all memory: a kill with less than this available is fo
 _TAIL_BYTES = 1 << 18  # of the events, to find what the run was doing
 # Phases, by their names in events, whose memory a smaller plan lowers.
 _PLANNED_PHASES = ("sharding", "training", "comparison")
+_DESCRIBED = {"smaller", "micro_batch_tokens", "checkpointing", "peak_memory_bytes"}  # of a plan
 
 
 class OutOfMemory(UserError):
@@ -80,7 +92,9 @@ class KillWatch:
 
 def limit_memory(run: Run, workload: Workload) -> Workload:
     """Return the workload with the memory limit of a run that shrinks (`train.on_oom`)."""
-    limit = run.plan().get("memory_limit_gb")
+    limit = None
+    with suppress(DamagedRun):  # on another rank than the one that sets it aside
+        limit = run.plan().get("memory_limit_gb")
     if limit is None or workload.train.on_oom != "shrink":
         return workload
     limit = min(limit, workload.train.max_memory_gb or limit)
@@ -105,7 +119,7 @@ def plan_as_json(workload: Workload, plan: Plan, device: Device) -> dict[str, An
 
 def record_kill(run: Run) -> int:
     """Record that the kernel killed the worker; return the exit code that the worker would have."""
-    log, error = EventLog(run, run.state().attempt), explain_oom(run, is_killed=True)
+    log, error = EventLog(run, run.state_or_derived().attempt), explain_oom(run, is_killed=True)
     if error.retry:
         log.emit(Warned.of_message(joined([error.what, error.fix], " ")))
         return EXIT_RETRY
@@ -128,7 +142,7 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
     plan: dict[str, Any] = {}
     with suppress(UserError):  # a damaged one
         plan = run.plan()
-    if phase not in _PLANNED_PHASES or "smaller" not in plan:
+    if phase not in _PLANNED_PHASES or not plan.keys() >= _DESCRIBED:
         what = _("Out of memory.")
         if is_killed:
             what = _("Out of memory: the kernel ended the process.")
@@ -147,9 +161,9 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
     limit = smaller["memory_limit_gb"]
     values = {"path": quoted(str(run.path)), "limit": limit, "plan": _describe(smaller)}
     # Several processes get no second attempt, and one more attempt is enough.
-    is_alone = not read_distributed_config(run).needs_launcher
-    if run.recipe().train.on_oom == "shrink" and is_alone and "memory_limit_gb" not in plan:
-        with suppress(UserError):  # the disk is full
+    with suppress(UserError):  # the disk is full, or a file is damaged
+        is_alone = not read_distributed_config(run).needs_launcher
+        if run.recipe().train.on_oom == "shrink" and is_alone and "memory_limit_gb" not in plan:
             write_json(run.path / "plan.json", {**plan, "memory_limit_gb": limit})
             fix = _("It starts again from the last checkpoint, once, with {plan}.")
             return OutOfMemory(described, where, Message(fix, values), retry=True)
@@ -164,9 +178,11 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
 
 def _last_phase(run: Run) -> tuple[str, int | None]:
     """Return the phase that the current attempt is in, and its last step in training."""
-    size = run.events_file.stat().st_size if run.events_file.exists() else 0
-    events, _offset = read_events(run.events_file, max(0, size - _TAIL_BYTES))
-    attempt = run.state().attempt
+    attempt = run.state_or_derived().attempt
+    events: list[Event] = []
+    with suppress(DamagedRun):
+        size = run.events_file.stat().st_size if run.events_file.exists() else 0
+        events, _offset = read_events(run.events_file, max(0, size - _TAIL_BYTES), _TAIL_BYTES)
     for event in reversed(events):
         if event.attempt != attempt:
             break

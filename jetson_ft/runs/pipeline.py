@@ -19,7 +19,7 @@ from jetson_ft.data import render_template, tokenize
 from jetson_ft.data.prepare import PreparedRows, prepare_rows
 from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.events import Emit
-from jetson_ft.files import disk_errors, read_json, staging_folder, write_json
+from jetson_ft.files import disk_errors, staging_folder, write_json
 from jetson_ft.hardware import detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.hardware.monitor import Monitor
@@ -29,12 +29,12 @@ from jetson_ft.kernels.packing import make_packs
 from jetson_ft.models import fast_import, files, loading, positions
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
-from jetson_ft.recipe import Recipe
 from jetson_ft.runs import disk, oom
+from jetson_ft.runs.contents import SCHEMA
 from jetson_ft.runs.manager import check_only_longer
 from jetson_ft.runs.processes import explain_error
 from jetson_ft.runs.report import summary
-from jetson_ft.runs.store import SCHEMA, Run
+from jetson_ft.runs.store import Run
 from jetson_ft.training import batches, checkpoint, memory, planner
 from jetson_ft.training.cost_model import Workload, describe_workload
 from jetson_ft.training.distributed import DistributedContext, shard_layers
@@ -103,6 +103,8 @@ class Pipeline:
                 emit(events.Warned.of_message(warning))
         with self.phase("plan"):
             workload = describe_workload(recipe, weights, base, rows)
+            if dist.is_local_main and (fault := self.run.set_damaged_plan_aside()):
+                self._warn(_("{fault} It is computed again."), fault)
             workload = oom.limit_memory(self.run, workload)
             plan = self._choose_plan(workload, device)
             self._store_plan(oom.plan_as_json(workload, plan, device))
@@ -189,17 +191,17 @@ class Pipeline:
             self.dist.barrier()
             return prepare_rows(self.recipe.data, tokenizer)
         rows = prepare_rows(self.recipe.data, tokenizer)
-        path = self.run.path / "data.json"
-        if path.exists():  # of the last attempt; recipe.yaml may have been edited since
-            last = read_json(path)
-            check_only_longer(self.run, Recipe.model_validate(last["recipe"]), self.recipe)
-            if last["sha256"] != rows.report["sha256"]:
+        if last := self.run.last_data():  # recipe.yaml may have been edited since
+            last_sha256, last_recipe = last
+            check_only_longer(self.run, last_recipe, self.recipe)
+            if last_sha256 != rows.report["sha256"]:
                 raise UserError(
                     _("The data has changed since this run began."),
                     self.recipe.data.train_names(),
                     _("Put the old file back, or start a new run."),
                 )
-        write_json(path, {**rows.report, "recipe": self.recipe.model_dump()})
+        content = {**rows.report, "recipe": self.recipe.model_dump()}
+        write_json(self.run.path / "data.json", content)
         self.dist.barrier()
         return rows
 
@@ -371,10 +373,8 @@ class Pipeline:
         # Training has measured the base (step 0), and the exported weights.
         measured = {
             event.step: Score(event.heldout_loss, event.bits_per_char)
-            for event in self.run.events()
-            if isinstance(event, events.Evaluated)
-            and event.heldout_loss is not None
-            and event.bits_per_char is not None
+            for event in self.run.iter_events(events.Evaluated)
+            if event.heldout_loss is not None and event.bits_per_char is not None
         }
         before, after = measured.get(0), measured.get(exported_step)
         scores = {"before": before, "after": after} if before and after else None

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import cache_root, disk_full, is_disk_full, read_json, write_json
-from jetson_ft.runs.store import SCHEMA, Run
+from jetson_ft.files import cache_root, disk_full, is_disk_full, write_json
+from jetson_ft.runs import contents
+from jetson_ft.runs.contents import SCHEMA, DamagedRun
+from jetson_ft.runs.store import Run
 from jetson_ft.training.memory import is_out_of_memory
 
 WORKER_ENVIRONMENT = {
@@ -80,9 +82,20 @@ class DistributedConfig:
 
 
 def read_distributed_config(run: Run) -> DistributedConfig:
-    """Return the content of `processes.json`; one process without that file."""
+    """Return the content of `processes.json`; one process without that file.
+
+    Raises:
+        DamagedRun: the file can't be used.
+    """
     path = run.path / _CONFIG_FILE
-    stored = read_json(path) if path.exists() else {}
+    if not os.path.lexists(path):
+        return DistributedConfig()
+    try:
+        stored = contents.read_object(path, DistributedConfig)
+    except DamagedRun:
+        raise
+    except UserError as error:  # values that don't fit each other
+        raise DamagedRun(path, _("its values don't fit each other")) from error
     names = {field.name for field in fields(DistributedConfig)}
     return DistributedConfig(**{key: value for key, value in stored.items() if key in names})
 

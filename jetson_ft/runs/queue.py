@@ -9,7 +9,7 @@ from typing import IO
 
 from jetson_ft.errors import UserError
 from jetson_ft.files import cache_dir, disk_errors
-from jetson_ft.runs.store import lock, try_lock
+from jetson_ft.runs.locks import lock, try_lock
 
 
 class QueueTicket:

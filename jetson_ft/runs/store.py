@@ -3,49 +3,48 @@
 `state.json` is written only by the process that holds `supervisor.lock`; `events.jsonl` by the
 worker, which inherits `worker.lock` from its supervisor, and by the launcher of several workers.
 The file `stop` is present while the run is asked to stop.
-
-A lock (flock) shows that a process lives; a process number doesn't: a lock works across containers,
-and after a power cut it is free.
 """
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
 import re
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
-
-import orjson
+from typing import IO, Any
 
 from jetson_ft import recipe as recipes
-from jetson_ft.errors import Message, UserError, _
-from jetson_ft.events import Event, from_json, to_json
+from jetson_ft.errors import Message, RecipeError, UserError, _
+from jetson_ft.events import MAX_ATTEMPT, Event, to_json
 from jetson_ft.files import (
     disk_errors,
     expand_user,
     is_disk_full,
-    read_json,
+    printable,
     safe_name,
     write_atomic,
     write_json,
 )
 from jetson_ft.recipe import Recipe
+from jetson_ft.runs import contents
+from jetson_ft.runs.contents import SCHEMA, DamagedRun, NewerRun
+from jetson_ft.runs.event_reader import E, iter_events, last_attempt_events, newest_event
+from jetson_ft.runs.locks import try_lock
 
-SCHEMA = 1
 _RESERVE_BYTES = 1 << 18  # for an attempt's last events and its state
 _MAX_WAITING = 200  # events; they must fit into the reserve
 TICKET_FILE = "ticket"
 LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
-
-E = TypeVar("E", bound=Event)
+_MAX_RECIPE_BYTES = 1 << 20
+_LAUNCH_SECONDS = 5.0  # between the folder of a new run and its first state, at most
+_RUN_NAME = re.compile(r"\d{8}-\d{6}-")
 
 
 @dataclass(frozen=True)
@@ -80,17 +79,72 @@ class Run:
         self.events_file = path / "events.jsonl"
 
     def recipe(self) -> Recipe:
-        return recipes.load_recipe(self.path / "recipe.yaml")
+        """Return the resolved recipe.
+
+        Raises:
+            DamagedRun: `recipe.yaml` can't be used.
+        """
+        path = self.path / "recipe.yaml"
+        try:
+            text = contents.read_bytes(path, _MAX_RECIPE_BYTES).decode("utf-8-sig")
+            if not text.strip():  # which would be a recipe of defaults
+                raise DamagedRun(path, _("it is empty"))
+            return recipes.parse_recipe(text, str(path))
+        except RecipeError as error:
+            text = printable(str(error.what))
+            raise DamagedRun(path, _("it is not a recipe ({error})"), error=text) from error
+        except UnicodeDecodeError as error:
+            raise DamagedRun(path, _("not UTF-8 text")) from error
 
     def report(self) -> dict[str, Any]:
-        """Return report.json, which a finished run has; raise `UserError` without one."""
-        return dict(read_json(self.path / "report.json"))
+        """Return the content of `report.json`, which a finished run has.
+
+        Raises:
+            DamagedRun: the file is missing or can't be used.
+        """
+        return contents.read_object(self.path / "report.json", contents.Report)
 
     def state(self) -> State:
-        """Return the state written last; `manager.reconcile_state` corrects an outdated one."""
-        names = {f.name for f in fields(State)}
-        stored = read_json(self.path / "state.json")
-        return State(**{key: value for key, value in stored.items() if key in names})
+        """Return the state written last; `manager.reconcile_state` corrects an outdated one.
+
+        Raises:
+            DamagedRun: `state.json` is missing or can't be used.
+        """
+        path = self.path / "state.json"
+        stored, names = contents.read_object(path, State), {item.name for item in fields(State)}
+        state = State(**{key: value for key, value in stored.items() if key in names})
+        if state.state not in LIVE_STATES + ENDED_STATES:
+            name = printable(state.state[:100])
+            raise DamagedRun(path, _("the state {name!r} is not known here"), name=name)
+        if not 1 <= state.attempt <= MAX_ATTEMPT:
+            raise DamagedRun(path, _("there is no attempt {number}"), number=state.attempt)
+        try:
+            if state.message is not None:
+                Message.from_json(state.message)
+        except ValueError as error:
+            raise DamagedRun(path, _("its message is not valid ({error})"), error=error) from error
+        return state
+
+    def state_or_derived(self) -> State:
+        """Return `state`; if the file is damaged, what can be known without it.
+
+        The attempt is that of the newest event; the run has failed and can be resumed.
+
+        Raises:
+            NewerRun: `state.json` is of a later version.
+        """
+        try:
+            return self.state()
+        except NewerRun:
+            raise
+        except DamagedRun as error:
+            newest = None
+            with suppress(DamagedRun):
+                newest = self.newest_event(Event)
+            return State(
+                "failed", str(error.what), error.what.as_json(), resumable=True,
+                attempt=newest.attempt if newest else 1, created=time.time(), updated=time.time(),
+            )  # fmt: skip
 
     def write_state(
         self,
@@ -106,31 +160,79 @@ class Run:
         """
         self.require_folder()
         path, now = self.path / "state.json", time.time()
-        old = self.state() if path.exists() else State(state, created=now)
+        is_first = not os.path.lexists(path) and not os.path.lexists(self.events_file)
+        old = State(state, created=now) if is_first else self.state_or_derived()
         reason, content = (str(message), message.as_json()) if message else ("", None)
         new = State(state, reason, content, resumable, attempt or old.attempt, old.created, now)
         write_json(path, asdict(new))
 
-    def about(self) -> dict[str, Any]:
-        """Return `title` and `notes` that a person gave the run; missing keys if none."""
-        with suppress(UserError):  # damaged notes are no reason to hide a run
-            stored = read_json(self.path / "about.json")
-            if isinstance(stored, dict):
-                return stored
-        return {}
+    def about(self) -> dict[str, str]:
+        """Return `title` and `notes` that a person gave the run; missing keys if none.
+
+        Raises:
+            DamagedRun: `about.json` can't be used.
+        """
+        path = self.path / "about.json"
+        return contents.read_object(path, contents.About) if os.path.lexists(path) else {}
+
+    def title(self) -> str:
+        """Return the title that a person gave the run, else its folder's name."""
+        with suppress(DamagedRun):  # damaged notes are no reason to hide a run
+            return self.about().get("title") or self.name
+        return self.name
+
+    def has_adapter(self) -> bool:
+        """Return whether the run has a finished adapter."""
+        with suppress(OSError):  # a folder of someone else
+            return self.adapter.is_dir()
+        return False
 
     def require_adapter(self) -> Path:
         """Return the finished adapter's folder; raise `UserError` if there is none yet."""
-        if not self.adapter.is_dir():
+        if not self.has_adapter():
             what = _("{run} has no adapter yet ({state}).")
             fix = _("Let it finish, or name another run (`jetson-ft runs list`).")
             raise UserError(what, str(self.path), fix, run=self.name, state=self.state().state)
         return self.adapter
 
     def plan(self) -> dict[str, Any]:
-        """Return `plan.json`; empty before the first plan."""
+        """Return the content of `plan.json`; empty before the first plan.
+
+        Raises:
+            DamagedRun: the file can't be used.
+        """
         path = self.path / "plan.json"
-        return dict(read_json(path)) if path.exists() else {}
+        return contents.read_object(path, contents.Plan) if os.path.lexists(path) else {}
+
+    def set_damaged_plan_aside(self) -> Message | None:
+        """Rename a damaged `plan.json`, so that a new one can be written; return the fault."""
+        path = self.path / "plan.json"
+        try:
+            self.plan()
+        except DamagedRun as error:
+            with disk_errors(path):
+                path.rename(path.with_name("plan.json.damaged"))
+            return error.what
+        return None
+
+    def last_data(self) -> tuple[str, Recipe] | None:
+        """Return the rows' SHA-256 and the recipe of the last attempt; None: there was none.
+
+        Raises:
+            DamagedRun: `data.json` can't be used.
+        """
+        path = self.path / "data.json"
+        if not os.path.lexists(path):
+            return None
+        try:
+            stored = contents.read_object(path, contents.Data)
+            return stored["sha256"], Recipe.model_validate(stored["recipe"])
+        except DamagedRun as error:
+            fix = _("Put back an intact copy of it; or move it away: then nothing compares the "
+                    "rows with those of the last attempt.")  # fmt: skip
+            raise DamagedRun(path, error.reason, fix) from error
+        except ValueError as error:
+            raise DamagedRun(path, _("its recipe is not valid")) from error
 
     def request_stop(self) -> None:
         """Ask the worker to save a checkpoint and exit."""
@@ -171,54 +273,51 @@ class Run:
         (self.path / "reserve").unlink(missing_ok=True)
 
     def is_locked(self, name: str) -> bool:
-        """Return whether a living process holds the lock `worker` or `supervisor`."""
+        """Return whether a living process holds the lock `worker` or `supervisor`.
+
+        Raises:
+            DamagedRun: the lock file belongs to someone else.
+        """
         path = self.path / f"{name}.lock"
-        if not path.exists():
+        try:
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                return not try_lock(file, shared=True)
+        except PermissionError as error:
+            reason = _("it can't be read ({error})")
+            raise DamagedRun(path, reason, error=error.strerror or "") from error
+        except OSError:  # missing, or nothing that a process could hold
             return False
-        with open(path, "rb") as file:
-            return not try_lock(file, shared=True)
 
     def events(self) -> list[Event]:
-        """Return all complete events; of steps made twice (after a resume), the last attempt's."""
-        return last_attempt_events(read_events(self.events_file)[0])
+        """Return all events; `iter_events` reads a log of any size."""
+        return list(self.iter_events(Event))
+
+    def iter_events(self, *kinds: type[E]) -> Iterator[E]:
+        """Yield the events of these kinds (`Event`: of all), the oldest first.
+
+        Of steps made twice (after a resume), yield the last attempt's.
+
+        Raises:
+            DamagedRun: `events.jsonl` can't be read.
+        """
+        first, again = (iter_events(self.events_file, *kinds) for _pass in range(2))
+        return last_attempt_events(first, again)
 
     def last_event(self, kind: type[E]) -> E | None:
-        """Return the current attempt's newest event of one kind."""
-        attempt, events = self.state().attempt, reversed(self.events())
-        return next((e for e in events if isinstance(e, kind) and e.attempt == attempt), None)
+        """Return the current attempt's newest event of one kind.
 
+        Raises:
+            DamagedRun: `events.jsonl` can't be read.
+        """
+        return newest_event(self.events_file, kind, self.state_or_derived().attempt)
 
-def last_attempt_events(events: list[Event]) -> list[Event]:
-    """Leave out events of a step that a later attempt has made again."""
-    newest: dict[tuple[str, Any], int] = {}
-    for event in events:
-        key = (event.kind, getattr(event, "step", None))
-        newest[key] = max(newest.get(key, 0), event.attempt)
-    return [
-        event
-        for event in events
-        if not hasattr(event, "step") or newest[event.kind, event.step] == event.attempt
-    ]
+    def newest_event(self, kind: type[E]) -> E | None:
+        """Return the newest event of a kind (`Event`: of any) of all attempts."""
+        return newest_event(self.events_file, kind)
 
-
-def read_events(path: Path, offset: int = 0, limit: int = -1) -> tuple[list[Event], int]:
-    """Return the events from a byte offset on, in at most `limit` bytes (-1: all), and the next
-    offset.
-
-    A half-written last line is left for the next call; a damaged or unknown one is skipped.
-    """
-    data = b""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        file.seek(offset)
-        data = file.read(limit)
-    end = data.rfind(b"\n") + 1
-    events = []
-    for line in data[:end].splitlines():
-        with suppress(ValueError):
-            content = orjson.loads(line)
-            if isinstance(content, dict) and (event := from_json(content)):
-                events.append(event)
-    return events, offset + end
+    def open_log(self) -> IO[bytes]:
+        """Open `log.txt`, to append to it; raise `DamagedRun` if it is no file."""
+        return open(contents.open_to_append(self.path / "log.txt"), "ab")
 
 
 class EventLog:
@@ -234,7 +333,7 @@ class EventLog:
         self._waiting: list[bytes] = []  # lines, oldest first
         self._path = run.events_file
         with disk_errors(self._path):
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = contents.open_to_append(self._path)
 
     def emit(self, event: Event) -> None:
         """Append an event with the time and the attempt's number."""
@@ -258,35 +357,6 @@ class EventLog:
             line = b"\n" + line
         while line:  # a disk that becomes full takes a part and refuses the rest
             line = line[os.write(self._file, line) :]
-
-
-def lock(path: Path, timeout: float = 0.0) -> IO[bytes] | None:
-    """Take the lock file, until the returned file is closed; None: another process has it.
-
-    Try for `timeout` seconds: `Run.is_locked` takes a free lock for a moment, to test it.
-    """
-    with disk_errors(path):
-        file = open(path, "ab")  # noqa: SIM115 - held open on purpose
-    deadline = time.monotonic() + timeout
-    while not try_lock(file):
-        if time.monotonic() >= deadline:
-            file.close()
-            return None
-        time.sleep(0.01)
-    return file
-
-
-def try_lock(file: IO[bytes], shared: bool = False) -> bool:
-    """Take a flock without waiting; return whether that worked.
-
-    Args:
-        shared: to test the lock: two tests at the same time don't see each other.
-    """
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def create_run(recipe: Recipe, label: str) -> Run:
@@ -330,8 +400,8 @@ def find_run(name: str, root: Path) -> Run:
 def run_of_ticket(ticket: str, root: Path) -> Run | None:
     """Return the run under the root that was launched with this ticket."""
     for run in list_runs(root):  # the newest first
-        with suppress(OSError):
-            if (run.path / TICKET_FILE).read_text() == ticket:
+        with suppress(DamagedRun):
+            if contents.read_bytes(run.path / TICKET_FILE) == ticket.encode():
                 return run
     return None
 
@@ -358,8 +428,23 @@ def list_runs(root: Path) -> list[Run]:
 
 def runs_with_adapter(root: Path) -> list[Run]:
     """Return the runs under the root that have a finished adapter, newest first."""
-    return [run for run in list_runs(root) if run.adapter.is_dir()]
+    return [run for run in list_runs(root) if run.has_adapter()]
 
 
 def _is_run(path: Path) -> bool:
-    return (path / "recipe.yaml").is_file() and (path / "state.json").is_file()
+    """Return whether a folder is a run's, damaged or not.
+
+    A run that is being launched has a young recipe and nothing else yet.
+    """
+    try:
+        names = {entry.name for entry in path.iterdir()}
+        if "state.json" in names:
+            return True
+        if "recipe.yaml" not in names:
+            return False
+        age = time.time() - (path / "recipe.yaml").lstat().st_mtime
+        return "events.jsonl" in names or age > _LAUNCH_SECONDS
+    except PermissionError:
+        return bool(_RUN_NAME.match(path.name))  # as far as can be known of someone else's folder
+    except (OSError, ValueError):
+        return False

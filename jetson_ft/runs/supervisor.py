@@ -23,10 +23,12 @@ from jetson_ft import logs
 from jetson_ft.errors import Message, _
 from jetson_ft.files import DiskFull
 from jetson_ft.runs import exit_status, oom
+from jetson_ft.runs.contents import DamagedRun
 from jetson_ft.runs.exit_status import ExitStatus
+from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import WORKER_ENVIRONMENT, read_distributed_config
 from jetson_ft.runs.queue import QueueTicket
-from jetson_ft.runs.store import Run, RunRemoved, lock
+from jetson_ft.runs.store import Run, RunRemoved
 
 _POLL_SECONDS = 0.25
 _RECORD_SECONDS = 5.0  # to write the last state on a full disk
@@ -57,6 +59,8 @@ def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = N
                 status = exit_status.state_for_exit_code(run, code)
         except DiskFull as error:  # before an attempt: the run's disk or the queue's
             status = ExitStatus("failed", error.what, resumable=True)
+        except DamagedRun as error:
+            status = ExitStatus("failed", error.what)
         run.release_space()
         run.clear_stop()  # first, so that no reader sees an ended run with a request to stop
         _record(run, status)
@@ -85,12 +89,12 @@ def _try_to_write_state(run: Run, state: str, message: Message | None = None) ->
 
 def _wait_for_turn(run: Run) -> IO[bytes] | None:
     """Return the slot's lock file; None: the run was asked to stop before its turn."""
-    ticket = QueueTicket(since=run.state().updated)
+    ticket = QueueTicket(since=run.state_or_derived().updated)
     try:
         while not run.stop_requested():
             if slot := ticket.try_take(run.path):
                 return slot
-            if not run.state().reason:
+            if not run.state_or_derived().reason:
                 message = Message(_("another run is training; this one starts after it"))
                 _try_to_write_state(run, "queued", message)
             time.sleep(_POLL_SECONDS)
@@ -109,7 +113,7 @@ def _run_attempts(run: Run, slot: IO[bytes], run_attempt: RunAttempt) -> int:
         if code == exit_status.EXIT_RETRY and run.stop_requested():
             return exit_status.EXIT_STOPPED
         if code == exit_status.EXIT_RETRY:
-            run.write_state("running", attempt=run.state().attempt + 1)
+            run.write_state("running", attempt=run.state_or_derived().attempt + 1)
             code = run_attempt(run, [slot, lock_file])
     return code
 
@@ -119,7 +123,7 @@ def _run_worker(run: Run, locks: list[IO[bytes]]) -> int:
     program = "launcher" if read_distributed_config(run).needs_launcher else "worker"
     command = [sys.executable, "-m", f"jetson_ft.runs.{program}", str(run.path)]
     kill_watch = oom.KillWatch()
-    with open(run.path / "log.txt", "ab") as log:
+    with run.open_log() as log:
         worker = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             pass_fds=[file.fileno() for file in locks], env={**WORKER_ENVIRONMENT, **os.environ},
@@ -131,7 +135,7 @@ def _run_worker(run: Run, locks: list[IO[bytes]]) -> int:
         except subprocess.TimeoutExpired:
             kill_watch.update()
             try:
-                if run.stop_requested() and run.state().state == "running":
+                if run.stop_requested() and run.state_or_derived().state != "stopping":
                     _try_to_write_state(run, "stopping", Message(_("writing a checkpoint")))
             except RunRemoved:  # nothing is left to save
                 worker.kill()

@@ -41,7 +41,7 @@ def main(run: Run, on_interrupt: Any = signal.SIG_IGN) -> int:
         on_interrupt: handler of SIGINT; by default the command that launched it handles Ctrl-C.
     """
     is_local_main = distributed.is_local_main_process()
-    attempt = run.state().attempt
+    attempt = run.state_or_derived().attempt
     signal.signal(signal.SIGTERM, lambda *_: run.request_stop())
     signal.signal(signal.SIGINT, on_interrupt)
     silence_libraries()

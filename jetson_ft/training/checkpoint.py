@@ -7,6 +7,7 @@ differ from its manifest is skipped for the one before.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors, read_json, sha256_file, sync_folder, write_json
@@ -54,7 +57,9 @@ def write_checkpoint(home: Path, state: TrainState, save_files: Callable[[Path],
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
             write_json(staging / MANIFEST, {path.name: sha256_file(path) for path in files})
-            if target.exists():
+            if target.is_symlink() or target.is_file():
+                target.unlink()
+            elif target.exists():
                 shutil.rmtree(target)
             staging.replace(target)
         except BaseException:
@@ -83,7 +88,11 @@ def find_fault(folder: Path) -> Message | None:
     path, fault = folder / MANIFEST, ""
     try:
         hashes = read_json(path) if path.is_file() else {MANIFEST: ""}
+        if path.is_file() and STATE_FILE not in hashes:
+            raise ValueError("a manifest without the counters")
         for name, digest in hashes.items():
+            if name != Path(name).name:
+                raise ValueError("a path in the manifest")
             path = folder / name
             if not path.is_file():
                 fault = _("{path} is missing")
@@ -91,7 +100,10 @@ def find_fault(folder: Path) -> Message | None:
                 fault = _("{path} is damaged (its SHA-256 differs from the manifest's)")
             if fault:
                 break
-    except (UserError, ValueError, AttributeError):
+        path = path if fault else folder / STATE_FILE
+        if not fault and read_state(folder).step != step_of(folder):
+            fault = _("{path} is damaged (it is of another step)")
+    except (UserError, OSError, ValueError, TypeError, AttributeError):
         fault = _("{path} is damaged (it can't be read)")
     return Message(fault, {"path": str(path)}) if fault else None
 
@@ -110,8 +122,14 @@ def newest_intact(home: Path) -> tuple[Path | None, list[Message]]:
 
 
 def read_state(folder: Path) -> TrainState:
-    """Return the counters stored in a checkpoint."""
-    return TrainState(**read_json(folder / STATE_FILE))
+    """Return the counters stored in a checkpoint.
+
+    Raises:
+        UserError: the file can't be read.
+        ValueError: it has values of other types.
+    """
+    content = json.dumps(read_json(folder / STATE_FILE))
+    return TypeAdapter(TrainState).validate_json(content, strict=True)
 
 
 def delete_old_checkpoints(home: Path, keep: int, state: TrainState) -> None:

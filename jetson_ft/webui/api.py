@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Redirect
 from starlette.background import BackgroundTask
 
 from jetson_ft.errors import UserError, _
+from jetson_ft.files import disk_errors
 from jetson_ft.runs import manager, store
 from jetson_ft.webui.fragments import Fragments
 from jetson_ft.webui.limits import BusyError, costly
@@ -66,8 +67,10 @@ def router(root: Path) -> APIRouter:
     @routes.get("/runs/{name}/{file}")
     def report(name: str, file: Literal["report.html", "report.md", "report.json"]) -> Response:
         path = store.run_by_name(name, root).path / file
-        if not path.is_file():
-            raise UserError(_("File not found."), f"{name}/{file}")
+        with disk_errors(path):  # a folder or file of someone else
+            if not path.is_file():
+                raise UserError(_("File not found."), f"{name}/{file}")
+            path.open("rb").close()
         return FileResponse(path)
 
     return routes

@@ -16,11 +16,10 @@ from typing import Any
 
 from jetson_ft.errors import UserError, _
 from jetson_ft.events import PHASES, Evaluated, Step
-from jetson_ft.files import read_json
 from jetson_ft.runs import monitor, store
 from jetson_ft.runs.monitor import RunMonitor, RunProgress, RunSummary
 from jetson_ft.runs.report import chart, summary
-from jetson_ft.runs.store import LIVE_STATES, Run
+from jetson_ft.runs.store import Run
 from jetson_ft.webui.render import Locale, render
 
 _MAX_COMPARED = 5  # runs drawn with the chosen one: the number of colours
@@ -42,25 +41,32 @@ _CHARTS = {
 }
 
 
+class _Cached:
+    """A fragment: when its source was last read (monotonic), the source, its HTML."""
+
+    def __init__(self) -> None:
+        self.lock, self.read_at, self.html = threading.Lock(), -math.inf, ""
+        self.source: Any = None
+
+
 class Fragments:
     """Render fragments of the runs under `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._monitor = RunMonitor()
-        # Key -> when its source was last read (monotonic), the source, its HTML.
-        self._cache: dict[Any, tuple[float, Any, str]] = {}
-        self._lock = threading.Lock()
+        self._cache: dict[Any, _Cached] = {}
+        self._lock = threading.Lock()  # of `_cache`; held for no reading and no rendering
 
     def run_list(self, language: str, chosen: str, compared: tuple[str, ...]) -> str:
         """Return the list of all runs, newest first."""
         compared = compared[:_MAX_COMPARED]
         return self._cached(
             ("list", language, chosen, compared),
-            lambda: [self._summary(run) for run in store.list_runs(self.root)],
+            lambda: [self._monitor.summary(run) for run in store.list_runs(self.root)],
             lambda runs: render(
                 "runs.jinja", Locale(language), runs=runs, chosen=chosen, compared=compared,
-                LIVE=LIVE_STATES, STATES=_STATES,
+                STATES=_STATES,
             ),
         )  # fmt: skip
 
@@ -76,44 +82,58 @@ class Fragments:
                 runs.append(store.run_by_name(other, self.root))
         return self._cached(
             ("detail", language, *(run.name for run in runs)),
-            lambda: [self._summary(runs[0]), *map(monitor.change_stamp, runs)],
-            lambda source: self._detail(Locale(language), source[0], runs),
+            lambda: [(self._monitor.summary(run), self._progress(run)) for run in runs],
+            lambda source: self._detail(Locale(language), runs[0], source),
         )
 
     def _cached(self, key: Any, read: Callable[[], Any], to_html: Callable[[Any], str]) -> str:
-        """Return HTML: `read` its source at most once per second, `to_html` it when it changed."""
+        """Return HTML: `read` its source at most once per second, `to_html` it when it changed.
+
+        Requests for the same fragment wait for each other, and for no other one.
+        """
         with self._lock:
             now = time.monotonic()
-            read_at, source, html = self._cache.get(key, (-math.inf, None, ""))
-            if now - read_at > _CACHE_SECONDS:
-                new = read()
-                if new != source:
-                    html = to_html(new)
-                self._cache = {k: v for k, v in self._cache.items() if now - v[0] < 60}
-                self._cache[key] = now, new, html
-            return html
+            self._cache = {k: v for k, v in self._cache.items() if now - v.read_at < 60 or k == key}
+            cached = self._cache.setdefault(key, _Cached())
+        with cached.lock:
+            if time.monotonic() - cached.read_at > _CACHE_SECONDS:
+                source = read()
+                if source != cached.source:
+                    cached.html = to_html(source)
+                cached.source, cached.read_at = source, time.monotonic()
+            return cached.html
 
-    def _summary(self, run: Run) -> RunSummary:
+    def _progress(self, run: Run) -> RunProgress:
         try:
-            return self._monitor.summary(run)
-        except UserError as error:  # one damaged run must not hide the others
-            state = store.State("damaged", str(error.what), error.what.as_json())
-            return RunSummary(run.name, run.name, state)
+            return self._monitor.progress(run)
+        except UserError:  # which is one of the summary's faults
+            return RunProgress()
 
-    def _detail(self, t: Locale, summary: RunSummary, runs: Sequence[Run]) -> str:
-        run = runs[0]
-        progresses = [self._monitor.progress(each) for each in runs]
-        last = progresses[0].last
-        is_current = progresses[0].attempt == summary.state.attempt
-        warnings = progresses[0].warnings if is_current else []
+    def _detail(self, t: Locale, run: Run, source: Sequence[tuple[RunSummary, RunProgress]]) -> str:
+        summary, newest = source[0]
+        progresses = [progress for _summary, progress in source]
+        reading = sum(p.offset for p in progresses) / max(1, sum(p.size for p in progresses))
+        if not newest.is_complete:
+            with suppress(UserError):
+                newest = monitor.read_progress(run)
+        is_current = newest.attempt == summary.state.attempt
+        log, notes, has_report = "", "", False
+        with suppress(OSError):  # a folder of someone else
+            has_report = (run.path / "report.html").is_file()
+        with suppress(UserError):
+            log = monitor.log_tail(run, _LOG_BYTES)
+        with suppress(UserError):
+            notes = run.about().get("notes", "")
         return render(
-            "run.jinja", t, LIVE=LIVE_STATES, STATES=_STATES,
-            run=summary, step=last(Step), evaluated=last(Evaluated), warnings=warnings,
-            names=[self._summary(other).title for other in runs[1:]],
+            "run.jinja", t, STATES=_STATES,
+            run=summary, step=newest.last(Step), evaluated=newest.last(Evaluated),
+            warnings=newest.warnings if is_current else [],
+            names=[other.title for other, _progress in source[1:]],
             phase=PHASES.get(summary.phase, summary.phase),
+            reading=None if all(p.is_complete for p in progresses) else reading,
             losses=_loss_chart(progresses), charts=_charts(progresses), figures=_figures(run),
-            has_report=(run.path / "report.html").is_file(), has_adapter=run.adapter.is_dir(),
-            log=_log_tail(run), notes=run.about().get("notes", ""),
+            has_report=has_report, has_adapter=run.has_adapter(),
+            log=log, notes=notes,
         )  # fmt: skip
 
 
@@ -144,18 +164,7 @@ def _charts(progresses: Sequence[RunProgress]) -> dict[str, str]:
 
 def _figures(run: Run) -> list[dict[str, Any]]:
     """Return the rows of base against adapter; empty unless the run is finished."""
-    path = run.path / "report.json"
     try:
-        return summary.metric_rows(read_json(path)) if path.exists() else []
-    except (UserError, KeyError, TypeError):
+        return summary.metric_rows(run.report())
+    except UserError:
         return []
-
-
-def _log_tail(run: Run) -> str:
-    path = run.path / "log.txt"
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - _LOG_BYTES))
-            return file.read().decode("utf-8", "replace")
-    except OSError:
-        return ""

@@ -16,7 +16,8 @@ from workbench import is_live
 from jetson_ft.errors import Message, UserError
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import exit_status, manager, store
-from jetson_ft.runs.store import Run, lock
+from jetson_ft.runs.locks import lock
+from jetson_ft.runs.store import Run
 
 
 def kill(process: int) -> None:

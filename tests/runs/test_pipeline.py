@@ -336,20 +336,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    workbench: Any, finished: Run
-) -> None:
-    run = workbench.run("damaged")
-    assert workbench.work(run, "step-9") == -signal.SIGKILL
-    newest = checkpoint.list_checkpoints(run.checkpoints)[-1]
-    assert checkpoint.step_of(newest) == 8
-    flip(newest / "optimizer.safetensors")
-    assert workbench.work(run) == 0
-    (warning,) = [event.message for event in run.events() if isinstance(event, Warned)]
-    assert str(newest / "optimizer.safetensors") in warning
-    assert adapter_bytes(run) == adapter_bytes(finished)
-
-
+@pytest.mark.promise(4)
 @pytest.mark.slow
 def test_damaged_best_checkpoint_is_named_and_the_last_step_is_used(
     workbench: Any, tmp_path: Path

@@ -19,7 +19,9 @@ from jetson_ft.errors import Message, UserError
 from jetson_ft.events import CheckpointSaved, Event, PhaseStarted, Sensors, Step
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
-from jetson_ft.runs.store import EventLog, Run, last_attempt_events, lock, read_events
+from jetson_ft.runs.event_reader import last_attempt_events, read_events
+from jetson_ft.runs.locks import lock
+from jetson_ft.runs.store import EventLog, Run
 
 
 @pytest.fixture
@@ -324,13 +326,19 @@ def test_step_made_twice_keeps_the_last_attempt() -> None:
     saved = CheckpointSaved(step=2, path="x", seconds=1.0, attempt=1)
     phase = PhaseStarted(name="data", attempt=1)
     events = [step(1, 1), step(2, 1), saved, step(3, 1), phase, step(2, 2)]
-    assert last_attempt_events(events) == [step(1, 1), saved, step(3, 1), phase, step(2, 2)]
+    assert list(last_attempt_events(events, events)) == [
+        step(1, 1),
+        saved,
+        step(3, 1),
+        phase,
+        step(2, 2),
+    ]
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3))))
 def test_each_step_is_kept_from_one_attempt(made: list[tuple[int, int]]) -> None:
     events: list[Event] = [step_event(number, attempt=attempt) for number, attempt in made]
-    kept = [event for event in last_attempt_events(events) if isinstance(event, Step)]
+    kept = [event for event in last_attempt_events(events, events) if isinstance(event, Step)]
     assert {event.step for event in kept} == {number for number, _ in made}
     for event in kept:
         assert event.attempt == max(a for n, a in made if n == event.step)

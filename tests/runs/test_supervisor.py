@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.runs import manager, store
+from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import WORKER_ENVIRONMENT
-from jetson_ft.runs.store import lock
 
 
 def test_supervisor_imports_no_torch() -> None:

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from jetson_ft.errors import Message, UserError
 from jetson_ft.events import Download, Paused, PauseEnded, PhaseStarted, Warned
-from jetson_ft.runs import monitor, store
+from jetson_ft.runs import locks
 from jetson_ft.runs.store import EventLog
 from jetson_ft.webui import api
 
@@ -111,7 +111,7 @@ def test_phase_reason_and_warning_are_in_the_pages_language(page: TestClient, ro
     english = page.get(f"/live/en/runs/{run.name}").text
     assert "ended with code 7" in english and "is missing; the checkpoint before" in english
     log.emit(PhaseStarted(name="model files"))
-    held = store.lock(run.path / "worker.lock")
+    held = locks.lock(run.path / "worker.lock")
     run.write_state("running", attempt=2)
     time.sleep(1.1)  # a fragment is rendered once per second
     resumed = page.get(f"/live/zh_CN/runs/{run.name}").text
@@ -172,7 +172,7 @@ def test_an_action_has_the_result_of_its_command(page: TestClient, root: Path) -
     assert page.post(f"/runs/{run.name}/explode").status_code == 422
     assert page.post(f"/runs/{run.name}/delete").json() == {"done": True}
     assert not run.path.exists()
-    assert monitor.run_title(run) == run.name
+    assert run.title() == run.name
 
 
 def test_an_error_is_in_the_language_of_its_page(page: TestClient, root: Path) -> None:

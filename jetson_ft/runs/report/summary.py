@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +16,7 @@ from jetson_ft.errors import Message, _
 from jetson_ft.events import Evaluated, Event, PauseEnded, Sensors, Step, Warned
 from jetson_ft.files import printable, printable_value, write_atomic, write_json
 from jetson_ft.i18n import duration, languages, translator
+from jetson_ft.runs.monitor import Curve
 from jetson_ft.runs.report import chart
 from jetson_ft.runs.store import Run
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from jetson_ft.training.state import TrainState
 
 SCHEMA = 1
+_MAX_WARNINGS = 1000  # of a run, distinct ones
+_MAX_POINTS = 2000  # of a curve in report.html
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -61,7 +66,9 @@ def write_report(run: Run, report: dict[str, Any]) -> None:
     """Write the three reports, from the content of report.json."""
     write_json(run.path / "report.json", report)
     write_atomic(run.path / "report.md", render_markdown(run.name, report))
-    write_atomic(run.path / "report.html", render_html(run.name, report, run.events()))
+    write_atomic(
+        run.path / "report.html", render_html(run.name, report, run.iter_events(Step, Evaluated))
+    )
 
 
 def build_report(
@@ -73,11 +80,16 @@ def build_report(
         exported_step: the step whose weights the adapter has.
         parts: the keys that run, plan and state don't give, with their values.
     """
-    recipe, events = run.recipe(), run.events()
-    steps = [event for event in events if isinstance(event, Step)]
-    losses = [step.loss for step in steps if step.loss is not None]
+    recipe, losses, peak_memory = run.recipe(), array("d"), 0
+    for step in run.iter_events(Step):
+        peak_memory = max(peak_memory, step.memory)
+        if step.loss is not None:
+            losses.append(step.loss)
     last = losses[-max(1, round(len(losses) / 10)) :]
-    warnings = {event.message: event.text for event in events if isinstance(event, Warned)}
+    warnings: dict[str, Any] = {}
+    for event in run.iter_events(Warned):
+        if len(warnings) < _MAX_WARNINGS:
+            warnings[event.message] = event.text
     return {
         "schema": SCHEMA,
         "recipe_sha256": recipe.sha256(),
@@ -95,11 +107,11 @@ def build_report(
             "supervised_tokens": state.supervised_tokens,
             "seconds": round(state.train_seconds, 1),
             "tokens_per_second": round(state.tokens_per_second, 1),
-            "peak_memory_bytes": max((step.memory for step in steps), default=0),
+            "peak_memory_bytes": peak_memory,
             **_energy(state),
             "final_loss": sum(last) / len(last) if last else None,
         },
-        "sensors": summarize_sensors(events),
+        "sensors": summarize_sensors(run.iter_events(Sensors, PauseEnded)),
         "warnings": [{"message": message, "text": text} for message, text in warnings.items()],
     }
 
@@ -120,24 +132,31 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def summarize_sensors(events: list[Event]) -> dict[str, Any] | None:
+def summarize_sensors(events: Iterable[Event]) -> dict[str, Any] | None:
     """Return `sensors` of report.json, over all attempts; None where nothing was read."""
-    samples = [event for event in events if isinstance(event, Sensors)]
-    if not samples:
+    # Some of a sample's figures count from the start of an attempt: its last one has the totals.
+    last: dict[int, Sensors] = {}
+    newest: Sensors | None = None
+    max_temperature: float | None = None
+    paused_seconds = 0.0
+    for event in events:
+        if isinstance(event, PauseEnded):
+            paused_seconds += event.seconds
+        elif isinstance(event, Sensors):
+            newest = last[event.attempt] = event
+            if event.temperature is not None:
+                max_temperature = max(event.temperature, max_temperature or event.temperature)
+    if newest is None:
         return None
-    # These two count from the start of an attempt: its last sample has the totals.
-    last = list({sample.attempt: sample for sample in samples}.values())
     counts: Counter[str] = Counter()
-    for sample in last:
+    for sample in last.values():
         counts.update(sample.over_current or {})
-    temperatures = [s.temperature for s in samples if s.temperature is not None]
-    pauses = [event.seconds for event in events if isinstance(event, PauseEnded)]
     return {
-        "source": samples[-1].source,
-        "max_temperature": max(temperatures, default=None),
-        "throttled_seconds": round(sum(s.throttled_seconds or 0.0 for s in last), 1),
+        "source": newest.source,
+        "max_temperature": max_temperature,
+        "throttled_seconds": round(sum(s.throttled_seconds or 0.0 for s in last.values()), 1),
         "over_current": dict(counts),
-        "paused_seconds": round(sum(pauses), 1),
+        "paused_seconds": round(paused_seconds, 1),
     }
 
 
@@ -241,7 +260,7 @@ def _sources_as_markdown(report: dict[str, Any]) -> list[str]:
 def energy_phrase(report: dict[str, Any]) -> str:
     """Return the end of a sentence on the energy; empty where it wasn't measured."""
     train = report["train"]
-    if train.get("energy_joules") is None:  # reports of older runs don't have it
+    if None in (train.get("energy_joules"), train.get("joules_per_token")):  # as in older runs
         return ""
     return f", {train['energy_joules']:,.0f} J ({train['joules_per_token']:.3g} J/token)"
 
@@ -251,8 +270,12 @@ def _quoted(title: str, text: str) -> str:
     return f"**{title}**\n\n{body}\n"
 
 
-def render_html(name: str, report: dict[str, Any], events: list[Event]) -> str:
-    """Return the report as one page that fetches nothing: no script, font or picture."""
+def render_html(name: str, report: dict[str, Any], events: Iterable[Event]) -> str:
+    """Return the report as one page that fetches nothing: no script, font or picture.
+
+    Args:
+        events: whose losses are drawn.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(
@@ -262,12 +285,12 @@ def render_html(name: str, report: dict[str, Any], events: list[Event]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    train = [(e.step, e.loss) for e in events if isinstance(e, Step) and e.loss is not None]
-    heldout = [
-        (e.step, e.heldout_loss)
-        for e in events
-        if isinstance(e, Evaluated) and e.heldout_loss is not None
-    ]
+    train, heldout = Curve(), Curve()
+    for event in events:
+        if isinstance(event, Step) and event.loss is not None:
+            train.add(event.step, event.loss)
+        elif isinstance(event, Evaluated) and event.heldout_loss is not None:
+            heldout.add(event.step, event.heldout_loss)
     return environment.get_template("report.html.jinja").render(
         _=_in_every_language,
         languages={_html_tag(language): own for language, own in languages().items()},
@@ -278,7 +301,7 @@ def render_html(name: str, report: dict[str, Any], events: list[Event]) -> str:
         pairs=sample_pairs(report),
         sources=_sources(report),
         is_text=_is_text(report),
-        chart=chart.losses(train, heldout),
+        chart=chart.losses(train.points(_MAX_POINTS), heldout.points(_MAX_POINTS)),
         warnings=_warnings(report),
         roles=_ROLES,
         duration=duration,

@@ -18,7 +18,7 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.files import printable
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.models import files
-from jetson_ft.runs import monitor, store
+from jetson_ft.runs import store
 from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
@@ -111,7 +111,7 @@ class ChatTab:
     def choices(self) -> list[tuple[str, str]]:
         """Return (label, name) of every run with an adapter and every downloaded base model."""
         runs = store.runs_with_adapter(self.runs)
-        adapters = [(printable(monitor.run_title(run)), run.name) for run in runs]
+        adapters = [(printable(run.title()), run.name) for run in runs]
         label = _("{model}, no adapter")
         bases = [(self.t(label, model=name), name) for name in hub.downloaded_models()]
         return [(self.t(_("embedded model, no adapter")), BASE), *adapters, *bases]

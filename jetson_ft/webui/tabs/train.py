@@ -17,7 +17,7 @@ from jetson_ft.data.readers import SUFFIXES
 from jetson_ft.errors import RecipeError, UserError, _
 from jetson_ft.files import expand_user, quoted
 from jetson_ft.recipe import Recipe, SourceRecipe, strict_yaml
-from jetson_ft.runs import manager, monitor, queue, store
+from jetson_ft.runs import manager, queue, store
 from jetson_ft.webui import uploads
 from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.cli_json import run_cli_json
@@ -110,7 +110,7 @@ class Form:
             tabs = gr.Tabs(selected="train")
             try:
                 run = store.run_by_name(name, self.runs)
-                text = self.t(_("The form has the settings of {run}."), run=monitor.run_title(run))
+                text = self.t(_("The form has the settings of {run}."), run=run.title())
                 return [f"<p>{escape(text)}</p>", tabs, *self._updates(run.recipe())]
             except UserError as error:
                 return [error_html(error, self.t), tabs, *_UNCHANGED]

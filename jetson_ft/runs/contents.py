@@ -1,0 +1,205 @@
+"""Read what a run's files contain: any content, owner or kind of file ends in `DamagedRun`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from jetson_ft.errors import Message, UserError, _
+from jetson_ft.files import printable
+
+SCHEMA = 1  # of all files of a run
+_MAX_BYTES = 1 << 24
+
+
+class DamagedRun(UserError):
+    """A file of a run that can't be used.
+
+    Args:
+        path: the file.
+        reason: what is wrong with it; the end of a sentence.
+        fix: what to do; by default to restore the file or to delete the run.
+    """
+
+    def __init__(self, path: Path, reason: str | Message, fix: str = "", **values: Any) -> None:
+        self.reason = reason if isinstance(reason, Message) else Message(reason, values)
+        fix = fix or _("Put back an intact copy of the file, or delete the run.")
+        what = Message(
+            _("{file} is damaged: {reason}."), {"file": path.name, "reason": self.reason}
+        )
+        super().__init__(what, printable(str(path)), fix)
+
+
+class NewerRun(DamagedRun):
+    """A file of a run that a later version of this program wrote."""
+
+
+class About(BaseModel):
+    """`about.json`: what a person wrote on the run."""
+
+    title: str = ""
+    notes: str = ""
+
+
+class Data(BaseModel):
+    """What this program reads of `data.json`: the rows and the recipe of the last attempt."""
+
+    sha256: str
+    recipe: dict[str, Any]
+
+
+class _SmallerPlan(BaseModel):
+    micro_batch_tokens: int = Field(ge=0)
+    checkpointing: bool
+    peak_memory_bytes: int = Field(ge=0)
+    memory_limit_gb: float = Field(gt=0)
+
+
+class Plan(BaseModel):
+    """What this program reads of `plan.json`."""
+
+    micro_batch_tokens: int = Field(0, ge=0)
+    checkpointing: bool = False
+    peak_memory_bytes: int = Field(0, ge=0)
+    parts: dict[str, int] = {}
+    memory_limit_gb: float | None = Field(None, gt=0)
+    smaller: _SmallerPlan | None = None
+
+
+class _Train(BaseModel):
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    energy_joules: float | None = None  # older runs have no energy
+    joules_per_token: float | None = None
+
+
+class _Sensors(BaseModel):
+    throttled_seconds: float
+    over_current: dict[str, int]
+    paused_seconds: float = 0.0
+
+
+class _Side(BaseModel):
+    loss: float
+    bits_per_char: float
+    chinese_share: float
+    stop_rate: float
+    repetition: float
+    chrf: float
+    bleu: float
+
+
+class _Eval(BaseModel):
+    rows: int
+    documents: int | None = None
+    before: _Side
+    after: _Side
+
+
+class Report(BaseModel):
+    """What this program reads of `report.json` after it was written."""
+
+    eval: _Eval | None
+    comparison_error: str | None = None
+    train: _Train
+    sensors: _Sensors | None = None
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a regular file of a run for reading; don't wait for the writer of a FIFO.
+
+    Raises:
+        DamagedRun: it is missing, something else than a file, or can't be read.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        with open(number, "rb") as file:
+            if not stat.S_ISREG(os.fstat(number).st_mode):
+                raise DamagedRun(path, _("it is not a regular file"))
+            yield file
+    except FileNotFoundError as error:
+        raise DamagedRun(path, _("it is missing")) from error
+    except OSError as error:
+        text = error.strerror or str(error)
+        raise DamagedRun(path, _("it can't be read ({error})"), error=text) from error
+
+
+def open_to_append(path: Path) -> int:
+    """Open a regular file of a run to read and append, or make it; return its descriptor.
+
+    Raises:
+        DamagedRun: something else is in its place.
+        OSError: the disk refuses it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    try:
+        number = os.open(path, flags, 0o644)
+    except (IsADirectoryError, PermissionError) as error:
+        text = error.strerror or str(error)
+        raise DamagedRun(path, _("it can't be read ({error})"), error=text) from error
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise DamagedRun(path, _("it is not a regular file"))
+    return number
+
+
+def read_bytes(path: Path, limit: int = _MAX_BYTES) -> bytes:
+    """Return the content of a run's file of at most `limit` bytes.
+
+    Raises:
+        DamagedRun: it can't be read, or is larger.
+    """
+    with open_file(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise DamagedRun(path, _("it has more than {limit:,} bytes"), limit=limit)
+    return content
+
+
+def read_object(path: Path, content: Any) -> dict[str, Any]:
+    """Return the object in one of a run's JSON files.
+
+    Args:
+        content: a model or dataclass of what must be in it; other keys are not checked.
+
+    Raises:
+        DamagedRun: it can't be read, isn't JSON, or has values of other types.
+        NewerRun: a later version of this program wrote it.
+    """
+    data = read_bytes(path)
+    try:
+        stored = orjson.loads(data)
+    except ValueError as error:
+        raise DamagedRun(path, _("it is not valid JSON ({error})"), error=str(error)) from error
+    schema = stored.get("schema", SCHEMA) if isinstance(stored, dict) else SCHEMA
+    if isinstance(schema, int) and schema > SCHEMA:
+        fix = _("Update jetson-ft; a later version wrote this file.")
+        raise NewerRun(path, _("its format {schema} is not known here"), fix, schema=schema)
+    try:
+        _validator(content).validate_json(data, strict=True)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)[0]
+        raise DamagedRun(
+            path,
+            _("unexpected value of `{key}` ({error})"),
+            key=printable(".".join(map(str, details["loc"]))[:100]),
+            error=details["msg"],
+        ) from error
+    return dict(stored)
+
+
+@functools.cache
+def _validator(content: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(content)
