@@ -161,12 +161,19 @@ class Problem:
 
 
 class RecipeError(UserError):
-    """All mistakes of a recipe at once; `problems` lets a form show each at its field."""
+    """All mistakes of a recipe at once; `problems` lets a form show each at its field.
 
-    def __init__(self, problems: list[Problem], where: str) -> None:
+    Args:
+        more: number of further mistakes, which are not among `problems`.
+    """
+
+    def __init__(self, problems: list[Problem], where: str, more: int = 0) -> None:
         self.problems = problems
         several = _("The recipe has {count} mistakes:\n  - {problems}")
         what = several if len(problems) > 1 else _("The recipe has a mistake:\n  - {problems}")
         fix = _("`jetson-ft recipe schema` lists every key; docs/recipe.md explains them.")
-        listed = joined([problem.as_message() for problem in problems], "\n  - ")
-        super().__init__(what, where, fix, count=len(problems), problems=listed)
+        messages = [problem.as_message() for problem in problems]
+        if more:
+            messages.append(Message(_("and {count} more"), {"count": more}))
+        listed = joined(messages, "\n  - ")
+        super().__init__(what, where, fix, count=len(problems) + more, problems=listed)

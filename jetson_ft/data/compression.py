@@ -103,7 +103,8 @@ def _open(path: Path) -> Iterator[tuple[Compression, str, IO[bytes]]]:
 
 
 def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    members = [member for member in archive.infolist() if not member.is_dir()]
+    # `ZipInfo.is_dir` of Python 3.11 and older fails on an empty name.
+    members = [member for member in archive.infolist() if not member.filename.endswith("/")]
     for start, (kind, fix) in _OFFICE.items():
         if any(member.filename.startswith(start) for member in members):
             raise _refused(path, kind, fix)

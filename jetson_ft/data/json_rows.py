@@ -235,7 +235,8 @@ def rows_of_frame(value: Any) -> list[Any] | None:
         return None
     names, table = value.get("columns"), value.get("data")
     if isinstance(names, list) and isinstance(table, list) and set(value) <= _SPLIT_KEYS:
-        fits = all(isinstance(row, list) and len(row) == len(names) for row in table)
+        are_names = all(isinstance(name, str) for name in names) and len({*names}) == len(names)
+        fits = are_names and all(isinstance(row, list) and len(row) == len(names) for row in table)
         return [dict(zip(names, row, strict=True)) for row in table] if fits else None
     columns = list(value.values())
     if all(isinstance(column, dict) for column in columns):

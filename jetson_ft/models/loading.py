@@ -121,7 +121,7 @@ def load_config(base: BaseModelFiles) -> PretrainedConfig:
 
     try:
         config = transformers.AutoConfig.from_pretrained(**_source(base))
-        # Building a model of it could load kernels of others; see `models.code_check`.
+        # transformers' default: what a config names could load kernels of others from the Hub.
         config._attn_implementation = config._experts_implementation = None
         return config
     except Exception as error:  # a config's class checks the types of its values, in its own ways
@@ -265,9 +265,6 @@ def _options(base: BaseModelFiles, weights: WeightFormat, device: str) -> dict[s
         # `load_model` checks the loading info; transformers would raise a RuntimeError.
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,
-        # transformers' default, whatever the config names: it could load kernels of others.
-        "attn_implementation": None,
-        "experts_implementation": None,
     }
     if base.gguf_file:
         if weights.quantize != "none":
@@ -278,6 +275,7 @@ def _options(base: BaseModelFiles, weights: WeightFormat, device: str) -> dict[s
                 format=weights.quantize,
             )
         return options | {"quantization_config": GgufConfig(dequantize=True)}
+    options["config"] = load_config(base)  # without its choice of kernels
     options["use_safetensors"] = True  # never a pickle beside them
     if weights.quantize != "none":
         options["quantization_config"] = BitsAndBytesConfig(

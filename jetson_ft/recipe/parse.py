@@ -64,12 +64,17 @@ def parse_recipe(text: str, where: str = "", overrides: Iterable[str] = ()) -> R
     for override in overrides:
         if problem := _apply(value, lines, override):
             problems.append(problem)
+    more = 0
     try:
         recipe = Recipe.model_validate(value)
     except ValidationError as error:
-        problems.extend(_as_problem(details, lines) for details in _one_per_key(error, value))
+        mistakes = _one_per_key(error, value)
+        problems.extend(_as_problem(details, lines) for details in mistakes[:_MAX_PROBLEMS])
+        more = len(mistakes[_MAX_PROBLEMS:])
     if problems:
-        raise RecipeError(sorted(problems, key=lambda item: item.line), where)
+        problems.sort(key=lambda item: item.line)
+        more += len(problems[_MAX_PROBLEMS:])
+        raise RecipeError(problems[:_MAX_PROBLEMS], where, more)
     return recipe
 
 
@@ -101,6 +106,7 @@ def _apply(
     return Problem(key, 0, message)
 
 
+_MAX_PROBLEMS = 50  # that are shown; a file of anything else has one in every line
 _FIELDS = fields()
 _SECTIONS = list(dict.fromkeys(key.rpartition(".")[0] for key in _FIELDS if "." in key))
 _OVERRIDE = _("--set: {problem}")
@@ -145,11 +151,11 @@ def _one_per_key(error: ValidationError, recipe: Any) -> list[Any]:
             path = (*path, details["loc"][-1])
         if path not in chosen or chosen[path]["type"] in _TYPE_ERRORS:
             chosen[path] = {**details, "loc": path}
+    wholes = {path[:length] for path in chosen for length in range(len(path))}
     return [
         details
         for path, details in chosen.items()
-        if details["type"] not in _TYPE_ERRORS
-        or not any(other[: len(path)] == path for other in chosen if other != path)
+        if details["type"] not in _TYPE_ERRORS or path not in wholes
     ]
 
 

@@ -143,6 +143,11 @@ def test_zip_of_several_data_files_is_refused_with_their_names(tmp_path: Path) -
         values(write(tmp_path, "a.zip", zipped({".hidden": ""})))
 
 
+def test_member_without_a_name_is_read(tmp_path: Path) -> None:
+    archive = zipped({"@@@@": as_jsonl(ROWS)}).replace(b"@@@@", b"\0@@@")
+    assert values(write(tmp_path, "a.zip", archive)) == ROWS
+
+
 def test_encrypted_zip_is_refused(tmp_path: Path) -> None:
     content = bytearray(zipped({"a.json": "[]"}))
     for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):

@@ -132,6 +132,9 @@ def test_table_by_columns_is_read_as_rows(
         {"conversation": [{"human": "q", "assistant": "a"}]},
         {"chat": {"turn_1": {"Human": "q", "MOSS": "a"}}},
         {"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]},
+        {"columns": [0], "data": [["a"]]},
+        {"columns": [["q"]], "data": [["a"]]},
+        {"columns": ["q", "q"], "data": [["a", "b"]]},
     ],
 )
 def test_one_row_with_lists_is_a_row(tmp_path: Path, row: dict[str, Any]) -> None:

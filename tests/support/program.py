@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 Done = subprocess.CompletedProcess[str]
@@ -35,6 +38,26 @@ def invoke(*arguments: Any, exit_code: int = 0) -> str:
     return result.output
 
 
+def main_here(*arguments: Any) -> Done:
+    """Be the program in this process and in the current folder, without the wait for imports."""
+    from jetson_ft import cli
+
+    words = [str(argument) for argument in arguments]
+    output, errors, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(errors),
+    ):
+        patch.setattr(sys, "argv", ["jetson-ft", *words])
+        patch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Done(words, code, output.getvalue(), errors.getvalue())
+
+
 def assert_refused(done: Done, *words: str) -> None:
     """One message: what is wrong, where, and how to fix it."""
     assert done.returncode == 2, done.stdout + done.stderr
@@ -48,13 +71,14 @@ def assert_refused(done: Done, *words: str) -> None:
         assert word in done.stderr
 
 
-def main_in_fork(arguments: list[str], output: str) -> None:
-    """Be the program, in a process that is forked from one with the imports (`forked`)."""
+def main_in_fork(arguments: list[str], output: str, folder: str = ".") -> None:
+    """Be the program in `folder`, in a process forked from one with the imports (`forked`)."""
     import torch
 
     from jetson_ft.cli import main
 
     torch.set_num_threads(1)
+    os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
