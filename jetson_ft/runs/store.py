@@ -108,7 +108,7 @@ class Run:
         """Return the state written last; `manager.reconcile_state` corrects an outdated one.
 
         Raises:
-            DamagedRun: `state.json` is missing or can't be used.
+            DamagedRun: the file is missing or can't be used.
         """
         path = self.path / "state.json"
         stored, names = contents.read_object(path, State), {item.name for item in fields(State)}
@@ -119,10 +119,10 @@ class Run:
         if not 1 <= state.attempt <= MAX_ATTEMPT:
             raise DamagedRun(path, _("there is no attempt {number}"), number=state.attempt)
         try:
-            if state.message is not None:
-                Message.from_json(state.message)
+            Message.from_json(state.message or Message("").as_json())
         except ValueError as error:
-            raise DamagedRun(path, _("its message is not valid ({error})"), error=error) from error
+            text = str(error)
+            raise DamagedRun(path, _("its message is not valid ({error})"), error=text) from error
         return state
 
     def state_or_derived(self) -> State:
