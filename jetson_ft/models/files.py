@@ -15,7 +15,7 @@ from typing import Any
 
 from jetson_ft import hub
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import disk_errors, expand_user, read_json
+from jetson_ft.files import disk_errors, expand_user, read_json, refuse_special
 from jetson_ft.models import embedded
 from jetson_ft.models.code_check import check_folder
 
@@ -85,7 +85,11 @@ def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
     if name == "embedded":
         return BaseModelFiles(name, embedded.embedded_folder())
     folder = expand_user(name)
+    refuse_special(folder)
     if folder.is_dir():
+        with disk_errors(folder):
+            for path in folder.iterdir():
+                refuse_special(path)
         base = BaseModelFiles(name, folder.resolve(), _single_gguf(folder))
     elif folder.is_file() and folder.suffix == ".gguf":
         base = BaseModelFiles(name, folder.parent.resolve(), folder.name)
