@@ -106,8 +106,9 @@ def test_command_for_a_service_takes_up_what_was_cut_short(light_runs: Any) -> N
 @pytest.mark.promise(63)
 def test_shutdown_is_no_request_of_a_person(light_runs: Any) -> None:
     """`docker stop`, `systemctl stop` and `poweroff` send SIGTERM to supervisors, or to all."""
-    working, waiting = launch(light_runs, "cut"), launch(light_runs, "waits")
+    working = launch(light_runs, "cut")
     worker = light_runs.worker(working)
+    waiting = launch(light_runs, "waits")
     light_runs.state_with_reason(waiting)
     supervisors = [light_runs.supervisor(run) for run in (waiting, working)]
     supervisors[0].terminate()  # else it may have its turn, and end, before the signal
