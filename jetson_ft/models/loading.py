@@ -162,7 +162,7 @@ def load_model(base: BaseModelFiles, weights: WeightFormat, device: str) -> PreT
         what = _("The model's weights are damaged or cut off: {error}")
         fix = _("Delete the file and download it again.")
         raise _load_error(base, error, what, fix) from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, LookupError, ImportError, AttributeError, TypeError) as error:
         raise _load_error(base, error) from error
     # transformers would fill these with random numbers.
     faulty = [*info["missing_keys"], *(key for key, *_shapes in info["mismatched_keys"])]

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from jetson_ft.data.chat_template import encode_prompt
+from jetson_ft.data.render_template import is_trusted
 from jetson_ft.models import embedded
 from jetson_ft.models.files import resolve_model
 from jetson_ft.models.loading import WeightFormat, load_model, load_tokenizer
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow(minutes=1)
 def test_it_converts_and_answers() -> None:
     base = resolve_model("embedded")
     tokenizer, model = load_tokenizer(base), load_model(base, WeightFormat("fp32"), "cpu")
+    assert is_trusted(tokenizer.chat_template)  # rendered without a process of its own
     question: Any = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = encode_prompt(tokenizer, question)
     with torch.no_grad():

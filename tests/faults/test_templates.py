@@ -192,7 +192,7 @@ def test_template_file_that_fills_the_memory_is_refused_before_a_run_is_made(
     rows_file: Path, tiny_llama: Path, tmp_path: Path
 ) -> None:
     bomb, runs = tmp_path / "bomb.jinja", tmp_path / "runs"
-    bomb.write_text(BOMBS["constant"])
+    bomb.write_text("{{ messages[0].role }}" + BOMBS["constant"])
     values = [f"model={tiny_llama}", f"data.train={rows_file}", f"data.chat_template={bomb}"]
     settings = [part for value in values for part in ("--set", value)]
     command = Command(tmp_path / "out", "train", *settings, "--set", f"output_dir={runs}")
