@@ -91,6 +91,9 @@ def test_a_line_that_is_too_long_is_skipped(tmp_path: Path) -> None:
         newest = newest_event(run.events_file, Step)
         assert newest and newest.step == 3
         assert newest_event(run.events_file, Warned) is None
+    # Half of it in each of two blocks, both parts short enough.
+    run.events_file.write_bytes(good + warning + good * ((1 << 18) // len(good)))
+    assert newest_event(run.events_file, Warned) is None
 
 
 @pytest.mark.promise(16)
