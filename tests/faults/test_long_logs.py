@@ -83,7 +83,8 @@ def test_a_line_that_is_too_long_is_skipped(tmp_path: Path) -> None:
     """Between good ones, and as the last one; forwards and backwards; damaged or not."""
     run = make_run(tmp_path, SHORT)
     good = run.events_file.read_bytes()
-    warning = line(Warned.of_message(Message("w" * (3 << 19))))
+    # The text is in the line twice: 1.5 MiB.
+    warning = line(Warned.of_message(Message("w" * (3 << 18))))
     for end in (b"\n", b""):
         middle = b"x" * (5 << 20) + b"\n" + warning
         run.events_file.write_bytes(good + middle + good + b"y" * (3 << 20) + end)
