@@ -34,7 +34,7 @@ def edited(data: st.DataObject, seeds: list[bytes]) -> bytes:
         if name != "run"
     ],
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_input_is_read_or_refused(tmp_path: Path, name: str, data: st.DataObject) -> None:
     function, seeds = TARGETS[name]
