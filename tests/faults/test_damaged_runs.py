@@ -364,7 +364,7 @@ def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.sampled_from(FILES), CONTENT, min_size=1, max_size=3))
 def test_any_content_leaves_all_doors_open(
     shared_root: Path, contents: dict[str, bytes | dict[str, Any]]
