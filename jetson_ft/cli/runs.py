@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from rich.text import Text
 from typer import Argument, Option
 
 from jetson_ft.cli.output import RUNS, RunArgument, RunsOption, out, show
