@@ -7,7 +7,7 @@ PYTEST := -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev setup-compat finetune chat webui test test-fast test-all test-compat \
-	lint lock lock-check clean docker-build docker-run docker-finetune image-test
+	lint lock lock-check audit audit-if-online clean docker-build docker-run docker-finetune image-test
 
 # $(call quote,TEXT): TEXT as one word of the shell.
 quote = '$(subst ','\'',$(1))'
@@ -65,7 +65,7 @@ image-test: ## build the image on a substitute for its base and use it (root, bu
 
 # In parallel, because they wait for different things: the package index, the processor, the disk.
 test: setup-dev ## everything CI runs
-	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint lock-check setup-compat
+	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint lock-check audit-if-online setup-compat
 	@$(MAKE) --no-print-directory --jobs=1 test-all test-compat
 
 setup-compat:
@@ -92,6 +92,13 @@ lint: setup-dev ## style, types, import directions, declared packages, Dockerfil
 lock: ## update the pins in constraints/ (UPGRADE=1: the newest versions that fit)
 	@test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/python -m pip install -q uv -c constraints/cpu.txt; }
 	@$(BIN)/python scripts/lock.py $(if $(UPGRADE),--upgrade)
+
+audit: setup-dev ## known holes in the pinned packages (needs a network; exit code 2 without one)
+	@$(BIN)/python scripts/audit.py
+
+# Without a network a line "SKIPPED …" says so; .ci/run repeats it at the end of the log.
+audit-if-online: setup-dev
+	$(call timed,known holes,$(BIN)/python scripts/audit.py --allow-offline)
 
 lock-check: setup-dev
 	$(call timed,pins,$(BIN)/python scripts/lock.py --check)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import disk_errors, read_json, write_json
+from jetson_ft.files import disk_errors, read_json, refuse_special, write_json
 from jetson_ft.models import loading
 from jetson_ft.models.code_check import check_folder
 from jetson_ft.models.dims import ModelDims, starred
@@ -25,12 +25,13 @@ def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) 
     """Attach a new adapter (fp32 for any base) to the model, in place.
 
     Args:
-        fused: with the layers of `kernels.lora_linear`; else with PEFT's own.
+        fused: with the layers of `kernels.lora_linear` and `kernels.dropout`; else with PEFT's.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
+    from jetson_ft.kernels.dropout import replace_adapter_dropout
     from jetson_ft.kernels.lora_linear import register_layers
 
     paths = _target_paths(model, lora.target_modules)
@@ -53,7 +54,10 @@ def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) 
     )
     if fused:
         register_layers(config)
-    return get_peft_model(model, config, autocast_adapter_dtype=True)
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if fused:
+        replace_adapter_dropout(peft_model)
+    return peft_model
 
 
 def _target_paths(model: Any, targets: str | list[str]) -> list[str]:
@@ -129,6 +133,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         UserError: no adapter, a pickled one, or one whose files choose code.
     """
     config_file = folder / "adapter_config.json"
+    for path in folder.glob("*"):
+        refuse_special(path)
     if not config_file.is_file():
         raise UserError(_("No adapter found."), str(folder), _("Name a run, or a PEFT folder."))
     if not (folder / "adapter_model.safetensors").is_file():

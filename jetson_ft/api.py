@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jetson_ft.errors import UserError
 from jetson_ft.recipe import Recipe, load_recipe, parse_recipe
-from jetson_ft.runs import exit_status, manager, store
+from jetson_ft.runs import exit_status, initial_adapter, manager, store
 from jetson_ft.runs.store import LIVE_STATES, Run
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def finetune(
     *,
     overrides: Iterable[str] = (),
     resume: Run | str | Path | None = None,
+    fork: Run | str | Path | None = None,
     runs: str | Path = "runs",
     foreground: bool = False,
 ) -> Run:
@@ -34,20 +35,25 @@ def finetune(
         recipe: a recipe, its file, or the name of a shipped one.
         overrides: changes of the recipe's keys, as with `--set`: `["lora.rank=32"]`.
         resume: a run to continue instead: itself, its name or path.
-        runs: folder in which `resume` is looked up by name.
+        fork: a run whose recipe a new run takes, and whose adapter it starts from.
+        runs: folder in which `resume` and `fork` are looked up by name.
         foreground: train in this process, for a debugger; by default a process of its own
             trains, so that running out of memory ends only that one. Needs the main thread.
 
     Raises:
         UserError: the recipe can't be used, or the run failed or was stopped.
-        ValueError: both of `recipe` and `resume` are given, or none.
+        ValueError: not exactly one of `recipe`, `resume` and `fork` is given.
     """
-    if (recipe is None) == (resume is None):
-        raise ValueError("finetune() takes either a recipe or resume=RUN")
+    if [recipe, resume, fork].count(None) != 2:
+        raise ValueError("finetune() takes one of: a recipe, resume=RUN, fork=RUN")
     start = manager.run_in_foreground if foreground else None
     if resume is not None:
         run = resume if isinstance(resume, Run) else store.find_run(str(resume), Path(runs))
         manager.resume(run, overrides, start=start)
+    elif fork is not None:
+        source = fork if isinstance(fork, Run) else store.find_run(str(fork), Path(runs))
+        changed = initial_adapter.fork_recipe(source, list(overrides))
+        run = manager.launch(changed, f"fork-of-{source.name}", start=start)
     elif isinstance(recipe, Recipe):
         changed = parse_recipe(recipe.to_yaml(), overrides=overrides)
         run = manager.launch(changed, "recipe", start=start)

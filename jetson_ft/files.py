@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -198,6 +199,37 @@ def disk_error(path: Path, error: OSError) -> UserError:
     return UserError(what, str(path), fix, reason=str(error.strerror or error))
 
 
+_SPECIAL = (
+    (stat.S_ISFIFO, _("a pipe")),
+    (stat.S_ISSOCK, _("a socket")),
+    (stat.S_ISCHR, _("a device")),
+    (stat.S_ISBLK, _("a device")),
+)
+_LIVE_FOLDERS = Path("/proc"), Path("/sys")
+
+
+def refuse_special(path: Path) -> None:
+    """Raise a `UserError` for what is no stored file; pass a file, a folder, and a missing path.
+
+    To read a pipe or a device may block, or never end; some files of /proc and /sys do too.
+    """
+    with disk_errors(path):
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: NUL in the name
+            return
+    kind = next((text for is_kind, text in _SPECIAL if is_kind(mode)), None)
+    if any(folder in path.resolve().parents for folder in _LIVE_FOLDERS):
+        kind = _("a part of the running system (/proc, /sys)")
+    if kind:
+        raise UserError(
+            _("Expected a stored file, found {kind}."),
+            str(path),
+            _("Save the content as a file, and name that."),
+            kind=Message(kind),
+        )
+
+
 def existing_parent(path: Path) -> Path:
     """Return the path, or the nearest folder above it that exists."""
     path = path.absolute()
@@ -283,6 +315,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Return the parsed file; one that is not JSON raises a `UserError`."""
+    refuse_special(path)
     with disk_errors(path):
         content = path.read_bytes()
     try:

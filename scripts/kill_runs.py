@@ -84,6 +84,7 @@ class Reference:
     """An uninterrupted run: hashes of its results, and seconds by phase."""
 
     hashes: dict[str, str]
+    steps: int
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -127,7 +128,9 @@ class Campaign:
         wait_until(lambda: not processes_of(run), RUN_SECONDS)
         if manager.reconcile_state(run) != "finished":
             raise SystemExit(f"{configuration}: {run.state().reason}; see {run.path}/log.txt")
-        self.references[configuration] = Reference(result_hashes(run), phase_seconds(run, launched))
+        self.references[configuration] = Reference(
+            result_hashes(run), run.plan()["steps"], phase_seconds(run, launched)
+        )
 
     # --- a run that is killed ---
 
@@ -181,19 +184,23 @@ class Campaign:
 
     def _kill_at(self, run: Run, phase: str, configuration: str) -> bool:
         """Kill a victim at a random moment of the phase; return False if it was missed."""
-        started = time.monotonic()
+        started, reference = time.monotonic(), self.references[configuration]
+        # The first checkpoint of an attempt would always be the one that is hit.
+        is_step = PHASES[phase] == PHASES["training"]
+        first_step = self.random.randrange(reference.steps) if is_step else 0
         members: dict[str, list[psutil.Process]] = {}
         while time.monotonic() < started + RUN_SECONDS:
             attempt, _written = attempt_events(run)
             now = phase_of(run, attempt)
-            if now == phase or PHASES[now] > PHASES[phase]:
+            step = max((e.step for e in attempt if isinstance(e, events.Step)), default=0)
+            if (now == phase and step >= first_step) or PHASES[now] > PHASES[phase]:
                 break
             if now == "start" or not members.get("worker"):
                 members = processes_of(run)
                 if not members:
                     return False
             time.sleep(0.002)
-        time.sleep(self.random.random() * self.references[configuration].seconds[phase])
+        time.sleep(self.random.random() * reference.seconds[phase])
         if phase == "start" or not members.get("worker"):
             members = processes_of(run)
         members = {name: list(filter(is_alive, group)) for name, group in members.items()}
@@ -342,9 +349,11 @@ def phase_seconds(run: Run, launched: float) -> dict[str, float]:
     comparison = next(
         e.t for e in written if isinstance(e, events.PhaseStarted) and e.name == "comparison"
     )
+    steps = [e for e in written if isinstance(e, events.Step)]
     seconds = {name: ended[name].seconds for name in PHASES if name in ended}
     return seconds | {
         "start": written[0].t - launched,
+        "training": ended["training"].seconds / len(steps),
         "evaluation": max(e.seconds for e in written if isinstance(e, events.Evaluated)),
         "checkpoint": max(e.seconds for e in written if isinstance(e, events.CheckpointSaved)),
         "export": comparison - ended["training"].t,

@@ -16,12 +16,15 @@ from hypothesis import settings
 from loaded_phi import phi
 from small_disk import small_disk
 from tiny_models import phi_config, save_model, write_rows
+from training_bench import bench, make_bench
 from workbench import finished, light_runs, queued, workbench
 
 __all__ = [
+    "bench",
     "fake_hub",
     "finished",
     "light_runs",
+    "make_bench",
     "phi",
     "queued",
     "small_disk",

@@ -83,7 +83,7 @@ def test_ctrl_c_stops_the_run_and_it_can_be_resumed_by_name(
 
 @pytest.mark.parametrize("arguments", [{}, {"recipe": Recipe(), "resume": "x"}])
 def test_recipe_and_resume_exclude_each_other(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="either a recipe or resume"):
+    with pytest.raises(ValueError, match="one of: a recipe, resume"):
         finetune(**arguments)
 
 

@@ -10,7 +10,7 @@ from jetson_ft import adapter
 from jetson_ft.chat import memory_guard
 from jetson_ft.chat.session import ChatSession
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import expand_user
+from jetson_ft.files import expand_user, refuse_special
 from jetson_ft.hardware import detect
 from jetson_ft.models import fast_import, files, loading, positions
 from jetson_ft.models.loading import weight_format
@@ -51,6 +51,7 @@ def resolve_target(
         what, fix = _("quantize can't be {quantize!r}."), _("Choose one of {choices}.")
         raise UserError(what, fix=fix, quantize=quantize, choices=choices)
     adapter_dir = named_in = None
+    refuse_special(expand_user(name))
     if files.is_base_model(name):
         recipe = Recipe() if name == "base" else Recipe(model=name)
     elif (expand_user(name) / "adapter_config.json").is_file():

@@ -28,6 +28,10 @@ def train(
     recipe: Annotated[str | None, RECIPE] = None,
     overrides: SetOption = None,
     resume: Annotated[str | None, Option(metavar="RUN", help="Continue a stopped run.")] = None,
+    fork: Annotated[
+        str | None,
+        Option(metavar="RUN", help="Start a new run from the adapter of a run, with its recipe."),
+    ] = None,
     foreground: Annotated[
         bool, Option("--foreground", help="Train in this process, for a debugger.")
     ] = False,
@@ -54,12 +58,15 @@ def train(
     """Fine-tune: recipe in, LoRA adapter and before/after report out."""
     from jetson_ft.cli.follow import print_end
     from jetson_ft.recipe import load_recipe
-    from jetson_ft.runs import manager, processes, store
+    from jetson_ft.runs import initial_adapter, manager, processes, store
 
     distributed = {
         "nproc_per_node": nproc_per_node, "nnodes": nnodes,
         "node_rank": node_rank, "rendezvous": rendezvous,
     }  # fmt: skip
+    if fork and (recipe or resume):
+        what = "--fork starts from a run's own recipe; it takes neither another nor --resume."
+        raise UserError(what, recipe or "--resume", "Remove one of the two.")
     if resume:
         if recipe or dry_run:
             what = "A resumed run keeps its own recipe, and can't be combined with --dry-run."
@@ -70,12 +77,17 @@ def train(
         manager.resume(run, overrides or [], config, start)
     else:
         with json_errors(as_json):
-            if recipe is None:
+            if fork:
+                run = store.find_run(fork, runs or RUNS)
+                label = f"fork-of-{run.name}"
+                loaded = initial_adapter.fork_recipe(run, overrides or [])
+            elif recipe is None:
                 recipe, why = manager.default_recipe()
                 choose = "choose with `jetson-ft train NAME` or make finetune RECIPE=…"
                 output = sys.stderr if as_json else sys.stdout
                 print(printable(f"recipe: {recipe} ({why}; {choose})"), file=output)
-            loaded = load_recipe(recipe, overrides or [])
+            if recipe:
+                label, loaded = Path(recipe).stem, load_recipe(recipe, overrides or [])
             if runs:
                 loaded.output_dir = str(runs)
             if dry_run:
@@ -90,7 +102,7 @@ def train(
             return
         config = processes.DistributedConfig().with_options(**distributed)
         start = _start_here(config) if foreground else None
-        run = manager.launch(loaded, Path(recipe).stem, config, start)
+        run = manager.launch(loaded, label, config, start)
     if foreground:
         state = run.state()
     else:

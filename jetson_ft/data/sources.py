@@ -12,7 +12,7 @@ from typing import NamedTuple
 from jetson_ft import hub
 from jetson_ft.data.readers import SUFFIXES
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import disk_errors, expand_user
+from jetson_ft.files import disk_errors, expand_user, refuse_special
 
 _BUNDLED = Path(__file__).with_name("bundled")
 
@@ -55,6 +55,7 @@ def resolve_source(name: str) -> Source:
     if name in BUNDLED:
         return Source(name, (BUNDLED[name].train,))
     path = expand_user(name)
+    refuse_special(path)
     with disk_errors(path):
         if path.is_file():
             return Source(name, (path,))

@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from jetson_ft.data import layouts
 from jetson_ft.data.formats import TEXT, RowError
 from jetson_ft.data.layouts import NO_COLUMNS, Conversation
 from jetson_ft.data.readers import read_rows
-from jetson_ft.data.report import FIXES, ReadReport, check_dropped
+from jetson_ft.data.report import FIXES, MAX_NAME, ReadReport, check_dropped
 from jetson_ft.data.sources import Source
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import cache_dir, cached_sha256, printable, read_json, staged, write_json
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 _VERSION = 7  # increase when the columns or the report change
 
 _DETECTION_ROWS = 100  # that decide about the layout
-_COLUMN_NAME = re.compile(r"\w[\w .()-]{0,39}")
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22
 
 _UsableRow = tuple[int, int, list[dict[str, Any]], str]  # number, hash, messages, tools
@@ -162,11 +160,11 @@ def _write_cache(
         [("row", pa.int64()), ("hash", pa.uint64()), ("messages", messages), ("tools", pa.string())]
     )
     first_rows = _first_rows(source, encoding) if columns or layout == "auto" else []
-    if (missing := _missing_column(first_rows, columns)) is not None:
+    if (missing := _missing_column(first_rows, columns, source, encoding)) is not None:
         raise missing
     chosen = cast(Layout, layout)
     if layout == "auto":
-        chosen = _detect_layout(first_rows, columns, source.name)
+        chosen = _detect_layout(first_rows, columns, source, encoding)
     report = ReadReport([], "", chosen, "", "")
     usable = _usable_rows(source, chosen, encoding, columns, report)
     with staged(path) as file:
@@ -203,28 +201,32 @@ def _present_columns(
 
 
 def _missing_column(
-    first_rows: list[dict[str, Any]], columns: Mapping[str, str]
+    first_rows: list[dict[str, Any]], columns: Mapping[str, str], source: Source, encoding: str
 ) -> UserError | None:
     """Return the error for a chosen column that no row has; None if every one is there."""
     names = dict.fromkeys(name for row in first_rows for name in row)
     for purpose, name in columns.items():
         if first_rows and name not in names:
-            near = difflib.get_close_matches(name, names, 1)
+            shown, keys = _shown_names(list(names), source, encoding)
+            near = difflib.get_close_matches(name, shown, 1)
+            others = (
+                _("Name one of these columns.") if shown else _("Name a column of its first line.")
+            )
             return UserError(
                 _("The rows have no column `{name}`; they have {keys}."),
                 f"data.columns.{purpose}",
-                _("Did you mean `{near}`?") if near else _("Name one of these columns."),
+                _("Did you mean `{near}`?") if near else others,
                 name=name,
-                keys=_listed(list(names)),
+                keys=keys,
                 near=near[0] if near else "",
             )
     return None
 
 
 def _detect_layout(
-    first_rows: list[dict[str, Any]], columns: Mapping[str, str], name: str
+    first_rows: list[dict[str, Any]], columns: Mapping[str, str], source: Source, encoding: str
 ) -> Layout:
-    """Return the layout that most of the rows have; `name` is that of the source."""
+    """Return the layout that most of the rows have."""
     if not first_rows:
         return "messages"  # any will do: the reading reports what is malformed
     detected = (layouts.detect_layout(row, columns) for row in first_rows)
@@ -235,24 +237,27 @@ def _detect_layout(
         return "alpaca"  # the reading reports that these are preference pairs
     raise UserError(
         _("The rows have no known layout; the first one has {keys}."),
-        name,
+        source.name,
         _(
             "Name the fields `instruction` and `output` (or `prompt` and `response`, `question` "
             "and `answer`), or give `conversations` (ShareGPT) or `messages` (OpenAI). Columns of "
             "other names: `--set data.columns.question=NAME --set data.columns.answer=NAME`. "
             "Plain text: `--set data.columns.text=NAME`."
         ),
-        keys=_listed(list(first_rows[0])),
+        keys=_shown_names(list(first_rows[0]), source, encoding)[1],
     )
 
 
-def _listed(names: list[str]) -> str:
-    """Return names of columns for people; those that can't be names are left out.
+def _shown_names(
+    names: list[str], source: Source, encoding: str
+) -> tuple[list[str], str | Message]:
+    """Return those of the columns' names that a message may show, and the text with them.
 
-    The file may not hold rows at all: its first line is nobody's to see.
+    Any text can be read as CSV. Without usable rows its first line may be a secret.
     """
-    shown = [f"`{name}`" if _COLUMN_NAME.fullmatch(name) else "…" for name in names[:10]]
-    return ", ".join(shown) or "{}"
+    if any(read_rows(path, encoding)[0].container == "csv" for path in source.files):
+        return [], Message(_("{count} columns of other names"), {"count": len(names)})
+    return names, ", ".join(f"`{printable(name)[:MAX_NAME]}`" for name in names[:10]) or "{}"
 
 
 def _usable_rows(

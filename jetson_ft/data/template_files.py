@@ -6,7 +6,7 @@ from jetson_ft.data import render_template
 from jetson_ft.data.render_template import Request, TemplateError
 from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import disk_errors, expand_user
+from jetson_ft.files import disk_errors, expand_user, refuse_special
 
 _file_names: dict[str, str] = {}  # by the text of each template that was read from a file
 
@@ -15,12 +15,13 @@ def read_template(name: str) -> str:
     """Return the shipped template of that name, or the text of a file.
 
     Raises:
-        UserError: there is neither, or the file is empty, too long, not UTF-8 or not valid Jinja,
-            or passes a bound for a single question.
+        UserError: there is neither, or the file is empty, too long, not UTF-8, not valid Jinja or
+            without the conversation, or passes a bound for a single question.
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = expand_user(name)
+    refuse_special(path)
     fix = _("`data.chat_template` takes a file with Jinja text, or one of {names}.")
     names = ", ".join(TEMPLATES)
     if not path.is_file():
@@ -36,6 +37,10 @@ def read_template(name: str) -> str:
         ) from error
     if not text.strip():
         raise UserError(_("The chat template is empty."), name, fix, names=names)
+    if "messages" not in text:  # another file, whose text no error may show
+        raise UserError(
+            _("This is no chat template: it has no `messages`."), name, fix, names=names
+        )
     question = [{"role": "user", "content": "a"}]
     request = Request(text, question, [(1, False)], None, {}, name)
     ((answer,),) = render_template.render([request])

@@ -132,11 +132,14 @@ def _returns_logits(model: Any, head: Any) -> bool:
     ids = torch.tensor([[3 % head.out_features, 5 % head.out_features]], device=head.weight.device)
     outputs: list[Tensor] = []
     hook = head.register_forward_hook(lambda _head, _inputs, output: outputs.append(output))
+    was_training = model.training
+    model.eval()
     try:
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
+        model.train(was_training)
     return len(outputs) == 1 and torch.equal(outputs[0], logits)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jetson_ft import hub
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import expand_user, read_json
+from jetson_ft.files import disk_errors, expand_user, read_json, refuse_special
 from jetson_ft.models import embedded
 from jetson_ft.models.code_check import check_folder
 
@@ -21,6 +23,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ["tokenizer.json", "*.model", "vocab.json", "vocab.txt"]  # one is enough
 _SMALL_FILES = ["*.json", "*.jinja", "merges.txt", *_TOKENIZER_FILES]
 _SAMPLE = 1 << 16
+_PLACES, _PAGE = 1024, 4096
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class BaseModelFiles:
     folder: Path
     gguf_file: str | None = None
 
+    def weight_files(self) -> list[Path]:
+        """Return the files of the weights, sorted."""
+        if self.gguf_file:
+            return [self.folder / self.gguf_file]
+        return sorted(self.folder.glob("*.safetensors"))
+
     def fingerprint(self) -> str:
         """Return a hash that distinguishes bases, in milliseconds for any size.
 
@@ -38,15 +47,33 @@ class BaseModelFiles:
         offsets of all tensors) and samples from its middle and end.
         """
         digest = hashlib.sha256()
-        paths = sorted(self.folder.glob("*.safetensors"))
-        for path in [self.folder / self.gguf_file] if self.gguf_file else paths:
+        for path in self.weight_files():
             size = path.stat().st_size
             digest.update(f"{path.suffix} {size}\n".encode())
-            with open(path, "rb") as file:
-                for start in (0, size // 2, max(0, size - _SAMPLE)):
-                    file.seek(start)
-                    digest.update(file.read(_SAMPLE))
+            _hash_samples(digest, path, (0, size // 2, max(0, size - _SAMPLE)), _SAMPLE)
         return digest.hexdigest()
+
+    def weight_hashes(self) -> dict[str, str]:
+        """Return a hash of each weight file by its name, in less than a second for any size.
+
+        SHA-256 over its size and `_PLACES` samples of a page, spread evenly: a change of a whole
+        tensor of some megabytes is always found, one of a single number seldom.
+        """
+        hashes = {}
+        for path in self.weight_files():
+            size = path.stat().st_size
+            digest = hashlib.sha256(f"{size}\n".encode())
+            _hash_samples(digest, path, range(0, size, max(_PAGE, size // _PLACES)), _PAGE)
+            hashes[path.name] = digest.hexdigest()
+        return hashes
+
+
+def _hash_samples(digest: Any, path: Path, starts: Iterable[int], size: int) -> None:
+    """Add the bytes from each start on to the hash."""
+    with disk_errors(path), open(path, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(size))
 
 
 def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
@@ -58,7 +85,11 @@ def resolve_model(name: str, weights: bool = True) -> BaseModelFiles:
     if name == "embedded":
         return BaseModelFiles(name, embedded.embedded_folder())
     folder = expand_user(name)
+    refuse_special(folder)
     if folder.is_dir():
+        with disk_errors(folder):
+            for path in folder.iterdir():
+                refuse_special(path)
         base = BaseModelFiles(name, folder.resolve(), _single_gguf(folder))
     elif folder.is_file() and folder.suffix == ".gguf":
         base = BaseModelFiles(name, folder.parent.resolve(), folder.name)

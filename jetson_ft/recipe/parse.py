@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from jetson_ft.errors import Message, Problem, RecipeError, UserError, _
-from jetson_ft.files import disk_errors
+from jetson_ft.files import disk_errors, refuse_special
 from jetson_ft.recipe import strict_yaml
 from jetson_ft.recipe.schema import Recipe, SourceRecipe, fields, type_name
 
@@ -27,6 +27,7 @@ def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: all mistakes in it, with lines and nearest keys.
     """
     path = Path(source)
+    refuse_special(path)
     with disk_errors(path):
         if not path.is_file():
             recipes, name = shipped(), str(path).removesuffix(".yaml")

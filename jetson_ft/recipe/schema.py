@@ -194,6 +194,13 @@ class LoraRecipe(_Section):
         le=64,
         description=_("Learning rate of the B matrices, as a multiple of the A matrices' (LoRA+)."),
     )
+    initial_adapter: Text | None = Field(
+        None,
+        description=_(
+            "Adapter to start from: a run's folder, or a folder with a PEFT adapter of the same "
+            "model, rank and layers; null: a new adapter."
+        ),
+    )
     dora: bool = Field(
         False, description=_("Train magnitude and direction separately (DoRA); slower.")
     )
@@ -336,6 +343,8 @@ class Recipe(_Section):
             self.data.heldout = new_name(self.data.heldout)
         if self.data.chat_template:
             self.data.chat_template = new_name(self.data.chat_template)
+        if self.lora.initial_adapter:
+            self.lora.initial_adapter = new_name(self.lora.initial_adapter)
 
     def sha256(self) -> str:
         """Return the hash of the resolved values; comments and order in the file don't matter."""

@@ -49,11 +49,34 @@ class About(BaseModel):
     notes: str = ""
 
 
+class Base(BaseModel):
+    """What identifies a base model and its tokenizer (`contract.describe_base`)."""
+
+    fingerprint: str
+    weights: dict[str, str]
+    config: dict[str, Any]
+    tokens: int
+    vocabulary: str
+    chat_template: str
+
+
 class Data(BaseModel):
-    """What this program reads of `data.json`: the rows and the recipe of the last attempt."""
+    """What this program reads of `data.json`: what the last attempt trained with."""
 
     sha256: str
     recipe: dict[str, Any]
+    base: Base | None = None  # not in runs of older versions, nor is the next
+    token_ids_sha256: str | None = None
+
+
+class InitialAdapter(BaseModel):
+    """`initial/source.json`: where the adapter that a run started from comes from."""
+
+    path: str
+    run: str | None
+    step: int | None
+    base: str | None
+    sha256: str
 
 
 class _SmallerPlan(BaseModel):

@@ -10,7 +10,6 @@ that it starts. If both are dead, `reconcile_state` takes it.
 
 from __future__ import annotations
 
-import math
 import shutil
 import signal
 import subprocess
@@ -47,17 +46,13 @@ from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.models.dims import dims_from_config
 from jetson_ft.recipe import Layout, Recipe
-from jetson_ft.runs import disk, exit_status, processes, store
+from jetson_ft.runs import contract, disk, exit_status, initial_adapter, processes, store
 from jetson_ft.runs.contents import SCHEMA, DamagedRun, open_file
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import DistributedConfig
 from jetson_ft.runs.store import ENDED_STATES, LIVE_STATES, Run
 
-# The keys that may change on resume, and only upwards: the length of a run.
-_LENGTH_KEYS = {"train.epochs", "train.max_steps", "train.max_minutes"}
-# The keys that change how and when a step is computed, and not the result.
-_PLAN_KEYS = {"train.max_memory_gb", "train.on_oom", "device.max_temperature_c"}
 _WORKING_STATES = ("running", "stopping")
 Start = Callable[[Run, IO[bytes]], None]  # takes a queued run and its locked supervisor.lock
 _PREFLIGHT_ROWS = 100  # checked of each file
@@ -94,6 +89,8 @@ def check_recipe(recipe: Recipe) -> None:
         config = loading.load_config(base)
         dims = catalog.known_dims(base.name) or dims_from_config(config)
     check_target_modules(dims, recipe.lora.target_modules)
+    if recipe.lora.initial_adapter:
+        initial_adapter.check(recipe.lora, dims)
     disk.require_checkpoint_space(recipe, dims)
     data = recipe.data
     if data.chat_template:
@@ -172,6 +169,8 @@ def launch(
     try:
         with _take_supervisor_lock(run) as lock_file:
             processes.write_distributed_config(run, config or DistributedConfig())
+            if recipe.lora.initial_adapter:
+                initial_adapter.copy_into(run, recipe.lora.initial_adapter)
             if ticket:
                 write_atomic(run.path / store.TICKET_FILE, safe_name(ticket))
             run.reserve_space()
@@ -193,7 +192,8 @@ def resume(
     """Continue from the last checkpoint.
 
     Args:
-        overrides: `key=value` settings, which may only make the run longer.
+        overrides: `key=value` settings, which may only make the run longer, or name the folder
+            that the base model was moved to.
         config: the processes for this attempt and later ones; None keeps the old ones.
         start: as for `launch`.
 
@@ -210,7 +210,9 @@ def resume(
         run.newest_event(Event)
         processes.read_distributed_config(run)
         new = recipes.parse_recipe(old.to_yaml(), str(run.path / "recipe.yaml"), overrides)
-        check_only_longer(run, old, new)
+        contract.check_only_longer(run, old, new)
+        if new.model != old.model:  # the same files elsewhere
+            contract.check_moved_base(run, new.model)
         if state.state == "finished" and new == old:
             raise UserError(
                 _("{run} is finished."),
@@ -247,34 +249,6 @@ def _is_running(run: Run) -> UserError:
         _("Stop it first (`jetson-ft runs stop`)."),
         run=run.name,
     )
-
-
-def check_only_longer(run: Run, old: Recipe, new: Recipe) -> None:
-    """Refuse a recipe with which a resumed run would have another result, or be shorter."""
-    changes = old.diff(new)
-    others = [
-        f"{key}: {before!r} -> {after!r}"
-        for key, (before, after) in changes.items()
-        if key not in _PLAN_KEYS | _LENGTH_KEYS
-    ]
-    if others:
-        raise UserError(
-            _("A resumed run must keep its settings; this would change {changes}."),
-            str(run.path),
-            _("Resume without it, or start a new run with it."),
-            changes=", ".join(others),
-        )
-    for key, (before, after) in changes.items():
-        # null means no limit
-        if key in _LENGTH_KEYS and (after or math.inf) < (before or math.inf):
-            raise UserError(
-                _("A resumed run can only become longer; {key} would fall from {old} to {new}."),
-                str(run.path),
-                _("`jetson-ft runs stop` ends a run early."),
-                key=key,
-                old=before,
-                new=after,
-            )
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:

@@ -29,9 +29,9 @@ from jetson_ft.kernels.packing import make_packs
 from jetson_ft.models import fast_import, files, loading, positions
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
-from jetson_ft.runs import disk, oom
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import contract, disk, initial_adapter, oom
 from jetson_ft.runs.contents import SCHEMA
-from jetson_ft.runs.manager import check_only_longer
 from jetson_ft.runs.processes import explain_error
 from jetson_ft.runs.report import summary
 from jetson_ft.runs.store import Run
@@ -111,7 +111,10 @@ class Pipeline:
             disk.require_checkpoint_space(recipe, workload.dims, self.run)
         with self.phase("model", f"{base.name} as {weights}"):
             model = loading.load_model(base, weights, device.kind)
+            self._turn_off_base_dropout(model)
             model = adapter.attach_adapter(model, recipe.lora, recipe.train.seed)
+            if recipe.lora.initial_adapter:
+                initial_adapter.load_into(model, self.run, base)
             fused = fuse_layers(model)
             coverage = workload.coverage
             emit(events.WeightsLoaded(
@@ -158,6 +161,7 @@ class Pipeline:
                     "sources": rows.source_table(),
                 },
                 device=asdict(device),
+                initial_adapter=initial_adapter.source_of(self.run),
                 **comparison,
             )
             summary.write_report(self.run, report)
@@ -185,24 +189,40 @@ class Pipeline:
         self.emit(events.Warned.of_message(Message(template, {"fault": fault})))
 
     def _prepare_rows(self, base: BaseModelFiles) -> PreparedRows:
-        """Prepare the rows on each machine's first rank; the others take them from the cache."""
+        """Prepare the rows on each machine's first rank; the others take them from the cache.
+
+        Raises:
+            UserError: on every rank, the rows can't be used on one of them, or a resumed run has
+                other settings, rows or another base than before.
+        """
         tokenizer = loading.load_tokenizer(base, self.recipe.data.chat_template)
-        if not self.dist.is_local_main:
-            self.dist.barrier()
-            return prepare_rows(self.recipe.data, tokenizer)
+        rows, fault = None, None
+        if self.dist.is_local_main:
+            try:
+                rows = self._prepare_checked_rows(base, tokenizer)
+            except UserError as error:
+                fault = error
+        # Gathered: else the others would wait for the one that refuses.
+        if faults := [each for each in self.dist.gather(fault) if each]:
+            raise fault or faults[0]
+        return rows or prepare_rows(self.recipe.data, tokenizer)
+
+    def _prepare_checked_rows(self, base: BaseModelFiles, tokenizer: Any) -> PreparedRows:
+        """Prepare the rows, compare all with the last attempt, and write `data.json`."""
+        last = self.run.last_data()
+        described = contract.describe_base(base, tokenizer)
+        if last:  # recipe.yaml may have been edited since
+            old = Recipe.model_validate(last["recipe"])
+            contract.check_only_longer(self.run, old, self.recipe)
+            if last.get("base"):  # not in runs of older versions
+                contract.check_base(self.run, last["base"], described, base)
         rows = prepare_rows(self.recipe.data, tokenizer)
-        if last := self.run.last_data():  # recipe.yaml may have been edited since
-            last_sha256, last_recipe = last
-            check_only_longer(self.run, last_recipe, self.recipe)
-            if last_sha256 != rows.report["sha256"]:
-                raise UserError(
-                    _("The data has changed since this run began."),
-                    self.recipe.data.train_names(),
-                    _("Put the old file back, or start a new run."),
-                )
+        ids_sha256 = contract.token_ids_sha256(rows)
+        if last:
+            contract.check_rows(self.run, last, rows, ids_sha256)
         content = {**rows.report, "recipe": self.recipe.model_dump()}
+        content |= {"base": described, "token_ids_sha256": ids_sha256}
         write_json(self.run.path / "data.json", content)
-        self.dist.barrier()
         return rows
 
     def _assert_same_on_all_ranks(
@@ -213,6 +233,7 @@ class Pipeline:
         recipe.output_dir = recipe.model = recipe.data.heldout = ""
         recipe.data.rename_sources(lambda _name: "")
         recipe.data.chat_template = str(rows.tokenizer.chat_template)
+        recipe.lora.initial_adapter = None
         counts = tokenize.token_counts(rows.train).tobytes()
         self.dist.assert_same_on_all_ranks(
             {
@@ -221,6 +242,7 @@ class Pipeline:
                 "the rows' tokens": hashlib.sha256(counts).hexdigest(),
                 "the model": base.fingerprint(),
                 "the arithmetic": str(weights),
+                "the initial adapter": (initial_adapter.source_of(self.run) or {}).get("sha256"),
             }
         )
 
@@ -239,6 +261,17 @@ class Pipeline:
         if workload.weights.quantize == "none" and dist.can_shard(device.kind):
             workload = replace(workload, shards=dist.size)
         return planner.min_memory_plan(dist.gather(planner.choose_plan(workload, free, flops)))
+
+    def _turn_off_base_dropout(self, model: Any) -> None:
+        """Turn the base model's own dropout off, which would depend on the plan; say so."""
+        from jetson_ft.kernels.dropout import turn_off_base_dropout
+
+        if shares := turn_off_base_dropout(model):
+            text = _(
+                "The base model's own dropout ({shares}) is off; lora.dropout is the adapter's."
+            )
+            listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+            self.emit(events.Warned.of_message(Message(text, {"shares": listed})))
 
     def _store_plan(self, changes: dict[str, Any]) -> None:
         """Write `plan.json`, on each machine once; keep its other keys.

@@ -108,7 +108,7 @@ class Run:
         """Return the state written last; `manager.reconcile_state` corrects an outdated one.
 
         Raises:
-            DamagedRun: `state.json` is missing or can't be used.
+            DamagedRun: the file is missing or can't be used.
         """
         path = self.path / "state.json"
         stored, names = contents.read_object(path, State), {item.name for item in fields(State)}
@@ -119,10 +119,10 @@ class Run:
         if not 1 <= state.attempt <= MAX_ATTEMPT:
             raise DamagedRun(path, _("there is no attempt {number}"), number=state.attempt)
         try:
-            if state.message is not None:
-                Message.from_json(state.message)
+            Message.from_json(state.message or Message("").as_json())
         except ValueError as error:
-            raise DamagedRun(path, _("its message is not valid ({error})"), error=error) from error
+            text = str(error)
+            raise DamagedRun(path, _("its message is not valid ({error})"), error=text) from error
         return state
 
     def state_or_derived(self) -> State:
@@ -215,8 +215,8 @@ class Run:
             return error.what
         return None
 
-    def last_data(self) -> tuple[str, Recipe] | None:
-        """Return the rows' SHA-256 and the recipe of the last attempt; None: there was none.
+    def last_data(self) -> dict[str, Any] | None:
+        """Return `data.json` of the last attempt (`contents.Data`); None: there was none.
 
         Raises:
             DamagedRun: `data.json` can't be used.
@@ -226,13 +226,14 @@ class Run:
             return None
         try:
             stored = contents.read_object(path, contents.Data)
-            return stored["sha256"], Recipe.model_validate(stored["recipe"])
+            Recipe.model_validate(stored["recipe"])
         except DamagedRun as error:
             fix = _("Put back an intact copy of it; or move it away: then nothing compares the "
                     "rows with those of the last attempt.")  # fmt: skip
             raise DamagedRun(path, error.reason, fix) from error
         except ValueError as error:
             raise DamagedRun(path, _("its recipe is not valid")) from error
+        return stored
 
     def request_stop(self) -> None:
         """Ask the worker to save a checkpoint and exit."""
@@ -250,9 +251,8 @@ class Run:
             stat = self.path.stat()
         except OSError as error:
             raise RunRemoved(self.path) from error
-        identity = stat.st_dev, stat.st_ino
-        self._identity = self._identity or identity
-        if identity != self._identity:
+        self._identity = self._identity or (stat.st_dev, stat.st_ino)
+        if self._identity != (stat.st_dev, stat.st_ino):
             raise RunRemoved(self.path)
 
     def clear_stop(self) -> None:
@@ -382,7 +382,7 @@ def create_run(recipe: Recipe, label: str) -> Run:
 def find_run(name: str, root: Path) -> Run:
     """Return a run by path, by name under the root, or `latest`; refuse an unknown name."""
     direct = expand_user(name)
-    if _is_run(direct):
+    if is_run(direct):
         return Run(direct.absolute())
     runs = list_runs(root)
     for run in runs:  # the newest first
@@ -409,7 +409,7 @@ def run_of_ticket(ticket: str, root: Path) -> Run | None:
 def run_by_name(name: str, root: Path) -> Run:
     """Return a run by its folder's name alone, for clients that may not name paths."""
     path = root.absolute() / safe_name(name)
-    if not _is_run(path):
+    if not is_run(path):
         raise UserError(
             _("Run {name!r} not found."), str(root), _("It may have been deleted."), name=name
         )
@@ -423,7 +423,7 @@ def list_runs(root: Path) -> list[Run]:
     with disk_errors(root):
         paths = sorted(root.absolute().iterdir(), reverse=True)
         # A name with a dot: a run that is being deleted.
-        return [Run(path) for path in paths if not path.name.startswith(".") and _is_run(path)]
+        return [Run(path) for path in paths if not path.name.startswith(".") and is_run(path)]
 
 
 def runs_with_adapter(root: Path) -> list[Run]:
@@ -431,7 +431,7 @@ def runs_with_adapter(root: Path) -> list[Run]:
     return [run for run in list_runs(root) if run.has_adapter()]
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
     """Return whether a folder is a run's, damaged or not.
 
     A run that is being launched has a young recipe and nothing else yet.

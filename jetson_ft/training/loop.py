@@ -21,6 +21,7 @@ from jetson_ft.data.chat_template import END
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import CheckpointSaved, Emit, Evaluated, Step, TotalSteps
 from jetson_ft.hardware.monitor import Monitor
+from jetson_ft.kernels.dropout import use_dropout_keys
 from jetson_ft.kernels.lm_head_loss import score_packs, token_losses
 from jetson_ft.kernels.packing import Pack, make_packs, pack_rows
 from jetson_ft.recipe import TrainRecipe
@@ -112,7 +113,8 @@ def train(model: Any, job: TrainingJob, resume: Path | None = None) -> TrainStat
         started = time.monotonic()
         meter.start(started)
         model.train()
-        # Dropout depends on seed, step and rank alone, so that a resumed run draws the same.
+        # For what a model may draw by itself (a router's noise): a resumed run draws the same.
+        # The adapter's dropout doesn't depend on it (`kernels.dropout`).
         seeds = np.random.SeedSequence([recipe.seed, state.step, dist.rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))  # 32 bits, as CPU generators take
         loss = forward_backward(model, batch, job, state.step + 1)
@@ -178,9 +180,9 @@ def forward_backward(model: Any, batch: StepBatch, job: TrainingJob, step: int) 
     with job.dist.collective_errors():
         extra = dummy_batches(job, len(batch.packs))
         for pack in batch.packs:
-            total += backward_pack(model, pack.to(job.device), batch.supervised_tokens, scale)
+            total += backward_pack(model, pack, job, step, batch.supervised_tokens, scale)
         for pack in extra:
-            backward_pack(model, pack.to(job.device), 1, 0.0)
+            backward_pack(model, pack, job, step, 1, 0.0)
     if scale != 1.0:
         for parameter in trainable_parameters(model):
             if parameter.grad is not None:
@@ -191,13 +193,17 @@ def forward_backward(model: Any, batch: StepBatch, job: TrainingJob, step: int) 
     return loss
 
 
-def backward_pack(model: Any, pack: Pack, supervised_tokens: int, scale: float) -> torch.Tensor:
+def backward_pack(
+    model: Any, pack: Pack, job: TrainingJob, step: int, supervised_tokens: int, scale: float
+) -> torch.Tensor:
     """Run one micro-batch forward and backward; return its part of the step's mean loss.
 
     On return its graph is freed: bitsandbytes' int8 layers hold their inputs in it.
     """
-    loss = token_losses(model, pack).sum() / supervised_tokens
-    (loss * scale).backward()
+    pack = pack.to(job.device)
+    with use_dropout_keys(model, pack, job.recipe.seed, step):
+        loss = token_losses(model, pack).sum() / supervised_tokens
+        (loss * scale).backward()
     return loss.detach()
 
 
@@ -285,8 +291,8 @@ def parameter_groups(model: Any, loraplus_lr_ratio: float) -> list[dict[str, Any
     groups: dict[float, list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_b = ".lora_B." in name or ".lora_embedding_B." in name
-            groups.setdefault(loraplus_lr_ratio if is_b else 1.0, []).append(parameter)
+            ratio = loraplus_lr_ratio if ".lora_B." in name else 1.0
+            groups.setdefault(ratio, []).append(parameter)
     return [{"params": group, "lr_ratio": ratio} for ratio, group in groups.items()]
 
 

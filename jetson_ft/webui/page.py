@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.staticfiles import StaticFiles
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jetson_ft import i18n
 from jetson_ft.chat.client import ChatClient
@@ -22,6 +25,14 @@ from jetson_ft.webui.tabs import chat, device, train
 _MAX_QUEUED = 32  # calls of Gradio that wait, each with up to a megabyte; others get 503
 _SCRIPTS = """<link rel="stylesheet" href="/static/page.css">
 <script src="/static/page.js" defer></script>"""
+
+# What Gradio's script requests. Its other routes serve files, forward requests to any address, or
+# start functions past the queue.
+_GRADIO_ROUTES = re.compile(
+    r"/|/(config|theme\.css|favicon\.ico|(assets|static|svelte)/.+)"
+    r"|/gradio_api/(queue/(join|data)|cancel|reset|upload|upload_progress|heartbeat/\w+|app_id"
+    r"|startup-events)"
+)
 
 
 def make_app(runs: Path, policy: AccessPolicy) -> Any:
@@ -50,7 +61,23 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
             app, blocks, f"/{language}", theme=theme, head=_SCRIPTS, footer_links=[],
             run_history=False, show_error=True, max_file_size=policy.upload_bytes,
         )  # fmt: skip
+        mount: Any = app.routes[-1]
+        mount.app = _UsedRoutes(mount.app)
     return AccessMiddleware(app, policy)
+
+
+class _UsedRoutes:
+    """Pass the requests of Gradio's script to Gradio; respond to all others with 404."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or _GRADIO_ROUTES.fullmatch(path):
+            await self.app(scope, receive, send)
+        else:
+            await Response(status_code=404)(scope, receive, send)
 
 
 def _build(

@@ -44,8 +44,6 @@ _REQUESTS = 500, 50.0  # at once, and per second in the long run, of one address
 _OPEN_REQUESTS = 200  # of one address at any time, streams and websockets included
 _GUESSES = 10, 0.2  # of the token
 _UPLOAD = re.compile(r"/\w+/gradio_api/upload/?")
-# Gradio's other route that writes files; no component of the page uses it.
-_UNUSED = re.compile(r"/\w+/gradio_api/process_recording/?")
 _HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'self'",
     "X-Frame-Options": "SAMEORIGIN",
@@ -120,7 +118,7 @@ class AccessMiddleware:
             return PlainTextResponse("ok")
         if self.policy.token and (refused := self._check_token(scope, headers, t, address)):
             return refused
-        return Response(status_code=404) if _UNUSED.fullmatch(scope["path"]) else None
+        return None
 
     def _check_token(
         self, scope: Scope, headers: Headers, t: Locale, address: str

@@ -37,7 +37,7 @@ def test_unusable_file_is_refused(tmp_path: Path, content: bytes | None, what: s
     [
         "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}",
         "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{% endfor %}x",
-        "{{ raise_exception('only with tools') }}",
+        "{% if messages %}{{ raise_exception('only with tools') }}{% endif %}",
         "{{ messages[7]['content'] }}",
     ],
 )

@@ -25,6 +25,7 @@ from jetson_ft.webui.tabs import device, train
 
 CANARY = "canary-5d1f0c"
 HOME = "http://127.0.0.1:7860"
+ELSEWHERE = "elsewhere.invalid"  # Gradio refuses private addresses by itself, but not others
 
 
 class Watch:
@@ -69,13 +70,14 @@ class Outside:
             f"{runs}/uploads/../../{folder.name}/.secret.jsonl", f"file://{self.secret}",
             "/etc/passwd", "/proc/self/environ", "/proc/self/root/etc/passwd", "/dev/zero",
             "/dev/stdin", "~root/.ssh/id_rsa", self.address, self.address.removeprefix("http:"),
+            f"https://{ELSEWHERE}/x.jsonl", f"http://{ELSEWHERE}/x.yaml",
         ]  # fmt: skip
         self.port = port
 
     def touched(self, watch: Watch) -> list[str]:
         """Return what was opened or connected to of all that."""
         places = ("/etc/passwd", "/proc/", "/dev/zero", "/dev/stdin", "/root/.ssh",
-                  str(self.secret.parent), f"', {self.port})")  # fmt: skip
+                  str(self.secret.parent), f"', {self.port})", ELSEWHERE)  # fmt: skip
         return [name for name in watch.opened if any(place in name for place in places)]
 
 
@@ -142,7 +144,7 @@ def test_no_argument_of_an_endpoint_opens_a_file_or_an_address(
     endpoints = [each for each in config["dependencies"] if each["backend_fn"]]
     assert len(endpoints) > 20
     answers, number = "", 0
-    for name in outside.names:
+    for name in outside.names if language == "en" else outside.names[::4]:  # the same functions
         # All shapes with some of the names, the most dangerous ones with all.
         is_typical = language == "en" and name in outside.names[:3]
         for shape in shapes(name) if is_typical else shapes(name)[2:3] + shapes(name)[6:7]:
@@ -182,6 +184,35 @@ def test_path_in_a_recipe_of_the_form_is_refused(
     assert outside.touched(watch) == []
 
 
+@pytest.mark.promise(39)
+def test_chat_opens_no_model_outside(
+    visitor: TestClient, outside: Outside, watch: Watch, tmp_path: Path
+) -> None:
+    """Neither by its path, nor as the base that an uploaded adapter names."""
+    base = outside.secret.parent / "model"
+    base.mkdir()
+    (base / "config.json").write_text("{}")
+    watch.opened.clear()
+    adapter = tmp_path / "runs" / "uploads" / "0123abcd" / "adapter_config.json"
+    adapter.parent.mkdir()
+    config = visitor.get("/en/config").json()
+    parts = {part["id"]: part for part in config["components"]}
+    endpoints = {each["api_name"]: each for each in config["dependencies"]}
+    (model,) = [part for part in endpoints["send"]["inputs"] if parts[part]["type"] == "dropdown"]
+    text = next(part for part in endpoints["send"]["inputs"] if parts[part]["type"] == "textbox")
+    for path in (str(base), str(outside.secret), "/dev/zero"):
+        adapter.write_text(json.dumps({"base_model_name_or_path": path}))
+        for name in (path, str(adapter.parent)):
+            values = {model: name, text: "hi"}
+            for api_name in ("send", "open", "choose"):
+                inputs = endpoints[api_name]["inputs"]
+                data = [values.get(part, parts[part]["props"].get("value")) for part in inputs]
+                session = f"chat-{api_name}-{name}-{path}".replace("/", "-")
+                answer = call_all(visitor, "en", session, [(endpoints[api_name]["id"], data)])
+                assert api_name != "send" or "--allow-path" in answer, answer
+    assert outside.touched(watch) == []
+
+
 @pytest.mark.promise(38)
 @pytest.mark.promise(20)
 def test_no_route_serves_a_file_or_an_address(
@@ -213,8 +244,8 @@ def routes(app: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         path = prefix + (getattr(route, "path", "") or "")
         if router := getattr(route, "original_router", None):  # of newer versions of FastAPI
             yield from routes(router, path + route.include_context.prefix)
-        elif hasattr(route, "routes") and hasattr(route.app, "routes"):
-            yield from routes(route.app, path)
+        elif hasattr(route, "routes"):
+            yield from routes(route, path)
         for method in getattr(route, "methods", None) or ():
             yield method, path
 

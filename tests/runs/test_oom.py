@@ -14,7 +14,7 @@ import pytest
 from jetson_ft.events import PHASES, Failed, PhaseStarted, Step, Warned
 from jetson_ft.hardware.boards import find_board
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import exit_status, manager, oom, store
+from jetson_ft.runs import contract, exit_status, oom, store
 from jetson_ft.runs.oom import OutOfMemory
 from jetson_ft.runs.processes import DistributedConfig, write_distributed_config
 from jetson_ft.runs.store import Run
@@ -101,7 +101,7 @@ def test_on_oom_stop_fails_and_the_named_command_continues(workbench: Any) -> No
     granted = Recipe.model_validate({"train": {"max_memory_gb": float(override.split("=")[1])}})
     recipe = run.recipe()
     recipe.train.max_memory_gb = granted.train.max_memory_gb
-    manager.check_only_longer(run, run.recipe(), recipe)
+    contract.check_only_longer(run, run.recipe(), recipe)
     (run.path / "recipe.yaml").write_text(recipe.to_yaml())
     assert workbench.work(run) == 0
     assert plan_of(run)["checkpointing"] and not first["checkpointing"]

@@ -92,24 +92,6 @@ def test_same_run_twice_gives_the_same_bytes(workbench: Any, finished: Run) -> N
     assert adapter_bytes(again) == adapter_bytes(finished)
 
 
-SLOW = pytest.mark.slow
-KILLS = ["step-2", "eval-4", "step-7", "checkpoint-8", "best", "phase-comparison"]
-
-
-@pytest.mark.parametrize(
-    "kill_at", [pytest.param(at, marks=() if at == "step-7" else SLOW) for at in KILLS]
-)
-def test_killed_and_resumed_equals_uninterrupted(
-    workbench: Any, finished: Run, kill_at: str
-) -> None:
-    run = workbench.run(kill_at)
-    assert workbench.work(run, kill_at) == -signal.SIGKILL
-    assert not (run.path / "report.json").exists()
-    assert workbench.work(run) == 0
-    assert adapter_bytes(run) == adapter_bytes(finished)
-    assert losses(run) == losses(finished)
-
-
 @pytest.mark.slow
 def test_timed_run_resumes_and_ends_at_its_minutes(workbench: Any) -> None:
     run = workbench.run("minutes", max_minutes=0.05, epochs=500.0, eval_every=40)
@@ -255,49 +237,6 @@ def test_run_that_does_not_fit_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(pipeline.loading, "load_model", None)
     with pytest.raises(UserError, match="needs about"):
         pipeline.Pipeline(workbench.run("large"), lambda event: None, lambda: False).finetune()
-
-
-# --- changed files ----------------------------------------------------------------------------
-
-
-def refused(workbench: Any, run: Run) -> str:
-    """Return the error that ends a resumed run."""
-    assert workbench.work(run) == exit_status.EXIT_REFUSED
-    return errors(run)[-1]
-
-
-def test_changed_data_is_refused_on_resume(workbench: Any, rows_file: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "rows.json"
-    shutil.copy(rows_file, mine)
-    run = workbench.run("data", rows=mine)
-    assert workbench.work(run, "step-6") == -signal.SIGKILL
-    rows = json.loads(mine.read_text())
-    rows[3]["output"] += "！"
-    mine.write_text(json.dumps(rows))
-    assert "data has changed" in refused(workbench, run)
-    shutil.copy(rows_file, mine)
-    assert workbench.work(run) == 0, "with the old rows it continues"
-
-
-@pytest.mark.parametrize(
-    ("line", "edited", "difference"),
-    [
-        ("learning_rate: 0.01", "learning_rate: 0.02", "train.learning_rate: 0.01 -> 0.02"),
-        ("rank: 2", "rank: 4", "lora.rank: 2 -> 4"),
-    ],
-)
-def test_edited_recipe_is_refused_before_the_model_is_loaded(
-    workbench: Any, finished: Run, tmp_path: Path, line: str, edited: str, difference: str
-) -> None:
-    run = copy_of(finished, tmp_path)
-    text = (run.path / "recipe.yaml").read_text()
-    assert text.count(line) == 1
-    (run.path / "recipe.yaml").write_text(text.replace(line, edited))
-    assert difference in refused(workbench, run)
-    last = run.state().attempt
-    assert "model" not in [
-        e.name for e in run.events() if isinstance(e, PhaseStarted) and e.attempt == last
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from jetson_ft.training.state import TrainState
 # The keys of report.json (docs/run-directory.md).
 TOP = {
     "schema", "recipe_sha256", "model", "versions", "precision", "data_sha256", "seed",
-    "generation", "device", "train", "plan", "eval", "data", "sensors", "warnings",
+    "initial_adapter", "generation", "device", "train", "plan", "eval", "data", "sensors",
+    "warnings",
 }  # fmt: skip
 TRAIN = {
     "steps", "seconds", "rows", "tokens", "supervised_tokens", "tokens_per_second",

@@ -25,6 +25,7 @@ class Scenario:
     seed: int = 0  # of the adapter, in `ranks`
     split: bool = False  # the layers among all
     recompute: bool = False
+    dropout: float = 0.0
     capacity: int = 2048  # tokens of a micro-batch
     capacity_step: int = 0  # more for each further rank
 
@@ -67,7 +68,7 @@ def _train(scenario: Scenario, rank: int) -> dict[str, Any]:
     bench = Bench(base.folder, rows)
     model = loading.load_model(base, loading.WeightFormat("fp32"), "cpu")
     seed = scenario.seed if rank in scenario.ranks else 0
-    model = adapter.attach_adapter(model, LoraRecipe(rank=4), seed)
+    model = adapter.attach_adapter(model, LoraRecipe(rank=4, dropout=scenario.dropout), seed)
     home = Path(scenario.home) / "checkpoints"
     asked = iter(range(1, 10_000))
 

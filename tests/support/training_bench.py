@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from jetson_ft.events import KINDS, to_json
 from jetson_ft.hardware.monitor import Monitor
 from jetson_ft.models.files import BaseModelFiles
@@ -80,3 +82,27 @@ class Bench:
     def values(self, kind: str, key: str) -> list[Any]:
         """Return one field of the last job's events of a kind."""
         return field_values(self.events, kind, key)
+
+
+@pytest.fixture(scope="session")
+def make_bench(rows_file: Path) -> Callable[[Path], Bench]:
+    """Return a function that reads and tokenizes the rows for a model's folder."""
+    import torch
+
+    from jetson_ft.data.prepare import prepare_rows
+    from jetson_ft.models.loading import load_tokenizer
+
+    torch.set_num_threads(1)  # so small a model is slower with more
+
+    def make(folder: Path) -> Bench:
+        data = Recipe.model_validate({"data": {"train": str(rows_file), "heldout": 6}}).data
+        tokenizer = load_tokenizer(BaseModelFiles("tiny", folder))
+        return Bench(folder, prepare_rows(data, tokenizer))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bench(make_bench: Callable[[Path], Bench], tiny_phi: Path) -> Bench:
+    """The tiny Phi's bench, made once a session."""
+    return make_bench(tiny_phi)

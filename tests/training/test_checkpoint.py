@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,54 +103,7 @@ def test_staging_folders_are_deleted(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["step-1"]
 
 
-# --- killed in mid-save --------------------------------------------------------------------
-
-
-def killed_at_line(number: int, work: Callable[[], Any]) -> bool:
-    """Runs `work` in a child that is killed before its `number`-th line; False: it got through."""
-    child = os.fork()
-    if child == 0:
-        left = iter(range(number))
-
-        def tracer(frame: Any, event: str, _: Any) -> Any:
-            if not frame.f_code.co_filename.endswith("checkpoint.py"):
-                return None
-            if event == "line" and next(left, None) is None:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return tracer
-
-        sys.settrace(tracer)
-        try:
-            work()
-        finally:  # whatever happens, this is no second test session
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
-def save_and_rotate(home: Path, step: int) -> None:
-    save(home, step)
-    checkpoint.delete_old_checkpoints(home, 1, TrainState(step=step, best_step=1))
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_line_of_a_save_loses_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the rotation after it; every place is tried, one process each."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # a kill, unlike a power cut, needs none
-    for step in (1, 2):
-        save(tmp_path / "model", step)
-    for line in range(1000):
-        home = tmp_path / str(line)
-        shutil.copytree(tmp_path / "model", home)
-        killed = killed_at_line(line, lambda home=home: save_and_rotate(home, 3))  # type: ignore[misc]
-        newest, faults = checkpoint.newest_intact(home)
-        assert newest in (home / "step-2", home / "step-3") and faults == []
-        assert checkpoint.find_fault(home / "step-1") is None, "the best one"
-        assert not list(home.glob(".*"))
-        if not killed:
-            break
-    assert line > 40 and listing(home) == ["step-1", "step-3"]
+# --- on the disk before it counts ------------------------------------------------------------
 
 
 def test_all_files_are_synced_before_the_rename(

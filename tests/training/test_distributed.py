@@ -102,6 +102,13 @@ def test_several_processes_give_the_losses_of_one(make: Any, alone: Any, size: i
     assert of(results[0], "checkpoint", "step") and not of(results[1], "checkpoint", "step")
 
 
+@pytest.mark.promise(57)
+def test_dropout_is_the_same_for_any_number_of_processes(make: Any) -> None:
+    one, two = make("one", dropout=0.1), make("two", dropout=0.1, capacity=100, recompute=True)
+    assert_same_training(run_ranks(one, 1)[0], run_ranks(two, 2)[1])
+    assert max_difference(adapter(one), adapter(two, 1)) < 1e-5
+
+
 def test_ranks_with_different_micro_batches_give_the_losses_of_one(make: Any, alone: Any) -> None:
     for result in run_ranks(make(capacity=64, capacity_step=200), 2):
         assert_same_training(alone[1], result)

@@ -177,6 +177,20 @@ def _warnings(report: dict[str, Any]) -> list[Message]:
     return [*sensor_warnings(report["sensors"]), *emitted]
 
 
+def initial_adapter_note(report: dict[str, Any]) -> list[Message]:
+    """Return a sentence on the adapter that the run started from, if it wasn't a new one."""
+    source = report.get("initial_adapter")  # not in reports of older runs
+    if not source:
+        return []
+    text = _("Started from the adapter in {path}; `base` is the model without any adapter.")
+    if source["run"]:
+        text = _(
+            "Started from the adapter of {run} at step {step}; `base` is the model without any "
+            "adapter."
+        )
+    return [Message(text, source)]
+
+
 def _is_text(report: dict[str, Any]) -> bool:
     """Return whether all held-out rows are plain text."""
     evaluated = report["eval"]
@@ -230,7 +244,7 @@ def render_markdown(name: str, report: dict[str, Any]) -> str:
         f"({train['tokens_per_second']:,.0f} tokens/s), "
         f"peak memory {train['peak_memory_bytes'] / 2**30:.2f} GiB, "
         f"{report['device']['board'] or report['device']['name']}{energy_phrase(report)}.",
-        *(f"\n{message}" for message in _warnings(report)),
+        *(f"\n{message}" for message in [*initial_adapter_note(report), *_warnings(report)]),
         "",
         *_sources_as_markdown(report),
     ]
@@ -302,6 +316,7 @@ def render_html(name: str, report: dict[str, Any], events: Iterable[Event]) -> s
         sources=_sources(report),
         is_text=_is_text(report),
         chart=chart.losses(train.points(_MAX_POINTS), heldout.points(_MAX_POINTS)),
+        notes=initial_adapter_note(report),
         warnings=_warnings(report),
         roles=_ROLES,
         duration=duration,

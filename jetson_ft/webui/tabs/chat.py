@@ -151,7 +151,11 @@ class ChatTab:
     def _allowed(self, name: str) -> str:
         """Return the name unchanged; raise `UserError` for a path that may not be named."""
         names = {"latest", BASE, *(run.name for run in store.list_runs(self.runs))}
-        return name if name in names else self.allowed.require(name)
+        if self.allowed.folders is not None and name not in names:
+            resolved = target.resolve_target(self.allowed.require(name), self.runs)
+            if resolved.named_in:  # the folder of an adapter, whose files may be uploads
+                self.allowed.require(resolved.recipe.model)
+        return name
 
     def send(self, request: gr.Request, *form: Any) -> Iterator[tuple[Any, ...]]:
         """Yield the outputs while the answers are generated, the base model's first."""
@@ -175,7 +179,7 @@ class ChatTab:
         turns = dict(zip(("base", "adapter"), before, strict=True))
         speed = ""
         try:
-            both = side_by_side and not files.is_base_model(self._allowed(name))
+            both = not files.is_base_model(self._allowed(name)) and side_by_side
             sampling = _sampling(seed, values)
             few_shot = parse_examples(examples, self.t(_("Few-shot examples")))
             for side in ("base", "adapter") if both else ("adapter",):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 import threading
@@ -15,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 from jetson_ft import recipe as recipes
 from jetson_ft.data.readers import SUFFIXES
 from jetson_ft.errors import RecipeError, UserError, _
-from jetson_ft.files import expand_user, quoted
+from jetson_ft.files import quoted
 from jetson_ft.recipe import Recipe, SourceRecipe, strict_yaml
 from jetson_ft.runs import manager, queue, store
 from jetson_ft.webui import uploads
@@ -177,7 +178,7 @@ class Form:
         """Return the form as a command and as a recipe in YAML."""
         try:
             recipe = self._recipe(values)
-        except RecipeError:
+        except UserError:
             return (self.t(_MISTAKES),) * 2
         return command_of(recipe, name), recipe.to_yaml()
 
@@ -246,7 +247,10 @@ def _text(value: Any) -> str:
 def _as_list(text: str) -> str:
     """Return names that are separated by commas or line breaks as a YAML list, other text as is."""
     names = [name.strip() for name in re.split("[,，\n]", text) if name.strip()]
-    if len(names) < 2 or text.lstrip().startswith("[") or expand_user(text).exists():
+    if len(names) < 2 or text.lstrip().startswith("["):
+        return text
+    path = os.path.expanduser(text)  # noqa: PTH111 - no error for an unknown user
+    if os.path.lexists(path):  # no error for what can't be a path, such as a long list
         return text
     return strict_yaml.dump_flow(names)
 
