@@ -96,7 +96,7 @@ def make_runs() -> None:
 
 def main() -> None:
     """Make the folder anew."""
-    from jetson_ft.runs.store import SCHEMA
+    from jetson_ft.runs.contents import SCHEMA
 
     parser = argparse.ArgumentParser(description="Make the runs of this version for the tests.")
     parser.add_argument("--folder", type=Path, default=ROOT / "tests" / "versions" / str(SCHEMA))

@@ -15,7 +15,8 @@ from workbench import Workbench
 
 from jetson_ft.cli.app import app
 from jetson_ft.events import Step
-from jetson_ft.runs.store import SCHEMA, Run
+from jetson_ft.runs.contents import SCHEMA
+from jetson_ft.runs.store import Run
 from jetson_ft.training import checkpoint
 from jetson_ft.webui.fragments import Fragments
 

@@ -289,6 +289,7 @@ def test_huge_row_is_cut_or_dropped_by_choice_in_bounded_memory(folder: Path, na
         cells = [f"{row['instruction']},{row['output']}" for row in rows]
         lines = ["instruction,output", *cells]
     (folder / name).write_text("\n".join(lines), "utf-8")
+    inspect("bundled-short")  # the imports
     with memory_within(150 << 20):
         done = inspect(name)
     assert "max 1,200,025\n" in done.stdout, done.stdout
