@@ -144,7 +144,7 @@ def test_no_argument_of_an_endpoint_opens_a_file_or_an_address(
     endpoints = [each for each in config["dependencies"] if each["backend_fn"]]
     assert len(endpoints) > 20
     answers, number = "", 0
-    for name in outside.names if language == "en" else outside.names[::4]:  # the same functions
+    for name in outside.names if language == "en" else outside.names[::-4]:  # the same functions
         # All shapes with some of the names, the most dangerous ones with all.
         is_typical = language == "en" and name in outside.names[:3]
         for shape in shapes(name) if is_typical else shapes(name)[2:3] + shapes(name)[6:7]:
