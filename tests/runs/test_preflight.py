@@ -164,7 +164,8 @@ def test_a_data_set_on_a_hub_out_of_reach_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "Chat template not found"), ("{{ m }", "not valid Jinja: line 1")]
+    ("content", "words"),
+    [(None, "Chat template not found"), ("{{ messages }", "not valid Jinja: line 1")],
 )
 def test_a_wrong_chat_template_is_refused(content: str | None, words: str, tmp_path: Path) -> None:
     file = tmp_path / "a.jinja"
