@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from jetson_ft.chat.client import ChatClient
 from jetson_ft.errors import UserError
-from jetson_ft.webui import page
+from jetson_ft.webui import page, security
 from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.security import AccessPolicy
 from jetson_ft.webui.tabs import device, train
@@ -104,6 +104,7 @@ def visitor(
     monkeypatch.setattr(device, "run_cli_json", refuse)
     monkeypatch.setattr(ChatClient, "generate", refuse)
     monkeypatch.setattr(train.manager, "launch", refuse)
+    monkeypatch.setattr(security, "_REQUESTS", (10**6, 1.0))  # more than a browser makes
     runs = tmp_path / "runs"
     app = page.make_app(runs, AccessPolicy("secret", allowed=AllowedPaths((runs,))))
     headers = {"Authorization": "Bearer secret"}
