@@ -7,6 +7,7 @@ Exit codes: 0 finished, 1 a fault of this program, 2 refused (`UserError`),
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -50,9 +51,9 @@ def main(run: Run, on_interrupt: Any = signal.SIG_IGN, dump_stacks: bool = False
     emit = EventLog(run, attempt).emit if is_local_main else lambda _event: None
     if dump_stacks:
         emit = hang.StackDump(emit).emit
+    if LAUNCHER_PROCESS in os.environ:  # the launcher holds `worker.lock` for this process
+        end_with_parent(LAUNCHER_PROCESS)
     is_launched = distributed.is_launched()
-    if is_launched:
-        end_with_parent(LAUNCHER_PROCESS)  # it holds `worker.lock` for this process
     code = _work(run, emit)
     # For `manager.reconcile_state`, if the supervisor that waits for the exit code is gone.
     _emit_last(emit, Exited(code=code))

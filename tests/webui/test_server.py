@@ -164,8 +164,9 @@ def test_a_resumable_run_is_named_at_the_start(tmp_path: Path) -> None:
     served = Served(tmp_path)
     try:
         assert served.process.stdout
-        line = [served.process.stdout.readline() for _ in range(2)][1]
-        assert run.name in line and f"jetson-ft train --resume {run.name}" in line
+        lines = "".join(served.process.stdout.readline() for _line in range(3))
+        assert f"{run.name} can be resumed" in lines
+        assert f"jetson-ft train --resume {run.name}" in lines
     finally:
         served.close()
 
