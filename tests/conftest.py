@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -79,6 +80,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("JETSON_FT_CACHE", str(cache))
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_debugging(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Undo what `--debug` does to a process, for the tests that follow in it."""
+    monkeypatch.setenv("JETSON_FT_DEBUG", "")  # restored after the test, however it is changed
+    yield
+    logging.getLogger("jetson_ft").handlers.clear()
 
 
 @pytest.fixture(scope="session")
