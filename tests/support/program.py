@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -51,6 +52,11 @@ def main_here(*arguments: Any) -> Done:
     ):
         patch.setattr(sys, "argv", ["jetson-ft", *words])
         patch.setenv("COLUMNS", "200")
+        # As a process of its own begins, whatever earlier tests of this one have set.
+        patch.setenv("JETSON_FT_DEBUG", "")
+        logger = logging.getLogger("jetson_ft")
+        patch.setattr(logger, "handlers", [])
+        patch.setattr(logger, "level", logging.NOTSET)
         try:
             cli.main()
         except SystemExit as end:
@@ -62,7 +68,7 @@ def assert_refused(done: Done, *words: str) -> None:
     """One message: what is wrong, where, and how to fix it."""
     assert done.returncode == 2, done.stdout + done.stderr
     first, *rest = done.stderr.strip().splitlines()
-    assert first.startswith("error: ")
+    assert first.startswith("error: "), done.stderr
     assert done.stderr.count("error: ") == 1
     assert any(line.startswith("  where: ") for line in rest)
     assert any(line.startswith("  fix: ") for line in rest)
