@@ -270,6 +270,11 @@ def run_state(folder: Path) -> str:
     return json.loads((folder / "state.json").read_text())["state"]
 
 
+def run_folders(runs: Path) -> set[Path]:
+    """Return the runs' folders; their names begin with a date."""
+    return set(runs.glob("20*-*"))
+
+
 def check_image(root: Path, config: dict[str, Any], work: Path) -> None:
     volumes = make_volumes(work)
     runs = volumes / "srv/runs"
@@ -295,14 +300,14 @@ def check_image(root: Path, config: dict[str, Any], work: Path) -> None:
             if slowdown > 1:
                 page.exec("python", "-c", MAKE_TINY_MODEL)
             page.exec(*train, "--set", "train.max_steps=2")
-            finished = next(runs.iterdir())
+            (finished,) = run_folders(runs)
             check(run_state(finished) == "finished", run_state(finished))
             check((finished / "adapter/adapter_model.safetensors").exists(), "no adapter")
             check((finished / "report.html").exists(), "no report")
         with step("docker stop during a run: a checkpoint"):
             command = " ".join([*train, "--set", f"train.max_steps={steps}"])
             page.exec("bash", "-c", f"{command} >/dev/null 2>&1 &")
-            stopped = wait_for(lambda: set(runs.iterdir()) - {finished}, "a second run", 60).pop()
+            stopped = wait_for(lambda: run_folders(runs) - {finished}, "a second run", 60).pop()
             events = stopped / "events.jsonl"
             event = '"kind": "step"'
             wait_for(lambda: events.exists() and event in events.read_text(), "a step", 120)
