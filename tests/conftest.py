@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import logging
 import os
 import signal
 from collections.abc import Callable
@@ -83,11 +82,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _no_debugging(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Undo what `--debug` does to a process, for the tests that follow in it."""
-    monkeypatch.setenv("JETSON_FT_DEBUG", "")  # restored after the test, however it is changed
-    yield
-    logging.getLogger("jetson_ft").handlers.clear()
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what the program sets for its child processes when a test runs it in this one."""
+    for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "JETSON_FT_DEBUG"):
+        monkeypatch.setenv(name, "")  # so that its absence is restored
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")
