@@ -11,7 +11,6 @@ import difflib
 import multiprocessing
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from jetson_ft.bench import table
 from jetson_ft.bench.table import Measurement, Report
 from jetson_ft.bench.variants import VARIANTS
 from jetson_ft.bench.workload import Settings, prepare_workload
+from jetson_ft.child_process import python_module
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors, read_json, write_atomic, write_json
 from jetson_ft.runs import exit_status
@@ -133,7 +133,7 @@ def _run_process(name: str, threads: int, folder: Path, output: Path) -> Measure
         log.write(f"\n== {name}\n".encode())
         log.flush()
         done = subprocess.run(
-            [sys.executable, "-m", module, name, workload, str(result)],
+            python_module(module, name, workload, str(result)),
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False,
             env={**WORKER_ENVIRONMENT, **os.environ, **count},
         )  # fmt: skip

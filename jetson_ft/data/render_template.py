@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from jetson_ft.child_process import python_module
 from jetson_ft.data import render_process
 from jetson_ft.data.templates import CHOOSE_TEMPLATE, TEMPLATES, with_fixed_date
 from jetson_ft.errors import UserError, _
@@ -183,7 +183,7 @@ class _RenderProcess:
             process = self._process
             if process is None or self._owner != os.getpid() or process.poll() is not None:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", render_process.__name__],
+                    python_module(render_process.__name__),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     bufsize=0,
