@@ -74,7 +74,8 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_source(base))
     except Exception as error:  # the tokenizers library raises bare ones
-        if _needs_own_code(base.folder / "tokenizer_config.json"):
+        settings = base.folder / "tokenizer_config.json"
+        if settings.is_file() and "auto_map" in read_json(settings):
             raise UserError(
                 _("The tokenizer needs code from its repository, which is never run."),
                 str(base.folder),
@@ -104,11 +105,6 @@ def load_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _needs_own_code(settings: Path) -> bool:
-    content = read_json(settings) if settings.is_file() else {}
-    return isinstance(content, dict) and "auto_map" in content
 
 
 def load_config(base: BaseModelFiles) -> PretrainedConfig:
