@@ -361,10 +361,9 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.promise(50)
 def test_package_that_downloads_kernels_is_not_used(tmp_path: Path, ran: Path) -> None:
     (tmp_path / "kernels.py").write_text(f"open({str(ran)!r}, 'w')")
-    (tmp_path / "kernels-0.15.2.dist-info").mkdir()
-    (tmp_path / "kernels-0.15.2.dist-info" / "METADATA").write_text(
-        "Name: kernels\nVersion: 0.15.2"
-    )
+    metadata = tmp_path / "kernels-0.15.2.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Name: kernels\nVersion: 0.15.2")
     script = (
         "import jetson_ft.models.files, transformers.integrations.hub_kernels;"
         "from transformers.utils import import_utils as u; print(u.is_kernels_available('0', '9'))"
