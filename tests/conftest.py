@@ -15,7 +15,7 @@ from fake_hub import fake_hub
 from hypothesis import settings
 from loaded_phi import phi
 from small_disk import small_disk
-from tiny_models import phi_config, save_model, write_rows
+from tiny_models import CHAT_TEMPLATE, phi_config, save_model, write_rows
 from training_bench import bench, make_bench
 from workbench import finished, light_runs, queued, workbench
 
@@ -38,13 +38,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
 
 gc.disable()  # while the test modules import torch and all; see jetson_ft.models.fast_import
 
