@@ -13,7 +13,10 @@ import program
 import pytest
 
 import jetson_ft
+from jetson_ft.bench import runner
+from jetson_ft.bench.workload import Settings
 from jetson_ft.child_process import python_module
+from jetson_ft.errors import UserError
 from jetson_ft.runs import manager
 from jetson_ft.runs.processes import DistributedConfig
 
@@ -62,6 +65,18 @@ def test_run_imports_no_module_of_the_current_folder(
     config = DistributedConfig(nproc_per_node=processes)
     run = manager.launch(light_runs.recipe(), "plain", config)
     assert light_runs.wait(run, "finished", "failed", seconds=60.0) == "finished"
+    assert not ran.exists(), ran.read_text()
+
+
+@pytest.mark.promise(24)
+def test_bench_imports_no_module_of_the_current_folder(
+    hostile: Path, ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(hostile)
+    refused = Settings("no-such-model", "x.jsonl", 16, 64, 4, 1, 1, ("ours",))
+    with pytest.raises(UserError, match="Model not found") as caught:
+        runner.bench(refused, tmp_path / "out", lambda _progress: None)
+    assert str(caught.value.where) == "no-such-model"
     assert not ran.exists(), ran.read_text()
 
 
