@@ -7,11 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import chat_templates as templates
 import pytest
-from chat_templates import (
-    FALCON, GEMMA_3, LLAMA_2, LLAMA_3, NO_PROMPT, PHI_3, QWEN_3, QWEN_3_THINKING, R1, SHOUTING,
-    STRIKING,
-)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -143,7 +140,7 @@ def test_any_text_is_encoded_unchanged_and_any_prompt_is_a_prefix(
 # Templates of other models
 
 
-@pytest.mark.parametrize("template", [PHI_3, QWEN_3, QWEN_3_THINKING])
+@pytest.mark.parametrize("template", [templates.PHI_3, templates.QWEN_3, templates.QWEN_3_THINKING])
 def test_template_that_rewrites_earlier_turns_trains_on_the_last_answer_only(
     chat: Any, template: str
 ) -> None:
@@ -159,7 +156,7 @@ def test_template_that_rewrites_earlier_turns_trains_on_the_last_answer_only(
 
 
 def test_one_rewritten_turn_trains_on_the_last_answer_only(chat: Any) -> None:
-    chat.chat_template = STRIKING
+    chat.chat_template = templates.STRIKING
     turns = [("user", "a"), ("assistant", "X"), ("user", "a"), ("assistant", "b")]
     messages = messages_of([*turns, ("user", "a"), ("assistant", "c")])
     assert text_of(chat, messages, ANSWER) == "c"
@@ -168,19 +165,19 @@ def test_one_rewritten_turn_trains_on_the_last_answer_only(chat: Any) -> None:
 
 
 def test_rewritten_turn_does_not_stop_a_chat(chat: Any) -> None:
-    chat.chat_template = SHOUTING
+    chat.chat_template = templates.SHOUTING
     prompt = encode_prompt(chat, messages_of([("user", "a"), ("assistant", "b"), ("user", "c")]))
     assert chat.decode(prompt) == "A<|im_end|>B<|im_end|>C<|im_end|>"
 
 
 def test_answer_changed_by_the_template_is_refused(chat: Any) -> None:
-    chat.chat_template = SHOUTING
+    chat.chat_template = templates.SHOUTING
     with pytest.raises(UserError, match="doesn't put the last answer unchanged"):
         encode(chat, messages_of([*FIRST[:1], ("assistant", "quiet")]))
 
 
 def test_blanks_around_an_answer_are_trained_on_and_end_no_turn(chat: Any) -> None:
-    chat.chat_template = LLAMA_2
+    chat.chat_template = templates.LLAMA_2
     messages = messages_of(
         [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", " d\n")]
     )
@@ -190,7 +187,7 @@ def test_blanks_around_an_answer_are_trained_on_and_end_no_turn(chat: Any) -> No
 
 
 def test_template_without_end_of_turn_gets_the_end_token(chat: Any) -> None:
-    chat.chat_template = FALCON
+    chat.chat_template = templates.FALCON
     messages = messages_of([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")])
     ids = encode(chat, messages).ids
     assert chat.decode(ids) == (
@@ -202,7 +199,7 @@ def test_template_without_end_of_turn_gets_the_end_token(chat: Any) -> None:
 
 
 def test_template_with_enable_thinking_is_rendered_without_thinking(chat: Any) -> None:
-    chat.chat_template = QWEN_3
+    chat.chat_template = templates.QWEN_3
     assert chat.decode(encode_prompt(chat, messages_of(FIRST[:1]))).endswith(
         "<think>\n\n</think>\n\n"
     )
@@ -210,7 +207,7 @@ def test_template_with_enable_thinking_is_rendered_without_thinking(chat: Any) -
 
 
 def test_open_thought_of_the_prompt_is_closed_in_training_as_in_chatting(chat: Any) -> None:
-    chat.chat_template = R1
+    chat.chat_template = templates.R1
     chat.bos_token = "<|endoftext|>"
     prompt = encode_prompt(chat, messages_of(FIRST[:1]))
     assert chat.decode(prompt) == (
@@ -223,7 +220,7 @@ def test_open_thought_of_the_prompt_is_closed_in_training_as_in_chatting(chat: A
     assert encode(chat, messages_of([*FIRST, *FIRST])).context_answers == 1
 
 
-@pytest.mark.parametrize("template", [R1, QWEN_3_THINKING])
+@pytest.mark.parametrize("template", [templates.R1, templates.QWEN_3_THINKING])
 def test_answer_with_a_thought_that_the_template_moves_is_refused_with_a_way_out(
     chat: Any, template: str
 ) -> None:
@@ -237,7 +234,7 @@ def test_answer_with_a_thought_that_the_template_moves_is_refused_with_a_way_out
 
 
 def test_template_without_generation_prompt_opens_the_turn_in_training_and_chat(chat: Any) -> None:
-    chat.chat_template = NO_PROMPT
+    chat.chat_template = templates.NO_PROMPT
     messages = messages_of([*FIRST, ("user", "c"), ("assistant", "d")])
     prompt = encode_prompt(chat, messages[:-1])
     assert chat.decode(prompt).endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
@@ -246,14 +243,16 @@ def test_template_without_generation_prompt_opens_the_turn_in_training_and_chat(
 
 
 def test_system_message_before_the_first_question_is_kept(chat: Any) -> None:
-    chat.chat_template = GEMMA_3
+    chat.chat_template = templates.GEMMA_3
     messages = messages_of(CONVERSATIONS["system"])
     assert "user\nBe brief.\n\n" in chat.decode(encode(chat, messages).ids)
     assert not encode(chat, messages).system_dropped
 
 
 def test_system_message_that_the_template_drops_is_noticed(chat: Any) -> None:
-    chat.chat_template = NO_PROMPT.replace("messages %}", "messages if m['role'] != 'system' %}", 1)
+    chat.chat_template = templates.NO_PROMPT.replace(
+        "messages %}", "messages if m['role'] != 'system' %}", 1
+    )
     assert encode(chat, messages_of(CONVERSATIONS["system"])).system_dropped
     assert not encode(chat, messages_of(FIRST)).system_dropped
 
@@ -301,7 +300,7 @@ def test_answer_that_is_not_to_be_trained_on_is_context(chat: Any) -> None:
 
 
 def test_messages_after_the_last_trained_answer_are_left_out(chat: Any) -> None:
-    chat.chat_template = QWEN_3
+    chat.chat_template = templates.QWEN_3
     messages = messages_of([*FIRST, ("user", "c"), ("assistant", "d")])
     messages[-1].update({"train": False})  # type: ignore[typeddict-item]
     assert encode(chat, messages).ids == encode(chat, messages_of(FIRST)).ids
@@ -328,7 +327,7 @@ CHATML_CALL = '<tool_call>\n{"name": "humidity", "arguments": {"room": 3}}\n</to
     ("template", "call"),
     [
         (TEMPLATES["chatml"], CHATML_CALL),
-        (LLAMA_3, '{"name": "humidity", "parameters": {"room": 3}}'),
+        (templates.LLAMA_3, '{"name": "humidity", "parameters": {"room": 3}}'),
     ],
 )
 def test_tool_calls_are_trained_on_and_tools_and_results_are_context(
@@ -349,7 +348,7 @@ def test_tool_calls_are_trained_on_and_tools_and_results_are_context(
 
 
 def test_tool_call_that_the_template_rewrites_is_context(chat: Any) -> None:
-    chat.chat_template = QWEN_3_THINKING
+    chat.chat_template = templates.QWEN_3_THINKING
     encoded = encode(chat, CALLING, TOOLS)
     assert encoded.context_answers == 1
     pairs = zip(encoded.ids, encoded.segments, strict=True)
