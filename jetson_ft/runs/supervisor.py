@@ -26,7 +26,7 @@ from jetson_ft.runs import exit_status, hang, oom, restarts
 from jetson_ft.runs.contents import DamagedRun
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.locks import lock
-from jetson_ft.runs.processes import WORKER_ENVIRONMENT, read_distributed_config
+from jetson_ft.runs.processes import WORKER_ENVIRONMENT, read_distributed_config, stop_on_sigterm
 from jetson_ft.runs.queue import QueueTicket
 from jetson_ft.runs.store import Run, RunRemoved
 
@@ -45,9 +45,7 @@ def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = N
         lock_file: the run's locked `supervisor.lock`.
         run_attempt: makes one attempt; by default in a worker process.
     """
-    # A terminated supervisor asks its worker to stop, and stays to record the result. People stop
-    # a run by other means (`manager.stop`); this is the end of the machine or of a service.
-    signal.signal(signal.SIGTERM, lambda *_: run.request_stop(is_shutdown=True))
+    stop_on_sigterm(run)  # the worker obeys; this process stays to record the result
     with lock_file, suppress(RunRemoved):
         try:
             slot = _wait_for_turn(run)

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from jetson_ft.runs import store
 from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.event_reader import last_attempt_events, read_events
 from jetson_ft.runs.locks import lock
+from jetson_ft.runs.processes import stop_on_sigterm
 from jetson_ft.runs.store import Run
 
 
@@ -135,6 +137,27 @@ def test_two_stop_requests_equal_one(run: Run) -> None:
     assert run.stop_requested()
     run.clear_stop()
     run.clear_stop()
+    assert not run.stop_requested()
+
+
+@pytest.mark.parametrize("person_is_first", [True, False])
+def test_request_of_a_person_counts_beside_a_shutdown(run: Run, person_is_first: bool) -> None:
+    run.request_stop(is_shutdown=not person_is_first)
+    assert run.is_shutting_down() is not person_is_first
+    run.request_stop(is_shutdown=person_is_first)
+    assert run.stop_requested() and not run.is_shutting_down()
+    run.clear_stop()
+    assert not run.stop_requested() and not run.is_shutting_down()
+
+
+def test_sigterm_that_cannot_be_recorded_interrupts_nothing(run: Run) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        stop_on_sigterm(run)
+        (run.path / "shutdown").symlink_to("missing/folder")
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert not run.stop_requested()
 
 
