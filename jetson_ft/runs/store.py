@@ -300,13 +300,14 @@ class Run:
         """
         path = self.path / f"{name}.lock"
         try:
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                return not try_lock(file, shared=True)
+            number = contents.open_regular(path, os.O_RDONLY)
         except PermissionError as error:
             reason = _("it can't be read ({error})")
             raise DamagedRun(path, reason, error=error.strerror or "") from error
-        except OSError:  # missing, or nothing that a process could hold
+        except (OSError, DamagedRun):  # missing, or nothing that a process could hold
             return False
+        with open(number, "rb") as file:
+            return not try_lock(file, shared=True)
 
     def events(self) -> list[Event]:
         """Return all events; `iter_events` reads a log of any size."""

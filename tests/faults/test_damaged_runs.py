@@ -8,6 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,25 @@ def test_anything_in_a_files_place_is_named_without_waiting(
     path.unlink()
     os.mkfifo(path)
     assert_shown_and_deleted(root, f"{name} is damaged: it is not a regular file")
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_odd_files_leave_no_file_open(
+    root: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page reads a damaged run every few seconds, for weeks."""
+    run, descriptors = Run(root / BAD), Path("/proc/self/fd")
+    monkeypatch.chdir(root)  # the path of a socket is short
+    for name in ("about.json", "log.txt", "supervisor.lock", "worker.lock"):
+        (run.path / name).unlink(missing_ok=True)
+        ODD_FILES[kind](run.path / name)
+    monitor.summarize(run)  # what is opened once
+    before = len(list(descriptors.iterdir()))
+    for _time in range(3):
+        monitor.summarize(run)
+        with suppress(OSError, UserError):
+            run.open_log().close()
+    assert len(list(descriptors.iterdir())) == before
 
 
 @pytest.mark.parametrize("name", [*FILES[:2], *FILES[3:8]])
