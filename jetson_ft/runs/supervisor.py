@@ -23,7 +23,6 @@ from jetson_ft import logs
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import DiskFull
 from jetson_ft.runs import exit_status, hang, oom, restarts
-from jetson_ft.runs.contents import DamagedRun
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import WORKER_ENVIRONMENT, read_distributed_config, stop_on_sigterm
@@ -55,10 +54,10 @@ def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = N
             else:
                 with slot:
                     status = _run_attempts(run, slot, run_attempt or _run_worker)
-        except DiskFull as error:  # before an attempt: the run's disk or the queue's
-            status = ExitStatus("failed", error.what, resumable=True)
-        except DamagedRun as error:
-            status = ExitStatus("failed", error.what)
+        except RunRemoved:
+            raise
+        except UserError as error:  # before an attempt: the run's disk, or the queue's folder
+            status = ExitStatus("failed", error.what, resumable=isinstance(error, DiskFull))
         run.release_space()
         run.clear_stop()  # first, so that no reader sees an ended run with a request to stop
         _record(run, status)
