@@ -76,11 +76,14 @@ def default_recipe(
     return "phi-1_5-zh-quick", "a CUDA GPU and the hub in reach: Phi-1.5, at most 60 minutes"
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, node_rank: int = 0) -> None:
     """Raise `UserError` if the model, the chat template or all rows can't be used.
 
     Data sets on the hub are fetched, and small files of models there. All rows are tokenized where
     `data.max_length` allows longer ones than the model does.
+
+    Args:
+        node_rank: of this machine; machine 0 alone needs space for checkpoints.
     """
     config = None
     if recipe.model == "embedded":
@@ -92,7 +95,8 @@ def check_recipe(recipe: Recipe) -> None:
     check_target_modules(dims, recipe.lora.target_modules)
     if recipe.lora.initial_adapter:
         initial_adapter.check(recipe.lora, dims)
-    disk.require_checkpoint_space(recipe, dims)
+    if node_rank == 0:
+        disk.require_checkpoint_space(recipe, dims)
     data = recipe.data
     if data.chat_template:
         read_template(data.chat_template)
@@ -165,11 +169,12 @@ def launch(
     Raises:
         UserError: the run would fail at its start, or its folder can't be written.
     """
-    check_recipe(recipe)
+    config = config or DistributedConfig()
+    check_recipe(recipe, config.node_rank)
     run = store.create_run(_with_absolute_paths(recipe), label)
     try:
         with _take_supervisor_lock(run) as lock_file:
-            processes.write_distributed_config(run, config or DistributedConfig())
+            processes.write_distributed_config(run, config)
             if recipe.lora.initial_adapter:
                 initial_adapter.copy_into(run, recipe.lora.initial_adapter)
             if ticket:
