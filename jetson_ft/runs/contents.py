@@ -99,6 +99,7 @@ class Plan(BaseModel):
 
 class _Train(BaseModel):
     steps: int
+    best_step: int
     tokens: int
     seconds: float
     tokens_per_second: float

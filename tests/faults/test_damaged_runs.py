@@ -44,7 +44,8 @@ SIDE = dict.fromkeys(
 REPORT = {
     "eval": {"rows": 1, "documents": 0, "before": SIDE, "after": SIDE}, "sensors": None,
     "train": {
-        "steps": 3, "tokens": 9, "seconds": 1.0, "tokens_per_second": 9.0, "peak_memory_bytes": 1
+        "steps": 3, "best_step": 3, "tokens": 9, "seconds": 1.0, "tokens_per_second": 9.0,
+        "peak_memory_bytes": 1,
     },
 }  # fmt: skip
 
@@ -158,6 +159,19 @@ def test_anything_in_a_files_place_is_named_without_waiting(
     path.unlink()
     os.mkfifo(path)
     assert_shown_and_deleted(root, f"{name} is damaged: it is not a regular file")
+
+
+@pytest.mark.parametrize("step", [None, "3", {}])
+def test_report_without_its_best_step_is_named_by_what_starts_from_the_run(
+    root: Path, step: Any
+) -> None:
+    train = {**REPORT["train"], "best_step": step}
+    if step == {}:
+        del train["best_step"]
+    (root / BAD / "report.json").write_text(json.dumps({**REPORT, "train": train}))
+    recipe = Recipe.model_validate({"lora": {"initial_adapter": str(root / BAD)}})
+    with pytest.raises(UserError, match=r"report.json is damaged: .*best_step"):
+        manager.check_recipe(recipe)
 
 
 @pytest.mark.parametrize("kind", ODD_FILES)
