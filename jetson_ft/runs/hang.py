@@ -48,7 +48,8 @@ class Progress:
                 self.limit = None
                 return True
             case events.DataPrepared():
-                self._heldout_tokens = event.heldout.get("tokens", 0)
+                tokens = event.heldout.get("tokens")  # of a damaged line, anything
+                self._heldout_tokens = max(0, tokens) if isinstance(tokens, int) else 0
             case events.PhaseStarted():
                 self.phase, self.step_seconds = event.name, None
             case events.Step():
