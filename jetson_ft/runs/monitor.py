@@ -10,13 +10,9 @@ import copy
 import os
 import threading
 import time
-from array import array
-from bisect import bisect_left
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from jetson_ft.events import Event
 from jetson_ft.files import printable
 from jetson_ft.runs import contents, manager, processes
 from jetson_ft.runs.contents import DamagedRun
+from jetson_ft.runs.curve import Curve
 from jetson_ft.runs.event_reader import E, read_events
 from jetson_ft.runs.store import LIVE_STATES, Run, State
 
@@ -41,46 +38,9 @@ _SHOWN_FILES = (
     "processes.json", "log.txt", "report.json", "adapter",
 )  # fmt: skip
 _MAX_WARNINGS = 20  # kept of an attempt, the first ones
-_MAX_POINTS = 1 << 13  # of a curve in memory
 _READ_SECONDS = 0.2  # of one call of `RunMonitor.progress`, about
 _MAX_FOLLOWED = 32  # runs whose progress is kept: those that were looked at last
 _TAIL_BYTES = 1 << 18  # some hundreds of events
-
-
-@dataclass
-class Curve:
-    """A value by step, ascending; a step that is made again takes its new value.
-
-    Of more than `_MAX_POINTS` points some are left out, but no extreme.
-    """
-
-    steps: array[int] = field(default_factory=lambda: array("q"))
-    values: array[float] = field(default_factory=lambda: array("d"))
-
-    def add(self, step: int, value: float) -> None:
-        """Add a value, or replace that of the same step."""
-        index = bisect_left(self.steps, step)
-        if index < len(self.steps) and self.steps[index] == step:
-            self.values[index] = value
-            return
-        self.steps.insert(index, step)
-        self.values.insert(index, value)
-        if len(self.steps) > _MAX_POINTS:
-            steps, values = zip(*self.points(_MAX_POINTS // 2), strict=True)
-            self.steps, self.values = array("q", steps), array("d", values)
-
-    def points(self, at_most: int = 600) -> list[tuple[int, float]]:
-        """Return at most so many points: the lowest and highest of `at_most` / 2 equal spans."""
-        points = list(zip(self.steps, self.values, strict=True))
-        if len(points) <= at_most:
-            return points
-        spans = max(1, at_most // 2)
-        bounds = [number * len(points) // spans for number in range(spans + 1)]
-        chosen = []
-        for start, end in pairwise(bounds):
-            low, high = (pick(points[start:end], key=itemgetter(1)) for pick in (min, max))
-            chosen += sorted({low, high})
-        return chosen
 
 
 @dataclass

@@ -14,8 +14,9 @@ from run_folders import evaluated_event, step_event
 from jetson_ft.errors import Message
 from jetson_ft.events import PhaseStarted, Warned
 from jetson_ft.runs import manager
+from jetson_ft.runs.curve import Curve
 from jetson_ft.runs.event_log import EventLog
-from jetson_ft.runs.monitor import Curve, RunMonitor
+from jetson_ft.runs.monitor import RunMonitor
 from jetson_ft.runs.store import Run
 
 
