@@ -11,10 +11,12 @@ import os
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jetson_ft import events
 from jetson_ft.errors import UserError, _
@@ -26,6 +28,7 @@ from jetson_ft.runs.curve import Curve
 from jetson_ft.runs.event_reader import E, read_events
 from jetson_ft.runs.store import LIVE_STATES, Run, State
 
+T = TypeVar("T")
 # The fields that can be drawn, by kind of event.
 CURVES: dict[type[Event], tuple[str, ...]] = {
     events.Step: ("loss", "lr", "grad_norm", "tokens_per_second", "memory"),
@@ -135,10 +138,14 @@ class RunMonitor:
         """Return the run's summary; its `faults` name what is damaged."""
         with self._lock:
             stamp, summary = self._summaries.get(run.path, (None, None))
-        if summary is None or summary.state.state in LIVE_STATES or summary.faults:
-            with suppress(UserError):  # which `find_faults` finds
-                manager.reconcile_state(run)
         now = change_stamp(run)
+        if (
+            summary is None or stamp != now or summary.faults
+            or summary.state.state in LIVE_STATES
+        ):  # fmt: skip
+            with suppress(UserError):  # which is among the summary's faults
+                manager.reconcile_state(run)
+            now = change_stamp(run)
         if summary is None or stamp != now:
             summary = summarize(run)
             with self._lock:
@@ -165,49 +172,47 @@ class RunSummary:
 
 
 def summarize(run: Run) -> RunSummary:
-    """Return the run's summary as it is now on the disk; damaged files raise nothing."""
-    faults = find_faults(run)
-    progress, state, is_live = RunProgress(), State(DAMAGED), False
-    with suppress(DamagedRun):
-        is_live = manager.is_live(run)
-    with suppress(DamagedRun):
-        state = run.state()
-    with suppress(DamagedRun):
-        progress = read_progress(run)
-    step, evaluated = progress.last(events.Step), progress.last(events.Evaluated)
-    figures = ("step", "total_steps", "seconds_left", "loss")
-    return RunSummary(
-        name=run.name,
-        title=run.title(),
-        state=state,
-        faults=tuple(faults),
-        is_live=is_live,
-        heldout_loss=evaluated.heldout_loss if evaluated else None,
-        phase=progress.phase,
-        download=progress.last(events.Download),
-        **({name: getattr(step, name) for name in figures} if step else {}),
-    )
+    """Return the run's summary by its files as they are; damaged ones raise nothing.
 
+    Each file is read once: the page does this for each live run, every few seconds.
+    """
+    faults: list[UserError] = []
 
-def find_faults(run: Run) -> list[UserError]:
-    """Return what is wrong with the run's files; files that a run may lack can be missing."""
+    def attempt(read: Callable[[], T], otherwise: T) -> T:
+        """Return what `read` returns; collect the fault that it raises."""
+        try:
+            return read()
+        except UserError as error:
+            faults.append(error)
+            return otherwise
 
     def check_report() -> None:
         if os.path.lexists(run.path / "report.json"):
             run.report()
 
-    faults: list[UserError] = []
-    for check in (
-        run.state, run.recipe, run.about, run.plan, run.last_data, check_report,
-        lambda: processes.read_distributed_config(run),
-        lambda: read_progress(run), lambda: log_tail(run, 1),
-        lambda: run.is_locked("worker"), lambda: run.is_locked("supervisor"),
-    ):  # fmt: skip
-        try:
-            check()
-        except UserError as error:
-            faults.append(error)
-    return faults
+    state = attempt(run.state, State(DAMAGED))
+    about: dict[str, str] = attempt(run.about, {})
+    progress = attempt(lambda: read_progress(run), RunProgress())
+    locks = [attempt(partial(run.is_locked, name), False) for name in ("worker", "supervisor")]
+    checks: tuple[Callable[[], object], ...] = (
+        run.recipe, run.plan, run.last_data, check_report,
+        lambda: processes.read_distributed_config(run), lambda: log_tail(run, 1),
+    )  # fmt: skip
+    for check in checks:  # what the summary doesn't show
+        attempt(check, None)
+    step, evaluated = progress.last(events.Step), progress.last(events.Evaluated)
+    figures = ("step", "total_steps", "seconds_left", "loss")
+    return RunSummary(
+        name=run.name,
+        title=about.get("title") or run.name,
+        state=state,
+        faults=tuple(faults),
+        is_live=any(locks) if state.state == DAMAGED else state.state in LIVE_STATES,
+        heldout_loss=evaluated.heldout_loss if evaluated else None,
+        phase=progress.phase,
+        download=progress.last(events.Download),
+        **({name: getattr(step, name) for name in figures} if step else {}),
+    )
 
 
 def read_progress(run: Run) -> RunProgress:

@@ -152,7 +152,7 @@ def test_anything_in_a_files_place_is_named_without_waiting(
     for make in ODD_FILES.values():
         path.unlink()
         make(path)
-        (fault,) = monitor.find_faults(Run(root / BAD))
+        (fault,) = monitor.summarize(Run(root / BAD)).faults
         assert str(fault.what).startswith(f"{name} is damaged: it ")
         path.rmdir() if path.is_dir() else path.unlink()
         path.touch()
@@ -198,7 +198,7 @@ def test_any_content_is_named(root: Path, name: str) -> None:
     run = Run(root / BAD)
     for kind, write in CONTENTS.items():
         write(run.path / name)
-        faults = [str(fault.what) for fault in monitor.find_faults(run)]
+        faults = [str(fault.what) for fault in monitor.summarize(run).faults]
         if kind == "10 MB" and name in ("about.json", "plan.json", "processes.json"):
             assert not faults  # nothing that is read is wrong
         else:
