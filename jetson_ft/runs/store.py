@@ -321,8 +321,11 @@ class Run:
         Raises:
             DamagedRun: `events.jsonl` can't be read.
         """
-        first, again = (iter_events(self.events_file, *kinds) for _pass in range(2))
-        return last_attempt_events(first, again)
+        stepped = [kind for kind in kinds if kind is Event or "step" in kind.__dataclass_fields__]
+        events = iter_events(self.events_file, *kinds)
+        if not stepped:  # no step could be made twice
+            return events
+        return last_attempt_events(iter_events(self.events_file, *stepped), events)
 
     def last_event(self, kind: type[E]) -> E | None:
         """Return the current attempt's newest event of one kind.
