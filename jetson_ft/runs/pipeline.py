@@ -19,7 +19,7 @@ from jetson_ft.data import render_template, tokenize
 from jetson_ft.data.prepare import PreparedRows, prepare_rows
 from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.events import Emit
-from jetson_ft.files import disk_errors, staging_folder, write_json
+from jetson_ft.files import disk_errors, quoted, staging_folder, write_json
 from jetson_ft.hardware import detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.hardware.monitor import Monitor
@@ -396,7 +396,7 @@ class Pipeline:
                 "The adapter is not compared with the base: {fault} "
                 "`jetson-ft eval {run}` compares them."
             )
-            values = {"fault": joined([fault.what, fault.fix], " "), "run": self.run.name}
+            values = {"fault": joined([fault.what, fault.fix], " "), "run": quoted(self.run.name)}
             warning = Message(again, values)
             self.emit(events.Warned.of_message(warning))
             return {
