@@ -20,7 +20,7 @@ from jetson_ft.errors import Message, UserError
 from jetson_ft.events import CheckpointSaved, Event, PhaseStarted, Sensors, Step
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
-from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.event_log import EventLog, emit_once
 from jetson_ft.runs.event_reader import last_attempt_events, read_events
 from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import stop_on_sigterm
@@ -148,6 +148,17 @@ def test_request_of_a_person_counts_beside_a_shutdown(run: Run, person_is_first:
     assert run.stop_requested() and not run.is_shutting_down()
     run.clear_stop()
     assert not run.stop_requested() and not run.is_shutting_down()
+
+
+def test_event_of_the_supervisor_leaves_no_file_open(run: Run) -> None:
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir()))
+    for name in ("first", "second"):
+        emit_once(run, PhaseStarted(name=name))
+    assert len(list(descriptors.iterdir())) == before
+    assert [(e.name, e.attempt) for e in run.iter_events(PhaseStarted)] == [
+        ("first", 1), ("second", 1),
+    ]  # fmt: skip
 
 
 def test_sigterm_that_cannot_be_recorded_interrupts_nothing(run: Run) -> None:
