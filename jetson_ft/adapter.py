@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.files import disk_errors, read_json, refuse_special, write_json
+from jetson_ft.files import disk_errors, read_json, write_json
 from jetson_ft.models import loading
 from jetson_ft.models.code_check import check_folder
 from jetson_ft.models.dims import ModelDims, starred
@@ -133,17 +133,15 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         UserError: no adapter, a pickled one, or one whose files choose code.
     """
     config_file = folder / "adapter_config.json"
-    for path in folder.glob("*"):
-        refuse_special(path)
-    if not config_file.is_file():
+    if not config_file.exists():
         raise UserError(_("No adapter found."), str(folder), _("Name a run, or a PEFT folder."))
+    check_folder(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(
             _("The adapter has no adapter_model.safetensors; pickled weights are refused."),
             str(folder),
             _("Save it again with PEFT's `save_pretrained`, which writes safetensors."),
         )
-    check_folder(folder)
     return dict(read_json(config_file))
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 # Of a stored template: a width would let a short one fill the memory.
 _FORMAT = re.compile(r"(0[1-9])?,?(\.\d{1,2})?[defgnsx%]?")
-_NESTED_MESSAGES = 20
+# Bounds of a message that is read from a file: a field can stand in a template many times.
+_NESTED_MESSAGES, _MAX_TEMPLATE, _MAX_TEXT = 20, 5_000, 100_000  # the last two in characters
 
 
 def _(text: str) -> str:
@@ -63,6 +64,8 @@ class Message:
         )
         if not isinstance(template, str) or not isinstance(values, dict) or not depth:
             raise ValueError("not a message")
+        if len(template) > _MAX_TEMPLATE:
+            raise ValueError("a message with too long a template")
         for _text, name, form, _conversion in string.Formatter().parse(template):
             # A name with a dot or a bracket would reach into the value.
             if name is not None and not (name.isidentifier() and _FORMAT.fullmatch(form or "")):
@@ -75,9 +78,11 @@ class Message:
             },
         )
         try:
-            message.format()
+            length = len(message.format())
         except (KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError("a message whose values don't fit its template") from error
+        if length > _MAX_TEXT:
+            raise ValueError("a message with too long a text")
         return message
 
 

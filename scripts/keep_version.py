@@ -22,10 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' "
-    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+sys.path.append(str(ROOT / "tests" / "support"))
 SETTINGS = {
     "model": "model", "precision": "fp32", "output_dir": "runs",
     "data": {"train": "rows.jsonl", "heldout": 4, "max_length": 128},
@@ -39,29 +36,15 @@ SECONDS = 120.0  # that a run may take
 
 def make_model(folder: Path) -> None:
     """Write a Llama of one layer with random weights, and a tokenizer of bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from tiny_models import CHAT_TEMPLATE, save_model
+    from transformers import LlamaConfig
 
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=259, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256,
         tie_word_embeddings=True, bos_token_id=0, eos_token_id=2,
     )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = {text: number for number, text in enumerate([*special, *sorted(alphabet)])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, additional_special_tokens=special[1:]
-    )
-    tokenizer.eos_token = special[2]
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    save_model(folder, config, CHAT_TEMPLATE)
 
 
 def make_rows(path: Path) -> None:

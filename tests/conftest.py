@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import logging
 import os
 import signal
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from fake_hub import fake_hub
 from hypothesis import settings
 from loaded_phi import phi
 from small_disk import small_disk
-from tiny_models import phi_config, save_model, write_rows
+from tiny_models import CHAT_TEMPLATE, phi_config, save_model, write_rows
 from training_bench import bench, make_bench
 from workbench import finished, light_runs, queued, workbench
 
@@ -39,13 +38,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
 
 gc.disable()  # while the test modules import torch and all; see jetson_ft.models.fast_import
 
@@ -83,11 +75,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _no_debugging(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Undo what `--debug` does to a process, for the tests that follow in it."""
-    monkeypatch.setenv("JETSON_FT_DEBUG", "")  # restored after the test, however it is changed
-    yield
-    logging.getLogger("jetson_ft").handlers.clear()
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo what the program sets for its child processes when a test runs it in this one."""
+    for name in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "JETSON_FT_DEBUG"):
+        monkeypatch.setenv(name, "")  # so that its absence is restored
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture(scope="session")

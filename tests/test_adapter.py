@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,6 +223,7 @@ def test_pickled_weights_are_refused(saved: Path) -> None:
 
 
 def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")  # nothing in it is read
     with pytest.raises(UserError, match="No adapter found") as caught:
         read_adapter_config(tmp_path)
     assert str(caught.value.where) == str(tmp_path)

@@ -8,21 +8,20 @@ can't use the memory that it takes.
 from __future__ import annotations
 
 import difflib
-import multiprocessing
+import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from jetson_ft.bench import table
 from jetson_ft.bench.table import Measurement, Report
 from jetson_ft.bench.variants import VARIANTS
-from jetson_ft.bench.workload import Settings, prepare_workload
+from jetson_ft.bench.workload import BenchWorkload, Settings, load_workload
+from jetson_ft.child_process import python_module
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors, read_json, write_atomic, write_json
 from jetson_ft.runs import exit_status
@@ -64,9 +63,7 @@ def bench(
         )
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-    # In a process that ends, and frees its memory, before the first variant starts.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        workload = pool.submit(prepare_workload, settings).result()
+    workload = _prepare_workload(settings)
     report: Report = {
         "schema": 1,
         "created": time.time(),
@@ -104,6 +101,20 @@ def bench(
     return report
 
 
+def _prepare_workload(settings: Settings) -> BenchWorkload:
+    """Return the workload, from a process that ends, and frees its memory, before the variants."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "workload.json"
+        arguments = json.dumps(asdict(settings)), str(path)
+        done = subprocess.run(
+            python_module("jetson_ft.bench.workload", *arguments), stdin=subprocess.DEVNULL
+        )
+        if done.returncode == exit_status.EXIT_REFUSED:
+            raise UserError.from_json(read_json(path))
+        done.check_returncode()
+        return load_workload(path)
+
+
 def unavailable_variants(settings: Settings) -> dict[str, str]:
     """Return the variants that can't run on this machine, each with the reason.
 
@@ -133,7 +144,7 @@ def _run_process(name: str, threads: int, folder: Path, output: Path) -> Measure
         log.write(f"\n== {name}\n".encode())
         log.flush()
         done = subprocess.run(
-            [sys.executable, "-m", module, name, workload, str(result)],
+            python_module(module, name, workload, str(result)),
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False,
             env={**WORKER_ENVIRONMENT, **os.environ, **count},
         )  # fmt: skip

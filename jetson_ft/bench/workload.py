@@ -1,10 +1,12 @@
 """What all variants of a benchmark train, and the result of one of them.
 
 They train the same rows in the same steps, except those whose own packer chooses a step's rows.
+`python -m jetson_ft.bench.workload SETTINGS FILE` writes the workload for settings as JSON.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +16,14 @@ from pydantic import TypeAdapter
 from jetson_ft.data import lengths, sources, store
 from jetson_ft.data.prepare import prepare_rows
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import write_atomic
+from jetson_ft.files import write_atomic, write_json
 from jetson_ft.hardware import detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import catalog, files, loading
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe, TrainRecipe
+from jetson_ft.runs.exit_status import EXIT_REFUSED
 from jetson_ft.runs.processes import silence_libraries
 
 if TYPE_CHECKING:
@@ -191,3 +194,17 @@ def prepare_workload(settings: Settings) -> BenchWorkload:
         rows=list(rows.select_columns(["input_ids", "segments", "supervised"])),
         messages=[[{key: m[key] for key in ("role", "content")} for m in row] for row in messages],
     )
+
+
+def main(settings: str, workload_file: Path) -> int:
+    """Write the workload, or the error of settings that can't be used; return the exit code."""
+    try:
+        prepare_workload(TypeAdapter(Settings).validate_json(settings)).write(workload_file)
+    except UserError as error:
+        write_json(workload_file, error.as_json())
+        return EXIT_REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jetson_ft.child_process import python_module
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.errors import UserError, _
 from jetson_ft.inference.generate import Sampling
@@ -118,7 +118,7 @@ class ChatClient:
         if self._process is None or self._process.poll() is not None:
             self.close()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "jetson_ft.chat.server", str(self.root)],
+                python_module("jetson_ft.chat.server", str(self.root)),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
                 env={**WORKER_ENVIRONMENT, **os.environ},
             )  # fmt: skip

@@ -2,8 +2,8 @@
 
 import os
 
+from jetson_ft.child_process import PARENT_PROCESS, end_with_parent
 from jetson_ft.cli.app import main
-from jetson_ft.parent import PARENT_PROCESS, end_with_parent
 
 if __name__ == "__main__":  # processes that multiprocessing spawns import this module too
     if PARENT_PROCESS in os.environ:

@@ -64,11 +64,11 @@ def train(
         "nproc_per_node": nproc_per_node, "nnodes": nnodes,
         "node_rank": node_rank, "rendezvous": rendezvous,
     }  # fmt: skip
-    if fork and (recipe or resume):
+    if fork is not None and (recipe is not None or resume is not None):
         what = "--fork starts from a run's own recipe; it takes neither another nor --resume."
         raise UserError(what, recipe or "--resume", "Remove one of the two.")
-    if resume:
-        if recipe or dry_run:
+    if resume is not None:
+        if recipe is not None or dry_run:
             what = "A resumed run keeps its own recipe, and can't be combined with --dry-run."
             raise UserError(what, recipe or "--dry-run", "Remove one of the two.")
         run = store.find_run(resume, runs or RUNS)
@@ -77,7 +77,7 @@ def train(
         manager.resume(run, overrides or [], config, start)
     else:
         with json_errors(as_json):
-            if fork:
+            if fork is not None:
                 run = store.find_run(fork, runs or RUNS)
                 label = f"fork-of-{run.name}"
                 loaded = initial_adapter.fork_recipe(run, overrides or [])
@@ -86,7 +86,7 @@ def train(
                 choose = "choose with `jetson-ft train NAME` or make finetune RECIPE=…"
                 output = sys.stderr if as_json else sys.stdout
                 print(printable(f"recipe: {recipe} ({why}; {choose})"), file=output)
-            if recipe:
+            if recipe is not None:
                 label, loaded = Path(recipe).stem, load_recipe(recipe, overrides or [])
             if runs:
                 loaded.output_dir = str(runs)

@@ -26,7 +26,7 @@ from jetson_ft.data.conversation import (
     render_turns,
 )
 from jetson_ft.data.formats import TEXT, ChatMessage
-from jetson_ft.data.long_texts import token_ids
+from jetson_ft.data.long_texts import token_ids_of_parts
 from jetson_ft.data.render_template import TemplateLimitError
 from jetson_ft.data.templates import CHOOSE_TEMPLATE
 from jetson_ft.errors import UserError, _
@@ -226,15 +226,7 @@ def _special_ids(tokenizer: Any, size: int) -> frozenset[int]:
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of rendered text; broken control tokens become ordinary text."""
-
-    first, *others = text.split(BREAK)
-    ids = token_ids(tokenizer, first)
-    for part in others:
-        # Behind a line break, as some tokenizers put a blank before the first word of a text.
-        line_break, both = token_ids(tokenizer, "\n"), token_ids(tokenizer, f"\n{part}")
-        is_apart = both[: len(line_break)] == line_break
-        ids += both[len(line_break) :] if is_apart else token_ids(tokenizer, part)
-    return ids
+    return token_ids_of_parts(tokenizer, text.split(BREAK))
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, model: Any = None) -> list[int]:

@@ -35,7 +35,7 @@ class Span(NamedTuple):  # of an answer in the rendered text, in characters
 
 @lru_cache(maxsize=1)
 def _control_tokens(tokenizer: Any, size: int) -> re.Pattern[str]:
-    """Return the pattern of the tokens that only a template may write; cached as above.
+    """Return the pattern of the tokens that only a template may write; cached by size.
 
     They are the special tokens, and the other added tokens of the form `<|…|>` (the role tokens of
     DeepSeek-R1 are not marked as special). Other added tokens are text, such as runs of blanks.
@@ -253,7 +253,11 @@ def render_turns(conversations: Sequence[Conversation]) -> None:
         TemplateLimitError: the template passes a bound.
     """
     keys = [conversation._turns() for conversation in conversations]
-    sizes = [sum(len(message["content"]) for message in each.messages) for each in conversations]
+    sizes = [
+        len(str(each.tools))
+        + sum(len(m["content"]) + len(str(m.get("tool_calls", ""))) for m in each.messages)
+        for each in conversations
+    ]
     if sum(len(each) * size for each, size in zip(keys, sizes, strict=True)) > _BATCH_CHARACTERS:
         return
     try:

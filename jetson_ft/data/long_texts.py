@@ -5,7 +5,7 @@ A tokenizer's own result takes about 200 bytes for each token, 6 GB for a row of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 _PIECE_CHARACTERS = 1 << 16  # tokenized at a time; more than most rows have
@@ -24,14 +24,32 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     # Each id is one object, however often it occurs.
     known: dict[int, int] = {}
     ids = [known.setdefault(number, number) for number in ids]
-    line_break = _encode(tokenizer, "\n")
-    for piece in others:
-        # Behind a line break, as some tokenizers put a blank before the first word of a text.
-        both = _encode(tokenizer, f"\n{piece}")
-        is_apart = both[: len(line_break)] == line_break
-        piece_ids = both[len(line_break) :] if is_apart else _encode(tokenizer, piece)
+    for piece_ids in _ids_of_rest(tokenizer, others, _encode):
         ids += [known.setdefault(number, number) for number in piece_ids]
     return ids
+
+
+def token_ids_of_parts(tokenizer: Any, parts: Sequence[str]) -> list[int]:
+    """Return the ids of a text in parts, which no token may join."""
+    first, *others = parts
+    ids = token_ids(tokenizer, first)
+    for part_ids in _ids_of_rest(tokenizer, others, token_ids):
+        ids += part_ids
+    return ids
+
+
+def _ids_of_rest(
+    tokenizer: Any, parts: list[str], encode: Callable[[Any, str], list[int]]
+) -> Iterator[list[int]]:
+    """Yield the ids of each part that follows another one.
+
+    They are those behind a line break, as some tokenizers put a blank before a text's first word.
+    """
+    line_break = _encode(tokenizer, "\n") if parts else []
+    for part in parts:
+        both = encode(tokenizer, f"\n{part}")
+        is_apart = both[: len(line_break)] == line_break
+        yield both[len(line_break) :] if is_apart else encode(tokenizer, part)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

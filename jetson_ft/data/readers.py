@@ -75,7 +75,7 @@ def read_rows(path: Path, encoding: str = "auto") -> tuple[FileInfo, Iterator[Nu
         encoding, rows = "", _read_parquet(path)
     else:
         if encoding == "auto":
-            encoding = _detect_encoding(path, stat.st_size, stat.st_mtime_ns, start)
+            encoding = _detect_encoding(path, sha256)
         encoding = encodings.check_encoding(encoding)
         for text in encodings.decode_file(path, encoding):
             head = (head + text).lstrip()
@@ -98,11 +98,10 @@ def read_rows(path: Path, encoding: str = "auto") -> tuple[FileInfo, Iterator[Nu
 
 
 @lru_cache(maxsize=64)
-def _detect_encoding(path: Path, size: int, mtime_ns: int, start: bytes) -> str:
+def _detect_encoding(path: Path, sha256: str) -> str:
     """Return `encodings.detect_encoding`, which reads the whole file; cached until it changes.
 
-    Before a run a file is opened for its columns, its layout and its rows. The first bytes take
-    part as the clock of file systems has ticks of milliseconds.
+    Before a run a file is opened for its columns, its layout and its rows.
     """
     return encodings.detect_encoding(path)
 

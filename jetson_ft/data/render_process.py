@@ -14,6 +14,7 @@ import math
 import os
 import resource
 import select
+import signal
 import sys
 from typing import Any
 
@@ -104,6 +105,9 @@ def _address_space() -> int:
 
 def main() -> None:
     """Answer requests until standard input ends, or none has come for `IDLE_SECONDS`."""
+    # A stop of the whole service reaches this process too. It ends with its standard input.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     # Imports what rendering needs, which is no part of the bound.
     render_messages("{{ messages | tojson }}", [{"role": "user"}], None, {}, False)
     own_memory = _address_space()

@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from jetson_ft.child_process import python_module
 from jetson_ft.data import render_process
 from jetson_ft.data.templates import CHOOSE_TEMPLATE, TEMPLATES, with_fixed_date
 from jetson_ft.errors import UserError, _
@@ -155,7 +155,7 @@ def _limit_error(code: int, origin: str) -> Exception:
         what = _("The chat template needs more than {seconds} seconds for a conversation.")
     elif code == render_process.TEXT_EXIT:
         what = _("The chat template writes more than {text} MB of text for a conversation.")
-    elif code < 0 or code == render_process.MEMORY_EXIT:
+    elif code in (-signal.SIGSEGV, -signal.SIGABRT, render_process.MEMORY_EXIT):
         what = _("The chat template needs more than {memory} MB of memory for a conversation.")
     else:
         return RuntimeError(f"the process for chat templates ended with code {code}")
@@ -175,22 +175,23 @@ class _RenderProcess:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = 0  # the process that started it; one that is forked from it starts its own
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def start(self) -> subprocess.Popen[bytes]:
         """Return the process; start it if it does not run."""
-        process = self._process
-        if process is None or self._owner != os.getpid() or process.poll() is not None:
-            process = subprocess.Popen(
-                [sys.executable, "-m", render_process.__name__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                start_new_session=True,  # a terminal's Ctrl-C is for this process alone
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            )
-            self._process, self._owner = process, os.getpid()
-        return process
+        with self._lock:
+            process = self._process
+            if process is None or self._owner != os.getpid() or process.poll() is not None:
+                process = subprocess.Popen(
+                    python_module(render_process.__name__),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    bufsize=0,
+                    start_new_session=True,  # a terminal's Ctrl-C is for this process alone
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                )
+                self._process, self._owner = process, os.getpid()
+            return process
 
     def render(self, requests: Sequence[Request]) -> list[list[str | TemplateError]]:
         """Return the text of each rendering, or why the template refuses it."""
@@ -208,6 +209,7 @@ class _RenderProcess:
                 # An idle process may have ended as the line was written to it.
                 while (answer := _exchange(process := self.start(), line)) is None:
                     if code := process.wait():
+                        _check_stop.get()()  # what ends this run may have ended the process too
                         raise _limit_error(code, requests[0].origin)
             except BaseException:  # the process is in the middle of an answer
                 self.close()

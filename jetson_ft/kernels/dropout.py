@@ -5,7 +5,8 @@ recomputed and on the number of processes. Here the mask is a function of the se
 layer, the row's tokens up to the present one, and the feature (a counter-based generator: Salmon
 et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). So rows that share a prefix have the
 same mask there, the backward pass draws it again instead of keeping it, and another plan gives the
-same result.
+same result. The exception are layers that get a part of the tokens, such as experts: their mask is
+a function of the micro-batch's first token and the place among the tokens that the layer gets.
 """
 
 from __future__ import annotations

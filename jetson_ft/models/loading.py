@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from jetson_ft.data import render_template
 from jetson_ft.data.conversation import prepare_conversation
 from jetson_ft.data.render_template import TemplateLimitError
 from jetson_ft.data.template_files import read_template
-from jetson_ft.data.templates import TEMPLATES
+from jetson_ft.data.templates import CHOOSE_TEMPLATE, TEMPLATES
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import read_json
 from jetson_ft.hardware.detect import Device
@@ -73,7 +74,8 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(**_source(base))
     except Exception as error:  # the tokenizers library raises bare ones
-        if _needs_own_code(base.folder / "tokenizer_config.json"):
+        settings = base.folder / "tokenizer_config.json"
+        if settings.is_file() and "auto_map" in read_json(settings):
             raise UserError(
                 _("The tokenizer needs code from its repository, which is never run."),
                 str(base.folder),
@@ -92,23 +94,17 @@ def load_tokenizer(
         has_start = start is not None and tokenizer("a")["input_ids"][0] == start
         prefix = "{{ bos_token }}" if has_start and name in TEMPLATES else ""
         tokenizer.chat_template = prefix + read_template(name)
-    for template in _templates(tokenizer):
-        render_template.check_size(len(template), str(base.folder))
-    render_template.prepare(str(tokenizer.get_chat_template()))
+    template = tokenizer.chat_template  # or several by name
+    for text in template.values() if isinstance(template, dict) else [template]:
+        if not isinstance(text, str):
+            what = _("The chat template is not text.")
+            raise UserError(what, str(base.folder), CHOOSE_TEMPLATE)
+        render_template.check_size(len(text), str(base.folder))
+    with suppress(ValueError):  # several without a default: the rendering reports that
+        render_template.prepare(str(tokenizer.get_chat_template()))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _needs_own_code(settings: Path) -> bool:
-    content = read_json(settings) if settings.is_file() else {}
-    return isinstance(content, dict) and "auto_map" in content
-
-
-def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the tokenizer's chat template, or all if it has several by name."""
-    template = tokenizer.chat_template
-    return list(template.values()) if isinstance(template, dict) else [str(template)]
 
 
 def load_config(base: BaseModelFiles) -> PretrainedConfig:

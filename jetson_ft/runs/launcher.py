@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from jetson_ft import logs
+from jetson_ft.child_process import python_module
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Failed, PhaseStarted
 from jetson_ft.hardware.detect import usable_cores
@@ -86,7 +87,8 @@ def _launch(run: Run, config: DistributedConfig) -> None:
         local_addr=own,
         max_restarts=0,
     )
-    elastic_launch(launch_config, sys.executable)("-m", "jetson_ft.runs.worker", str(run.path))
+    program, *arguments = python_module("jetson_ft.runs.worker", str(run.path))
+    elastic_launch(launch_config, program)(*arguments)
 
 
 def _set_environment(config: DistributedConfig, own: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -24,6 +23,7 @@ from typing import IO, Any, cast
 from jetson_ft import hub
 from jetson_ft import recipe as recipes
 from jetson_ft.adapter import check_target_modules
+from jetson_ft.child_process import python_module
 from jetson_ft.data import layouts, readers, sources
 from jetson_ft.data import store as rows_store
 from jetson_ft.data.formats import RowError
@@ -280,7 +280,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
 def _start_supervisor(run: Run, lock_file: IO[bytes]) -> None:
     """Start the supervisor with the lock inherited, so that the run never looks dead."""
     number = lock_file.fileno()
-    command = [sys.executable, "-m", "jetson_ft.runs.supervisor", str(run.path), str(number)]
+    command = python_module("jetson_ft.runs.supervisor", str(run.path), str(number))
     with disk_errors(run.path), run.open_log() as log:
         subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

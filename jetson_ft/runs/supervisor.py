@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from jetson_ft import logs
+from jetson_ft.child_process import python_module
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import DiskFull
 from jetson_ft.runs import exit_status, hang, oom, restarts
@@ -137,7 +138,7 @@ def _run_worker(run: Run, locks: list[IO[bytes]]) -> int:
     A worker that hangs is ended if the run is restarted by itself, or is asked to stop.
     """
     program = "launcher" if read_distributed_config(run).needs_launcher else "worker"
-    command = [sys.executable, "-m", f"jetson_ft.runs.{program}", str(run.path)]
+    command = python_module(f"jetson_ft.runs.{program}", str(run.path))
     kill_watch, hang_watch, was_ended = oom.KillWatch(), hang.HangWatch(run), False
     with run.open_log() as log:
         worker = subprocess.Popen(

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft import logs
+from jetson_ft.child_process import end_with_parent
 from jetson_ft.errors import Message, UserError, _, joined
 from jetson_ft.events import Emit, Event, Exited, Failed, Warned
 from jetson_ft.files import is_disk_full
-from jetson_ft.parent import end_with_parent
 from jetson_ft.runs import hang, oom
 from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.exit_status import (

@@ -33,11 +33,11 @@ class AllowedPaths:
         try:
             path = expand_user(name)
             real = path.resolve()
-            is_local = os.path.lexists(path)
         except (OSError, ValueError, RuntimeError, UserError):  # NUL, a loop, an unknown ~user
             raise _refusal(name) from None
+        # A Hub id, or nothing; below a folder of this machine, not even whether it exists is said.
         is_relative = not path.is_absolute() and ".." not in path.parts
-        if is_relative and not is_local:  # a Hub id, or nothing
+        if is_relative and path.parts and not os.path.lexists(path.parts[0]):
             return name
         if any(real.is_relative_to(folder.resolve()) for folder in self.folders):
             return name

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from typing import Any
 
+from jetson_ft.child_process import PARENT_PROCESS, python_module
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.parent import PARENT_PROCESS
 from jetson_ft.webui.limits import costly
 
 _SECONDS = 900.0  # for a command; tokenizing gigabytes of rows takes minutes
@@ -24,7 +23,7 @@ def run_cli_json(*arguments: str) -> dict[str, Any]:
         BusyError: as many such processes run as may.
         UserError: the command's own error, or its output to stderr where it printed no object.
     """
-    command = [sys.executable, "-m", "jetson_ft.cli", *arguments]
+    command = python_module("jetson_ft.cli", *arguments)
     environment = {**os.environ, PARENT_PROCESS: str(os.getpid())}
     with costly():
         try:

@@ -42,10 +42,11 @@ _CHARTS = {
 
 
 class _Cached:
-    """A fragment: when its source was last read (monotonic), the source, its HTML."""
+    """A fragment: its source, its HTML, when it was last wanted and its source read (monotonic)."""
 
     def __init__(self) -> None:
-        self.lock, self.read_at, self.html = threading.Lock(), -math.inf, ""
+        self.lock, self.html = threading.Lock(), ""
+        self.wanted_at = self.read_at = -math.inf
         self.source: Any = None
 
 
@@ -82,7 +83,11 @@ class Fragments:
                 runs.append(store.run_by_name(other, self.root))
         return self._cached(
             ("detail", language, *(run.name for run in runs)),
-            lambda: [(self._monitor.summary(run), self._progress(run)) for run in runs],
+            # The stamp changes with what the rendering reads by itself: notes, log, report.
+            lambda: [
+                (self._monitor.summary(run), self._progress(run), monitor.change_stamp(run))
+                for run in runs
+            ],
             lambda source: self._detail(Locale(language), runs[0], source),
         )
 
@@ -93,8 +98,9 @@ class Fragments:
         """
         with self._lock:
             now = time.monotonic()
-            self._cache = {k: v for k, v in self._cache.items() if now - v.read_at < 60 or k == key}
             cached = self._cache.setdefault(key, _Cached())
+            cached.wanted_at = now
+            self._cache = {k: v for k, v in self._cache.items() if now - v.wanted_at < 60}
         with cached.lock:
             if time.monotonic() - cached.read_at > _CACHE_SECONDS:
                 source = read()
@@ -109,9 +115,11 @@ class Fragments:
         except UserError:  # which is one of the summary's faults
             return RunProgress()
 
-    def _detail(self, t: Locale, run: Run, source: Sequence[tuple[RunSummary, RunProgress]]) -> str:
-        summary, newest = source[0]
-        progresses = [progress for _summary, progress in source]
+    def _detail(
+        self, t: Locale, run: Run, source: Sequence[tuple[RunSummary, RunProgress, Any]]
+    ) -> str:
+        summary, newest, _stamp = source[0]
+        progresses = [progress for _summary, progress, _stamp in source]
         reading = sum(p.offset for p in progresses) / max(1, sum(p.size for p in progresses))
         if not newest.is_complete:
             with suppress(UserError):
@@ -128,7 +136,7 @@ class Fragments:
             "run.jinja", t, STATES=_STATES,
             run=summary, step=newest.last(Step), evaluated=newest.last(Evaluated),
             warnings=newest.warnings if is_current else [],
-            names=[other.title for other, _progress in source[1:]],
+            names=[other.title for other, _progress, _stamp in source[1:]],
             phase=PHASES.get(summary.phase, summary.phase),
             reading=None if all(p.is_complete for p in progresses) else reading,
             losses=_loss_chart(progresses), charts=_charts(progresses), figures=_figures(run),
@@ -141,7 +149,10 @@ def _loss_chart(progresses: Sequence[RunProgress]) -> str:
     """Draw the losses: each step's of the first run, the running mean and held-out loss of all."""
     series: list[tuple[str, chart.Points]] = []
     for number, progress in enumerate(progresses):
-        train, heldout = (progress.curves[name].points() for name in ("loss", "heldout_loss"))
+        train, heldout = (
+            progress.curves[name].points() if name in progress.curves else []
+            for name in ("loss", "heldout_loss")
+        )
         if number == 0:
             series.append(("raw", train))
         series += [(f"train c{number}", chart.smoothed(train)), (f"heldout c{number}", heldout)]

@@ -175,7 +175,7 @@ class AccessMiddleware:
             if int(declared) > min(limit, free):
                 return refusal
             limited = _limited(receive, min(limit, free), refusal)
-            with incoming.receiving(), suppress(ClientDisconnect):
+            with incoming.receiving(int(declared) or min(limit, free)), suppress(ClientDisconnect):
                 await self.app(scope, limited, send)
             return None
         if int(declared) > _BODY_BYTES:

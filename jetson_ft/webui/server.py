@@ -7,13 +7,14 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import socket
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from jetson_ft.errors import UserError, _
+from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import printable
 from jetson_ft.runs import processes
 from jetson_ft.runs.interrupted import take_up_runs
@@ -78,6 +79,7 @@ def serve(
         server.run([listener])
     finally:
         incoming.close()
+        shutil.rmtree(os.environ["GRADIO_TEMP_DIR"], ignore_errors=True)
 
 
 def _prepare_uploads(incoming: Incoming) -> UserError | None:
@@ -88,8 +90,10 @@ def _prepare_uploads(incoming: Incoming) -> UserError | None:
     try:
         incoming.prepare()
     except UserError as error:
-        os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp()  # Gradio writes there when it starts
-        return error
+        # Gradio writes somewhere when it starts, and receives there as long as it runs.
+        os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp()
+        incoming.refusal = error.with_fix(Message(_("Then start the page again.")))
+        return incoming.refusal
     os.environ["GRADIO_TEMP_DIR"] = str(incoming.folder)
     return None
 

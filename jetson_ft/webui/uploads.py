@@ -1,7 +1,8 @@
 """Files that clients of the page upload: `uploads` in the folder of runs, closed to other users.
 
 A file that is being received is in `uploads/incoming-…`, a folder of the server's process. The form
-moves it to a folder of its own, `uploads/XXXXXXXX`, where it stays while a run's recipe names it.
+moves it to a folder of its own, `uploads/XXXXXXXX`, where it stays while the recipe of a run beside
+it names it. Runs of another folder don't count: copy such a file first.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ class Incoming:
         self.runs = runs.absolute()
         self.folder = _uploads(self.runs) / f"{_INCOMING}{secrets.token_hex(8)}"
         self._handle: int | None = None  # of the folder, locked: other servers leave it alone
-        self._receiving = 0
+        self._receiving: list[int] = []  # the bytes that each upload may take
         self._lock = threading.Lock()
         self._swept_at = float("-inf")
+        self.refusal: UserError | None = None  # why this process receives none at all
 
     def prepare(self) -> None:
         """Create the folder and sweep what nothing uses; call it before each upload.
@@ -45,6 +47,8 @@ class Incoming:
         Raises:
             UserError: it can't be made, or another user could read or replace what is in it.
         """
+        if self.refusal:
+            raise self.refusal
         with self._lock, disk_errors(self.folder):
             _make_private(self.folder.parent)
             if not self.folder.is_dir() or self._handle is None:
@@ -58,17 +62,21 @@ class Incoming:
                 self._sweep()
 
     def free_bytes(self) -> int:
-        """Return how much an upload may take: half of the disk's free space."""
-        return shutil.disk_usage(existing_parent(self.folder)).free // 2
+        """Return how much one more upload may take: half of what others leave of the free space.
+
+        What others have sent already counts twice, on the safe side.
+        """
+        free = shutil.disk_usage(existing_parent(self.folder)).free
+        return max(0, free - sum(self._receiving)) // 2
 
     @contextmanager
-    def receiving(self) -> Iterator[None]:
-        """Count an upload; when the last one ends, remove what aborted ones have left."""
-        self._receiving += 1
+    def receiving(self, limit: int) -> Iterator[None]:
+        """Count an upload of so many bytes; after the last, remove what aborted ones left."""
+        self._receiving.append(limit)
         try:
             yield
         finally:
-            self._receiving -= 1
+            self._receiving.remove(limit)
             if not self._receiving:
                 # Gradio moves a file that is whole into a folder; the others have no owner now.
                 for path in self.folder.glob("*"):

@@ -6,10 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,13 +55,6 @@ def test_bench_command_writes_both_files(tiny_llama: Path, rows_file: Path, tmp_
     assert table in done.stdout
 
 
-class SameProcess:
-    """Stands for the pool: runs the function at once."""
-
-    def submit(self, function: Any, *args: Any) -> Any:
-        return SimpleNamespace(result=lambda: function(*args))
-
-
 @pytest.fixture
 def started(workload: BenchWorkload, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the variants started so far; each measures the number of its turn."""
@@ -78,9 +69,8 @@ def started(workload: BenchWorkload, monkeypatch: pytest.MonkeyPatch) -> list[st
             "losses": [1.0], "share_of_peak": 0.5,
         }  # fmt: skip
 
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda *_: nullcontext(SameProcess()))
     monkeypatch.setattr(
-        runner, "prepare_workload", lambda settings: replace(workload, settings=settings)
+        runner, "_prepare_workload", lambda settings: replace(workload, settings=settings)
     )
     monkeypatch.setattr(runner, "_run_process", run_process)
     return names

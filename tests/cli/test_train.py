@@ -181,3 +181,13 @@ def test_foreground_run_that_fails_prints_the_error_and_exits_with_2(
     output = foreground.output.read_text()
     assert "error: " in output and "max_memory_gb" in output
     assert foreground.run().state().state == "failed"
+
+
+@pytest.mark.parametrize("words", [[""], ["--fork", ""], ["--resume", ""]])
+def test_empty_name_of_a_variable_that_is_not_set_trains_nothing(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["train", *words])
+    assert isinstance(result.exception, UserError), result.exception
+    assert not (tmp_path / "runs").exists()

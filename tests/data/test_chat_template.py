@@ -9,18 +9,9 @@ from typing import Any
 
 import pytest
 from chat_templates import (
-    FALCON,
-    GEMMA_3,
-    LLAMA_2,
-    LLAMA_3,
-    NO_PROMPT,
-    PHI_3,
-    QWEN_3,
-    QWEN_3_THINKING,
-    R1,
-    SHOUTING,
+    FALCON, GEMMA_3, LLAMA_2, LLAMA_3, NO_PROMPT, PHI_3, QWEN_3, QWEN_3_THINKING, R1, SHOUTING,
     STRIKING,
-)
+)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from jetson_ft.data.chat_template import ANSWER, encode, encode_prompt
+from jetson_ft.data import conversation, render_template
+from jetson_ft.data.chat_template import ANSWER, encode, encode_all, encode_prompt
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.models.files import BaseModelFiles
@@ -93,6 +94,26 @@ def test_tokenizer_that_puts_a_blank_before_texts_adds_none_inside_them() -> Non
     ids = encode(tokenizer, messages_of("b", "a</s>b")).ids
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert tokens == ["▁", "b", "</s>", "▁", "a", "<", "/", "s", ">", "b", "</s>"]
+
+
+def test_long_tools_and_calls_are_not_rendered_together(
+    chat: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+    render = render_template.render
+    monkeypatch.setattr(conversation, "_BATCH_CHARACTERS", 4000)
+    monkeypatch.setattr(
+        render_template, "render", lambda items: (together.append(len(items)), render(items))[1]
+    )
+    chat.chat_template = TEMPLATES["chatml"]
+    call = [{"name": "say", "arguments": {"text": "x" * 2000}}]
+    asked: ChatMessage = {"role": "user", "content": "q"}
+    calls: ChatMessage = {"role": "assistant", "content": "", "tool_calls": json.dumps(call)}
+    said: ChatMessage = {"role": "assistant", "content": "a"}
+    for messages, tools in (([asked, calls], ""), ([asked, said], json.dumps(call))):
+        together.clear()
+        encode_all(chat, [(messages, tools)] * 2)
+        assert together and max(together) == 1
 
 
 def test_control_tokens_in_tool_calls_are_encoded_as_text(chat: Any) -> None:

@@ -209,3 +209,17 @@ def test_page_does_not_show_it_either(tmp_path: Path, tiny_phi: Path) -> None:
     values = [shown[key] for key in train._ORDER]
     for outcome in (form.inspect(*values), form.plan(*values), form.load(str(secret))):
         assert str(secret) in str(outcome) and CANARY not in str(outcome)
+
+
+@pytest.mark.promise(39)
+def test_relative_name_does_not_reveal_what_is_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "payroll.csv").touch()
+    allowed = AllowedPaths((tmp_path / "runs",))
+    for name in ("payroll.csv", "payrol.csv", "nothing.csv"):
+        with pytest.raises(UserError, match="may not name files"):
+            allowed.require(f"secret/{name}")
+    assert allowed.require("owner/set/payroll.csv")

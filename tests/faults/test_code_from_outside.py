@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pickle
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,6 +304,24 @@ def test_config_that_chooses_code_is_refused(
     assert next(iter(values)) in str(caught.value.what)
 
 
+@pytest.mark.parametrize("content", ["null", "5", "[1]", '"x"'])
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"]
+)
+def test_config_that_is_no_object_is_refused(model: Path, file: str, content: str) -> None:
+    (model / file).write_text(content)
+    with pytest.raises(UserError, match="Expected a JSON object") as caught:
+        load(model)
+    assert str(caught.value.where) == str(model / file)
+
+
+def test_adapter_config_that_is_no_object_is_refused(adapter_folder: Path) -> None:
+    for content in ("null", "5", "[1]"):
+        (adapter_folder / "adapter_config.json").write_text(content)
+        with pytest.raises(UserError, match="Expected a JSON object"):
+            adapter.read_adapter_config(adapter_folder)
+
+
 @pytest.mark.promise(50)
 def test_adapter_that_chooses_code_is_refused(
     adapter_folder: Path, tiny_phi: Path, tmp_path: Path
@@ -336,6 +356,23 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", record)
     return names
+
+
+@pytest.mark.promise(50)
+def test_package_that_downloads_kernels_is_not_used(tmp_path: Path, ran: Path) -> None:
+    (tmp_path / "kernels.py").write_text(f"open({str(ran)!r}, 'w')")
+    metadata = tmp_path / "kernels-0.15.2.dist-info" / "METADATA"
+    metadata.parent.mkdir()
+    metadata.write_text("Name: kernels\nVersion: 0.15.2")
+    script = (
+        "import jetson_ft.models.files, transformers.integrations.hub_kernels;"
+        "from transformers.utils import import_utils as u; print(u.is_kernels_available('0', '9'))"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    printed = subprocess.check_output(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, text=True
+    )
+    assert printed == "False\n"
 
 
 CODE = st.sampled_from(

@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -264,7 +265,9 @@ def in_fork_as_nobody(root: Path, name: str) -> list[str]:
             ]  # fmt: skip
             with open(writing, "w") as file:
                 json.dump(texts, file)
-        finally:
+        except BaseException:
+            traceback.print_exc()
+        finally:  # whatever happens, this is no second test session
             os._exit(0)
     os.close(writing)
     with open(reading) as file:

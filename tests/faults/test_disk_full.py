@@ -29,7 +29,7 @@ MOMENTS = [
     ("", 0), ("", 40), ("step-2", 0), ("checkpoint-4", 24), ("best", 24), ("phase-report", 12),
 ]  # fmt: skip
 PLACES = ["data", "weights", "plan", "step-1", "eval-4", "checkpoint-4", "phase-comparison"]
-SAMPLE = [
+MORE_MOMENTS = [
     *((place, leave) for place, leave in itertools.product(PLACES, (0, 4, 12, 16))),
     *(("", leave) for leave in range(4, 60, 8)), ("best", 0), ("best", 12), ("phase-report", 0),
 ]  # fmt: skip
@@ -47,17 +47,23 @@ def weights(run: Run) -> bytes:
     return (run.adapter / "adapter_model.safetensors").read_bytes()
 
 
-def check_run_on_full_disk(
-    place: str, leave: int, disk: SmallDisk, workbench: Workbench, undisturbed: Run
+@pytest.mark.promise(3)
+@pytest.mark.promise(60)
+@pytest.mark.parametrize(
+    ("place", "leave"),
+    [*MOMENTS, *(pytest.param(*m, marks=pytest.mark.slow(minutes=0.05)) for m in MORE_MOMENTS)],
+)
+def test_run_on_a_full_disk_says_so_and_is_resumed_with_the_same_result(
+    place: str, leave: int, small_disk: SmallDisk, workbench: Workbench, finished: Run
 ) -> None:
-    """Fill the disk at an event, resume with an empty one."""
-    bench = Workbench(workbench.model, workbench.rows, disk.path / "runs")
-    cache = {"JETSON_FT_CACHE": str(disk.path / "cache")}
-    filling = {"FILL_AT": place, "FILL": str(disk.path), "FILL_LEAVE": str(leave * KIB)}
+    """The disk becomes full at an event; the run is resumed with an empty one."""
+    bench = Workbench(workbench.model, workbench.rows, small_disk.path / "runs")
+    cache = {"JETSON_FT_CACHE": str(small_disk.path / "cache")}
+    filling = {"FILL_AT": place, "FILL": str(small_disk.path), "FILL_LEAVE": str(leave * KIB)}
     run = bench.run("short")
     run.reserve_space()
     if not place:
-        disk.fill(leave * KIB)
+        small_disk.fill(leave * KIB)
     code = bench.work(run, **cache, **filling)
     log = (run.path / "log.txt").read_text()
     assert code == exit_status.EXIT_DISK_FULL, log
@@ -67,32 +73,13 @@ def check_run_on_full_disk(
     status = exit_status.state_for_exit_code(run, code)
     assert (status.state, status.resumable) == ("failed", True)
     run.write_state(*status)
-    assert not hidden(disk.path), "half-written files are left"
+    assert not hidden(small_disk.path), "half-written files are left"
     for folder in checkpoint.list_checkpoints(run.checkpoints):
         assert checkpoint.find_fault(folder) is None
-    disk.empty()
+    small_disk.empty()
     assert bench.work(run, **cache, FILL_AT="") == 0, (run.path / "log.txt").read_text()
-    assert weights(run) == weights(undisturbed)
-    assert not hidden(disk.path)
-
-
-@pytest.mark.promise(3)
-@pytest.mark.promise(60)
-@pytest.mark.parametrize(("place", "leave"), MOMENTS)
-def test_run_on_a_full_disk_says_so_and_is_resumed_with_the_same_result(
-    place: str, leave: int, small_disk: SmallDisk, workbench: Workbench, finished: Run
-) -> None:
-    check_run_on_full_disk(place, leave, small_disk, workbench, finished)
-
-
-@pytest.mark.promise(3)
-@pytest.mark.promise(60)
-@pytest.mark.slow(minutes=0.5)
-@pytest.mark.parametrize(("place", "leave"), SAMPLE)
-def test_run_on_a_full_disk_in_more_moments(
-    place: str, leave: int, small_disk: SmallDisk, workbench: Workbench, finished: Run
-) -> None:
-    check_run_on_full_disk(place, leave, small_disk, workbench, finished)
+    assert weights(run) == weights(finished)
+    assert not hidden(small_disk.path)
 
 
 @pytest.mark.promise(60)

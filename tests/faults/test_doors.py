@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -43,15 +44,18 @@ class Watch:
             self.opened.append(str(arguments))
 
 
-_WATCH = Watch()
+@functools.cache
+def installed_watch() -> Watch:
+    return Watch()
 
 
 @pytest.fixture
 def watch() -> Iterator[Watch]:
-    _WATCH.opened.clear()
-    _WATCH.on = True
-    yield _WATCH
-    _WATCH.on = False
+    watch = installed_watch()
+    watch.opened.clear()
+    watch.on = True
+    yield watch
+    watch.on = False
 
 
 class Outside:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,18 @@ def killed_at_line(number: int, work: Callable[[], Any]) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
             return tracer
 
-        sys.settrace(tracer)
+        code = 1
         try:
+            sys.settrace(tracer)
             work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:  # whatever happens, this is no second test session
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or status == 0, "the work failed by itself"
+    return os.WIFSIGNALED(status)
 
 
 def save_and_rotate(home: Path, step: int) -> None:

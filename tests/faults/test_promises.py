@@ -15,7 +15,7 @@ def promised() -> list[int]:
     return [int(number) for number in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)]
 
 
-def tested() -> set[int]:
+def marked() -> set[int]:
     """Return the numbers in the marks of all tests."""
     numbers = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
@@ -29,4 +29,4 @@ def tested() -> set[int]:
 def test_every_promise_has_a_test_and_every_mark_a_promise() -> None:
     numbers = promised()
     assert len(numbers) == len(set(numbers)) > 60
-    assert set(numbers) == tested()
+    assert set(numbers) == marked()

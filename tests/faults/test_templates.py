@@ -8,7 +8,10 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +257,55 @@ def test_interrupt_ends_the_command_and_the_rendering(
     assert command.process.exitcode
     assert "Traceback" not in command.output.read_text()
     wait_for(lambda: not rendering.is_running(), 5)
+
+
+# Signals from outside
+
+
+@pytest.mark.promise(48)
+def test_signals_to_the_whole_service_leave_the_rendering_to_its_parent() -> None:
+    assert render("x") == "x"
+    (process,) = render_processes()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        process.send_signal(number)
+    assert render("y") == "y"
+    assert render_processes() == [process]
+
+
+@pytest.mark.promise(48)
+def test_rendering_that_is_killed_from_outside_passes_no_bound() -> None:
+    def kill_after(calls: int) -> Iterator[None]:
+        yield from [None] * calls
+        (process,) = render_processes()
+        process.kill()
+        yield
+        raise KeyboardInterrupt
+
+    render("x")
+    kills = kill_after(2)
+    with pytest.raises(RuntimeError, match="code -9"), render_template.stop_check(lambda: None):
+        threading.Timer(0.5, lambda: render_processes()[0].kill()).start()
+        render(LOOPS)
+    render("x")
+    with pytest.raises(KeyboardInterrupt), render_template.stop_check(lambda: next(kills)):
+        render(LOOPS)
+
+
+def test_threads_that_need_a_process_at_once_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    render_template._process.close()
+    popen, started = subprocess.Popen, []
+
+    def slow_popen(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.1)
+        started.append(popen(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", slow_popen)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(render_template.prepare, ["x"] * 4))
+    for process in started[1:]:
+        process.kill()
+    assert len(started) == 1
 
 
 # The same text as without bounds

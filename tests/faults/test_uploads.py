@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from jetson_ft.errors import UserError
 from jetson_ft.files import printable
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
-from jetson_ft.webui import uploads
+from jetson_ft.webui import server, uploads
 from jetson_ft.webui.uploads import Incoming, safe_file_name
 
 FORM = {"Content-Type": "multipart/form-data; boundary=B"}
@@ -307,3 +308,35 @@ def test_folder_of_a_server_is_removed_at_its_end_and_made_again_when_lost(tmp_p
     assert not incoming.folder.exists()
     incoming.prepare()
     assert incoming.folder.is_dir()
+
+
+@pytest.mark.promise(21)
+def test_uploads_at_the_same_time_leave_room_on_the_disk(tmp_path: Path) -> None:
+    incoming = uploads.Incoming(tmp_path / "runs")
+    incoming.prepare()
+    total, taken = shutil.disk_usage(tmp_path).free, 0
+    with ExitStack() as stack:
+        for _upload in range(20):
+            share = incoming.free_bytes()
+            stack.enter_context(incoming.receiving(share))
+            taken += share
+    assert 0.9 * total < taken < total
+
+
+@pytest.mark.promise(45)
+def test_uploads_that_are_refused_at_the_start_stay_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradio receives in another folder then, without a bound."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "runs" / "uploads"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / "elsewhere")
+    incoming = uploads.Incoming(tmp_path / "runs")
+    error = server._prepare_uploads(incoming)
+    assert error and "start the page again" in str(error.fix)
+    link.unlink()
+    with pytest.raises(UserError, match="Uploads are refused"):
+        incoming.prepare()
+    Path(os.environ["GRADIO_TEMP_DIR"]).rmdir()

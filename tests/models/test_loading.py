@@ -16,6 +16,8 @@ from tiny_gguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Gemma2Config, PhiConfig
 
 from jetson_ft.adapter import attach_adapter
+from jetson_ft.data.chat_template import encode
+from jetson_ft.data.formats import ChatMessage
 from jetson_ft.data.templates import TEMPLATES
 from jetson_ft.errors import UserError
 from jetson_ft.kernels.lm_head_loss import token_losses
@@ -283,6 +285,27 @@ def test_a_base_model_gets_the_plain_template_and_a_pad_token(tiny_phi: Path) ->
 def test_a_chat_model_keeps_its_template(tiny_llama: Path) -> None:
     own = AutoTokenizer.from_pretrained(tiny_llama).chat_template
     assert load_tokenizer(BaseModelFiles("x", tiny_llama)).chat_template == own
+
+
+@pytest.mark.parametrize(
+    "template", [5, True, [{"name": "default", "template": 5}], [{"name": "a", "template": None}]]
+)
+def test_a_chat_template_that_is_not_text_is_refused(copy: Path, template: Any) -> None:
+    edit(copy / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(UserError, match="chat template is not text") as caught:
+        load_tokenizer(BaseModelFiles("x", copy))
+    assert str(caught.value.where) == str(copy)
+
+
+def test_several_chat_templates_without_a_default_are_reported_when_one_is_needed(
+    copy: Path,
+) -> None:
+    templates = [{"name": name, "template": "{{ messages }}"} for name in ("a", "tool_use")]
+    edit(copy / "tokenizer_config.json", chat_template=templates)
+    tokenizer = load_tokenizer(BaseModelFiles("x", copy))
+    rows = [ChatMessage(role="user", content="q"), ChatMessage(role="assistant", content="a")]
+    with pytest.raises(UserError, match="multiple chat templates"):
+        encode(tokenizer, rows)
 
 
 def test_the_plain_template_starts_with_the_start_token_of_the_tokenizer(copy: Path) -> None:

@@ -91,9 +91,7 @@ def ranks(run: Run) -> dict[int, psutil.Process]:
     """Return the run's processes by their rank."""
     processes = {}
     for process in psutil.process_iter(["cmdline"]):
-        if process.info["cmdline"] and process.info["cmdline"][1:] == [
-            "-m", "jetson_ft.runs.worker", str(run.path),
-        ]:  # fmt: skip
+        if (process.info["cmdline"] or [])[-2:] == ["jetson_ft.runs.worker", str(run.path)]:
             processes[int(process.environ()["RANK"])] = process
     return processes
 

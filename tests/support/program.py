@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import os
 import subprocess
 import sys
@@ -52,11 +51,10 @@ def main_here(*arguments: Any) -> Done:
     ):
         patch.setattr(sys, "argv", ["jetson-ft", *words])
         patch.setenv("COLUMNS", "200")
-        # As a process of its own begins, whatever earlier tests of this one have set.
-        patch.setenv("JETSON_FT_DEBUG", "")
-        logger = logging.getLogger("jetson_ft")
-        patch.setattr(logger, "handlers", [])
-        patch.setattr(logger, "level", logging.NOTSET)
+        # The program turns bars off by a variable that `datasets` reads when it is imported, which
+        # other tests of this process may have done.
+        if bars := sys.modules.get("datasets.utils.tqdm"):
+            patch.setattr(bars, "_hf_datasets_progress_bars_disabled", True)
         try:
             cli.main()
         except SystemExit as end:

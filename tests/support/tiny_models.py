@@ -6,6 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
 
 def make_tokenizer(template: str | None) -> Any:
     """Bytes as tokens, and three special ones."""

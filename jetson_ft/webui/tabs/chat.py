@@ -150,8 +150,9 @@ class ChatTab:
 
     def _allowed(self, name: str) -> str:
         """Return the name unchanged; raise `UserError` for a path that may not be named."""
-        names = {"latest", BASE, *(run.name for run in store.list_runs(self.runs))}
-        if self.allowed.folders is not None and name not in names:
+        if self.allowed.folders is None or name in ("latest", BASE):
+            return name
+        if name not in [run.name for run in store.list_runs(self.runs)]:
             resolved = target.resolve_target(self.allowed.require(name), self.runs)
             if resolved.named_in:  # the folder of an adapter, whose files may be uploads
                 self.allowed.require(resolved.recipe.model)
