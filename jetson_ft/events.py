@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 # A line with greater numbers is damaged. Readers have a place for each step.
-MAX_STEP, MAX_ATTEMPT, _MAX_NUMBER = 10**7, 9_999, 2**62
+MAX_STEP, MAX_ATTEMPT, _MAX_INTEGER = 10**7, 9_999, 2**62
+_MAX_FLOAT = 1e100  # far above fp32's, and sums and differences of such numbers are finite
 KINDS: dict[str, type[Event]] = {}  # in the order of definition, which is that of the docs
 
 # Phases of a run, by the names that its events give them.
@@ -306,11 +307,11 @@ def from_json(line: bytes | str) -> Event | None:
             UserError.from_json({"messages": event.messages})
     except ValueError:
         return None
-    numbers = (value for value in vars(event).values() if isinstance(value, int | float))
+    numbers = [value for value in vars(event).values() if isinstance(value, int | float)]
     is_plausible = (
         0 <= event.attempt <= MAX_ATTEMPT
-        and 0 <= getattr(event, "step", 0) <= MAX_STEP
-        and all(-_MAX_NUMBER < number < _MAX_NUMBER for number in numbers)
+        and isinstance(event, Step) <= getattr(event, "step", 0) <= MAX_STEP  # a step made: from 1
+        and all(abs(n) < (_MAX_INTEGER if isinstance(n, int) else _MAX_FLOAT) for n in numbers)
     )
     return event if is_plausible else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -55,3 +55,18 @@ def test_a_line_of_another_shape_is_no_event(line: dict[str, Any]) -> None:
 
 def test_fields_of_later_versions_are_ignored() -> None:
     assert from_json('{"kind": "exit", "code": 3, "later": 1}') == KINDS["exit"](code=3)  # type: ignore[call-arg]
+
+
+def test_gradient_of_any_size_is_read_back() -> None:
+    """The norm of a gradient that explodes is what a person looks for."""
+    event = example(Step)
+    for norm in (1e30, 3.4e38, 1e45):
+        exploded = replace(event, grad_norm=norm)  # type: ignore[call-arg]
+        assert from_json(json.dumps(to_json(exploded))) == exploded
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": 0}, {"step": -1}, {"grad_norm": 1e308}, {"tokens": 2**63}, {"attempt": -1}]
+)
+def test_step_with_an_impossible_number_is_no_event(change: dict[str, Any]) -> None:
+    assert from_json(json.dumps({**to_json(example(Step)), **change})) is None

@@ -189,4 +189,4 @@ def print_end(run: Run, state: State) -> None:
             show(f"note: {message}")
         show(f"adapter: {run.adapter}")
         show(f"report:  {run.path / 'report.html'}")
-        show(f"chat:    jetson-ft chat {run.name}   (or: make chat)")
+        show(f"chat:    jetson-ft chat {quoted(run.name)}   (or: make chat)")

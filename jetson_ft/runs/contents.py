@@ -99,6 +99,7 @@ class Plan(BaseModel):
 
 class _Train(BaseModel):
     steps: int
+    best_step: int
     tokens: int
     seconds: float
     tokens_per_second: float
@@ -139,18 +140,29 @@ class Report(BaseModel):
     sensors: _Sensors | None = None
 
 
+def open_regular(path: Path, flags: int) -> int:
+    """Open a regular file without waiting for the other side of a FIFO; return its descriptor.
+
+    Raises:
+        DamagedRun: something else than a file is in its place.
+        OSError: it can't be opened.
+    """
+    number = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, 0o644)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise DamagedRun(path, _("it is not a regular file"))
+    return number
+
+
 @contextmanager
 def open_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a regular file of a run for reading; don't wait for the writer of a FIFO.
+    """Open a regular file of a run for reading.
 
     Raises:
         DamagedRun: it is missing, something else than a file, or can't be read.
     """
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        with open(number, "rb") as file:
-            if not stat.S_ISREG(os.fstat(number).st_mode):
-                raise DamagedRun(path, _("it is not a regular file"))
+        with open(open_regular(path, os.O_RDONLY), "rb") as file:
             yield file
     except FileNotFoundError as error:
         raise DamagedRun(path, _("it is missing")) from error
@@ -166,16 +178,11 @@ def open_to_append(path: Path) -> int:
         DamagedRun: something else is in its place.
         OSError: the disk refuses it.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
-        number = os.open(path, flags, 0o644)
+        return open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     except (IsADirectoryError, PermissionError) as error:
         text = error.strerror or str(error)
         raise DamagedRun(path, _("it can't be read ({error})"), error=text) from error
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
-        raise DamagedRun(path, _("it is not a regular file"))
-    return number
 
 
 def read_bytes(path: Path, limit: int = _MAX_BYTES) -> bytes:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shlex
 from typing import Any
 
 from jetson_ft.data.prepare import PreparedRows
 from jetson_ft.errors import Message, UserError, _, joined
-from jetson_ft.files import read_json
+from jetson_ft.files import quoted, read_json
 from jetson_ft.models import files
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.recipe import Recipe
@@ -42,8 +41,8 @@ def fork_command(run: Run, changes: dict[str, Any] | None = None) -> str:
     settings = []
     for key, value in (changes or {}).items():
         text = "null" if value is None else value
-        settings.append(f"--set {shlex.quote(f'{key}={text}')}")
-    return " ".join(["jetson-ft train --fork", shlex.quote(str(run.path)), *settings])
+        settings.append(f"--set {quoted(f'{key}={text}')}")
+    return " ".join(["jetson-ft train --fork", quoted(str(run.path)), *settings])
 
 
 # --- settings ----------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ class EventLog:
 
     While the disk is full, the newest events wait in memory: training goes on without its log until
     a checkpoint can't be written either.
+
+    A context manager, which closes the file; a worker's log stays open until the process ends.
     """
 
     def __init__(self, run: Run, attempt: int) -> None:
@@ -30,6 +32,12 @@ class EventLog:
         self._path = run.events_file
         with disk_errors(self._path):
             self._file = contents.open_to_append(self._path)
+
+    def __enter__(self) -> EventLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
 
     def emit(self, event: Event) -> None:
         """Append an event with the time and the attempt's number."""
@@ -53,3 +61,9 @@ class EventLog:
             line = b"\n" + line
         while line:  # a disk that becomes full takes a part and refuses the rest
             line = line[os.write(self._file, line) :]
+
+
+def emit_once(run: Run, event: Event) -> None:
+    """Append an event to the run's current attempt, by a process that emits few."""
+    with EventLog(run, run.state_or_derived().attempt) as log:
+        log.emit(event)

@@ -68,7 +68,7 @@ def newest_event(path: Path, kind: type[E], attempt: int | None = None) -> E | N
                 event = _parse_line(line)
                 if isinstance(event, kind) and attempt in (None, event.attempt):
                     return event
-        first = next((event for line in lines if (event := _parse_line(line))), None)
+        first = _first_event(lines)
         if first and attempt is not None and first.attempt < attempt:  # the attempt began after it
             return None
     return None
@@ -80,13 +80,14 @@ def offset_of_attempt(path: Path, attempt: int) -> int:
     Raises:
         DamagedRun: it is not a file that can be read.
     """
-    if not os.path.lexists(path):
+    if attempt <= 1 or not os.path.lexists(path):
         return 0
     with open_file(path) as file:
         start = file.seek(0, os.SEEK_END)
     while start:
         start = max(0, start - _BLOCK_BYTES)
-        if any(event.attempt < attempt for event in read_events(path, start)[0]):
+        first = _first_event(_read_lines(path, start, _BLOCK_BYTES)[0])
+        if first and first.attempt < attempt:  # as in `newest_event`
             break
     return start
 
@@ -113,6 +114,11 @@ def last_attempt_events(first: Iterable[Event], again: Iterable[E]) -> Iterator[
 
 def _markers(kinds: Iterable[type[Event]]) -> list[bytes]:
     return [f'"{kind.kind}"'.encode() if hasattr(kind, "kind") else b"" for kind in kinds]
+
+
+def _first_event(lines: Iterable[bytes]) -> Event | None:
+    """Return the event of the first line that can be read."""
+    return next((event for line in lines if (event := _parse_line(line))), None)
 
 
 def _parse_line(line: bytes) -> Event | None:

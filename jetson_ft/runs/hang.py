@@ -18,7 +18,7 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import PHASES, Emit, Event
 from jetson_ft.i18n import duration
 from jetson_ft.runs.contents import DamagedRun
-from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.event_log import emit_once
 from jetson_ft.runs.event_reader import read_events
 from jetson_ft.runs.store import Run
 
@@ -48,7 +48,8 @@ class Progress:
                 self.limit = None
                 return True
             case events.DataPrepared():
-                self._heldout_tokens = event.heldout.get("tokens", 0)
+                tokens = event.heldout.get("tokens")  # of a damaged line, anything
+                self._heldout_tokens = max(0, tokens) if isinstance(tokens, int) else 0
             case events.PhaseStarted():
                 self.phase, self.step_seconds = event.name, None
             case events.Step():
@@ -125,9 +126,7 @@ class HangWatch:
             self.is_hanging = True
             reason = self._reason(waited)
             with suppress(UserError):  # the disk is full
-                EventLog(self._run, self._run.state_or_derived().attempt).emit(
-                    events.Warned.of_message(reason)
-                )
+                emit_once(self._run, events.Warned.of_message(reason))
             self._write_reason(reason)
         return waited > 2 * limit + _MARGIN_SECONDS
 

@@ -7,6 +7,7 @@ needs the source. The copy is named `initial/`: PEFT's two files, and `source.js
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,14 @@ def fork_recipe(run: Run, overrides: list[str]) -> Recipe:
             _("Fork without it, or start a new run with it."),
             changes=contract.describe_changes(changes),
         )  # fmt: skip
-    _weights_of_run(run)
+    if not _is_finished(run) and not checkpoint.list_checkpoints(run.checkpoints):
+        raise _no_weights(run)
     new.lora.initial_adapter = str(run.path)
     return new
+
+
+def _is_finished(run: Run) -> bool:
+    return run.state().state == "finished" and run.adapter.is_dir()
 
 
 def _weights_of_run(run: Run) -> tuple[Path, int | None]:
@@ -52,12 +58,16 @@ def _weights_of_run(run: Run) -> tuple[Path, int | None]:
 
     The adapter of a finished run has its best step; else the newest intact checkpoint counts.
     """
-    if run.state().state == "finished" and run.adapter.is_dir():
+    if _is_finished(run):
         return run.adapter, run.report()["train"]["best_step"]
     for folder in reversed(checkpoint.list_checkpoints(run.checkpoints)):
         if checkpoint.find_fault(folder) is None:
             return folder, checkpoint.step_of(folder)
-    raise UserError(
+    raise _no_weights(run)
+
+
+def _no_weights(run: Run) -> UserError:
+    return UserError(
         _("{run} has no weights yet: no checkpoint was written."),
         str(run.path),
         _("Let it reach its first checkpoint, or start a new run."),
@@ -65,8 +75,19 @@ def _weights_of_run(run: Run) -> tuple[Path, int | None]:
     )
 
 
-def _resolve(name: str) -> tuple[Path, dict[str, Any]]:
-    """Return the folder of an adapter's files, and where it comes from."""
+@dataclass(frozen=True)
+class Source:
+    """An adapter to start from: the folder of its files, and where it comes from."""
+
+    folder: Path
+    origin: dict[str, Any]  # of `source.json`, without the hash
+
+
+def resolve(name: str) -> Source:
+    """Return the adapter that `lora.initial_adapter` names; of a run, its newest weights.
+
+    Resolve it once: of a run that trains, the next call may return other weights.
+    """
     path = expand_user(name)
     run = Run(path.absolute())
     source: dict[str, Any] = {"path": str(run.path), "run": None, "step": None}
@@ -80,10 +101,10 @@ def _resolve(name: str) -> tuple[Path, dict[str, Any]]:
     else:
         last = (run.last_data() if source["run"] else None) or {}
         source["base"] = (last.get("base") or {}).get("fingerprint")
-    return folder, source
+    return Source(folder, source)
 
 
-def check(lora: LoraRecipe, dims: ModelDims) -> None:
+def check(source: Source, lora: LoraRecipe, dims: ModelDims) -> None:
     """Refuse an initial adapter that the recipe can't continue; no weights are loaded.
 
     Raises:
@@ -91,8 +112,7 @@ def check(lora: LoraRecipe, dims: ModelDims) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    assert lora.initial_adapter
-    folder, _source = _resolve(lora.initial_adapter)
+    folder = source.folder
     config = adapter.read_adapter_config(folder)
     expected = {
         "peft_type": "LORA", "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora,
@@ -128,15 +148,14 @@ def _layer_of(name: str) -> str:
     return path.partition(".lora_")[0]
 
 
-def copy_into(run: Run, name: str) -> None:
+def copy_into(run: Run, source: Source) -> None:
     """Copy the adapter's files into the run's folder, with where they come from."""
-    folder, source = _resolve(name)
     target = run.path / _FOLDER
     with disk_errors(target):
         target.mkdir()
         for file in _FILES:
-            shutil.copyfile(folder / file, target / file)
-    write_json(target / _SOURCE, {**source, "sha256": sha256_file(target / _FILES[1])})
+            shutil.copyfile(source.folder / file, target / file)
+    write_json(target / _SOURCE, {**source.origin, "sha256": sha256_file(target / _FILES[1])})
 
 
 def source_of(run: Run) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from jetson_ft.errors import Message, UserError
+from jetson_ft.files import quoted
 from jetson_ft.runs import manager, restarts
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.locks import lock
@@ -37,7 +38,7 @@ def take_up_runs(root: Path) -> list[str]:
         except UserError as error:  # one run must not keep the others from their turn
             lines.append(f"{run.name} was interrupted, and can't continue: {error}")
     for run in [run for run in resumable if run not in done][:_MAX_OFFERED]:
-        command = f"jetson-ft train --resume {run.name}"
+        command = f"jetson-ft train --resume {quoted(run.name)}"
         lines.append(f"{run.name} can be resumed: Resume on the page, or {command}")
     return lines
 

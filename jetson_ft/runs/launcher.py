@@ -31,6 +31,7 @@ from jetson_ft.runs.processes import (
     DistributedConfig,
     own_address,
     read_distributed_config,
+    stop_on_sigterm,
 )
 from jetson_ft.runs.store import Run, RunRemoved
 
@@ -40,7 +41,7 @@ _RENDEZVOUS_SECONDS = 900  # to wait for the other machines
 def main(run: Run) -> int:
     """Run this machine's processes until all have ended; return the exit code."""
     config = read_distributed_config(run)
-    signal.signal(signal.SIGTERM, lambda *_: run.request_stop(is_shutdown=True))
+    stop_on_sigterm(run)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     kill_watch = oom.KillWatch()
     threading.Thread(target=_watch, args=(run, kill_watch), daemon=True).start()

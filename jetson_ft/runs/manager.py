@@ -76,13 +76,18 @@ def default_recipe(
     return "phi-1_5-zh-quick", "a CUDA GPU and the hub in reach: Phi-1.5, at most 60 minutes"
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe, node_rank: int = 0) -> initial_adapter.Source | None:
     """Raise `UserError` if the model, the chat template or all rows can't be used.
 
     Data sets on the hub are fetched, and small files of models there. All rows are tokenized where
     `data.max_length` allows longer ones than the model does.
+
+    Args:
+        node_rank: of this machine; machine 0 alone needs space for checkpoints.
+
+    Return the initial adapter that was checked, if the recipe names one.
     """
-    config = None
+    config = adapter = None
     if recipe.model == "embedded":
         dims = catalog.KNOWN_DIMS[recipe.model]
     else:
@@ -91,8 +96,10 @@ def check_recipe(recipe: Recipe) -> None:
         dims = catalog.known_dims(base.name) or dims_from_config(config)
     check_target_modules(dims, recipe.lora.target_modules)
     if recipe.lora.initial_adapter:
-        initial_adapter.check(recipe.lora, dims)
-    disk.require_checkpoint_space(recipe, dims)
+        adapter = initial_adapter.resolve(recipe.lora.initial_adapter)
+        initial_adapter.check(adapter, recipe.lora, dims)
+    if node_rank == 0:
+        disk.require_checkpoint_space(recipe, dims)
     data = recipe.data
     if data.chat_template:
         read_template(data.chat_template)
@@ -117,6 +124,7 @@ def check_recipe(recipe: Recipe) -> None:
             rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
             if rows.longest > limit:
                 raise positions.beyond_table(base.name, limit, rows.longest)
+    return adapter
 
 
 def _check_rows(
@@ -165,13 +173,14 @@ def launch(
     Raises:
         UserError: the run would fail at its start, or its folder can't be written.
     """
-    check_recipe(recipe)
+    config = config or DistributedConfig()
+    adapter = check_recipe(recipe, config.node_rank)
     run = store.create_run(_with_absolute_paths(recipe), label)
     try:
         with _take_supervisor_lock(run) as lock_file:
-            processes.write_distributed_config(run, config or DistributedConfig())
-            if recipe.lora.initial_adapter:
-                initial_adapter.copy_into(run, recipe.lora.initial_adapter)
+            processes.write_distributed_config(run, config)
+            if adapter:
+                initial_adapter.copy_into(run, adapter)
             if ticket:
                 write_atomic(run.path / store.TICKET_FILE, safe_name(ticket))
             run.reserve_space()

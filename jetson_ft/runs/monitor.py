@@ -10,15 +10,13 @@ import copy
 import os
 import threading
 import time
-from array import array
-from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from operator import itemgetter
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jetson_ft import events
 from jetson_ft.errors import UserError, _
@@ -26,9 +24,11 @@ from jetson_ft.events import Event
 from jetson_ft.files import printable
 from jetson_ft.runs import contents, manager, processes
 from jetson_ft.runs.contents import DamagedRun
+from jetson_ft.runs.curve import Curve
 from jetson_ft.runs.event_reader import E, read_events
 from jetson_ft.runs.store import LIVE_STATES, Run, State
 
+T = TypeVar("T")
 # The fields that can be drawn, by kind of event.
 CURVES: dict[type[Event], tuple[str, ...]] = {
     events.Step: ("loss", "lr", "grad_norm", "tokens_per_second", "memory"),
@@ -41,46 +41,9 @@ _SHOWN_FILES = (
     "processes.json", "log.txt", "report.json", "adapter",
 )  # fmt: skip
 _MAX_WARNINGS = 20  # kept of an attempt, the first ones
-_MAX_POINTS = 1 << 13  # of a curve in memory
 _READ_SECONDS = 0.2  # of one call of `RunMonitor.progress`, about
 _MAX_FOLLOWED = 32  # runs whose progress is kept: those that were looked at last
 _TAIL_BYTES = 1 << 18  # some hundreds of events
-
-
-@dataclass
-class Curve:
-    """A value by step, ascending; a step that is made again takes its new value.
-
-    Of more than `_MAX_POINTS` points some are left out, but no extreme.
-    """
-
-    steps: array[int] = field(default_factory=lambda: array("q"))
-    values: array[float] = field(default_factory=lambda: array("d"))
-
-    def add(self, step: int, value: float) -> None:
-        """Add a value, or replace that of the same step."""
-        index = bisect_left(self.steps, step)
-        if index < len(self.steps) and self.steps[index] == step:
-            self.values[index] = value
-            return
-        self.steps.insert(index, step)
-        self.values.insert(index, value)
-        if len(self.steps) > _MAX_POINTS:
-            steps, values = zip(*self.points(_MAX_POINTS // 2), strict=True)
-            self.steps, self.values = array("q", steps), array("d", values)
-
-    def points(self, at_most: int = 600) -> list[tuple[int, float]]:
-        """Return at most so many points: the lowest and highest of `at_most` / 2 equal spans."""
-        points = list(zip(self.steps, self.values, strict=True))
-        if len(points) <= at_most:
-            return points
-        spans = max(1, at_most // 2)
-        bounds = [number * len(points) // spans for number in range(spans + 1)]
-        chosen = []
-        for start, end in pairwise(bounds):
-            low, high = (pick(points[start:end], key=itemgetter(1)) for pick in (min, max))
-            chosen += sorted({low, high})
-        return chosen
 
 
 @dataclass
@@ -175,10 +138,14 @@ class RunMonitor:
         """Return the run's summary; its `faults` name what is damaged."""
         with self._lock:
             stamp, summary = self._summaries.get(run.path, (None, None))
-        if summary is None or summary.state.state in LIVE_STATES or summary.faults:
-            with suppress(UserError):  # which `find_faults` finds
-                manager.reconcile_state(run)
         now = change_stamp(run)
+        if (
+            summary is None or stamp != now or summary.faults
+            or summary.state.state in LIVE_STATES
+        ):  # fmt: skip
+            with suppress(UserError):  # which is among the summary's faults
+                manager.reconcile_state(run)
+            now = change_stamp(run)
         if summary is None or stamp != now:
             summary = summarize(run)
             with self._lock:
@@ -205,49 +172,47 @@ class RunSummary:
 
 
 def summarize(run: Run) -> RunSummary:
-    """Return the run's summary as it is now on the disk; damaged files raise nothing."""
-    faults = find_faults(run)
-    progress, state, is_live = RunProgress(), State(DAMAGED), False
-    with suppress(DamagedRun):
-        is_live = manager.is_live(run)
-    with suppress(DamagedRun):
-        state = run.state()
-    with suppress(DamagedRun):
-        progress = read_progress(run)
-    step, evaluated = progress.last(events.Step), progress.last(events.Evaluated)
-    figures = ("step", "total_steps", "seconds_left", "loss")
-    return RunSummary(
-        name=run.name,
-        title=run.title(),
-        state=state,
-        faults=tuple(faults),
-        is_live=is_live,
-        heldout_loss=evaluated.heldout_loss if evaluated else None,
-        phase=progress.phase,
-        download=progress.last(events.Download),
-        **({name: getattr(step, name) for name in figures} if step else {}),
-    )
+    """Return the run's summary by its files as they are; damaged ones raise nothing.
 
+    Each file is read once: the page does this for each live run, every few seconds.
+    """
+    faults: list[UserError] = []
 
-def find_faults(run: Run) -> list[UserError]:
-    """Return what is wrong with the run's files; files that a run may lack can be missing."""
+    def attempt(read: Callable[[], T], otherwise: T) -> T:
+        """Return what `read` returns; collect the fault that it raises."""
+        try:
+            return read()
+        except UserError as error:
+            faults.append(error)
+            return otherwise
 
     def check_report() -> None:
         if os.path.lexists(run.path / "report.json"):
             run.report()
 
-    faults: list[UserError] = []
-    for check in (
-        run.state, run.recipe, run.about, run.plan, run.last_data, check_report,
-        lambda: processes.read_distributed_config(run),
-        lambda: read_progress(run), lambda: log_tail(run, 1),
-        lambda: run.is_locked("worker"), lambda: run.is_locked("supervisor"),
-    ):  # fmt: skip
-        try:
-            check()
-        except UserError as error:
-            faults.append(error)
-    return faults
+    state = attempt(run.state, State(DAMAGED))
+    about: dict[str, str] = attempt(run.about, {})
+    progress = attempt(lambda: read_progress(run), RunProgress())
+    locks = [attempt(partial(run.is_locked, name), False) for name in ("worker", "supervisor")]
+    checks: tuple[Callable[[], object], ...] = (
+        run.recipe, run.plan, run.last_data, check_report,
+        lambda: processes.read_distributed_config(run), lambda: log_tail(run, 1),
+    )  # fmt: skip
+    for check in checks:  # what the summary doesn't show
+        attempt(check, None)
+    step, evaluated = progress.last(events.Step), progress.last(events.Evaluated)
+    figures = ("step", "total_steps", "seconds_left", "loss")
+    return RunSummary(
+        name=run.name,
+        title=about.get("title") or run.name,
+        state=state,
+        faults=tuple(faults),
+        is_live=any(locks) if state.state == DAMAGED else state.state in LIVE_STATES,
+        heldout_loss=evaluated.heldout_loss if evaluated else None,
+        phase=progress.phase,
+        download=progress.last(events.Download),
+        **({name: getattr(step, name) for name in figures} if step else {}),
+    )
 
 
 def read_progress(run: Run) -> RunProgress:

@@ -30,7 +30,7 @@ from jetson_ft.events import (
 from jetson_ft.files import quoted, write_json
 from jetson_ft.hardware import cgroup
 from jetson_ft.runs.contents import DamagedRun
-from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.event_log import emit_once
 from jetson_ft.runs.event_reader import read_events
 from jetson_ft.runs.exit_status import EXIT_FAILED, EXIT_RETRY
 from jetson_ft.runs.processes import OUT_OF_MEMORY_FIX, read_distributed_config
@@ -120,11 +120,11 @@ def plan_as_json(workload: Workload, plan: Plan, device: Device) -> dict[str, An
 
 def record_kill(run: Run) -> int:
     """Record that the kernel killed the worker; return the exit code that the worker would have."""
-    log, error = EventLog(run, run.state_or_derived().attempt), explain_oom(run, is_killed=True)
+    error = explain_oom(run, is_killed=True)
     if error.retry:
-        log.emit(Warned.of_message(joined([error.what, error.fix], " ")))
+        emit_once(run, Warned.of_message(joined([error.what, error.fix], " ")))
         return EXIT_RETRY
-    log.emit(Failed(**error.as_json()))
+    emit_once(run, Failed(**error.as_json()))
     return EXIT_FAILED
 
 

@@ -19,7 +19,7 @@ from jetson_ft.data import render_template, tokenize
 from jetson_ft.data.prepare import PreparedRows, prepare_rows
 from jetson_ft.errors import Message, UserError, _, joined, messages_as_json
 from jetson_ft.events import Emit
-from jetson_ft.files import disk_errors, staging_folder, write_json
+from jetson_ft.files import disk_errors, quoted, staging_folder, write_json
 from jetson_ft.hardware import detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.hardware.monitor import Monitor
@@ -27,6 +27,7 @@ from jetson_ft.hardware.sensors.source import Telemetry
 from jetson_ft.kernels import attention
 from jetson_ft.kernels.packing import make_packs
 from jetson_ft.models import fast_import, files, loading, positions
+from jetson_ft.models.dims import ModelDims
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe
@@ -108,7 +109,7 @@ class Pipeline:
             workload = oom.limit_memory(self.run, workload)
             plan = self._choose_plan(workload, device)
             self._store_plan(oom.plan_as_json(workload, plan, device))
-            disk.require_checkpoint_space(recipe, workload.dims, self.run)
+            self._require_checkpoint_space(workload.dims)
         with self.phase("model", f"{base.name} as {weights}"):
             model = loading.load_model(base, weights, device.kind)
             self._turn_off_base_dropout(model)
@@ -202,10 +203,23 @@ class Pipeline:
                 rows = self._prepare_checked_rows(base, tokenizer)
             except UserError as error:
                 fault = error
-        # Gathered: else the others would wait for the one that refuses.
+        self._raise_on_all_ranks(fault)
+        return rows or prepare_rows(self.recipe.data, tokenizer)
+
+    def _raise_on_all_ranks(self, fault: UserError | None) -> None:
+        """Raise an error of any rank on every rank, which would else wait for that one."""
         if faults := [each for each in self.dist.gather(fault) if each]:
             raise fault or faults[0]
-        return rows or prepare_rows(self.recipe.data, tokenizer)
+
+    def _require_checkpoint_space(self, dims: ModelDims) -> None:
+        """Raise `DiskFull` on every rank if rank 0 has no space: it alone writes checkpoints."""
+        fault = None
+        if self.dist.is_main:
+            try:
+                disk.require_checkpoint_space(self.recipe, dims, self.run)
+            except UserError as error:
+                fault = error
+        self._raise_on_all_ranks(fault)
 
     def _prepare_checked_rows(self, base: BaseModelFiles, tokenizer: Any) -> PreparedRows:
         """Prepare the rows, compare all with the last attempt, and write `data.json`."""
@@ -382,7 +396,7 @@ class Pipeline:
                 "The adapter is not compared with the base: {fault} "
                 "`jetson-ft eval {run}` compares them."
             )
-            values = {"fault": joined([fault.what, fault.fix], " "), "run": self.run.name}
+            values = {"fault": joined([fault.what, fault.fix], " "), "run": quoted(self.run.name)}
             warning = Message(again, values)
             self.emit(events.Warned.of_message(warning))
             return {

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,21 @@ def own_address(host: str) -> str:
             _("Give the address of machine 0 in a network that all machines are in."),
             error=error.strerror or str(error),
         ) from error
+
+
+def stop_on_sigterm(run: Run) -> None:
+    """Take a SIGTERM for the end of the machine or of a service: ask the run to stop.
+
+    People stop a run by other means (`manager.stop`).
+    """
+
+    def handle(*_: Any) -> None:
+        # Whatever the process does just now must go on. Without the request it is killed in the
+        # end, which counts as a shutdown too.
+        with suppress(UserError):
+            run.request_stop(is_shutdown=True)
+
+    signal.signal(signal.SIGTERM, handle)
 
 
 def silence_libraries() -> None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.events import Warned
-from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.event_log import emit_once
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.store import Run
 from jetson_ft.training import checkpoint
@@ -62,4 +62,4 @@ def record(run: Run, reason: Message | None) -> None:
         "limit": run.recipe().run.max_restarts,
         "reason": reason or "",
     }
-    EventLog(run, state.attempt).emit(Warned.of_message(Message(text, values)))
+    emit_once(run, Warned.of_message(Message(text, values)))

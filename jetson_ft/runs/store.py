@@ -2,7 +2,7 @@
 
 `state.json` is written only by the process that holds `supervisor.lock`; `events.jsonl` by the
 worker, which inherits `worker.lock` from its supervisor, and by the launcher of several workers.
-The file `stop` is present while the run is asked to stop.
+The file `stop` is present while a person asks the run to stop, `shutdown` while a shutdown does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from jetson_ft.runs.locks import try_lock
 
 _RESERVE_BYTES = 1 << 18  # for an attempt's last events and its state
 TICKET_FILE = "ticket"
-_SHUTDOWN = b"shutdown\n"  # the content of `stop` if no person asks for it
 LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
 _MAX_RECIPE_BYTES = 1 << 20
@@ -250,25 +249,19 @@ class Run:
 
         Args:
             is_shutdown: the machine, the container or the service ends, and no person stops the
-                run; an earlier request of a person remains one.
+                run; a request of a person, earlier or later, remains one.
         """
-        path = self.path / "stop"
-        with disk_errors(self.path):
-            if not is_shutdown:
-                path.write_bytes(b"")
-            elif not path.exists():
-                path.write_bytes(_SHUTDOWN)
+        with disk_errors(self.path):  # a file's existence counts: a full disk may take no content
+            (self.path / ("shutdown" if is_shutdown else "stop")).touch()
 
     def is_shutting_down(self) -> bool:
         """Return whether the run is asked to stop, by a shutdown and not by a person."""
-        with suppress(FileNotFoundError):
-            return (self.path / "stop").read_bytes() == _SHUTDOWN
-        return False
+        return (self.path / "shutdown").exists() and not (self.path / "stop").exists()
 
     def stop_requested(self) -> bool:
         """Return whether the run is asked to stop; raise `RunRemoved` as `require_folder`."""
         self.require_folder()
-        return (self.path / "stop").exists()
+        return any((self.path / name).exists() for name in ("stop", "shutdown"))
 
     def require_folder(self) -> None:
         """Raise `RunRemoved` if the folder isn't the one that it was at the first call."""
@@ -281,7 +274,9 @@ class Run:
             raise RunRemoved(self.path)
 
     def clear_stop(self) -> None:
-        (self.path / "stop").unlink(missing_ok=True)
+        """Withdraw the requests to stop."""
+        for name in ("shutdown", "stop"):  # so that a person's request never looks like a shutdown
+            (self.path / name).unlink(missing_ok=True)
 
     def reserve_space(self) -> None:
         """Reserve disk space for what must be written at an attempt's end, if the disk is full."""
@@ -305,13 +300,14 @@ class Run:
         """
         path = self.path / f"{name}.lock"
         try:
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                return not try_lock(file, shared=True)
+            number = contents.open_regular(path, os.O_RDONLY)
         except PermissionError as error:
             reason = _("it can't be read ({error})")
             raise DamagedRun(path, reason, error=error.strerror or "") from error
-        except OSError:  # missing, or nothing that a process could hold
+        except (OSError, DamagedRun):  # missing, or nothing that a process could hold
             return False
+        with open(number, "rb") as file:
+            return not try_lock(file, shared=True)
 
     def events(self) -> list[Event]:
         """Return all events; `iter_events` reads a log of any size."""
@@ -325,8 +321,11 @@ class Run:
         Raises:
             DamagedRun: `events.jsonl` can't be read.
         """
-        first, again = (iter_events(self.events_file, *kinds) for _pass in range(2))
-        return last_attempt_events(first, again)
+        stepped = [kind for kind in kinds if kind is Event or "step" in kind.__dataclass_fields__]
+        events = iter_events(self.events_file, *kinds)
+        if not stepped:  # no step could be made twice
+            return events
+        return last_attempt_events(iter_events(self.events_file, *stepped), events)
 
     def last_event(self, kind: type[E]) -> E | None:
         """Return the current attempt's newest event of one kind.

@@ -24,10 +24,9 @@ from jetson_ft.child_process import python_module
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import DiskFull
 from jetson_ft.runs import exit_status, hang, oom, restarts
-from jetson_ft.runs.contents import DamagedRun
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.locks import lock
-from jetson_ft.runs.processes import WORKER_ENVIRONMENT, read_distributed_config
+from jetson_ft.runs.processes import WORKER_ENVIRONMENT, read_distributed_config, stop_on_sigterm
 from jetson_ft.runs.queue import QueueTicket
 from jetson_ft.runs.store import Run, RunRemoved
 
@@ -46,9 +45,7 @@ def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = N
         lock_file: the run's locked `supervisor.lock`.
         run_attempt: makes one attempt; by default in a worker process.
     """
-    # A terminated supervisor asks its worker to stop, and stays to record the result. People stop
-    # a run by other means (`manager.stop`); this is the end of the machine or of a service.
-    signal.signal(signal.SIGTERM, lambda *_: run.request_stop(is_shutdown=True))
+    stop_on_sigterm(run)  # the worker obeys; this process stays to record the result
     with lock_file, suppress(RunRemoved):
         try:
             slot = _wait_for_turn(run)
@@ -58,10 +55,10 @@ def supervise(run: Run, lock_file: IO[bytes], run_attempt: RunAttempt | None = N
             else:
                 with slot:
                     status = _run_attempts(run, slot, run_attempt or _run_worker)
-        except DiskFull as error:  # before an attempt: the run's disk or the queue's
-            status = ExitStatus("failed", error.what, resumable=True)
-        except DamagedRun as error:
-            status = ExitStatus("failed", error.what)
+        except RunRemoved:
+            raise
+        except UserError as error:  # before an attempt: the run's disk, or the queue's folder
+            status = ExitStatus("failed", error.what, resumable=isinstance(error, DiskFull))
         run.release_space()
         run.clear_stop()  # first, so that no reader sees an ended run with a request to stop
         _record(run, status)

@@ -30,7 +30,12 @@ from jetson_ft.runs.exit_status import (
     EXIT_STOPPED,
 )
 from jetson_ft.runs.oom import OutOfMemory
-from jetson_ft.runs.processes import LAUNCHER_PROCESS, explain_error, silence_libraries
+from jetson_ft.runs.processes import (
+    LAUNCHER_PROCESS,
+    explain_error,
+    silence_libraries,
+    stop_on_sigterm,
+)
 from jetson_ft.runs.store import Run
 from jetson_ft.training import distributed
 from jetson_ft.training.memory import is_out_of_memory
@@ -45,7 +50,7 @@ def main(run: Run, on_interrupt: Any = signal.SIG_IGN, dump_stacks: bool = False
     """
     is_local_main = distributed.is_local_main_process()
     attempt = run.state_or_derived().attempt
-    signal.signal(signal.SIGTERM, lambda *_: run.request_stop(is_shutdown=True))
+    stop_on_sigterm(run)
     signal.signal(signal.SIGINT, on_interrupt)
     silence_libraries()
     emit = EventLog(run, attempt).emit if is_local_main else lambda _event: None

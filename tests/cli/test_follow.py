@@ -270,8 +270,8 @@ def report() -> dict[str, Any]:
     return {
         "eval": {"rows": 66, "before": figures, "after": figures | {"chinese_share": 0.93}},
         "train": {
-            "steps": 40, "tokens": 90_000, "seconds": 245.0, "tokens_per_second": 367.3,
-            "peak_memory_bytes": 2 * 2**30,
+            "steps": 40, "best_step": 40, "tokens": 90_000, "seconds": 245.0,
+            "tokens_per_second": 367.3, "peak_memory_bytes": 2 * 2**30,
         },
     }  # fmt: skip
 

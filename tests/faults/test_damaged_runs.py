@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ SIDE = dict.fromkeys(
 REPORT = {
     "eval": {"rows": 1, "documents": 0, "before": SIDE, "after": SIDE}, "sensors": None,
     "train": {
-        "steps": 3, "tokens": 9, "seconds": 1.0, "tokens_per_second": 9.0, "peak_memory_bytes": 1
+        "steps": 3, "best_step": 3, "tokens": 9, "seconds": 1.0, "tokens_per_second": 9.0,
+        "peak_memory_bytes": 1,
     },
 }  # fmt: skip
 
@@ -151,7 +153,7 @@ def test_anything_in_a_files_place_is_named_without_waiting(
     for make in ODD_FILES.values():
         path.unlink()
         make(path)
-        (fault,) = monitor.find_faults(Run(root / BAD))
+        (fault,) = monitor.summarize(Run(root / BAD)).faults
         assert str(fault.what).startswith(f"{name} is damaged: it ")
         path.rmdir() if path.is_dir() else path.unlink()
         path.touch()
@@ -160,12 +162,44 @@ def test_anything_in_a_files_place_is_named_without_waiting(
     assert_shown_and_deleted(root, f"{name} is damaged: it is not a regular file")
 
 
+@pytest.mark.parametrize("step", [None, "3", {}])
+def test_report_without_its_best_step_is_named_by_what_starts_from_the_run(
+    root: Path, step: Any
+) -> None:
+    train = {**REPORT["train"], "best_step": step}
+    if step == {}:
+        del train["best_step"]
+    (root / BAD / "report.json").write_text(json.dumps({**REPORT, "train": train}))
+    recipe = Recipe.model_validate({"lora": {"initial_adapter": str(root / BAD)}})
+    with pytest.raises(UserError, match=r"report.json is damaged: .*best_step"):
+        manager.check_recipe(recipe)
+
+
+@pytest.mark.parametrize("kind", ODD_FILES)
+def test_odd_files_leave_no_file_open(
+    root: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page reads a damaged run every few seconds, for weeks."""
+    run, descriptors = Run(root / BAD), Path("/proc/self/fd")
+    monkeypatch.chdir(root)  # the path of a socket is short
+    for name in ("about.json", "log.txt", "supervisor.lock", "worker.lock"):
+        (run.path / name).unlink(missing_ok=True)
+        ODD_FILES[kind](run.path / name)
+    monitor.summarize(run)  # what is opened once
+    before = len(list(descriptors.iterdir()))
+    for _time in range(3):
+        monitor.summarize(run)
+        with suppress(OSError, UserError):
+            run.open_log().close()
+    assert len(list(descriptors.iterdir())) == before
+
+
 @pytest.mark.parametrize("name", [*FILES[:2], *FILES[3:8]])
 def test_any_content_is_named(root: Path, name: str) -> None:
     run = Run(root / BAD)
     for kind, write in CONTENTS.items():
         write(run.path / name)
-        faults = [str(fault.what) for fault in monitor.find_faults(run)]
+        faults = [str(fault.what) for fault in monitor.summarize(run).faults]
         if kind == "10 MB" and name in ("about.json", "plan.json", "processes.json"):
             assert not faults  # nothing that is read is wrong
         else:

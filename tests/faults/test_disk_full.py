@@ -151,6 +151,20 @@ def test_supervisor_outlives_a_full_disk_and_records_the_end(
 
 
 @pytest.mark.promise(60)
+@pytest.mark.parametrize("process", ["worker", "supervisor"])
+def test_shutdown_on_a_full_disk_is_no_stop_by_a_person(
+    process: str, short_runs: Any, small_disk: SmallDisk
+) -> None:
+    run = short_runs.launch("endless")
+    worker, supervisor = short_runs.worker(run), short_runs.supervisor(run)
+    small_disk.fill()
+    os.kill(worker if process == "worker" else supervisor.pid, signal.SIGTERM)
+    assert short_runs.wait(run, *store.ENDED_STATES) == "stopped"
+    assert "shutdown" in run.state().reason and run.state().interrupted
+    assert not run.stop_requested()
+
+
+@pytest.mark.promise(60)
 @pytest.mark.parametrize("reserve", [True, False])
 def test_state_is_true_after_both_processes_died_on_a_full_disk(
     reserve: bool, short_runs: Any, small_disk: SmallDisk

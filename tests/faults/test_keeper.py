@@ -15,7 +15,7 @@ import pytest
 
 from jetson_ft.errors import UserError
 from jetson_ft.events import Exited
-from jetson_ft.runs import manager, queue, store
+from jetson_ft.runs import exit_status, manager, queue, store, supervisor
 from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import DistributedConfig, read_distributed_config
@@ -292,3 +292,11 @@ def test_second_worker_does_not_start_beside_one_that_lives(light_runs: Any, que
         manager.resume(run)
     assert not (run.path / "worked-1").exists()
     assert read_distributed_config(run) == DistributedConfig()
+
+    def never(_run: Run, _locks: Any) -> int:
+        raise AssertionError("a second worker has started")
+
+    with open(run.path / "slot", "wb") as slot:
+        status = supervisor._run_attempts(run, slot, never)
+    assert status == exit_status.state_for_exit_code(run, exit_status.EXIT_FAILED)
+    assert status.state == "failed" and not status.interrupted

@@ -12,11 +12,12 @@ from typing import Any
 import program
 import psutil
 import pytest
+from run_folders import make_run
 from served import Served
 
 from jetson_ft.events import Warned
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import manager, store
+from jetson_ft.runs import interrupted, manager, store
 from jetson_ft.runs.processes import DistributedConfig
 from jetson_ft.runs.store import Run
 
@@ -149,6 +150,14 @@ def test_fault_that_would_repeat_is_not_taken_up(light_runs: Any, label: str) ->
     attempt = run.state().attempt
     take_up(light_runs)
     assert run.state().attempt == attempt and not run.state().interrupted
+
+
+@pytest.mark.promise(63)
+def test_command_to_resume_is_one_to_copy(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "20260101-000000-it's; \x1b[2J", "running")
+    run.write_state("stopped", resumable=True)
+    (line,) = interrupted.take_up_runs(tmp_path)
+    assert line.endswith("jetson-ft train --resume $'20260101-000000-it\\'s; \\x1b[2J'")
 
 
 @pytest.mark.promise(63)

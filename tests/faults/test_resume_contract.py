@@ -20,7 +20,7 @@ from workbench import Workbench
 from jetson_ft.errors import UserError
 from jetson_ft.events import Failed, PhaseStarted, Step
 from jetson_ft.recipe import LoraRecipe
-from jetson_ft.runs import exit_status, initial_adapter, manager
+from jetson_ft.runs import contract, exit_status, initial_adapter, manager
 from jetson_ft.runs.locks import lock
 from jetson_ft.runs.store import Run
 from jetson_ft.training import checkpoint
@@ -269,6 +269,43 @@ def test_fork_starts_from_the_old_adapter_with_other_rows_and_settings(
     assert source.name in (run.path / "report.md").read_text()
     assert source.name in (run.path / "report.html").read_text()
     assert report["eval"]["before"]["loss"] == pytest.approx(5.5, abs=0.2), "the base's"
+
+
+@pytest.mark.promise(56)
+def test_fork_copies_the_checkpoint_that_was_checked(
+    begun: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source trains on, and saves a further checkpoint meanwhile."""
+    source, checked = copy_of(begun[0], tmp_path), []
+    newest = checkpoint.list_checkpoints(source.checkpoints)[-1]
+    find_fault = checkpoint.find_fault
+
+    def spy(folder: Path) -> Any:
+        checked.append(folder)
+        shutil.copytree(newest, source.checkpoints / "step-99", dirs_exist_ok=True)
+        return find_fault(folder)
+
+    monkeypatch.setattr(checkpoint, "find_fault", spy)
+    recipe = initial_adapter.fork_recipe(source, [])
+    run = manager.launch(recipe, "fork", start=lambda *_: None)
+    assert checked == [newest]
+    origin = initial_adapter.source_of(run)
+    assert origin and origin["step"] == checkpoint.step_of(newest)
+
+
+@pytest.mark.promise(56)
+def test_fork_of_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no weights yet"):
+        initial_adapter.fork_recipe(make_run(tmp_path, "early", "stopped"), [])
+
+
+@pytest.mark.promise(56)
+def test_command_of_a_fork_has_no_control_characters() -> None:
+    run = Run(Path("/runs/it's \x1b[2J"))
+    command = contract.fork_command(run, {"data.train": "a\rb c"})
+    assert command == (
+        "jetson-ft train --fork $'/runs/it\\'s \\x1b[2J' --set $'data.train=a\\x0db c'"
+    )
 
 
 @pytest.mark.promise(56)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
-from run_folders import evaluated_event, step_event
+from run_folders import evaluated_event, make_run, step_event
 
 from jetson_ft import events
 from jetson_ft.recipe import Recipe
@@ -56,6 +58,22 @@ def test_stop_ends_a_run_that_hangs(light_runs: Any) -> None:
     manager.stop(run)
     assert light_runs.wait(run, *store.ENDED_STATES) == "stopped"
     assert run.state().resumable
+
+
+@pytest.mark.promise(64)
+def test_damaged_lines_do_not_end_the_watch(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "20260101-000000-damaged")
+    watch = hang.HangWatch(run)
+    for damage in ({"step": 0}, {"step": -3}, {"grad_norm": 1e308}):
+        with open(run.events_file, "ab") as file:
+            file.write(orjson.dumps({**events.to_json(step_event(1)), **damage}) + b"\n")
+    for tokens in ("many", None, [], -1e308):
+        heldout = {"tokens": tokens}
+        data = events.DataPrepared(sha256="", train={}, heldout=heldout, read={})
+        with open(run.events_file, "ab") as file:
+            file.write(orjson.dumps(events.to_json(data)) + b"\n")
+            file.write(orjson.dumps(events.to_json(step_event(5))) + b"\n")
+        assert not watch.update()
 
 
 @pytest.mark.promise(64)

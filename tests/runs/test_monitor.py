@@ -14,8 +14,9 @@ from run_folders import evaluated_event, step_event
 from jetson_ft.errors import Message
 from jetson_ft.events import PhaseStarted, Warned
 from jetson_ft.runs import manager
+from jetson_ft.runs.curve import Curve
 from jetson_ft.runs.event_log import EventLog
-from jetson_ft.runs.monitor import Curve, RunMonitor
+from jetson_ft.runs.monitor import RunMonitor
 from jetson_ft.runs.store import Run
 
 
@@ -99,7 +100,7 @@ def test_distinct_warnings_of_the_newest_attempt_are_kept_up_to_a_limit(run: Run
 
 def test_new_run_of_the_same_name_is_read_from_its_start(run: Run) -> None:
     watcher = RunMonitor()
-    for number in range(5):
+    for number in range(1, 6):
         EventLog(run, 1).emit(step_event(number, loss=1.0))
     assert len(watcher.progress(run).curves["loss"].steps) == 5
     run.events_file.unlink()
@@ -112,7 +113,7 @@ def test_hundred_thousand_events_are_read_within_seconds(run: Run) -> None:
             "tokens": 9, "tokens_per_second": 100.0, "memory": 10**9, "total_steps": 100_000,
             "seconds_left": 1.0}  # fmt: skip
     with open(run.events_file, "w") as file:
-        for number in range(100_000):
+        for number in range(1, 100_001):
             file.write(json.dumps({**line, "step": number, "loss": number % 7}) + "\n")
     watcher = RunMonitor()
     started = time.process_time()

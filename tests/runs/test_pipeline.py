@@ -20,6 +20,7 @@ from boards_in_folders import NANO, FakeMachine
 from safetensors.torch import load_file
 from workbench import Workbench
 
+from jetson_ft import files
 from jetson_ft.errors import UserError
 from jetson_ft.events import (
     Evaluated,
@@ -35,11 +36,13 @@ from jetson_ft.events import (
     WeightsLoaded,
 )
 from jetson_ft.hardware.boards import find_board
+from jetson_ft.models import catalog
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import exit_status, pipeline, store
 from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.store import Run
 from jetson_ft.training import checkpoint
+from jetson_ft.training.distributed import DistributedContext
 
 
 def adapter_bytes(run: Run) -> bytes:
@@ -160,6 +163,37 @@ def test_stop_while_rows_are_measured_is_obeyed(part: str, tmp_path: Path) -> No
     run.request_stop()
     with pytest.raises(pipeline._Stopped):
         pipe._on_compared("before", part, 2, 4)
+
+
+class OneOfTwo(DistributedContext):
+    """A rank of two, with the error that the other one reports."""
+
+    def __init__(self, rank: int, other: UserError | None = None) -> None:
+        super().__init__(rank, 2)
+        self.other = other
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other]
+
+
+def test_only_the_disk_with_the_checkpoints_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = store.create_run(Recipe(output_dir=str(tmp_path)), "pair")
+    dims, full = catalog.KNOWN_DIMS["embedded"], files.disk_full(tmp_path)
+
+    def require_space(dist: DistributedContext) -> None:
+        emit = EventLog(run, 1).emit
+        pipeline.Pipeline(run, emit, run.stop_requested, dist)._require_checkpoint_space(dims)
+
+    with pytest.raises(files.DiskFull):
+        require_space(OneOfTwo(1, full))
+    require_space(OneOfTwo(0))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=0))
+    require_space(OneOfTwo(1))
+    with pytest.raises(files.DiskFull):
+        require_space(OneOfTwo(0))
 
 
 # --- a comparison that fails ---------------------------------------------------------------------

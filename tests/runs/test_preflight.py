@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 
 from jetson_ft.data import store
 from jetson_ft.errors import UserError
+from jetson_ft.files import DiskFull
 from jetson_ft.models import loading
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs.manager import check_recipe, launch
+from jetson_ft.runs.processes import DistributedConfig
 
 ROW = {"instruction": "你好", "output": "你好！"}
 
@@ -221,3 +224,14 @@ def test_a_wrong_target_module_is_refused_with_the_models_names(
         launch(unusable, "x")
     assert "Did you mean q_proj? It has: " in str(caught.value.fix)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("node_rank", [0, 1])
+def test_only_machine_0_needs_space_for_checkpoints(
+    node_rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=0))
+    config = DistributedConfig(nnodes=2, node_rank=node_rank, rendezvous="10.0.0.1:29500")
+    with nullcontext() if node_rank else pytest.raises(DiskFull):
+        launch(Recipe(output_dir=str(tmp_path)), "pair", config, start=lambda _run, _lock: None)

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from jetson_ft.errors import Message, UserError
 from jetson_ft.events import CheckpointSaved, Event, PhaseStarted, Sensors, Step
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
-from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.event_log import EventLog, emit_once
 from jetson_ft.runs.event_reader import last_attempt_events, read_events
 from jetson_ft.runs.locks import lock
+from jetson_ft.runs.processes import stop_on_sigterm
 from jetson_ft.runs.store import Run
 
 
@@ -135,6 +137,38 @@ def test_two_stop_requests_equal_one(run: Run) -> None:
     assert run.stop_requested()
     run.clear_stop()
     run.clear_stop()
+    assert not run.stop_requested()
+
+
+@pytest.mark.parametrize("person_is_first", [True, False])
+def test_request_of_a_person_counts_beside_a_shutdown(run: Run, person_is_first: bool) -> None:
+    run.request_stop(is_shutdown=not person_is_first)
+    assert run.is_shutting_down() is not person_is_first
+    run.request_stop(is_shutdown=person_is_first)
+    assert run.stop_requested() and not run.is_shutting_down()
+    run.clear_stop()
+    assert not run.stop_requested() and not run.is_shutting_down()
+
+
+def test_event_of_the_supervisor_leaves_no_file_open(run: Run) -> None:
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir()))
+    for name in ("first", "second"):
+        emit_once(run, PhaseStarted(name=name))
+    assert len(list(descriptors.iterdir())) == before
+    assert [(e.name, e.attempt) for e in run.iter_events(PhaseStarted)] == [
+        ("first", 1), ("second", 1),
+    ]  # fmt: skip
+
+
+def test_sigterm_that_cannot_be_recorded_interrupts_nothing(run: Run) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        stop_on_sigterm(run)
+        (run.path / "shutdown").symlink_to("missing/folder")
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
     assert not run.stop_requested()
 
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from jetson_ft.runs import manager, store
 from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import WORKER_ENVIRONMENT
@@ -37,6 +39,19 @@ def test_stop_shows_stopping_while_the_worker_works(light_runs: Any) -> None:
     assert run.state().reason == "writing a checkpoint"
     os.kill(process, 18)  # SIGCONT
     assert light_runs.wait(run, *store.ENDED_STATES) == "stopped"
+
+
+def test_cache_folder_that_cannot_be_used_is_the_runs_reason(
+    light_runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "no-folder"
+    cache.touch()
+    monkeypatch.setenv("JETSON_FT_CACHE", str(cache))
+    run = light_runs.launch("plain")
+    assert light_runs.wait(run, *store.ENDED_STATES) == "failed"
+    state = run.state()
+    assert state.reason == "Expected a folder, found a file."
+    assert not state.resumable and not state.interrupted
 
 
 def test_supervisor_outlives_the_launching_session(light_runs: Any) -> None:

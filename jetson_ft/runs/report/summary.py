@@ -16,7 +16,8 @@ from jetson_ft.errors import Message, _
 from jetson_ft.events import Evaluated, Event, PauseEnded, Sensors, Step, Warned
 from jetson_ft.files import printable, printable_value, write_atomic, write_json
 from jetson_ft.i18n import duration, languages, translator
-from jetson_ft.runs.monitor import Curve
+from jetson_ft.runs.contents import SCHEMA
+from jetson_ft.runs.curve import Curve
 from jetson_ft.runs.report import chart
 from jetson_ft.runs.store import Run
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from jetson_ft.training.planner import Plan
     from jetson_ft.training.state import TrainState
 
-SCHEMA = 1
 _MAX_WARNINGS = 1000  # of a run, distinct ones
 _MAX_POINTS = 2000  # of a curve in report.html
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
