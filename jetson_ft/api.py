@@ -53,7 +53,7 @@ def finetune(
     elif fork is not None:
         source = fork if isinstance(fork, Run) else store.find_run(str(fork), Path(runs))
         changed = initial_adapter.fork_recipe(source, list(overrides))
-        run = manager.launch(changed, f"fork-of-{source.name}", start=start)
+        run = manager.launch(changed, initial_adapter.fork_label(source), start=start)
     elif isinstance(recipe, Recipe):
         changed = parse_recipe(recipe.to_yaml(), overrides=overrides)
         run = manager.launch(changed, "recipe", start=start)

@@ -79,7 +79,7 @@ def train(
         with json_errors(as_json):
             if fork is not None:
                 run = store.find_run(fork, runs or RUNS)
-                label = f"fork-of-{run.name}"
+                label = initial_adapter.fork_label(run)
                 loaded = initial_adapter.fork_recipe(run, overrides or [])
             elif recipe is None:
                 recipe, why = manager.default_recipe()

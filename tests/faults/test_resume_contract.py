@@ -308,6 +308,18 @@ def test_command_of_a_fork_has_no_control_characters() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("20261130-091500-phi-1_5-zh", "phi-1_5-zh-fork"),
+        ("20261130-091500-phi-1_5-zh-fork", "phi-1_5-zh-fork"),
+        ("mine", "mine-fork"),
+    ],
+)
+def test_name_of_a_fork_keeps_the_label_of_its_source(name: str, label: str) -> None:
+    assert initial_adapter.fork_label(Run(Path("/runs") / name)) == label
+
+
 @pytest.mark.promise(56)
 def test_fork_of_a_finished_run_starts_from_its_adapter(finished: Run, tmp_path: Path) -> None:
     recipe = initial_adapter.fork_recipe(finished, ["train.max_steps=1"])
