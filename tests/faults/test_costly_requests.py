@@ -37,7 +37,7 @@ def test_few_commands_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran-$$\nsleep 1\necho '{{\"a\": 1}}'\n")
     program.chmod(0o755)
-    monkeypatch.setattr(cli_json.sys, "executable", str(program))
+    monkeypatch.setattr(sys, "executable", str(program))
 
     def ask(_number: int) -> str:
         try:
