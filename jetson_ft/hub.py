@@ -27,6 +27,8 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_error, require_space, sha256_file
 
 logger = logging.getLogger(__name__)
+# The client reads it when it is imported, which only functions here and above do.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 Kind = Literal["model", "dataset"]
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -210,7 +212,6 @@ def upload_target(repo: str) -> UploadTarget:
     Raises:
         UserError: the name is impossible, there is no token that may write, or no network.
     """
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # before the client is imported
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 

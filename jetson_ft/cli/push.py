@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from typer import Option
 
 from jetson_ft.cli.output import RUNS, RunArgument, RunsOption, out, show
-from jetson_ft.errors import UserError, _
+from jetson_ft.errors import UserError
 
 
 def push(
@@ -51,9 +51,9 @@ def push(
         show("README.md quotes held-out rows of the data.")
     if not yes and not sys.stdin.isatty():
         raise UserError(
-            _("Nothing was sent: there is no terminal to confirm it."),
+            "Nothing was sent: there is no terminal to confirm it.",
             plan.address,
-            _("Add --yes to send these files without a question."),
+            "Add --yes to send these files without a question.",
         )
     if not yes:
         typer.confirm("Send these files?", abort=True)
