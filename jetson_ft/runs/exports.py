@@ -35,6 +35,7 @@ from jetson_ft.models.loading import WeightFormat
 from jetson_ft.runs import contents, contract
 from jetson_ft.runs.contents import SCHEMA, DamagedRun
 from jetson_ft.runs.locks import lock
+from jetson_ft.runs.report import card
 from jetson_ft.runs.store import Run
 from jetson_ft.training import cost_model
 
@@ -137,7 +138,9 @@ def make_export(
             rows and rows.tokenizer, on_progress,
         )  # fmt: skip
         if kind == "merged":
-            return [_make_merged(job, home, dtype)]
+            with new_export(job, home, kind) as (folder, facts):
+                facts["merge"], facts["check"] = merge_model(job, folder, dtype)
+            return [home / kind]
         from jetson_ft.runs import export_gguf  # it builds on this module
 
         if kind == "lora":
@@ -282,12 +285,6 @@ def plan_export(run: Run, kind: str, quantize: Sequence[str], check: bool) -> Ex
 # --- merged --------------------------------------------------------------------------------------
 
 
-def _make_merged(job: Job, home: Path, dtype: str) -> Path:
-    with new_export(job, home, "merged") as (folder, facts):
-        facts["merge"], facts["check"] = merge_model(job, folder, dtype)
-    return home / "merged"
-
-
 def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the merged model; return `merge` of `export.json`, and `check.json`.
 
@@ -300,7 +297,6 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
     )  # fmt: skip
     facts: dict[str, Any] = {
         "dtype": dtype, "weights": "unquantised base", "parameters": info.parameters,
-        "largest_logit_difference": None, "positions": 0, "rows": 0,
     }  # fmt: skip
     if job.heldout is None:
         return facts, NOT_CHECKED
@@ -316,8 +312,7 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
         "positions": difference.positions, "rows": difference.rows,
     }  # fmt: skip
     check = {
-        "schema": SCHEMA, "checked": True,
-        "reader": f"transformers {detect.package_version('transformers')}",
+        "schema": SCHEMA, "reader": f"transformers {detect.package_version('transformers')}",
         "logits": {**asdict(difference), "relative": difference.relative}, "bound": bound,
         "passed": difference.relative <= bound,
         "seconds": round(time.monotonic() - started, 1),
@@ -367,6 +362,7 @@ def new_export(
             "versions": {package: detect.package_version(package) for package in _PACKAGES},
         }  # fmt: skip
         write_json(folder / CHECK_FILE, facts["check"])
+        card.write_card(job.run, folder, export, facts["check"])
         paths = sorted(path for path in folder.iterdir() if path.is_file())
         job.on_progress("writing", 0, 0)
         export["files"] = [
