@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from pydantic import BaseModel
@@ -116,7 +116,7 @@ def make_export(
             expressed, a failed check, or another export of this run at work.
     """
     check_options(kind, quantize, dtype)
-    with _export_lock(run):
+    with export_lock(run):
         home = run.path / _FOLDER
         with disk_errors(home):
             home.mkdir(exist_ok=True)
@@ -141,7 +141,7 @@ def make_export(
             with new_export(job, home, kind) as (folder, facts):
                 facts["merge"], facts["check"] = merge_model(job, folder, dtype)
             return [home / kind]
-        from jetson_ft.runs import export_gguf  # it builds on this module
+        from jetson_ft.runs import export_gguf  # which builds on this module
 
         if kind == "lora":
             return [export_gguf.make_lora(job, home)]
@@ -197,9 +197,8 @@ def list_exports(run: Run) -> list[dict[str, Any]]:
 # --- what an export needs ------------------------------------------------------------------------
 
 
-@contextmanager
-def _export_lock(run: Run) -> Iterator[None]:
-    """Hold the run's lock of exports; refuse a second export, and a run that trains."""
+def export_lock(run: Run) -> IO[bytes]:
+    """Return the run's lock of exports, to be closed; refuse while another export holds it."""
     held = lock(run.path / _LOCK, _LOCK_SECONDS)
     if held is None:
         raise UserError(
@@ -208,20 +207,19 @@ def _export_lock(run: Run) -> Iterator[None]:
             _("Wait for its end, or cancel it."),
             run=run.name,
         )
-    with held:
-        if run.is_locked("worker"):
-            raise UserError(
-                _("{run} is running: its adapter may change."),
-                str(run.path),
-                _("Wait for its end, or stop it."),
-                run=run.name,
-            )
-        yield
+    return held
 
 
 def _require_base(run: Run) -> tuple[BaseModelFiles, Path]:
-    """Return the run's base model and its adapter; refuse a base that has changed."""
+    """Return the run's base model and its adapter; refuse those that change or have changed."""
     adapter_dir, recipe = run.require_adapter(), run.recipe()
+    if run.is_locked("worker"):
+        raise UserError(
+            _("{run} is running: its adapter may change."),
+            str(run.path),
+            _("Wait for its end, or stop it."),
+            run=run.name,
+        )
     adapter.read_adapter_config(adapter_dir)
     base = files.resolve_model(recipe.model)
     adapter.check_base(base, adapter_dir)
