@@ -2,7 +2,8 @@
 
 It runs one of llama.cpp's converters with two changes: no code of a model is run, and the file
 `TOKENS_FILE` in the model's folder overrides what the converter reads from the tokenizer's:
-`{"add_bos": whether texts begin with the start token, "ends": {"eot": id, "eom": id}}`.
+`{"add_bos": whether texts begin with the start token, "ends": {"eot": id, "eom": id},
+"chat_template": Jinja text}`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def main() -> None:
         tokens = json.loads(Path(path, TOKENS_FILE).read_text(encoding="utf-8"))
         self.add_special_token["bos"] = tokens["add_bos"]
         self.special_token_ids.update(tokens["ends"])
+        self.chat_template = tokens["chat_template"]
 
     AutoTokenizer.from_pretrained = load_without_code
     gguf.SpecialVocab.__init__ = init_with_tokens

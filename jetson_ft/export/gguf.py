@@ -22,6 +22,7 @@ from jetson_ft import adapter as adapters
 from jetson_ft.child_process import PARENT_PROCESS, python_module
 from jetson_ft.data.chat_template import encode_prompt, end_ids
 from jetson_ft.data.formats import ChatMessage
+from jetson_ft.data.templates import with_fixed_date
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.export.convert_process import TOKENS_FILE
 from jetson_ft.export.llama import INSTALL_EXPORT
@@ -163,9 +164,9 @@ def _require_plain_lora(config: dict[str, Any], adapter: Path, model: dict[str, 
 def _view(model: Path) -> Iterator[Path]:
     """Yield a folder for the converter: links to the model's files, and `TOKENS_FILE`.
 
-    llama.cpp must begin and end conversations where training did: with the start token only if the
-    chat template writes one, and at the template's and the model's end tokens beside the
-    tokenizer's own.
+    llama.cpp must render, begin and end conversations as training did: with the same date on every
+    day, with the start token only if the chat template writes one, and with the template's and the
+    model's end tokens beside the tokenizer's own.
     """
     tokenizer = loading.load_tokenizer(BaseModelFiles(model.name, model))
     generation = model / "generation_config.json"
@@ -183,6 +184,7 @@ def _view(model: Path) -> Iterator[Path]:
         texts = tokenizer.convert_ids_to_tokens(ends)
         unknown = [i for i, text in zip(ends, texts, strict=True) if text not in _KNOWN_ENDS]
         tokens["ends"] = dict(zip(("eot", "eom"), unknown, strict=False))
+        tokens["chat_template"] = with_fixed_date(str(tokenizer.get_chat_template()))
         write_json(view / TOKENS_FILE, tokens)
         yield view
 
