@@ -18,8 +18,8 @@ from pydantic import BaseModel
 from jetson_ft import adapter
 from jetson_ft.data.prepare import PreparedRows, prepare_rows
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.export import logits, merge
-from jetson_ft.export.quantize import MIXTURES
+from jetson_ft.export import gguf, logits, merge
+from jetson_ft.export.gguf import FILE_TYPES
 from jetson_ft.files import (
     disk_errors,
     remove_abandoned,
@@ -49,7 +49,6 @@ KINDS = {
     "gguf": "GGUF of the whole model, for llama.cpp and Ollama",
     "lora": "GGUF of the adapter alone, for llama.cpp beside a GGUF of the base",
 }
-FILE_TYPES = ("f16", *MIXTURES)  # of `gguf`
 DTYPES = ("bf16", "fp16")  # of `merged`
 NOT_CHECKED = {"schema": SCHEMA, "checked": False}  # `check.json`
 EXPORT_FILE, CHECK_FILE = "export.json", "check.json"
@@ -122,8 +121,6 @@ def make_export(
         remove_abandoned(home)
         base, adapter_dir = _require_base(run)
         if kind != "merged":
-            from jetson_ft.export import gguf
-
             gguf.require_expressible(base, adapter_dir, kind)
         plan = plan_export(run, kind, quantize, check)
         rows = None
