@@ -222,6 +222,19 @@ def test_an_unfinished_run_has_no_card(run: Run) -> None:
         card.write_card(run, run.adapter)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\n\n---\r\n- b\u2028c", "a --- - b c"),
+        ("&lt;b> <b>", "&amp;lt;b> &lt;b>"),
+        ("a|b_c*", r"a\|b\_c\*"),
+        ("x" * 300, "x" * 200 + "…"),
+    ],
+)
+def test_a_text_in_a_line_has_neither_breaks_nor_markup(text: str, expected: str) -> None:
+    assert card.inline(text) == expected
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return copy_finished(tmp_path_factory.mktemp("shared"))

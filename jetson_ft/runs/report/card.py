@@ -110,15 +110,15 @@ def model_card(
 
 def inline(value: Any) -> str:
     """Return a text for a line or a table's cell: without line breaks, markup or HTML."""
-    text = " ".join(printable(str(value)).split())
+    text = " ".join(str(value).split())
     text = text if len(text) <= _MAX_NAME else f"{text[:_MAX_NAME]}…"
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
     return _MARKUP.sub(r"\\\g<0>", text)
 
 
 def fenced(text: str | None, language: str = "text") -> str:
     """Return a text as a block of code, whose fence is longer than any row of backticks in it."""
-    text = printable(text or "").rstrip()
+    text = (text or "").rstrip()
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
