@@ -55,6 +55,7 @@ def convert_model(
     out: Path,
     file_type: str,
     on_progress: Progress = lambda done, total: None,
+    name: str | None = None,
 ) -> None:
     """Write a merged model as a GGUF file.
 
@@ -63,6 +64,7 @@ def convert_model(
         out: is written in place: use a staging folder.
         file_type: one of the converter's own: f32, f16, bf16, q8_0. For others `quantize_file`
             reads the result.
+        name: of the model in the file (`general.name`); None: that of the folder.
 
     Raises:
         UserError: the converter doesn't know the architecture or the tokenizer, the disk is full,
@@ -71,6 +73,7 @@ def convert_model(
     total = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     with _view(merged) as view:
         arguments = [str(view), "--outfile", str(out), "--outtype", file_type]
+        arguments += [f"--model-name={name or merged.name}"]
         _run_converter("convert_hf_to_gguf.py", arguments, out, on_progress, total)
     on_progress(total, total)
 

@@ -22,7 +22,8 @@ def main() -> None:
     settings = json.load(sys.stdin)
     if settings["program"]:
         os.environ["LLAMA_API_KEY"] = settings["api_key"]
-        os.execv(settings["program"], [settings["program"], *program_arguments(settings)])
+        program = settings["program"]
+        os.execv(program, [program, *program_arguments(settings)])  # noqa: S606
     _serve(settings)
 
 

@@ -56,7 +56,7 @@ def save_tiny_model(folder: Path, kind: str, template: str | None = None, **sett
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
             else:
                 parameter += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    model.half().save_pretrained(folder)  # as merged models are that become GGUF files
     tokenizer.save_pretrained(folder)
     if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
