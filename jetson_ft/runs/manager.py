@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import threading
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -282,10 +283,12 @@ def _start_supervisor(run: Run, lock_file: IO[bytes]) -> None:
     number = lock_file.fileno()
     command = python_module("jetson_ft.runs.supervisor", str(run.path), str(number))
     with disk_errors(run.path), run.open_log() as log:
-        subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             pass_fds=[number], start_new_session=True,
         )  # fmt: skip
+    # Waited for, or each run would leave a zombie with a server that lives on.
+    threading.Thread(target=process.wait, daemon=True).start()
 
 
 def stop(run: Run) -> None:

@@ -5,6 +5,10 @@ it. Nothing here needs the stubs.
 
 Gradio downloads what a request names by address in the place of an uploaded file. The page needs
 no such file, and a client must not choose what this machine requests.
+
+For each update of a component, Gradio (6.31) makes a new one with another id, and keeps all of them
+as long as the page is open: 0.3 MB for each press of Start. Here the new one takes the old one's
+id, and so its place.
 """
 
 from __future__ import annotations
@@ -26,6 +30,8 @@ def _getfile_except_gradio(thing: Any) -> str:
 with mock.patch.object(inspect, "getfile", _getfile_except_gradio):
     import gradio as gr
     from gradio import processing_utils
+    from gradio.blocks import Block
+    from gradio.state_holder import SessionState
 
 
 async def _refuse_download(url: str) -> Any:
@@ -33,5 +39,16 @@ async def _refuse_download(url: str) -> Any:
 
 
 processing_utils.async_ssrf_protected_get = _refuse_download  # all of its downloads pass here
+
+_set_item = SessionState.__setitem__
+
+
+def _set_item_in_place(state: SessionState, key: int, value: Any) -> None:
+    if isinstance(value, Block):
+        value._id = key
+    _set_item(state, key, value)
+
+
+SessionState.__setitem__ = _set_item_in_place  # type: ignore[method-assign]
 
 __all__ = ["gr"]

@@ -12,8 +12,8 @@ import httpx
 class PageClient:
     """An open page in one language, without a browser."""
 
-    def __init__(self, base: str, language: str = "en") -> None:
-        self.http = httpx.Client(base_url=f"{base}/{language}", timeout=30)
+    def __init__(self, base: str, language: str = "en", http: Any = None) -> None:
+        self.http = http or httpx.Client(base_url=f"{base}/{language}", timeout=30)
         self.session = uuid.uuid4().hex
         config = self.http.get("/config").raise_for_status().json()
         self.components = {part["id"]: part for part in config["components"]}
