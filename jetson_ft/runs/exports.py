@@ -10,15 +10,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from pydantic import BaseModel
 
 from jetson_ft import adapter
+from jetson_ft.data.prepare import PreparedRows, prepare_rows
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.export import logits, merge
-from jetson_ft.export.quantize import MIXTURES
+from jetson_ft.export import gguf, logits, merge
+from jetson_ft.export.gguf import FILE_TYPES
 from jetson_ft.files import (
     disk_errors,
     remove_abandoned,
@@ -35,6 +36,7 @@ from jetson_ft.models.loading import WeightFormat
 from jetson_ft.runs import contents, contract
 from jetson_ft.runs.contents import SCHEMA, DamagedRun
 from jetson_ft.runs.locks import lock
+from jetson_ft.runs.report import card
 from jetson_ft.runs.store import Run
 from jetson_ft.training import cost_model
 
@@ -47,7 +49,6 @@ KINDS = {
     "gguf": "GGUF of the whole model, for llama.cpp and Ollama",
     "lora": "GGUF of the adapter alone, for llama.cpp beside a GGUF of the base",
 }
-FILE_TYPES = ("f16", *MIXTURES)  # of `gguf`
 DTYPES = ("bf16", "fp16")  # of `merged`
 NOT_CHECKED = {"schema": SCHEMA, "checked": False}  # `check.json`
 EXPORT_FILE, CHECK_FILE = "export.json", "check.json"
@@ -85,9 +86,7 @@ class Job:
     base: BaseModelFiles
     adapter_dir: Path
     plan: ExportPlan
-    heldout: Any  # a data set of token ids; None: nothing is checked
-    heldout_messages: Any
-    tokenizer: Any
+    rows: PreparedRows | None  # None: nothing is checked
     on_progress: ExportProgress
 
 
@@ -115,30 +114,25 @@ def make_export(
             expressed, a failed check, or another export of this run at work.
     """
     check_options(kind, quantize, dtype)
-    with _export_lock(run):
+    with export_lock(run):
         home = run.path / _FOLDER
         with disk_errors(home):
             home.mkdir(exist_ok=True)
         remove_abandoned(home)
         base, adapter_dir = _require_base(run)
         if kind != "merged":
-            from jetson_ft.export import gguf
-
             gguf.require_expressible(base, adapter_dir, kind)
         plan = plan_export(run, kind, quantize, check)
         rows = None
         if check:
-            from jetson_ft.data.prepare import prepare_rows
-
             on_progress("reading the rows", 0, 0)
             rows = prepare_rows(run.recipe().data, adapter.load_tokenizer(base, adapter_dir))
-        job = Job(
-            run, base, adapter_dir, plan, rows and rows.heldout, rows and rows.heldout_messages,
-            rows and rows.tokenizer, on_progress,
-        )  # fmt: skip
+        job = Job(run, base, adapter_dir, plan, rows, on_progress)
         if kind == "merged":
-            return [_make_merged(job, home, dtype)]
-        from jetson_ft.runs import export_gguf  # it builds on this module
+            with new_export(job, home, kind) as (folder, facts):
+                facts["merge"], facts["check"] = merge_model(job, folder, dtype)
+            return [home / kind]
+        from jetson_ft.runs import export_gguf  # which builds on this module
 
         if kind == "lora":
             return [export_gguf.make_lora(job, home)]
@@ -165,6 +159,11 @@ def check_options(kind: str, quantize: Sequence[str], dtype: str) -> None:
 def export_name(kind: str, file_type: str = "") -> str:
     """Return the name of an export's folder: `merged`, `gguf-q8_0`, `lora`."""
     return f"{kind}-{file_type}" if kind == "gguf" else kind
+
+
+def bits_per_weight(file_type: str) -> int:
+    """Return the bits of a weight without its block's scales, which a file type's name has."""
+    return int("".join(re.findall(r"\d+", file_type)[:1]))
 
 
 def find_export(run: Run, name: str) -> dict[str, Any] | None:
@@ -194,9 +193,8 @@ def list_exports(run: Run) -> list[dict[str, Any]]:
 # --- what an export needs ------------------------------------------------------------------------
 
 
-@contextmanager
-def _export_lock(run: Run) -> Iterator[None]:
-    """Hold the run's lock of exports; refuse a second export, and a run that trains."""
+def export_lock(run: Run) -> IO[bytes]:
+    """Return the run's lock of exports, to be closed; refuse while another export holds it."""
     held = lock(run.path / _LOCK, _LOCK_SECONDS)
     if held is None:
         raise UserError(
@@ -205,20 +203,19 @@ def _export_lock(run: Run) -> Iterator[None]:
             _("Wait for its end, or cancel it."),
             run=run.name,
         )
-    with held:
-        if run.is_locked("worker"):
-            raise UserError(
-                _("{run} is running: its adapter may change."),
-                str(run.path),
-                _("Wait for its end, or stop it."),
-                run=run.name,
-            )
-        yield
+    return held
 
 
 def _require_base(run: Run) -> tuple[BaseModelFiles, Path]:
-    """Return the run's base model and its adapter; refuse a base that has changed."""
+    """Return the run's base model and its adapter; refuse those that change or have changed."""
     adapter_dir, recipe = run.require_adapter(), run.recipe()
+    if run.is_locked("worker"):
+        raise UserError(
+            _("{run} is running: its adapter may change."),
+            str(run.path),
+            _("Wait for its end, or stop it."),
+            run=run.name,
+        )
     adapter.read_adapter_config(adapter_dir)
     base = files.resolve_model(recipe.model)
     adapter.check_base(base, adapter_dir)
@@ -239,9 +236,9 @@ def plan_export(run: Run, kind: str, quantize: Sequence[str], check: bool) -> Ex
     device = detect.detect_device()
     adapter_bytes = (adapter_dir / adapter.WEIGHTS_FILE).stat().st_size
     types = list(quantize) if kind == "gguf" else ["f16"]
-    # A file type's name has the bits of a weight; scales and exact tensors add less than one.
-    numbers = [(int(re.search(r"\d+", name)[0]) + 1) / 8 for name in types]  # type: ignore[index]
-    disk = _SMALL_BYTES * len(types) + dims.parameters * sum(numbers)
+    # Scales, and the tensors that stay exact, add less than a bit.
+    weight_bytes = sum((bits_per_weight(name) + 1) / 8 for name in types)
+    disk = _SMALL_BYTES * len(types) + dims.parameters * weight_bytes
     if kind == "gguf":  # the merged model, and f16, from which others are made
         disk += dims.parameters * (4 if set(types) - {"f16"} else 2)
     if kind == "lora":
@@ -282,12 +279,6 @@ def plan_export(run: Run, kind: str, quantize: Sequence[str], check: bool) -> Ex
 # --- merged --------------------------------------------------------------------------------------
 
 
-def _make_merged(job: Job, home: Path, dtype: str) -> Path:
-    with new_export(job, home, "merged") as (folder, facts):
-        facts["merge"], facts["check"] = merge_model(job, folder, dtype)
-    return home / "merged"
-
-
 def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the merged model; return `merge` of `export.json`, and `check.json`.
 
@@ -300,13 +291,12 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
     )  # fmt: skip
     facts: dict[str, Any] = {
         "dtype": dtype, "weights": "unquantised base", "parameters": info.parameters,
-        "largest_logit_difference": None, "positions": 0, "rows": 0,
     }  # fmt: skip
-    if job.heldout is None:
+    if job.rows is None:
         return facts, NOT_CHECKED
     started = time.monotonic()
     difference = logits.logit_difference(
-        job.base, job.adapter_dir, out, job.heldout["input_ids"], job.plan.precision,
+        job.base, job.adapter_dir, out, job.rows.heldout["input_ids"], job.plan.precision,
         job.plan.device, out.parent,
         lambda done, total: job.on_progress("comparing with the adapter", done, total),
     )  # fmt: skip
@@ -316,8 +306,7 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
         "positions": difference.positions, "rows": difference.rows,
     }  # fmt: skip
     check = {
-        "schema": SCHEMA, "checked": True,
-        "reader": f"transformers {detect.package_version('transformers')}",
+        "schema": SCHEMA, "reader": f"transformers {detect.package_version('transformers')}",
         "logits": {**asdict(difference), "relative": difference.relative}, "bound": bound,
         "passed": difference.relative <= bound,
         "seconds": round(time.monotonic() - started, 1),
@@ -367,6 +356,7 @@ def new_export(
             "versions": {package: detect.package_version(package) for package in _PACKAGES},
         }  # fmt: skip
         write_json(folder / CHECK_FILE, facts["check"])
+        card.write_card(job.run, folder, export, facts["check"])
         paths = sorted(path for path in folder.iterdir() if path.is_file())
         job.on_progress("writing", 0, 0)
         export["files"] = [
