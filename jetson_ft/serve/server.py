@@ -55,6 +55,7 @@ def serve(
     def report(line: str) -> None:
         print(printable(line), flush=True)
 
+    processes.silence_libraries()
     serving = models.prepare(names, runs, settings, report)
     import uvicorn
 
