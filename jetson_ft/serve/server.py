@@ -15,7 +15,7 @@ from jetson_ft.chat import memory_guard
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import printable, quoted
 from jetson_ft.hardware import detect
-from jetson_ft.http_access import is_loopback, listen
+from jetson_ft.http_access import host_of_address, is_loopback, listen
 from jetson_ft.runs import processes, queue
 from jetson_ft.serve import models
 from jetson_ft.serve.engine import Engine
@@ -32,6 +32,7 @@ def serve(
     port: int,
     settings: EngineSettings,
     host_names: tuple[str, ...] = (),
+    reached_as: str = "",
     origins: tuple[str, ...] = (),
 ) -> None:
     """Serve until the process is interrupted; print the address, the key and a command to try.
@@ -41,12 +42,15 @@ def serve(
         runs: the folder of the runs.
         host: the address to listen on; beyond loopback a key is required.
         host_names: names accepted as `Host` besides IP addresses and localhost.
+        reached_as: HOST or HOST:PORT of the address, where it differs from `host`: in a container.
         origins: other sites whose pages may send requests.
 
     Raises:
         UserError: the port is taken, or as `models.prepare`; the engine can't be started, or has
             ended too often.
     """
+    if reached_as:
+        host_names = (*host_names, host_of_address(reached_as))
     key = "" if is_loopback(host) else secrets.token_hex(16)
     listener = listen(host, port)
     # Until uvicorn handles it, a SIGTERM ends the process as Ctrl-C does: child processes with it.
@@ -83,7 +87,8 @@ def serve(
         )
         server = uvicorn.Server(config)
         logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
-        address = f"http://{processes.reachable_host(host)}:{listener.getsockname()[1]}/v1"
+        port = listener.getsockname()[1]
+        address = f"http://{processes.reachable_address(host, port, reached_as)}/v1"
         for line in _greeting(address, key, serving):
             report(line)
         server.run([listener])
