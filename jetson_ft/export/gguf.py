@@ -34,6 +34,8 @@ from jetson_ft.models.files import BaseModelFiles
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 FILE_TYPES = ("f16", *MIXTURES)
+# The converter reads it for Phi-3, Llama 2 and others; transformers doesn't write it any more.
+SENTENCEPIECE = "tokenizer.model"
 MERGE_INSTEAD = _(
     "Export the merged model: `--format gguf` for llama.cpp and Ollama, or `--format merged`."
 )
@@ -53,6 +55,7 @@ def convert_model(
     out: Path,
     file_type: str,
     on_progress: Progress = lambda done, total: None,
+    name: str | None = None,
 ) -> None:
     """Write a merged model as a GGUF file.
 
@@ -61,6 +64,7 @@ def convert_model(
         out: is written in place: use a staging folder.
         file_type: one of the converter's own: f32, f16, bf16, q8_0. For others `quantize_file`
             reads the result.
+        name: of the model in the file (`general.name`); None: that of the folder.
 
     Raises:
         UserError: the converter doesn't know the architecture or the tokenizer, the disk is full,
@@ -69,6 +73,7 @@ def convert_model(
     total = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
     with _view(merged) as view:
         arguments = [str(view), "--outfile", str(out), "--outtype", file_type]
+        arguments += [f"--model-name={name or merged.name}"]
         _run_converter("convert_hf_to_gguf.py", arguments, out, on_progress, total)
     on_progress(total, total)
 
@@ -118,6 +123,8 @@ def require_expressible(base: BaseModelFiles, adapter: Path, kind: str) -> None:
         folder = Path(name)
         model_config.save_pretrained(folder)
         adapters.load_tokenizer(base, adapter).save_pretrained(folder)
+        if (base.folder / SENTENCEPIECE).is_file() and not (folder / SENTENCEPIECE).exists():
+            (folder / SENTENCEPIECE).symlink_to((base.folder / SENTENCEPIECE).resolve())
         # It checks architecture and tokenizer, and needs no weights for that.
         with _view(folder) as view:
             out = folder / "vocabulary.gguf"
@@ -235,6 +242,12 @@ def _explain_failure(output: str, code: int, out: Path) -> UserError:
             _("llama.cpp's converter doesn't know the architecture {name}."), str(out),
             _("Export with `--format merged`: transformers, vLLM and others read that."),
             name=match[1] or match[2],
+        )  # fmt: skip
+    if re.search(rf"Missing \S+/{SENTENCEPIECE}", output):
+        return UserError(
+            _("llama.cpp's converter needs the model's {name}."), str(out),
+            _("Copy it from the model's repository into the folder of the base model."),
+            name=SENTENCEPIECE,
         )  # fmt: skip
     if "No space left on device" in output:
         return disk_full(out)
