@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,3 +326,41 @@ def test_difference_of_logits(tiny_phi: Path, tmp_path: Path) -> None:
     )
     assert unmerged.largest == pytest.approx(expected, rel=1e-4)
     assert unmerged.relative > 0.1
+
+
+@pytest.mark.slow(minutes=0.1)
+def test_memory_is_not_that_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=512, intermediate_size=1536, num_hidden_layers=16,
+        num_attention_heads=8, bos_token_id=1, eos_token_id=2, dtype="bfloat16",
+    )  # fmt: skip
+    save_model(tmp_path / "fp32", config, CHAT_TEMPLATE)
+    base = base_in(tmp_path / "base")
+    load_model(base_in(tmp_path / "fp32"), WeightFormat("bf16"), "cpu").save_pretrained(base.folder)
+    load_tokenizer(base_in(tmp_path / "fp32")).save_pretrained(base.folder)
+    saved = save_ours(base, tmp_path / "adapter")
+    monkeypatch.setattr(merge, "SHARD_BYTES", 10**7)
+
+    def private_bytes() -> int:
+        line = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+        assert line
+        return 1024 * int(line[1])
+
+    gc.collect()
+    peak = before = private_bytes()
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(0.005):
+            peak = max(peak, private_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    info = merge_adapter(base, saved, tmp_path / "out", "fp16")
+    ended.set()
+    watcher.join()
+    assert info.bytes > 100 * 10**6
+    assert peak - before < info.bytes
