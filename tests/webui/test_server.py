@@ -182,9 +182,5 @@ def test_a_taken_port_is_reported_without_traceback(tmp_path: Path) -> None:
             [sys.executable, "-m", "jetson_ft.cli", "webui", "--port", port],
             cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False,
         )  # fmt: skip
-    assert (
-        done.returncode == 2
-        and "can't be listened on" in done.stderr
-        and port in done.stderr
-    )
+    assert done.returncode == 2 and "can't be listened on" in done.stderr and port in done.stderr
     assert "Traceback" not in done.stderr
