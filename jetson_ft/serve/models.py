@@ -86,6 +86,7 @@ def prepare(names: Sequence[str], root: Path, settings: EngineSettings, report: 
         UserError: an unknown name, runs that can't be served together, too little memory beside a
             training run, or a file that can't be made.
     """
+    exports.check_options("gguf", [settings.file_type], "bf16")
     path = expand_user(names[0])
     if len(names) == 1 and path.suffix == ".gguf" and path.is_file():
         find_program()

@@ -83,7 +83,11 @@ def serve(
         app = api.app(key, host_names, origins)
         # Ctrl-C waits no longer than this for replies; uvicorn's errors about them are dropped.
         config: Any = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=2,
+            proxy_headers=False,  # else a client of this machine could choose its address
         )
         server = uvicorn.Server(config)
         logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from jetson_ft.serve.models import EngineSettings
 QUESTIONS = ("What is the capital of France?", "Name three colours.")
 
 
-def make_adapter_run(root: Path, label: str, seed: int) -> Run:
+def make_adapter_run(root: Path, label: str, seed: int, report: Path) -> Run:
     """Make a finished run of the embedded model with a random adapter."""
     import torch
 
@@ -45,13 +46,19 @@ def make_adapter_run(root: Path, label: str, seed: int) -> Run:
                 parameter.normal_(0, 0.01)
     run.adapter.mkdir()
     adapter.save_adapter(model, loading.load_tokenizer(base), base, run.adapter)
+    shutil.copy(report, run.path / "report.json")  # for the export's card
     run.write_state("finished")
     return run
 
 
 @pytest.mark.slow(minutes=1.5)
-def test_two_adapters_on_the_embedded_model_answer_as_in_the_chat(tmp_path: Path) -> None:
-    runs = [make_adapter_run(tmp_path, label, seed) for seed, label in enumerate(("one", "two"))]
+def test_two_adapters_on_the_embedded_model_answer_as_in_the_chat(
+    finished: Run, tmp_path: Path
+) -> None:
+    report = finished.path / "report.json"
+    runs = [
+        make_adapter_run(tmp_path, label, seed, report) for seed, label in enumerate(("one", "two"))
+    ]
     lines: list[str] = []
     settings = EngineSettings(context=512)
     serving = models.prepare([run.name for run in runs], tmp_path, settings, lines.append)

@@ -114,6 +114,7 @@ def test_a_port_in_use_is_reported_before_anything_else(tmp_path: Path) -> None:
         ([], "latest"),
         (["base", "some-run"], "beside runs"),
         (["broken.gguf"], "no GGUF file"),
+        (["base", "--quantize", "q9"], "'q9'"),
     ],
 )
 def test_what_cant_be_served_is_refused(
