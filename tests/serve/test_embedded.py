@@ -33,7 +33,8 @@ def make_adapter_run(root: Path, label: str, seed: int, report: Path) -> Run:
     if not rows.exists():
         write_rows(rows)
     recipe = Recipe.model_validate(
-        {"model": "embedded", "precision": "fp32", "output_dir": str(root), "lora": {"rank": 4, "rslora": True},
+        {"model": "embedded", "precision": "fp32", "output_dir": str(root),
+         "lora": {"rank": 4, "rslora": True},
          "data": {"train": str(rows), "heldout": 2}}
     )  # fmt: skip
     base = files.resolve_model("embedded")
