@@ -25,6 +25,7 @@ from jetson_ft.cli import (
     push,
     recipe,
     runs,
+    serve,
     train,
 )
 from jetson_ft.cli.output import RUNS, RunsOption, as_user_error
@@ -66,14 +67,14 @@ def webui(
     runs: RunsOption = RUNS,
 ) -> None:
     """Train and watch in a browser."""
-    from jetson_ft.webui.server import serve
+    from jetson_ft.webui import server
 
-    serve(runs, host, port, tuple(host_name or ()), reached_as, tuple(allow_path or ()))
+    server.serve(runs, host, port, tuple(host_name or ()), reached_as, tuple(allow_path or ()))
 
 
 for command in (
     train.train, recipe.plan, models.models, doctor.doctor, bench.bench, webui, chat.chat,
-    export.export, push.push,
+    export.export, push.push, serve.serve,
 ):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate.evaluate)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
-import re
 import secrets
 import shutil
-import socket
 import tempfile
-from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import printable
+from jetson_ft.http_access import host_of_address, is_loopback, listen
 from jetson_ft.runs import processes
 from jetson_ft.runs.interrupted import take_up_runs
 from jetson_ft.webui.allowed_paths import AllowedPaths
@@ -44,13 +40,13 @@ def serve(
         UserError: the page can't be served there, or `reached_as` is not an address.
     """
     if reached_as:
-        host_names = (*host_names, _host_name(reached_as))
+        host_names = (*host_names, host_of_address(reached_as))
     incoming = Incoming(runs)
     is_local = is_loopback(host)
     folders = None if is_local and not allowed else (runs, *allowed)
     token = "" if is_local else secrets.token_hex(16)
     policy = AccessPolicy(token, host_names, allowed=AllowedPaths(folders), incoming=incoming)
-    listener = _listen(host, port)
+    listener = listen(host, port)
     upload_error = _prepare_uploads(incoming)
     import uvicorn
 
@@ -98,61 +94,7 @@ def _prepare_uploads(incoming: Incoming) -> UserError | None:
     return None
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _host_name(address: str) -> str:
-    """Return the host of HOST or HOST:PORT; refuse other texts with a `UserError`."""
-    match = re.fullmatch(r"([\w.-]+|\[[\da-f:.]+])(?::(\d{1,5}))?", address, re.ASCII | re.I)
-    host, port = match.groups() if match else ("", None)
-    with suppress(ValueError):
-        if host.startswith("["):
-            ipaddress.IPv6Address(host[1:-1])
-        if host and 0 < int(port or 80) < 1 << 16:
-            return str(host)
-    raise UserError(
-        _("{address!r} is not the address of a page."),
-        "--reached-as (JETSON_FT_REACHED_AS)",
-        _("Give HOST or HOST:PORT; an IPv6 address needs brackets, as in [fd00::1]:7860."),
-        address=address,
-    )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket, before the page is built: a taken port is reported at once."""
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, kind, protocol, _name, address = addresses[0]
-        # With the protocol, asyncio sets TCP_NODELAY: without it a response takes 40 ms longer.
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        raise UserError(
-            _("The page can't be served on this address: {error}."),
-            f"{host}:{port}",
-            _("Choose another port (--port 7861), or end the program that uses this one."),
-            error=error.strerror or str(error),
-        ) from error
-    return listener
-
-
 def link(host: str, port: int, token: str, reached_as: str = "") -> str:
     """Return the link to open; for all addresses (0.0.0.0), one that the network reaches."""
-    if not reached_as:
-        reached_as = host
-        if host in ("0.0.0.0", "::"):  # noqa: S104
-            try:
-                reached_as = processes.own_address("192.0.2.1")  # RFC 5737; nothing is sent
-            except UserError:  # no network
-                reached_as = "127.0.0.1"
-        reached_as = f"[{reached_as}]" if ":" in reached_as else reached_as
-    if urlsplit(f"//{reached_as}").port is None:
-        reached_as = f"{reached_as}:{port}"
-    return f"http://{reached_as}/" + (f"?token={token}" if token else "")
+    address = processes.reachable_address(host, port, reached_as)
+    return f"http://{address}/" + (f"?token={token}" if token else "")
