@@ -12,12 +12,9 @@ site.
 from __future__ import annotations
 
 import asyncio
-import hmac
-import ipaddress
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -30,8 +27,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jetson_ft import i18n
 from jetson_ft.errors import UserError, _
+from jetson_ft.http_access import (
+    RateLimit,
+    client_address,
+    is_cross_origin,
+    is_equal,
+    is_known_host,
+)
 from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
-from jetson_ft.webui.limits import RateLimit, client_address
 from jetson_ft.webui.render import Locale, render, request_language
 from jetson_ft.webui.uploads import Incoming
 
@@ -129,13 +132,13 @@ class AccessMiddleware:
         cookie = cookie_parser(headers.get("cookie", "")).get(cookie_name, "")
         query = parse_qsl(scope.get("query_string", b"").decode("latin-1"))
         in_query = dict(query).get("token", "")
-        is_known = _is_equal(cookie, self._cookie)
+        is_known = is_equal(cookie, self._cookie)
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
         guesses = [text for text in (in_query, bearer) if text]
         if guesses and not is_known:
             if seconds := self._guesses.seconds_left(address, len(guesses)):
                 return _too_many(t, seconds)
-            wrong = [text for text in guesses if not _is_equal(text, self.policy.token)]
+            wrong = [text for text in guesses if not is_equal(text, self.policy.token)]
             self._guesses.take(address, len(wrong))
             is_known = len(wrong) < len(guesses)
         if is_known and "token" not in dict(query):
@@ -214,11 +217,6 @@ def _too_many(t: Locale, seconds: float) -> Response:
     whole = int(seconds) + 1
     headers = {"Retry-After": str(whole), **_PRIVATE}
     return PlainTextResponse(t(refusal, seconds=whole), 429, headers)
-
-
-def _is_equal(text: str, secret: str) -> bool:
-    """Compare in constant time."""
-    return hmac.compare_digest(text.encode(errors="replace"), secret.encode())
 
 
 async def _next(receive: Receive) -> Message:
@@ -302,25 +300,3 @@ def stays_on_host(location: str, host: str) -> bool:
     except ValueError:
         return False
     return address.scheme in ("http", "https") and address.netloc.lower() == host.lower()
-
-
-def is_known_host(host: str, names: Iterable[str]) -> bool:
-    """Return whether `Host` is an address, localhost or one of the names, on any port."""
-    name = re.sub(r":\d*$", "", host.strip().lower())
-    if not name:
-        return False
-    if name == "localhost" or name in {known.lower() for known in names}:
-        return True
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True
-
-
-def is_cross_origin(headers: Headers) -> bool:
-    """Return whether a browser marks the request as another site's."""
-    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-        return True
-    scheme, separator, host = headers.get("origin", "").partition("://")
-    return bool(scheme) and (not separator or host.lower() != headers["host"].lower())

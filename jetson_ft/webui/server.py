@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import printable
+from jetson_ft.http_access import is_loopback, listen
 from jetson_ft.runs import processes
 from jetson_ft.runs.interrupted import take_up_runs
 from jetson_ft.webui.allowed_paths import AllowedPaths
@@ -50,7 +50,7 @@ def serve(
     folders = None if is_local and not allowed else (runs, *allowed)
     token = "" if is_local else secrets.token_hex(16)
     policy = AccessPolicy(token, host_names, allowed=AllowedPaths(folders), incoming=incoming)
-    listener = _listen(host, port)
+    listener = listen(host, port)
     upload_error = _prepare_uploads(incoming)
     import uvicorn
 
@@ -98,14 +98,6 @@ def _prepare_uploads(incoming: Incoming) -> UserError | None:
     return None
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _host_name(address: str) -> str:
     """Return the host of HOST or HOST:PORT; refuse other texts with a `UserError`."""
     match = re.fullmatch(r"([\w.-]+|\[[\da-f:.]+])(?::(\d{1,5}))?", address, re.ASCII | re.I)
@@ -121,26 +113,6 @@ def _host_name(address: str) -> str:
         _("Give HOST or HOST:PORT; an IPv6 address needs brackets, as in [fd00::1]:7860."),
         address=address,
     )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket, before the page is built: a taken port is reported at once."""
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, kind, protocol, _name, address = addresses[0]
-        # With the protocol, asyncio sets TCP_NODELAY: without it a response takes 40 ms longer.
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        raise UserError(
-            _("The page can't be served on this address: {error}."),
-            f"{host}:{port}",
-            _("Choose another port (--port 7861), or end the program that uses this one."),
-            error=error.strerror or str(error),
-        ) from error
-    return listener
 
 
 def link(host: str, port: int, token: str, reached_as: str = "") -> str:

@@ -27,9 +27,10 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from jetson_ft import http_access
+from jetson_ft.http_access import RateLimit, client_address, is_cross_origin
 from jetson_ft.webui import security
-from jetson_ft.webui.limits import RateLimit, client_address
-from jetson_ft.webui.security import AccessMiddleware, AccessPolicy, is_cross_origin, stays_on_host
+from jetson_ft.webui.security import AccessMiddleware, AccessPolicy, stays_on_host
 
 MIB = 2**20
 
@@ -309,7 +310,7 @@ def test_secrets_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) 
         compared.append(second)
         return first == second
 
-    monkeypatch.setattr(security.hmac, "compare_digest", compare)
+    monkeypatch.setattr(http_access.hmac, "compare_digest", compare)
     middleware = AccessMiddleware(Starlette(), AccessPolicy("secret"))
     client = TestClient(middleware, base_url="http://127.0.0.1")
     assert client.get("/?token=wrong").status_code == 401

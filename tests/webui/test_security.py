@@ -13,7 +13,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from jetson_ft.webui.security import AccessMiddleware, AccessPolicy, is_cross_origin, is_known_host
+from jetson_ft.http_access import is_cross_origin, is_known_host
+from jetson_ft.webui.security import AccessMiddleware, AccessPolicy
 
 HOME = "http://127.0.0.1:7860"
 

@@ -18,11 +18,12 @@ import uvicorn
 from served import Served
 
 from jetson_ft.errors import UserError
+from jetson_ft.http_access import is_known_host, is_loopback
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
 from jetson_ft.webui import page
-from jetson_ft.webui.security import AccessPolicy, is_known_host
-from jetson_ft.webui.server import is_loopback, link, serve
+from jetson_ft.webui.security import AccessPolicy
+from jetson_ft.webui.server import link, serve
 
 
 @pytest.mark.parametrize(
