@@ -129,7 +129,7 @@ class Fragments:
         with suppress(OSError):  # a folder of someone else
             has_report = (run.path / "report.html").is_file()
         with suppress(UserError):
-            log = monitor.log_tail(run, _LOG_BYTES)
+            log = monitor.log_tail(run.path, _LOG_BYTES)
         with suppress(UserError):
             notes = run.about().get("notes", "")
         return render(
