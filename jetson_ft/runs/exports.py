@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from jetson_ft.files import (
     disk_errors,
     remove_abandoned,
     require_space,
+    safe_name,
     sha256_file,
     staging_folder,
     sync_folder,
@@ -189,6 +191,19 @@ def list_exports(run: Run) -> list[dict[str, Any]]:
             with suppress(DamagedRun):
                 exports.append(find_export(run, folder.name))
     return [export for export in exports if export]
+
+
+def delete_export(run: Run, name: str) -> None:
+    """Remove an export, complete or damaged.
+
+    Raises:
+        UserError: there is none of that name, or an export of the run is being made.
+    """
+    folder = run.path / _FOLDER / safe_name(name)
+    with _export_lock(run), disk_errors(folder):
+        trash = folder.with_name(f".{name}.deleted.tmp")  # `remove_abandoned` removes what is left
+        folder.rename(trash)  # in one step, for all readers
+        shutil.rmtree(trash)
 
 
 # --- what an export needs ------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def export_file(run: Run, export: str, file: str) -> Path:
 
 
 def describe_progress(progress: Progress) -> dict[str, Any]:
-    """Return the part of the work, the bar's share in percent, and the time left (None: unknown)."""
+    """Return the `part` of the work, its `share` in percent, the time `left` (None: unknown)."""
     share = min(100.0, 100.0 * progress.done / progress.total) if progress.total else 0.0
     left = progress.seconds_left(time.time())
     return {
@@ -137,7 +137,9 @@ def describe_check(export: dict[str, Any]) -> tuple[Message, bool]:
             counts = {"same": int(check["same_text"]), "prompts": int(check["prompts"])}
             parts.append(Message(_("same text {same}/{prompts}"), counts))
         if "bits_per_character" in check:
-            bits = {name: float(check["bits_per_character"][name]) for name in ("adapter", "export")}
+            bits = {
+                name: float(check["bits_per_character"][name]) for name in ("adapter", "export")
+            }
             parts.append(Message(_("{adapter:.3f} → {export:.3f} bits per character"), bits))
         if not parts:
             value = {"value": float(export["merge"]["largest_logit_difference"])}

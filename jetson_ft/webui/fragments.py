@@ -87,10 +87,13 @@ class Fragments:
         return self._cached(
             ("detail", language, *(run.name for run in runs)),
             # The stamp changes with what the rendering reads by itself: notes, log, report.
-            lambda: [
-                (self._monitor.summary(run), self._progress(run), monitor.change_stamp(run))
-                for run in runs
-            ] + [AfterTraining.read(runs[0])],
+            lambda: (
+                [
+                    (self._monitor.summary(run), self._progress(run), monitor.change_stamp(run))
+                    for run in runs
+                ]
+                + [AfterTraining.read(runs[0])]
+            ),
             lambda source: self._detail(Locale(language), runs[0], source[:-1], source[-1]),
         )
 
