@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fake_hub import fake_hub
 from hypothesis import settings
+from light_jobs import light_jobs
 from loaded_phi import phi
 from small_disk import small_disk
 from tiny_models import CHAT_TEMPLATE, phi_config, save_model, write_rows
@@ -23,6 +24,7 @@ __all__ = [
     "bench",
     "fake_hub",
     "finished",
+    "light_jobs",
     "light_runs",
     "make_bench",
     "phi",

@@ -28,7 +28,7 @@ from jetson_ft.runs.store import Run
 # Name of a job -> what a run is while its job is live.
 NAMES = {"export": _("{run} is being exported."), "serve": _("{run} is being served.")}
 LIVE_STATES = ("running", "stopping")
-_LOCK_SECONDS = 2.0  # a keeper that has recorded the end takes a moment to exit
+_LOCK_SECONDS = 1.0  # a keeper that has recorded the end takes a moment to exit
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def start(run: Run, name: str, arguments: Sequence[str]) -> None:
     with job_lock:
         slot = lock(cache_dir("jobs") / name, timeout=_LOCK_SECONDS)
         if slot is None:
-            others = store.list_runs(run.path.parent)
+            others = (other for other in store.list_runs(run.path.parent) if other.name != run.name)
             raise _is_busy(next((other for other in others if is_live(other, name)), None), name)
         with slot, disk_errors(folder):
             for file in ("stop", "progress.json", "log.txt"):

@@ -46,7 +46,7 @@ class JobView:
 class AfterTraining:
     """What is drawn below a run that has an adapter."""
 
-    exports: list[dict[str, Any]]  # of `exports.list_exports`
+    exports: list[dict[str, Any]]  # of `exports.list_exports`, the largest file first
     jobs: dict[str, JobView]  # by the job's name; without those that never ran
     faults: list[UserError]  # of damaged files
 
@@ -64,7 +64,17 @@ class AfterTraining:
                     views[name] = JobView(job, jobs.read_progress(run, name), log)
             except UserError as error:
                 faults.append(error)
-        return cls(exports.list_exports(run), views, faults)
+        return cls([_with_files(export) for export in exports.list_exports(run)], views, faults)
+
+
+def _with_files(export: dict[str, Any]) -> dict[str, Any]:
+    """Return the export with its files that have a name and a size, the largest one first."""
+    files = [
+        file
+        for file in export["files"]
+        if isinstance(file.get("name"), str) and isinstance(file.get("bytes"), int)
+    ]
+    return {**export, "files": sorted(files, key=lambda file: -file["bytes"])}
 
 
 def export_arguments(run: Run, choice: str) -> list[str]:
@@ -141,10 +151,14 @@ def describe_check(export: dict[str, Any]) -> tuple[Message, bool]:
                 name: float(check["bits_per_character"][name]) for name in ("adapter", "export")
             }
             parts.append(Message(_("{adapter:.3f} → {export:.3f} bits per character"), bits))
-        if not parts:
-            value = {"value": float(export["merge"]["largest_logit_difference"])}
-            parts.append(Message(_("largest difference of logits {value:.2g}"), value))
-        return joined(parts, ", "), True
+        if "logits" in check:
+            measured = check["logits"]
+            counts = {"same": int(measured["same_token"]), "count": int(measured["positions"])}
+            parts.append(Message(_("same next token {same}/{count}"), counts))
+            largest = {"value": float(measured["largest"])}
+            parts.append(Message(_("largest difference of logits {value:.2g}"), largest))
+        if parts:
+            return joined(parts, ", "), True
     return Message(_("not checked")), False
 
 
@@ -174,11 +188,10 @@ def describe_server(served: dict[str, Any], text: str) -> dict[str, str] | None:
     return {"url": url, "key": key, "curl": curl}
 
 
-def size_text(size: Any) -> Message:
-    """Return a file's size in decimal units, as shops and disks have them."""
-    number = float(size) if isinstance(size, int) else 0.0
-    if number >= 10**9:
-        return Message(_("{size:,.2f} GB"), {"size": number / 10**9})
-    if number >= 10**6:
-        return Message(_("{size:,.1f} MB"), {"size": number / 10**6})
-    return Message(_("{size:,.1f} KB"), {"size": number / 10**3})
+def size_text(size: int) -> Message:
+    """Return a file's size in bytes as text, in decimal units."""
+    if size >= 10**9:
+        return Message(_("{size:,.2f} GB"), {"size": size / 10**9})
+    if size >= 10**6:
+        return Message(_("{size:,.1f} MB"), {"size": size / 10**6})
+    return Message(_("{size:,.1f} KB"), {"size": size / 10**3})
