@@ -21,7 +21,7 @@ from jetson_ft.runs.store import Run
 LIGHT_COMMAND = """
 import os, sys
 
-if "jetson_ft.cli" in sys.orig_argv and "LIGHT_JOB" in os.environ:
+if "jetson_ft.cli" in sys.orig_argv and {"LIGHT_JOB", "JETSON_FT_PROGRESS"} <= set(os.environ):
     import json, signal, time, types
     from pathlib import Path
 
