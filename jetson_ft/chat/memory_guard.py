@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from jetson_ft.errors import UserError, _
@@ -18,14 +19,20 @@ _UNPLANNED_SHARE = 0.5  # of all memory, for a run that has no plan yet
 
 def require_memory(model: str, weights: WeightFormat, device: Device) -> None:
     """Raise `UserError` if a chat's model doesn't fit beside the run that trains, by its plan."""
-    folder = queue.running_run()
-    if folder is None:
+    if queue.running_run() is None:
         return
     from jetson_ft.models import catalog, files
     from jetson_ft.training import cost_model
 
     dims = catalog.model_dims(files.resolve_model(model, weights=False))
-    needed = cost_model.chat_memory(dims, weights, device)
+    require_free(cost_model.chat_memory(dims, weights, device), device)
+
+
+def require_free(needed: float, device: Device) -> None:
+    """Raise `UserError` if a model of `needed` bytes doesn't fit beside the run that trains."""
+    folder = queue.running_run()
+    if folder is None:
+        return
     free = device.memory_available - remaining_memory(Run(folder), device)
     if needed > free:
         raise UserError(
@@ -37,14 +44,18 @@ def require_memory(model: str, weights: WeightFormat, device: Device) -> None:
         )  # fmt: skip
 
 
-def is_memory_short() -> bool:
-    """Return whether a run is training that needs more memory than is free now."""
+def is_memory_short(read_device: Callable[[], Device] | None = None) -> bool:
+    """Return whether a run is training that needs more memory than is free now.
+
+    Args:
+        read_device: returns this machine; None: `detect.detect_device`, which imports torch.
+    """
     folder = queue.running_run()
     if folder is None:  # the usual case: examine no device
         return False
     from jetson_ft.hardware import detect
 
-    device = detect.detect_device()
+    device = (read_device or detect.detect_device)()
     return device.memory_available < remaining_memory(Run(folder), device)
 
 

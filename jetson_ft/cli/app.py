@@ -14,7 +14,19 @@ import typer
 from typer import Option
 
 from jetson_ft import __version__, logs
-from jetson_ft.cli import bench, chat, data, doctor, evaluate, export, models, recipe, runs, train
+from jetson_ft.cli import (
+    bench,
+    chat,
+    data,
+    doctor,
+    evaluate,
+    export,
+    models,
+    recipe,
+    runs,
+    serve,
+    train,
+)
 from jetson_ft.cli.output import RUNS, RunsOption, as_user_error
 from jetson_ft.files import printable
 
@@ -54,14 +66,14 @@ def webui(
     runs: RunsOption = RUNS,
 ) -> None:
     """Train and watch in a browser."""
-    from jetson_ft.webui.server import serve
+    from jetson_ft.webui import server
 
-    serve(runs, host, port, tuple(host_name or ()), reached_as, tuple(allow_path or ()))
+    server.serve(runs, host, port, tuple(host_name or ()), reached_as, tuple(allow_path or ()))
 
 
 for command in (
     train.train, recipe.plan, models.models, doctor.doctor, bench.bench, webui, chat.chat,
-    export.export,
+    export.export, serve.serve,
 ):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate.evaluate)

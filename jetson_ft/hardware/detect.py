@@ -110,42 +110,49 @@ def package_version(name: str) -> str:
         return ""
 
 
-def detect_device() -> Device:
-    """Return this machine, with its first GPU if torch can use it. Imports torch.
+def detect_cpu() -> Device:
+    """Return this machine without its GPU; torch isn't imported.
 
-    The limit of a control group (`docker run -m`) limits all memory except that of a discrete GPU.
+    The limit of a control group (`docker run -m`) limits its memory.
     """
-    import torch
-
     memory, cpuinfo = psutil.virtual_memory(), read_text(Path("/proc/cpuinfo"))
     limit = cgroup.memory_limit()
-    available = min(memory.available, limit.available)
-    device = Device(
+    return Device(
         kind="cpu",
         name=cpu_name(cpuinfo),
         board=board_name(),
         cores=usable_cores(),
         memory_total=min(memory.total, limit.limit),
-        memory_available=available,
+        memory_available=min(memory.available, limit.available),
         integrated=False,
         fast_bf16=cpu_has_bf16(cpuinfo),
         memory_limited=limit.limit < memory.total,
     )
+
+
+def detect_device() -> Device:
+    """Return this machine, with its first GPU if torch can use it. Imports torch.
+
+    The limit of a control group limits all memory except that of a discrete GPU.
+    """
+    import torch
+
+    device = detect_cpu()
     if not torch.cuda.is_available():
         return device
-    gpu = torch.cuda.get_device_properties(0)
+    gpu, limit = torch.cuda.get_device_properties(0), cgroup.memory_limit().limit
     integrated = bool(getattr(gpu, "is_integrated", False))
     # Where the memory is shared, the driver counts the page cache as used.
-    free = available if integrated else torch.cuda.mem_get_info(0)[0]
+    free = device.memory_available if integrated else torch.cuda.mem_get_info(0)[0]
     return replace(
         device,
         kind="cuda",
         name=gpu.name,
-        memory_total=min(gpu.total_memory, limit.limit) if integrated else gpu.total_memory,
+        memory_total=min(gpu.total_memory, limit) if integrated else gpu.total_memory,
         memory_available=free,
         integrated=integrated,
         fast_bf16=gpu.major >= 8,
-        memory_limited=integrated and limit.limit < gpu.total_memory,
+        memory_limited=integrated and limit < gpu.total_memory,
     )
 
 

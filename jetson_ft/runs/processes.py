@@ -122,6 +122,16 @@ def own_address(host: str) -> str:
         ) from error
 
 
+def reachable_host(host: str) -> str:
+    """Return the host of a URL for what listens on `host`; for 0.0.0.0, one of the network's."""
+    if host in ("0.0.0.0", "::"):  # noqa: S104
+        try:
+            host = own_address("192.0.2.1")  # RFC 5737; nothing is sent
+        except UserError:  # no network
+            host = "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
 def stop_on_sigterm(run: Run) -> None:
     """Take a SIGTERM for the end of the machine or of a service: ask the run to stop.
 

@@ -118,13 +118,7 @@ def _host_name(address: str) -> str:
 def link(host: str, port: int, token: str, reached_as: str = "") -> str:
     """Return the link to open; for all addresses (0.0.0.0), one that the network reaches."""
     if not reached_as:
-        reached_as = host
-        if host in ("0.0.0.0", "::"):  # noqa: S104
-            try:
-                reached_as = processes.own_address("192.0.2.1")  # RFC 5737; nothing is sent
-            except UserError:  # no network
-                reached_as = "127.0.0.1"
-        reached_as = f"[{reached_as}]" if ":" in reached_as else reached_as
+        reached_as = processes.reachable_host(host)
     if urlsplit(f"//{reached_as}").port is None:
         reached_as = f"{reached_as}:{port}"
     return f"http://{reached_as}/" + (f"?token={token}" if token else "")

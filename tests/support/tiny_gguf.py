@@ -13,12 +13,12 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CONTROL, _NORMAL = 3, 1  # GGUF's token types
 
 
-def write_gguf(path: Path, seed: int = 0) -> Path:
+def write_gguf(path: Path, seed: int = 0, context: int = 64) -> Path:
     """Writes the file; the same seed makes the same bytes."""
     # transformers wants one merge at least, and its result among the tokens.
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "zz"]
     writer = GGUFWriter(path, "llama")
-    writer.add_context_length(64)
+    writer.add_context_length(context)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
     writer.add_feed_forward_length(FEED_FORWARD)
@@ -34,11 +34,31 @@ def write_gguf(path: Path, seed: int = 0) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     _add_weights(writer, len(tokens), np.random.default_rng(seed))
+    _finish(writer)
+    return path
+
+
+def write_lora(path: Path, seed: int) -> Path:
+    """Write a LoRA adapter of rank 2 for that Llama as GGUF."""
+    writer, random = GGUFWriter(path, "llama"), np.random.default_rng(seed)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for layer in range(LAYERS):
+        for name in ("attn_q", "attn_v", "attn_output"):
+            tensor = f"blk.{layer}.{name}.weight"
+            for part, shape in (("lora_a", (2, HIDDEN)), ("lora_b", (HIDDEN, 2))):
+                values = random.normal(0, 0.5, shape).astype(np.float32)
+                writer.add_tensor(f"{tensor}.{part}", values)
+    _finish(writer)
+    return path
+
+
+def _finish(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _add_weights(writer: GGUFWriter, vocabulary: int, random: np.random.Generator) -> None:

@@ -1,0 +1,106 @@
+"""Serve models to OpenAI's clients, with a key unless only this machine can reach them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jetson_ft.chat import memory_guard
+from jetson_ft.errors import Message, UserError, _
+from jetson_ft.files import printable, quoted
+from jetson_ft.hardware import detect
+from jetson_ft.http_access import is_loopback, listen
+from jetson_ft.runs import processes, queue
+from jetson_ft.serve import models
+from jetson_ft.serve.engine import Engine
+from jetson_ft.serve.models import EngineSettings
+from jetson_ft.serve.transformers_process import TransformersServer
+
+_MAX_REQUESTS = 64  # replies that are written or wait
+
+
+def serve(
+    names: Sequence[str],
+    runs: Path,
+    host: str,
+    port: int,
+    settings: EngineSettings,
+    host_names: tuple[str, ...] = (),
+    origins: tuple[str, ...] = (),
+) -> None:
+    """Serve until the process is interrupted; print the address, the key and a command to try.
+
+    Args:
+        names: as in `models.prepare`.
+        runs: the folder of the runs.
+        host: the address to listen on; beyond loopback a key is required.
+        host_names: names accepted as `Host` besides IP addresses and localhost.
+        origins: other sites whose pages may send requests.
+
+    Raises:
+        UserError: the port is taken, or as `models.prepare`; the engine can't be started, or has
+            ended too often.
+    """
+    key = "" if is_loopback(host) else secrets.token_hex(16)
+    listener = listen(host, port)
+    # Until uvicorn handles it, a SIGTERM ends the process as Ctrl-C does: child processes with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+    def report(line: str) -> None:
+        print(printable(line), flush=True)
+
+    serving = models.prepare(names, runs, settings, report)
+    import uvicorn
+
+    from jetson_ft.serve.app import Api
+
+    def give_up() -> None:
+        server.should_exit = True
+
+    engine = Engine(
+        serving.process,
+        lambda: memory_guard.is_memory_short(detect.detect_cpu),
+        lambda: queue.running_run() is None,
+        give_up,
+    )
+    report(f"loading {', '.join(model.name for model in serving.models)}")
+    with engine:
+        context = serving.context
+        if isinstance(serving.process, TransformersServer):
+            context = min(context, serving.process.context)
+        api = Api(engine, serving.models, context, _MAX_REQUESTS)
+        app = api.app(key, host_names, origins)
+        # Ctrl-C waits no longer than this for replies; uvicorn's errors about them are dropped.
+        config: Any = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
+        )
+        server = uvicorn.Server(config)
+        logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
+        address = f"http://{processes.reachable_host(host)}:{listener.getsockname()[1]}/v1"
+        for line in _greeting(address, key, serving):
+            report(line)
+        server.run([listener])
+    if engine.has_given_up:
+        raise UserError(
+            _("The engine has ended too often; the server has stopped."),
+            fix=engine.failure.fix if engine.failure else Message(_("Start it again.")),
+        )
+
+
+def _greeting(address: str, key: str, serving: models.Serving) -> list[str]:
+    """Return the lines that a person needs to use the server."""
+    lines = [f"models: {', '.join(model.name for model in serving.models)}", *serving.notes]
+    header = f" -H 'Authorization: Bearer {key}'" if key else ""
+    body = {"model": serving.models[0].name, "messages": [{"role": "user", "content": "Hello"}]}
+    lines.append(f"try: curl {address}/chat/completions{header} -d {quoted(json.dumps(body))}")
+    if key:
+        lines.append(f"key: {key}")
+    else:
+        lines.append("From another machine: --host 0.0.0.0 (it then needs a key).")
+    return [*lines, f"serving: {address}"]
