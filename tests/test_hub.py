@@ -9,16 +9,20 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_hub import BIG, CUT, FETCH, FILES, FakeHub, run_client, start, wait_for_part
+from fake_hub import (
+    BIG,
+    CUT,
+    FETCH,
+    FILES,
+    FakeHub,
+    closed_port,
+    run_client,
+    start,
+    wait_for_part,
+)
 
 from jetson_ft import hub
 from jetson_ft.errors import UserError
-
-
-def closed_port() -> str:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{unused.getsockname()[1]}"
 
 
 def test_files_are_listed_and_matching_ones_downloaded(fake_hub: FakeHub, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from jetson_ft.cli import (
     evaluate,
     export,
     models,
+    push,
     recipe,
     runs,
     serve,
@@ -73,7 +74,7 @@ def webui(
 
 for command in (
     train.train, recipe.plan, models.models, doctor.doctor, bench.bench, webui, chat.chat,
-    export.export, serve.serve,
+    export.export, serve.serve, push.push,
 ):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate.evaluate)

@@ -98,7 +98,7 @@ def print_export(entry: dict[str, Any]) -> None:
     for file in entry["files"]:
         show(f"  {file['name']:32} {file['bytes'] / 10**6:10,.1f} MB")
     merged = entry["merge"]
-    if merged and merged["largest_logit_difference"] is not None:
+    if merged and "largest_logit_difference" in merged:
         base = entry["base"]
         if base["quantize"] != "none":
             show(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,10 @@ def logit_difference(
         logits = _last_logits(model, ids)
         if stored is None:
             shape = positions, logits.shape[1]
-            stored = np.memmap(path, np.float32, "w+", shape=shape)
+            with open(path, "wb") as file:
+                # A mapped file that the disk has no room for would end the process (SIGBUS).
+                os.posix_fallocate(file.fileno(), 0, 4 * positions * logits.shape[1])
+            stored = np.memmap(path, np.float32, "r+", shape=shape)
         stored[place : place + len(logits)] = logits
         place += len(logits)
     del model

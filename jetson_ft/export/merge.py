@@ -91,17 +91,53 @@ def merge_adapter(
     tokenizer = adapter.load_tokenizer(base, adapter_dir)
     model = loading.load_model(base, stored_format(base), "cpu")
     loading.check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), base, adapter_dir)
-    names, number = list(model.state_dict()), WeightFormat(dtype)
-    total = number.bytes_per_number * sum(p.numel() for p in model.parameters())
+    names = list(model.state_dict())
+    total = sum(parameter.numel() for parameter in model.parameters())
     peft_model = adapter.load_adapter(model, base, adapter_dir)
     _require_all_tensors(peft_model, adapter_dir)
+    total *= WeightFormat(dtype).bytes_per_number
+    return _write_model(
+        model, names, tokenizer, (adapter_dir, base.folder), out, WeightFormat(dtype),
+        lambda done: on_progress(done, total),
+    )  # fmt: skip
+
+
+def write_base(
+    base: BaseModelFiles,
+    adapter_dir: Path,
+    out: Path,
+    dtype: str,
+    on_progress: MergeProgress = lambda done, total: None,
+) -> MergeInfo:
+    """Write the base model itself as `merge_adapter` does, with the adapter's tokenizer.
+
+    A program that adds the adapter while it computes needs it in that form.
+    """
+    tokenizer = adapter.load_tokenizer(base, adapter_dir)
+    model, weights = loading.load_model(base, stored_format(base), "cpu"), WeightFormat(dtype)
+    total = weights.bytes_per_number * sum(p.numel() for p in model.parameters())
+    return _write_model(
+        model, list(model.state_dict()), tokenizer, (adapter_dir, base.folder), out, weights,
+        lambda done: on_progress(done, total),
+    )  # fmt: skip
+
+
+def _write_model(
+    model: Any,
+    names: list[str],
+    tokenizer: Any,
+    sources: Iterable[Path],
+    out: Path,
+    weights: WeightFormat,
+    on_progress: Callable[[int], None],
+) -> MergeInfo:
     with disk_errors(out), safetensors_errors():
         out.mkdir(exist_ok=True)
-        parts = _merged_parts(model, names, number.dtype())
-        written, parameters = _write_shards(parts, out, lambda done: on_progress(done, total))
+        parts = _merged_parts(model, names, weights.dtype())
+        written, parameters = _write_shards(parts, out, on_progress)
         tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-        _write_small_files(model, tokenizer, (adapter_dir, base.folder), out, number)
-    return MergeInfo(dtype, written, parameters, tied)
+        _write_small_files(model, tokenizer, sources, out, weights)
+    return MergeInfo(weights.precision, written, parameters, tied)
 
 
 def _require_all_tensors(peft_model: Any, folder: Path) -> None:
@@ -178,8 +214,9 @@ def _merge_module(model: Any, path: str) -> None:
     module = parent.get_submodule(name)
     for child in module.modules():
         for key, parameter in child.named_parameters(recurse=False):
-            # A new one: a tied one belongs to another layer too.
-            setattr(child, key, torch.nn.Parameter(parameter.float(), requires_grad=False))
+            # A copy: tied weights belong to another layer too.
+            exact = parameter.to(torch.float32, copy=True)
+            setattr(child, key, torch.nn.Parameter(exact, requires_grad=False))
     if hasattr(module, "unload_and_optionally_merge_module"):
         merged = module.unload_and_optionally_merge_module(
             merge=True, safe_merge=False, adapter_names=None

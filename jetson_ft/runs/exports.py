@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 from pydantic import BaseModel
@@ -37,6 +37,7 @@ from jetson_ft.models.loading import WeightFormat
 from jetson_ft.runs import contents, contract
 from jetson_ft.runs.contents import SCHEMA, DamagedRun
 from jetson_ft.runs.locks import lock
+from jetson_ft.runs.report import card
 from jetson_ft.runs.store import Run
 from jetson_ft.training import cost_model
 
@@ -117,7 +118,7 @@ def make_export(
             expressed, a failed check, or another export of this run at work.
     """
     check_options(kind, quantize, dtype)
-    with _export_lock(run):
+    with export_lock(run):
         home = run.path / _FOLDER
         with disk_errors(home):
             home.mkdir(exist_ok=True)
@@ -139,8 +140,10 @@ def make_export(
             rows and rows.tokenizer, on_progress,
         )  # fmt: skip
         if kind == "merged":
-            return [_make_merged(job, home, dtype)]
-        from jetson_ft.runs import export_gguf  # it builds on this module
+            with new_export(job, home, kind) as (folder, facts):
+                facts["merge"], facts["check"] = merge_model(job, folder, dtype)
+            return [home / kind]
+        from jetson_ft.runs import export_gguf  # which builds on this module
 
         if kind == "lora":
             return [export_gguf.make_lora(job, home)]
@@ -200,7 +203,7 @@ def delete_export(run: Run, name: str) -> None:
         UserError: there is none of that name, or an export of the run is being made.
     """
     folder = run.path / _FOLDER / safe_name(name)
-    with _export_lock(run), disk_errors(folder):
+    with export_lock(run), disk_errors(folder):
         trash = folder.with_name(f".{name}.deleted.tmp")  # `remove_abandoned` removes what is left
         folder.rename(trash)  # in one step, for all readers
         shutil.rmtree(trash)
@@ -209,9 +212,8 @@ def delete_export(run: Run, name: str) -> None:
 # --- what an export needs ------------------------------------------------------------------------
 
 
-@contextmanager
-def _export_lock(run: Run) -> Iterator[None]:
-    """Hold the run's lock of exports; refuse a second export, and a run that trains."""
+def export_lock(run: Run) -> IO[bytes]:
+    """Return the run's lock of exports, to be closed; refuse while another export holds it."""
     held = lock(run.path / _LOCK, _LOCK_SECONDS)
     if held is None:
         raise UserError(
@@ -220,20 +222,19 @@ def _export_lock(run: Run) -> Iterator[None]:
             _("Wait for its end, or cancel it."),
             run=run.name,
         )
-    with held:
-        if run.is_locked("worker"):
-            raise UserError(
-                _("{run} is running: its adapter may change."),
-                str(run.path),
-                _("Wait for its end, or stop it."),
-                run=run.name,
-            )
-        yield
+    return held
 
 
 def _require_base(run: Run) -> tuple[BaseModelFiles, Path]:
-    """Return the run's base model and its adapter; refuse a base that has changed."""
+    """Return the run's base model and its adapter; refuse those that change or have changed."""
     adapter_dir, recipe = run.require_adapter(), run.recipe()
+    if run.is_locked("worker"):
+        raise UserError(
+            _("{run} is running: its adapter may change."),
+            str(run.path),
+            _("Wait for its end, or stop it."),
+            run=run.name,
+        )
     adapter.read_adapter_config(adapter_dir)
     base = files.resolve_model(recipe.model)
     adapter.check_base(base, adapter_dir)
@@ -297,12 +298,6 @@ def plan_export(run: Run, kind: str, quantize: Sequence[str], check: bool) -> Ex
 # --- merged --------------------------------------------------------------------------------------
 
 
-def _make_merged(job: Job, home: Path, dtype: str) -> Path:
-    with new_export(job, home, "merged") as (folder, facts):
-        facts["merge"], facts["check"] = merge_model(job, folder, dtype)
-    return home / "merged"
-
-
 def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write the merged model; return `merge` of `export.json`, and `check.json`.
 
@@ -315,7 +310,6 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
     )  # fmt: skip
     facts: dict[str, Any] = {
         "dtype": dtype, "weights": "unquantised base", "parameters": info.parameters,
-        "largest_logit_difference": None, "positions": 0, "rows": 0,
     }  # fmt: skip
     if job.heldout is None:
         return facts, NOT_CHECKED
@@ -331,8 +325,7 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
         "positions": difference.positions, "rows": difference.rows,
     }  # fmt: skip
     check = {
-        "schema": SCHEMA, "checked": True,
-        "reader": f"transformers {detect.package_version('transformers')}",
+        "schema": SCHEMA, "reader": f"transformers {detect.package_version('transformers')}",
         "logits": {**asdict(difference), "relative": difference.relative}, "bound": bound,
         "passed": difference.relative <= bound,
         "seconds": round(time.monotonic() - started, 1),
@@ -382,6 +375,7 @@ def new_export(
             "versions": {package: detect.package_version(package) for package in _PACKAGES},
         }  # fmt: skip
         write_json(folder / CHECK_FILE, facts["check"])
+        card.write_card(job.run, folder, export, facts["check"])
         paths = sorted(path for path in folder.iterdir() if path.is_file())
         job.on_progress("writing", 0, 0)
         export["files"] = [

@@ -46,7 +46,16 @@ from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.models.dims import dims_from_config
 from jetson_ft.recipe import Layout, Recipe
-from jetson_ft.runs import contract, disk, exit_status, initial_adapter, jobs, processes, store
+from jetson_ft.runs import (
+    contract,
+    disk,
+    exit_status,
+    exports,
+    initial_adapter,
+    jobs,
+    processes,
+    store,
+)
 from jetson_ft.runs.contents import SCHEMA, DamagedRun, open_file
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.locks import lock
@@ -366,12 +375,13 @@ def set_title_and_notes(run: Run, title: str | None = None, notes: str | None = 
 
 
 def delete(run: Run) -> None:
-    """Remove the folder of a run, damaged or not; refuse a running one, and one with a live job."""
+    """Remove the folder of a run, damaged or not; refuse one that runs or is exported or served."""
     if is_live(run):
         raise _is_running(run)
     jobs.require_none(run)
     trash = run.path.with_name(f".deleted-{run.name}")
-    with _take_supervisor_lock(run), disk_errors(run.path):  # nothing starts meanwhile
+    # Nothing starts meanwhile.
+    with _take_supervisor_lock(run), exports.export_lock(run), disk_errors(run.path):
         shutil.rmtree(trash, ignore_errors=True)
         run.path.rename(trash)  # in one step, for all readers
         shutil.rmtree(trash)
