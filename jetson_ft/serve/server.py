@@ -33,6 +33,7 @@ def serve(
     settings: EngineSettings,
     host_names: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
+    as_json: bool = False,
 ) -> None:
     """Serve until the process is interrupted; print the address, the key and a command to try.
 
@@ -42,6 +43,7 @@ def serve(
         host: the address to listen on; beyond loopback a key is required.
         host_names: names accepted as `Host` besides IP addresses and localhost.
         origins: other sites whose pages may send requests.
+        as_json: once it is ready, print one JSON object to stdout; all else goes to stderr.
 
     Raises:
         UserError: the port is taken, or as `models.prepare`; the engine can't be started, or has
@@ -53,7 +55,7 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def report(line: str) -> None:
-        print(printable(line), flush=True)
+        print(printable(line), file=sys.stderr if as_json else sys.stdout, flush=True)
 
     serving = models.prepare(names, runs, settings, report)
     import uvicorn
@@ -83,7 +85,11 @@ def serve(
         server = uvicorn.Server(config)
         logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
         address = f"http://{processes.reachable_host(host)}:{listener.getsockname()[1]}/v1"
-        for line in _greeting(address, key, serving):
+        if as_json:
+            ready = [model.name for model in serving.models]
+            print(json.dumps({"schema": 1, "url": address, "models": ready, "api_key": key}))
+            sys.stdout.flush()
+        for line in serving.notes if as_json else _greeting(address, key, serving):
             report(line)
         server.run([listener])
     if engine.has_given_up:
