@@ -126,12 +126,14 @@ def export_file(run: Run, export: str, file: str) -> Path:
 
 def describe_progress(progress: Progress) -> dict[str, Any]:
     """Return the `part` of the work, its `share` in percent, the time `left` (None: unknown)."""
-    share = min(100.0, 100.0 * progress.done / progress.total) if progress.total else 0.0
+    share = None
+    if progress.total and progress.total > 0:
+        share = min(100.0, max(0.0, 100.0 * progress.done / progress.total))
     left = progress.seconds_left(time.time())
     return {
         # A text of the catalogues, and not a template.
         "part": progress.what[:_MAX_TEXT].replace("{", "(").replace("}", ")"),
-        "share": max(0.0, share),
+        "share": share,
         "left": None if left is None else duration(left),
     }
 
@@ -158,7 +160,7 @@ def describe_check(export: dict[str, Any]) -> tuple[Message, bool]:
             largest = {"value": float(measured["largest"])}
             parts.append(Message(_("largest difference of logits {value:.2g}"), largest))
         if parts:
-            return joined(parts, ", "), True
+            return joined(parts, " · "), True
     return Message(_("not checked")), False
 
 

@@ -147,7 +147,7 @@ def test_an_export_is_listed_downloaded_and_deleted(
     folder = make_export(run, "gguf-q8_0", files)
     make_export(run, "lora", {"b.gguf": b"GGUF"}, {"schema": 1, "checked": False})
     html = detail(page, run)
-    assert "same text 19/20, 1.873 → 1.874 bits per character" in html
+    assert "same text 19/20 · 1.873 → 1.874 bits per character" in html
     assert '<span class="check worse">not checked</span>' in html
     assert f"ollama create {run.name}-q8_0 -f {folder}/Modelfile" in html
     assert html.count("ollama create") == 1
