@@ -52,9 +52,11 @@ def router(root: Path) -> APIRouter:
         return JSONResponse({"done": True})
 
     @routes.post("/runs/{name}/export")
-    def export(name: str, choice: Annotated[str, Body(embed=True)]) -> Response:
+    def export(
+        name: str, choice: Annotated[str, Body()], unchecked: Annotated[bool, Body()] = False
+    ) -> Response:
         run = store.run_by_name(name, root)
-        jobs.start(run, "export", after_training.export_arguments(run, choice))
+        jobs.start(run, "export", after_training.export_arguments(run, choice, unchecked))
         return JSONResponse({"done": True})
 
     @routes.post("/runs/{name}/serve")

@@ -92,8 +92,8 @@ def test_an_export_runs_is_cancelled_and_runs_again(
     assert "The export was cancelled." in html and 'id="start-export"' in html
     light_jobs.choose("brief")
     wait_for(lambda: not jobs.is_live(run, "export"))
-    page.post(f"/runs/{run.name}/export", json={"choice": "lora"})
-    light_jobs.wait(run, "finished")
+    page.post(f"/runs/{run.name}/export", json={"choice": "lora", "unchecked": "true"})
+    assert light_jobs.wait(run, "finished").arguments[3:] == ["lora", "--no-check", "--json"]
     assert "cancelled" not in detail(page, run)
 
 
