@@ -74,7 +74,7 @@ def webui(
 
 for command in (
     train.train, recipe.plan, models.models, doctor.doctor, bench.bench, webui, chat.chat,
-    export.export, serve.serve, push.push,
+    export.export, push.push, serve.serve,
 ):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate.evaluate)

@@ -35,6 +35,8 @@ MIXTURES = {
 }
 # Where a row's length is no multiple of a type's block; from `tensor_type_fallback` there.
 _FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+# Written by the writer itself, or with other values.
+_OWN_FIELDS = ("general.architecture", "general.file_type", "general.quantization_version")
 _CHUNK = 1 << 22  # weights that a thread quantises at a time
 
 
@@ -64,12 +66,11 @@ def quantize_file(
     with disk_errors(out):
         writer = gguf.GGUFWriter(out, _value(reader, "general.architecture"))
         for field in reader.fields.values():
-            if field.name.startswith("GGUF.") or field.name == "general.architecture":
-                continue  # the writer's own
+            if field.name.startswith("GGUF.") or field.name in _OWN_FIELDS:
+                continue
             kind = field.types[0]
             sub_type = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
-        # Replaces the values of `source`.
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{file_type.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         types = _tensor_types(reader, file_type)

@@ -17,9 +17,10 @@ import psutil
 from pydantic import BaseModel
 
 from jetson_ft import adapter
+from jetson_ft.data.prepare import PreparedRows, prepare_rows
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.export import logits, merge
-from jetson_ft.export.quantize import MIXTURES
+from jetson_ft.export import gguf, logits, merge
+from jetson_ft.export.gguf import FILE_TYPES
 from jetson_ft.files import (
     disk_errors,
     remove_abandoned,
@@ -50,7 +51,6 @@ KINDS = {
     "gguf": "GGUF of the whole model, for llama.cpp and Ollama",
     "lora": "GGUF of the adapter alone, for llama.cpp beside a GGUF of the base",
 }
-FILE_TYPES = ("f16", *MIXTURES)  # of `gguf`
 DTYPES = ("bf16", "fp16")  # of `merged`
 NOT_CHECKED = {"schema": SCHEMA, "checked": False}  # `check.json`
 EXPORT_FILE, CHECK_FILE = "export.json", "check.json"
@@ -88,9 +88,7 @@ class Job:
     base: BaseModelFiles
     adapter_dir: Path
     plan: ExportPlan
-    heldout: Any  # a data set of token ids; None: nothing is checked
-    heldout_messages: Any
-    tokenizer: Any
+    rows: PreparedRows | None  # None: nothing is checked
     on_progress: ExportProgress
 
 
@@ -125,20 +123,13 @@ def make_export(
         remove_abandoned(home)
         base, adapter_dir = _require_base(run)
         if kind != "merged":
-            from jetson_ft.export import gguf
-
             gguf.require_expressible(base, adapter_dir, kind)
         plan = plan_export(run, kind, quantize, check)
         rows = None
         if check:
-            from jetson_ft.data.prepare import prepare_rows
-
             on_progress("reading the rows", 0, 0)
             rows = prepare_rows(run.recipe().data, adapter.load_tokenizer(base, adapter_dir))
-        job = Job(
-            run, base, adapter_dir, plan, rows and rows.heldout, rows and rows.heldout_messages,
-            rows and rows.tokenizer, on_progress,
-        )  # fmt: skip
+        job = Job(run, base, adapter_dir, plan, rows, on_progress)
         if kind == "merged":
             with new_export(job, home, kind) as (folder, facts):
                 facts["merge"], facts["check"] = merge_model(job, folder, dtype)
@@ -170,6 +161,11 @@ def check_options(kind: str, quantize: Sequence[str], dtype: str) -> None:
 def export_name(kind: str, file_type: str = "") -> str:
     """Return the name of an export's folder: `merged`, `gguf-q8_0`, `lora`."""
     return f"{kind}-{file_type}" if kind == "gguf" else kind
+
+
+def bits_per_weight(file_type: str) -> int:
+    """Return the bits of a weight without its block's scales, which a file type's name has."""
+    return int("".join(re.findall(r"\d+", file_type)[:1]))
 
 
 def find_export(run: Run, name: str) -> dict[str, Any] | None:
@@ -255,9 +251,9 @@ def plan_export(run: Run, kind: str, quantize: Sequence[str], check: bool) -> Ex
     device = detect.detect_device()
     adapter_bytes = (adapter_dir / adapter.WEIGHTS_FILE).stat().st_size
     types = list(quantize) if kind == "gguf" else ["f16"]
-    # A file type's name has the bits of a weight; scales and exact tensors add less than one.
-    numbers = [(int(re.search(r"\d+", name)[0]) + 1) / 8 for name in types]  # type: ignore[index]
-    disk = _SMALL_BYTES * len(types) + dims.parameters * sum(numbers)
+    # Scales, and the tensors that stay exact, add less than a bit.
+    weight_bytes = sum((bits_per_weight(name) + 1) / 8 for name in types)
+    disk = _SMALL_BYTES * len(types) + dims.parameters * weight_bytes
     if kind == "gguf":  # the merged model, and f16, from which others are made
         disk += dims.parameters * (4 if set(types) - {"f16"} else 2)
     if kind == "lora":
@@ -311,11 +307,11 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
     facts: dict[str, Any] = {
         "dtype": dtype, "weights": "unquantised base", "parameters": info.parameters,
     }  # fmt: skip
-    if job.heldout is None:
+    if job.rows is None:
         return facts, NOT_CHECKED
     started = time.monotonic()
     difference = logits.logit_difference(
-        job.base, job.adapter_dir, out, job.heldout["input_ids"], job.plan.precision,
+        job.base, job.adapter_dir, out, job.rows.heldout["input_ids"], job.plan.precision,
         job.plan.device, out.parent,
         lambda done, total: job.on_progress("comparing with the adapter", done, total),
     )  # fmt: skip

@@ -57,6 +57,7 @@ def serve(
     def report(line: str) -> None:
         print(printable(line), file=sys.stderr if as_json else sys.stdout, flush=True)
 
+    processes.silence_libraries()
     serving = models.prepare(names, runs, settings, report)
     import uvicorn
 
