@@ -127,7 +127,7 @@ def make_export(
         plan = plan_export(run, kind, quantize, check)
         rows = None
         if check:
-            on_progress("reading the rows", 0, 0)
+            on_progress(_("reading the rows"), 0, 0)
             rows = prepare_rows(run.recipe().data, adapter.load_tokenizer(base, adapter_dir))
         job = Job(run, base, adapter_dir, plan, rows, on_progress)
         if kind == "merged":
@@ -302,7 +302,7 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
     """
     info = merge.merge_adapter(
         job.base, job.adapter_dir, out, dtype,
-        lambda done, total: job.on_progress("merging", done, total),
+        lambda done, total: job.on_progress(_("merging"), done, total),
     )  # fmt: skip
     facts: dict[str, Any] = {
         "dtype": dtype, "weights": "unquantised base", "parameters": info.parameters,
@@ -313,7 +313,7 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
     difference = logits.logit_difference(
         job.base, job.adapter_dir, out, job.rows.heldout["input_ids"], job.plan.precision,
         job.plan.device, out.parent,
-        lambda done, total: job.on_progress("comparing with the adapter", done, total),
+        lambda done, total: job.on_progress(_("comparing with the adapter"), done, total),
     )  # fmt: skip
     bound = logits.bound(dtype, job.plan.precision)
     facts |= {
@@ -373,7 +373,7 @@ def new_export(
         write_json(folder / CHECK_FILE, facts["check"])
         card.write_card(job.run, folder, export, facts["check"])
         paths = sorted(path for path in folder.iterdir() if path.is_file())
-        job.on_progress("writing", 0, 0)
+        job.on_progress(_("writing"), 0, 0)
         export["files"] = [
             {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in paths

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import Message, UserError, _, joined
+from jetson_ft.export.quantize import FILE_TYPES
 from jetson_ft.files import quoted
 from jetson_ft.i18n import duration
 from jetson_ft.runs import exports, jobs, monitor
@@ -132,9 +133,12 @@ def describe_progress(progress: Progress) -> dict[str, Any]:
     if progress.total and progress.total > 0:
         share = min(100.0, max(0.0, 100.0 * progress.done / progress.total))
     left = progress.seconds_left(time.time())
+    # A text of the catalogues, in which the type of a file takes the place of `{type}`.
+    words = progress.what[:_MAX_TEXT].replace("{", "(").replace("}", ")").split(" ")
+    types = [word for word in words if word in (*FILE_TYPES, "lora")]
+    template = " ".join("{type}" if word in types else word for word in words)
     return {
-        # A text of the catalogues, and not a template.
-        "part": progress.what[:_MAX_TEXT].replace("{", "(").replace("}", ")"),
+        "part": Message(template, {"type": types[0] if types else ""}),
         "share": share,
         "left": None if left is None else duration(left),
     }
