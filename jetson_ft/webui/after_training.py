@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import Message, UserError, _, joined
-from jetson_ft.export.quantize import FILE_TYPES
+from jetson_ft.export.gguf import FILE_TYPES
 from jetson_ft.files import quoted
 from jetson_ft.i18n import duration
 from jetson_ft.runs import exports, jobs, monitor
