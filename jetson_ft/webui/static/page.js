@@ -48,7 +48,7 @@
     forms.filter((form) => "changed" in form.dataset).forEach((form) => {
       element.querySelector(`form[data-post="${form.dataset.post}"]`)?.replaceWith(form);
     });
-    if (active?.id && !active.isConnected) document.getElementById(active.id)?.focus();
+    if (active?.id && active !== document.activeElement) document.getElementById(active.id)?.focus();
     etags.set(id, { address, etag: response.headers.get("ETag") });
   }
 
