@@ -202,4 +202,4 @@ def size_text(size: int) -> Message:
         return Message(_("{size:,.2f} GB"), {"size": size / 10**9})
     if size >= 10**6:
         return Message(_("{size:,.1f} MB"), {"size": size / 10**6})
-    return Message(_("{size:,.1f} KB"), {"size": size / 10**3})
+    return Message(_("{size:,.1f} KB"), {"size": max(size, 100) / 10**3})
