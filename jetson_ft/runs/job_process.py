@@ -91,11 +91,13 @@ def _end(job: Job, code: int, printed: dict[str, Any], is_stopped: bool) -> Job:
 
 
 def _printed_object(number: int) -> dict[str, Any]:
-    """Return the JSON object in an open file; an empty one where there is none, or a part of it."""
-    try:
-        value = json.loads(os.pread(number, _MAX_OUTPUT_BYTES, 0))
-    except ValueError:
-        return {}
+    """Return the last complete JSON object in an open file; an empty one where there is none."""
+    text = os.pread(number, _MAX_OUTPUT_BYTES, 0).decode("utf-8", "replace").lstrip()
+    value, decoder = None, json.JSONDecoder()
+    with suppress(ValueError):
+        while text:
+            value, end = decoder.raw_decode(text)
+            text = text[end:].lstrip()
     return value if isinstance(value, dict) else {}
 
 

@@ -56,6 +56,11 @@ def test_a_server_is_ready_once_it_has_printed_its_address(light_jobs: LightJobs
     light_jobs.start(run, "server", "serve")
     job = wait_for(lambda: (job := jobs.read(run, "serve")) and job.result and job)
     assert job.is_live and job.result["models"] == ["a-run"]
+    jobs.stop(run, "serve")
+    light_jobs.wait(run, "stopped", name="serve")
+    light_jobs.start(run, "broken-server", "serve")
+    job = light_jobs.wait(run, "failed", name="serve")
+    assert str(jobs.error_of(job)) == "The engine has ended." and job.result == {}
 
 
 def test_a_job_ends_on_request(light_jobs: LightJobs) -> None:

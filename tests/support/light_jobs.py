@@ -30,15 +30,19 @@ if "jetson_ft.cli" in sys.orig_argv and {"LIGHT_JOB", "JETSON_FT_PROGRESS"} <= s
         (folder / "pid").write_text(str(os.getpid()))
         if kind == "stubborn":
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if kind == "server":
+        if "server" in kind:
             print(json.dumps({"url": "http://127.0.0.1:8000/v1", "models": ["a-run"],
                               "api_key": "k-1"}), flush=True)
         from jetson_ft.cli.output import ProgressBar
         with ProgressBar(live=False) as bar:
             bar.show("merging <b>", 1, 4)
             print("light work", file=sys.stderr, flush=True)
-            while kind != "brief":
+            while kind not in ("brief", "broken-server"):
                 time.sleep(0.02)
+        if kind == "broken-server":
+            from jetson_ft.errors import UserError
+            print(json.dumps({"error": UserError("The engine has ended.").as_json()}))
+            sys.exit(2)
         print(json.dumps({"exports": []}))
 
     module = types.ModuleType("jetson_ft.cli.app")
@@ -48,7 +52,8 @@ if "jetson_ft.cli" in sys.orig_argv and {"LIGHT_JOB", "JETSON_FT_PROGRESS"} <= s
 
 
 class LightJobs:
-    """Runs in a folder, and jobs of them whose command is light: endless, brief, stubborn, server.
+    """Runs in a folder, and jobs of them whose command is light: endless, brief, stubborn,
+    server, broken-server.
 
     Args:
         set_environment: sets a variable of the processes that are started.

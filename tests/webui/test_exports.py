@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from light_jobs import LightJobs
@@ -232,12 +234,29 @@ def test_an_unknown_choice_starts_nothing(
 
 
 @pytest.mark.slow(minutes=0.5)
+def test_a_real_run_is_exported_over_http(
+    page: TestClient, light_jobs: LightJobs, finished: Run
+) -> None:
+    run = Run(light_jobs.root / finished.name)
+    shutil.copytree(finished.path, run.path)
+    page.post(f"/runs/{run.name}/export", json={"choice": "merged"}).raise_for_status()
+    job = light_jobs.wait(run, "finished", "failed", seconds=120)
+    assert job.error is None and job.result["exports"][0]["name"] == "merged"
+    progress = jobs.read_progress(run, "export")
+    assert progress and progress.what == "writing"
+    html = detail(page, run)
+    assert "same next token" in html and "model.safetensors" in html
+    answer = page.get(f"/runs/{run.name}/exports/merged/model.safetensors")
+    stored = run.path / "export" / "merged" / "model.safetensors"
+    assert answer.content == stored.read_bytes()
+    assert page.get(f"/runs/{run.name}/exports/merged/README.md").status_code == 200
+
+
+@pytest.mark.slow(minutes=0.5)
 def test_a_job_goes_on_without_the_pages_server(light_jobs: LightJobs, tmp_path: Path) -> None:
     run = light_jobs.run()
     light_jobs.choose("endless")
     served = Served(tmp_path)
-    import httpx
-
     address = f"/runs/{run.name}"
     httpx.post(f"{served.base}{address}/export", json={"choice": "merged"}).raise_for_status()
     command = light_jobs.command(run)
