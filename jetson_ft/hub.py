@@ -39,6 +39,8 @@ _NETWORK_FIX = _(
     "`model: embedded` with `data.train: bundled`, any local folder or file, and earlier downloads "
     "(copy HF_HOME from another machine)."
 )
+# The client of large files raises a ConnectionError for any answer.
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
 _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2")  # modules of the client's errors
 
 DownloadCallback = Callable[[str, int, int, float | None], None]
@@ -272,12 +274,16 @@ def _upload_errors(repo: str) -> Iterator[None]:
     except Exception as error:
         # The client wraps what went wrong with one of several files.
         cause = error.__cause__ if type(error) is RuntimeError else error
-        where, fix, status = f"{endpoint()}/{repo}", Message(_("Try again later.")), 0
+        where, fix = f"{endpoint()}/{repo}", Message(_("Try again later."))
+        status = 0
+        if isinstance(cause, errors.HfHubHTTPError):
+            status = cause.response.status_code
+        elif match := _XET_STATUS.search(str(cause)):
+            status = int(match[1])
         if isinstance(cause, errors.HFValidationError):
             what = _("{repo!r} is no name of a repository.")
             fix = Message(_("Use letters, digits, dots, dashes and underscores."))
-        elif isinstance(cause, errors.HfHubHTTPError):
-            status = cause.response.status_code
+        elif status:
             what = _("Nothing was published: the Hub answered with error {status}.")
             if status in (401, 403, 404):
                 what = _("Nothing was published: the access token may not write to {repo!r}.")

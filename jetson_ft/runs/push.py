@@ -75,6 +75,13 @@ def plan_push(run: Run, repo: str, what: str = ADAPTER, public: bool = False) ->
     """
     folder = run.require_adapter() if what == ADAPTER else _export_folder(run, what)
     run.report()  # of a finished run
+    if run.is_locked("worker"):
+        raise UserError(
+            _("{run} is running: its adapter may change."),
+            str(run.path),
+            _("Wait for its end, or stop it."),
+            run=run.name,
+        )
     files, left_out = _public_files(run, folder)
     _refuse_paths(run, folder, files)
     target = hub.upload_target(repo)

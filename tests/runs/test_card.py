@@ -89,13 +89,15 @@ def test_the_cards_of_exports_state_kind_and_check(run: Run) -> None:
     text = card.model_card(run, GGUF, CHECK)
     assert metadata(text)["base_model_relation"] == "quantized"
     assert metadata(text)["library_name"] == "gguf" and "gguf" in metadata(text)["tags"]
-    assert "19 of 20 held-out prompts (1 differ" in text and "5.5100 bits per character" in text
+    assert "19 of 20 held-out prompts; 1 differ" in text and "5.5100 bits per character" in text
     assert "0.0123, over 321 positions" in text and "Not checked" not in text
     assert "jetson-ft export RUN --format gguf --quantize q8_0\n" in text
     half = card.model_card(run, {**GGUF, "name": "gguf-f16"}, {"schema": 1, "checked": False})
     assert metadata(half)["base_model_relation"] == "finetune" and "**Not checked:**" in half
     merged = card.model_card(run, {**GGUF, "kind": "merged", "name": "merged"}, None)
     assert metadata(merged)["library_name"] == "transformers" and "**Not checked:**" in merged
+    logits = {"schema": 1, "reader": "t", "logits": {"relative": 0.0012}, "bound": 0.01}
+    assert "0.12% of their spread" in card.model_card(run, {**GGUF, "kind": "merged"}, logits)
     lora = card.model_card(run, {"kind": "lora", "name": "lora"}, CHECK)
     assert metadata(lora)["base_model_relation"] == "adapter" and "--format lora\n" in lora
 
@@ -188,10 +190,23 @@ def test_limits_are_computed(run: Run) -> None:
 def test_intervals_are_shown_where_the_report_has_them(run: Run) -> None:
     evaluated = run.report()["eval"]
     assert "95 % interval" not in card.model_card(run)
-    intervals = {"bits_per_char": {"low": -1.5, "high": -0.25}}
-    change_report(run, eval={**evaluated, "intervals": intervals})
+    interval = {"difference": -1.0, "low": -1.5, "high": -0.25, "clear": True}
+    change_report(run, eval={**evaluated, "differences": {"bits_per_char": interval}})
     text = card.model_card(run)
     assert "95 % interval" in text and "-1.5 to -0.25" in text
+
+
+@pytest.mark.parametrize("is_clear", [True, False])
+def test_what_was_forgotten_is_stated(run: Run, is_clear: bool) -> None:
+    probes = {
+        "count": 64, "before": {"share": 0.5}, "after": {"share": 0.25}, "lost": ["a", "b"],
+        "gained": ["c"], "difference": {"clear": is_clear},
+    }  # fmt: skip
+    change_report(run, eval={**run.report()["eval"], "probes": probes})
+    results, limits = card.model_card(run).split("## Limits")
+    assert "Of 64 short questions" in results and "50%, the trained model 25%" in results
+    assert "it lost 2 that the base answers, and gained 1" in limits
+    assert ("no clear difference" in limits) is not is_clear
 
 
 def test_a_run_without_comparison_has_a_card(run: Run) -> None:
@@ -205,6 +220,19 @@ def test_an_unfinished_run_has_no_card(run: Run) -> None:
     (run.path / "report.json").unlink()
     with pytest.raises(DamagedRun):
         card.write_card(run, run.adapter)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a\n\n---\r\n- b\u2028c", "a --- - b c"),
+        ("&lt;b> <b>", "&amp;lt;b> &lt;b>"),
+        ("a|b_c*", r"a\|b\_c\*"),
+        ("x" * 300, "x" * 200 + "…"),
+    ],
+)
+def test_a_text_in_a_line_has_neither_breaks_nor_markup(text: str, expected: str) -> None:
+    assert card.inline(text) == expected
 
 
 @pytest.fixture(scope="module")

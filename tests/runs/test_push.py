@@ -15,6 +15,7 @@ from jetson_ft import hub
 from jetson_ft.errors import UserError
 from jetson_ft.hub import UploadTarget
 from jetson_ft.runs import push
+from jetson_ft.runs.locks import lock
 from jetson_ft.runs.report import card
 from jetson_ft.runs.store import Run
 
@@ -141,6 +142,12 @@ def test_other_folders_are_no_exports(run: Run, name: str) -> None:
 
 
 def test_an_unfinished_run_is_refused(run: Run) -> None:
+    (run.adapter / "README.md").write_text("# Mine\n")
+    (run.path / "worker.lock").touch()
+    held = lock(run.path / "worker.lock")
+    assert held
+    with held, pytest.raises(UserError, match="is running"):
+        push.plan_push(run, "owner/new")
     (run.path / "report.json").unlink()
     with pytest.raises(UserError, match=r"report\.json is damaged"):
         push.plan_push(run, "owner/new")

@@ -98,7 +98,7 @@ def model_card(
         heldout=report["data"]["heldout"],
         metrics=[{**row, "interval": _interval(report, row["key"])}
                  for row in summary.metric_rows(report)],
-        probes=report.get("probes"),
+        probes=(report["eval"] or {}).get("probes"),
         pairs=summary.sample_pairs(report)[:_SAMPLES],
         sample_limit=_MAX_SAMPLE,
         commands="\n".join(_commands(export)),
@@ -110,15 +110,15 @@ def model_card(
 
 def inline(value: Any) -> str:
     """Return a text for a line or a table's cell: without line breaks, markup or HTML."""
-    text = " ".join(printable(str(value)).split())
+    text = " ".join(str(value).split())
     text = text if len(text) <= _MAX_NAME else f"{text[:_MAX_NAME]}…"
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
     return _MARKUP.sub(r"\\\g<0>", text)
 
 
 def fenced(text: str | None, language: str = "text") -> str:
     """Return a text as a block of code, whose fence is longer than any row of backticks in it."""
-    text = printable(text or "").rstrip()
+    text = (text or "").rstrip()
     longest = max((len(ticks) for ticks in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text}\n{fence}"
@@ -245,8 +245,8 @@ def _languages(report: dict[str, Any]) -> list[str]:
 
 def _interval(report: dict[str, Any], key: str) -> tuple[float, float] | None:
     """Return the interval of a metric's difference, where the report has one."""
-    interval = (report["eval"] or {}).get("intervals", {}).get(key)
-    return (interval["low"], interval["high"]) if interval else None
+    difference = (report["eval"] or {}).get("differences", {}).get(key)
+    return (difference["low"], difference["high"]) if difference else None
 
 
 def _commands(export: dict[str, Any] | None) -> Iterator[str]:
@@ -276,6 +276,13 @@ def _limits(recipe: Recipe, report: dict[str, Any], sources: list[dict[str, Any]
         worse = [row["name"] for row in summary.metric_rows(report) if row["verdict"] == "worse"]
         if worse:
             yield f"Worse than the base in: {inline(', '.join(worse))}."
+        probes = evaluated.get("probes")
+        if probes and probes["lost"]:
+            lost, gained, difference = probes["lost"], probes["gained"], probes["difference"]
+            noise = "" if difference and difference["clear"] else ", no clear difference"
+            yield (f"Of {probes['count']:,} short questions on general knowledge and instructions "
+                   f"it lost {len(lost):,} that the base answers, and gained {len(gained):,}"
+                   f"{noise}.")  # fmt: skip
         stop_rate, limit = evaluated["after"]["stop_rate"], recipe.eval.max_new_tokens
         if stop_rate < 1:
             yield (f"{1 - stop_rate:.0%} of its replies to held-out rows did not end within "
