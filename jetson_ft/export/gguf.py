@@ -26,7 +26,7 @@ from jetson_ft.data.templates import with_fixed_date
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.export.convert_process import TOKENS_FILE
 from jetson_ft.export.llama import INSTALL_EXPORT
-from jetson_ft.export.quantize import MIXTURES, quantize_file
+from jetson_ft.export.quantize import MIXTURES
 from jetson_ft.files import disk_full, read_json, write_json
 from jetson_ft.models import loading
 from jetson_ft.models.files import BaseModelFiles
@@ -34,6 +34,8 @@ from jetson_ft.models.files import BaseModelFiles
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 FILE_TYPES = ("f16", *MIXTURES)
+# The converter reads it for Phi-3, Llama 2 and others; transformers doesn't write it any more.
+SENTENCEPIECE = "tokenizer.model"
 MERGE_INSTEAD = _(
     "Export the merged model: `--format gguf` for llama.cpp and Ollama, or `--format merged`."
 )
@@ -53,30 +55,27 @@ def convert_model(
     out: Path,
     file_type: str,
     on_progress: Progress = lambda done, total: None,
+    name: str | None = None,
 ) -> None:
     """Write a merged model as a GGUF file.
-
-    Types other than f16 are quantised from the 16-bit format that holds the merged weights
-    exactly, which lies beside `out` meanwhile.
 
     Args:
         merged: folder with safetensors, config, tokenizer and chat template.
         out: is written in place: use a staging folder.
-        file_type: one of `FILE_TYPES`.
+        file_type: one of the converter's own: f32, f16, bf16, q8_0. For others `quantize_file`
+            reads the result.
+        name: of the model in the file (`general.name`); None: that of the folder.
 
     Raises:
         UserError: the converter doesn't know the architecture or the tokenizer, the disk is full,
             or the package of the converter is not installed.
     """
-    if file_type == "f16":
-        _convert_weights(merged, out, "f16", on_progress)
-        return
-    sixteen_bit = out.with_suffix(".16bit.gguf")
-    try:
-        _convert_weights(merged, sixteen_bit, "bf16" if _is_bf16(merged) else "f16", on_progress)
-        quantize_file(sixteen_bit, out, file_type, on_progress)
-    finally:
-        sixteen_bit.unlink(missing_ok=True)
+    total = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
+    with _view(merged) as view:
+        arguments = [str(view), "--outfile", str(out), "--outtype", file_type]
+        arguments += [f"--model-name={name or merged.name}"]
+        _run_converter("convert_hf_to_gguf.py", arguments, out, on_progress, total)
+    on_progress(total, total)
 
 
 def convert_adapter(model: Path, adapter: Path, out: Path) -> None:
@@ -124,11 +123,21 @@ def require_expressible(base: BaseModelFiles, adapter: Path, kind: str) -> None:
         folder = Path(name)
         model_config.save_pretrained(folder)
         adapters.load_tokenizer(base, adapter).save_pretrained(folder)
+        if (base.folder / SENTENCEPIECE).is_file() and not (folder / SENTENCEPIECE).exists():
+            (folder / SENTENCEPIECE).symlink_to((base.folder / SENTENCEPIECE).resolve())
         # It checks architecture and tokenizer, and needs no weights for that.
         with _view(folder) as view:
             out = folder / "vocabulary.gguf"
             arguments = [str(view), "--vocab-only", "--outfile", str(out)]
             _run_converter("convert_hf_to_gguf.py", arguments, out)
+
+
+def all_end_ids(tokenizer: Any, model: Path) -> list[int]:
+    """Return the tokens that end a reply: the tokenizer's, the template's and the model's own."""
+    file = model / "generation_config.json"
+    own = (read_json(file) if file.is_file() else {}).get("eos_token_id")
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({*end_ids(tokenizer), *own})
 
 
 def _require_plain_lora(config: dict[str, Any], adapter: Path, model: dict[str, Any]) -> None:
@@ -169,8 +178,6 @@ def _view(model: Path) -> Iterator[Path]:
     model's end tokens beside the tokenizer's own.
     """
     tokenizer = loading.load_tokenizer(BaseModelFiles(model.name, model))
-    generation = model / "generation_config.json"
-    eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id") or []
     with tempfile.TemporaryDirectory() as name:
         view = Path(name)
         for path in model.iterdir():
@@ -179,30 +186,13 @@ def _view(model: Path) -> Iterator[Path]:
         prompt = encode_prompt(tokenizer, [ChatMessage(role="user", content="a")])
         start = tokenizer.bos_token_id
         tokens: dict[str, Any] = {"add_bos": start is not None and prompt[0] == start}
-        every_end = {*end_ids(tokenizer), *(eos if isinstance(eos, list) else [eos])}
-        ends = sorted(every_end - {tokenizer.eos_token_id})
+        ends = [i for i in all_end_ids(tokenizer, model) if i != tokenizer.eos_token_id]
         texts = tokenizer.convert_ids_to_tokens(ends)
         unknown = [i for i, text in zip(ends, texts, strict=True) if text not in _KNOWN_ENDS]
         tokens["ends"] = dict(zip(("eot", "eom"), unknown, strict=False))
         tokens["chat_template"] = with_fixed_date(str(tokenizer.get_chat_template()))
         write_json(view / TOKENS_FILE, tokens)
         yield view
-
-
-def _convert_weights(merged: Path, out: Path, file_type: str, on_progress: Progress) -> None:
-    total = sum(path.stat().st_size for path in merged.glob("*.safetensors"))
-    with _view(merged) as view:
-        arguments = [str(view), "--outfile", str(out), "--outtype", file_type]
-        _run_converter("convert_hf_to_gguf.py", arguments, out, on_progress, total)
-    on_progress(total, total)
-
-
-def _is_bf16(merged: Path) -> bool:
-    from safetensors import safe_open
-
-    with safe_open(next(merged.glob("*.safetensors")), "pt") as tensors:
-        names = list(tensors.keys())
-        return any(tensors.get_slice(name).get_dtype() == "BF16" for name in names)
 
 
 def _run_converter(
@@ -252,6 +242,12 @@ def _explain_failure(output: str, code: int, out: Path) -> UserError:
             _("llama.cpp's converter doesn't know the architecture {name}."), str(out),
             _("Export with `--format merged`: transformers, vLLM and others read that."),
             name=match[1] or match[2],
+        )  # fmt: skip
+    if re.search(rf"Missing \S+/{SENTENCEPIECE}", output):
+        return UserError(
+            _("llama.cpp's converter needs the model's {name}."), str(out),
+            _("Copy it from the model's repository into the folder of the base model."),
+            name=SENTENCEPIECE,
         )  # fmt: skip
     if "No space left on device" in output:
         return disk_full(out)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.child_process import PARENT_PROCESS, python_module
-from jetson_ft.errors import UserError, _
+from jetson_ft.errors import Message, UserError, _
 
 PROGRAM = "JETSON_FT_LLAMA_SERVER"  # environment variable; empty: xllamacpp
 INSTALL_EXPORT = _('Run: pip install "jetson-ft[export]"')
@@ -238,7 +238,7 @@ class LlamaServer:
                 _("llama.cpp can't load the model: {reason}"), str(self.model),
                 _("The file is damaged or of a kind that this version doesn't know. "
                   "Export it again."),
-                reason=reason[1] if reason else _("no reason given"),
+                reason=reason[1] if reason else Message(_("no reason given")),
             )  # fmt: skip
         lines = [line for line in self._log if line.strip()][-3:]
         return UserError(

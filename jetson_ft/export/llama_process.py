@@ -22,7 +22,8 @@ def main() -> None:
     settings = json.load(sys.stdin)
     if settings["program"]:
         os.environ["LLAMA_API_KEY"] = settings["api_key"]
-        os.execv(settings["program"], [settings["program"], *program_arguments(settings)])
+        program = settings["program"]
+        os.execv(program, [program, *program_arguments(settings)])  # noqa: S606
     _serve(settings)
 
 
@@ -69,8 +70,8 @@ def _serve(settings: dict[str, Any]) -> None:
     try:
         server = xllamacpp.Server(params)
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
-        os._exit(1)
+        # An ordinary exit: llama.cpp then writes the rest of its log, which says why.
+        sys.exit(f"{type(error).__name__}: {error}")
     print(f"listening on {server.listening_address}", flush=True)
     threading.Event().wait()
 

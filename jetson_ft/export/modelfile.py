@@ -16,8 +16,11 @@ from typing import Any
 from jetson_ft.data.conversation import prepare_conversation
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.errors import UserError
+from jetson_ft.export.gguf import all_end_ids
 from jetson_ft.files import write_atomic
 from jetson_ft.inference.generate import Sampling
+from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.loading import load_tokenizer
 
 _TURNS = ("user", "assistant", "user", "assistant", "user")
 
@@ -63,14 +66,14 @@ class ChatParts:
         return f"{start}{{{{ range $i, $_ := .Messages }}}}{turns}{{{{ end }}}}{self.reply}"
 
 
-def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, end_ids: Sequence[int]) -> None:
+def write_modelfile(folder: Path, gguf_name: str, model: Path) -> None:
     """Write `Modelfile` for `ollama create NAME -f Modelfile`.
 
     Args:
         gguf_name: name of the model's file in the folder.
-        tokenizer: with the chat template of the adapter.
-        end_ids: tokens that end a reply (`data.chat_template.end_ids`).
+        model: folder with the tokenizer, the chat template and the generation config.
     """
+    tokenizer = load_tokenizer(BaseModelFiles(model.name, model))
     lines = [f"FROM ./{gguf_name}"]
     parts = chat_parts(tokenizer)
     if parts:
@@ -80,7 +83,7 @@ def write_modelfile(folder: Path, gguf_name: str, tokenizer: Any, end_ids: Seque
             "# The chat template can't be written in Ollama's language. Ollama takes the one in\n"
             "# the GGUF file where it knows it; compare its replies with `jetson-ft chat`."
         )
-    for text in tokenizer.convert_ids_to_tokens(list(end_ids)):
+    for text in tokenizer.convert_ids_to_tokens(all_end_ids(tokenizer, model)):
         lines.append(f'PARAMETER stop "{text}"')
     chat = Sampling()  # of `jetson-ft chat`
     lines += [
