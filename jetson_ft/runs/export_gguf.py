@@ -13,7 +13,7 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.export import check, gguf, merge, modelfile
 from jetson_ft.export.check import Reference
 from jetson_ft.export.quantize import quantize_file
-from jetson_ft.files import disk_errors, read_json, staging_folder
+from jetson_ft.files import disk_errors, staging_folder
 from jetson_ft.models import loading
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat
@@ -37,9 +37,6 @@ def make_models(job: Job, home: Path, file_types: Sequence[str]) -> list[Path]:
         merged, source = work / "merged", work / "f16.gguf"
         facts, _check = merge_model(job, merged, "fp16")
         gguf.convert_model(merged, source, "f16", partial(job.on_progress, _("converting")))
-        tokenizer = adapter.load_tokenizer(job.base, job.adapter_dir)
-        eos = read_json(merged / "generation_config.json")["eos_token_id"]
-        ends = eos if isinstance(eos, list) else [eos]
         reference = None
         if job.rows:
             model = _load_exact(job, BaseModelFiles(job.run.name, merged))
@@ -53,7 +50,7 @@ def make_models(job: Job, home: Path, file_types: Sequence[str]) -> list[Path]:
                 else:
                     step = partial(job.on_progress, _("quantising {type}").format(type=file_type))
                     quantize_file(source, path, file_type, step)
-                modelfile.write_modelfile(folder, path.name, tokenizer, ends)
+                modelfile.write_modelfile(folder, path.name, merged)
                 parts["merge"] = facts
                 parts["check"] = _check_file(job, reference, path, file_type)
             if file_type == "f16":

@@ -150,9 +150,9 @@ def check_options(kind: str, quantize: Sequence[str], dtype: str) -> None:
         unknown = [value for value in values if value not in choices]
         if unknown or not values:
             raise UserError(
-                _("{option} can't be {values}."),
-                fix=_("Choose from {choices}."),
-                option=option,
+                _("This can't be {values}."),
+                option,
+                _("Choose from {choices}."),
                 values=", ".join(map(repr, unknown)) or "empty",
                 choices=", ".join(choices),
             )

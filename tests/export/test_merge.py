@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,8 +250,10 @@ def test_16_bit_base_is_not_rounded_before_the_sum(tmp_path: Path, tiny_phi: Pat
     assert_same_as_peft(base, saved, tmp_path / "out")
 
 
-def test_folder_has_what_other_programs_need(tiny_llama: Path, tmp_path: Path) -> None:
-    base = base_in(tiny_llama)
+def test_folder_has_what_other_programs_need(
+    tiny_model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = base_in(tiny_model_of("Qwen/Qwen3-0.6B"))
     saved = save_ours(base, tmp_path / "adapter")
     (saved / "tokenizer.model").write_bytes(b"pieces")
     merge_adapter(base, saved, tmp_path / "out", "bf16")
@@ -258,9 +263,7 @@ def test_folder_has_what_other_programs_need(tiny_llama: Path, tmp_path: Path) -
     tokenizer = load_tokenizer(base_in(out))
     # The base's config ends a reply at another token than its chat template.
     ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (
-        ends if isinstance(ends, list) else [ends]
-    )
+    assert ends == [0, tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_tensors_without_a_place_are_refused(tiny_phi: Path, tmp_path: Path) -> None:
@@ -323,3 +326,41 @@ def test_difference_of_logits(tiny_phi: Path, tmp_path: Path) -> None:
     )
     assert unmerged.largest == pytest.approx(expected, rel=1e-4)
     assert unmerged.relative > 0.1
+
+
+@pytest.mark.slow(minutes=0.1)
+def test_memory_is_not_that_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=512, intermediate_size=1536, num_hidden_layers=16,
+        num_attention_heads=8, bos_token_id=1, eos_token_id=2, dtype="bfloat16",
+    )  # fmt: skip
+    save_model(tmp_path / "fp32", config, CHAT_TEMPLATE)
+    base = base_in(tmp_path / "base")
+    load_model(base_in(tmp_path / "fp32"), WeightFormat("bf16"), "cpu").save_pretrained(base.folder)
+    load_tokenizer(base_in(tmp_path / "fp32")).save_pretrained(base.folder)
+    saved = save_ours(base, tmp_path / "adapter")
+    monkeypatch.setattr(merge, "SHARD_BYTES", 10**7)
+
+    def private_bytes() -> int:
+        line = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+        assert line
+        return 1024 * int(line[1])
+
+    gc.collect()
+    peak = before = private_bytes()
+    ended = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(0.005):
+            peak = max(peak, private_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    info = merge_adapter(base, saved, tmp_path / "out", "fp16")
+    ended.set()
+    watcher.join()
+    assert info.bytes > 100 * 10**6
+    assert peak - before < info.bytes

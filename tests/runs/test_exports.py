@@ -23,6 +23,9 @@ from jetson_ft.errors import UserError
 from jetson_ft.export import merge
 from jetson_ft.files import DiskFull, sha256_file
 from jetson_ft.hardware import detect
+from jetson_ft.models.files import resolve_model
+from jetson_ft.models.loading import WeightFormat, load_model, load_tokenizer
+from jetson_ft.recipe import LoraRecipe
 from jetson_ft.runs import exports, manager
 from jetson_ft.runs.exports import find_export, list_exports, make_export
 from jetson_ft.runs.store import Run
@@ -205,16 +208,20 @@ def test_disk_space_is_checked_first(
     assert files_of(own) == []
 
 
-@pytest.mark.parametrize("part", ["merging", "comparing with the adapter", "writing"])
+@pytest.mark.parametrize(
+    ("part", "leave"),
+    [("merging", 0), ("comparing with the adapter", 0), ("comparing with the adapter", 1 << 14),
+     ("writing", 0)],
+)  # fmt: skip
 def test_disk_that_fills_up_meanwhile(
-    part: str, run: Run, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+    part: str, leave: int, run: Run, small_disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = copy_run(run, small_disk.path)
     monkeypatch.setattr(exports, "_SMALL_BYTES", 0)
 
     def fill(name: str, done: int, total: int) -> None:
         if name == part and done == 0:
-            small_disk.fill()
+            small_disk.fill(leave)
 
     with pytest.raises(UserError, match="disk is full"):
         make_export(own, "merged", on_progress=fill)
@@ -242,10 +249,10 @@ def test_memory_is_planned(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"kind": "onnx"}, r"--format can't be 'onnx'(.|\n)*merged, gguf, lora"),
-        ({"kind": "gguf", "quantize": ["f16", "q9"]}, r"--quantize can't be 'q9'(.|\n)*q8_0"),
-        ({"kind": "gguf", "quantize": []}, "--quantize can't be empty"),
-        ({"kind": "merged", "dtype": "int8"}, "--dtype can't be 'int8'"),
+        ({"kind": "onnx"}, r"can't be 'onnx'(.|\n)*--format(.|\n)*merged, gguf, lora"),
+        ({"kind": "gguf", "quantize": ["f16", "q9"]}, r"can't be 'q9'(.|\n)*--quantize(.|\n)*q8_0"),
+        ({"kind": "gguf", "quantize": []}, "can't be empty"),
+        ({"kind": "merged", "dtype": "int8"}, "can't be 'int8'"),
     ],
 )
 def test_unknown_options_are_refused(options: dict[str, Any], text: str, run: Run) -> None:
@@ -262,3 +269,58 @@ def test_damaged_export_is_left_out_of_the_list(run: Run) -> None:
     with pytest.raises(UserError, match=r"export\.json"):
         find_export(run, "other")
     assert find_export(run, "gguf-f16") is None
+
+
+@pytest.mark.parametrize("kind", ["gguf", "lora"])
+def test_what_gguf_cannot_express_is_refused_before_anything_is_written(
+    kind: str, run: Run
+) -> None:
+    """llama.cpp's converter knows a tokenizer by its hash, and not that of the tiny model."""
+    with pytest.raises(UserError, match=r"doesn't know this tokenizer(.|\n)*--format merged"):
+        make_export(run, kind)
+    config = run.adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"use_dora": false', '"use_dora": true'))
+    if kind == "lora":
+        with pytest.raises(UserError, match=r"DoRA(.|\n)*--format gguf"):
+            make_export(run, kind)
+    assert files_of(run) == []
+
+
+@pytest.fixture
+def embedded_run(run: Run) -> Run:
+    """A finished run on the embedded model, whose tokenizer the converter knows."""
+    base = resolve_model("embedded")
+    recipe = (run.path / "recipe.yaml").read_text()
+    (run.path / "recipe.yaml").write_text(recipe.replace(run.recipe().model, "embedded"))
+    (run.path / "data.json").unlink()
+    shutil.rmtree(run.adapter)
+    model = load_model(base, WeightFormat("bf16"), "cpu")
+    lora = LoraRecipe(rank=2, target_modules=["q_proj", "v_proj"])
+    model = adapter.attach_adapter(model, lora, 0)
+    adapter.save_adapter(model, load_tokenizer(base), base, run.adapter)
+    return run
+
+
+@pytest.mark.slow(minutes=0.7)
+def test_gguf_of_several_types_shares_one_merge(embedded_run: Run) -> None:
+    parts: list[str] = []
+    folders = make_export(
+        embedded_run, "gguf", quantize=["q4_0", "f16"], check=False,
+        on_progress=lambda part, done, total: None if part in parts else parts.append(part),
+    )  # fmt: skip
+    home = embedded_run.path / "export"
+    assert folders == [home / "gguf-q4_0", home / "gguf-f16"]
+    assert parts == ["merging", "converting", "writing", "quantising q4_0"]
+    for folder in folders:
+        (path,) = folder.glob("*.gguf")
+        assert path.name == f"{embedded_run.label}-{folder.name.removeprefix('gguf-')}.gguf"
+        assert path.read_bytes()[:4] == b"GGUF"
+        assert f"FROM ./{path.name}\n" in (folder / "Modelfile").read_text()
+        export = find_export(embedded_run, folder.name)
+        assert export and export["merge"]["dtype"] == "fp16"
+        assert {file["name"] for file in export["files"]} == {
+            path.name, "Modelfile", "README.md", "check.json",
+        }  # fmt: skip
+    (lora,) = make_export(embedded_run, "lora", check=False)
+    assert [path.name for path in lora.glob("*.gguf")] == [f"{embedded_run.label}-lora.gguf"]
+    assert sorted(path.name for path in home.iterdir()) == ["gguf-f16", "gguf-q4_0", "lora"]
