@@ -53,7 +53,7 @@ def main() -> None:
     options = parser.parse_args()
     environment = {**WORKER_ENVIRONMENT, **os.environ}
     if environment != dict(os.environ):  # the libraries read it when they are loaded
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)  # noqa: S606 (itself)
     import numpy as np
     import torch
 

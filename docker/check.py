@@ -71,10 +71,12 @@ def check_torch(version: str, cuda: str, packages: Iterable[str], args: dict[str
 
 
 def libraries(torch: Path, cuda: str) -> list[Path]:
-    """Return the libraries that torch loads and, with CUDA, the one of bitsandbytes."""
+    """Return the libraries that torch loads, bitsandbytes' with CUDA, and llama.cpp's server."""
     paths = sorted([*torch.glob("*.so"), *torch.glob("lib/*.so*")])
     if cuda:
         paths.append(folder("bitsandbytes") / f"libbitsandbytes_cuda{cuda.replace('.', '')}.so")
+    if (server := Path("/opt/llama/llama-server")).exists():
+        paths.append(server)
     return paths
 
 
@@ -121,7 +123,13 @@ def main() -> None:
     if "--load" in sys.argv[1:]:
         paths = libraries(torch, cuda)
         check_libraries(paths, sorted(torch.parent.glob("nvidia/*/lib")))
-        for name in ("torch", "bitsandbytes", "jetson_ft.runs.pipeline", "jetson_ft.webui.page"):
+        for name in (
+            "torch",
+            "bitsandbytes",
+            "jetson_ft.runs.pipeline",
+            "jetson_ft.webui.page",
+            "jetson_ft.serve.server",
+        ):
             import_module(name)
         print(f"check: {len(paths)} libraries with their dependencies, imports")
         model = import_module("jetson_ft.models.embedded").embedded_folder()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run the image on this board, with the board's devices, groups and address.
 #   docker/run.sh [webui]                  the page, for this board alone; HOST=0.0.0.0: the network
+#   docker/run.sh serve [RUN …]            the API for clients; HOST=0.0.0.0, PORT as for the page
 #   docker/run.sh train RECIPE …, chat …   any other jetson-ft command
 #   docker/run.sh --env >docker/.env       print the same settings for docker/compose.yaml
 # Variables: IMAGE (by default the one for this board's JetPack), HOST, PORT, HF_ENDPOINT, HF_TOKEN, DOCKER (e.g. podman).
@@ -17,7 +18,9 @@ bracketed() {
     esac
 }
 host=$(bracketed "${HOST:-127.0.0.1}")
-port=${PORT:-7860}
+inside=7860 # the port in the container
+[ "${1:-}" != serve ] || inside=8000
+port=${PORT:-$inside}
 root=${SYSTEM_ROOT:-} # tests set it in place of /
 
 # If Docker created these folders they would belong to root, but the container runs as this user.
@@ -30,7 +33,8 @@ address=$host
 if [ "$host" = 0.0.0.0 ] || [ "$host" = "[::]" ]; then
     read -r address _ < <(hostname -I 2>/dev/null || true) || true
 fi
-reached_as=$(bracketed "${address:-127.0.0.1}"):$port
+address=$(bracketed "${address:-127.0.0.1}")
+reached_as=$address:$port
 
 # Groups by number: the image has no such names. Without video and render, CUDA fails with 801.
 gid() { getent group "$1" | cut -d: -f3; }
@@ -52,6 +56,8 @@ if [ "${1:-}" = --env ]; then
     echo "PUBLISH=$host"
     echo "PORT=$port"
     echo "REACHED_AS=$reached_as"
+    echo "SERVE_PORT=${SERVE_PORT:-8000}"
+    echo "SERVE_REACHED_AS=$address:${SERVE_PORT:-8000}"
     echo "RUN_AS=$user"
     echo "VIDEO_GID=$(gid video)"
     echo "RENDER_GID=$(gid render || gid video)"
@@ -80,9 +86,13 @@ for group in video render jtop; do
     if number=$(gid "$group"); then options+=(--group-add "$number"); fi
 done
 
-if [ "${1:-webui}" = webui ]; then
-    options+=(--name jetson-ft --publish "$host:$port:7860" --env "JETSON_FT_REACHED_AS=$reached_as")
-else
-    options+=(--no-healthcheck) # it requests the page
-fi
+case ${1:-webui} in
+webui | serve)
+    name=jetson-ft
+    [ "${1:-}" != serve ] || name=jetson-ft-serve
+    options+=(--name "$name" --publish "$host:$port:$inside")
+    options+=(--env "JETSON_FT_REACHED_AS=$reached_as")
+    ;;
+*) options+=(--no-healthcheck) ;; # it requests the page or the API
+esac
 exec "${DOCKER:-docker}" run "${options[@]}" "$image" "$@"

@@ -9,6 +9,7 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from jetson_ft.errors import UserError, _
@@ -117,3 +118,20 @@ def listen(host: str, port: int) -> socket.socket:
             free=port + 1,
         ) from error
     return listener
+
+
+def host_of_address(address: str) -> str:
+    """Return the host of HOST or HOST:PORT; refuse other texts with a `UserError`."""
+    match = re.fullmatch(r"([\w.-]+|\[[\da-f:.]+])(?::(\d{1,5}))?", address, re.ASCII | re.I)
+    host, port = match.groups() if match else ("", None)
+    with suppress(ValueError):
+        if host.startswith("["):
+            ipaddress.IPv6Address(host[1:-1])
+        if host and 0 < int(port or 80) < 1 << 16:
+            return str(host)
+    raise UserError(
+        _("{address!r} is not the address of a server."),
+        "--reached-as (JETSON_FT_REACHED_AS)",
+        _("Give HOST or HOST:PORT; an IPv6 address needs brackets, as in [fd00::1]:7860."),
+        address=address,
+    )

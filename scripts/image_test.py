@@ -131,7 +131,7 @@ def cpu_arguments(arch: str) -> dict[str, str]:
     """Return the build arguments of a build without CUDA on Debian 12."""
     return {
         "PYTHON": "3.11", "TORCH_VERSION": CPU_TORCH[arch], "BNB_SOURCE": "wheel",
-        "REQUIRE_CUDA": "0",
+        "REQUIRE_CUDA": "0", "LLAMA_CPP": "0",
     }  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def enter_container(spec: dict[str, Any]) -> None:
     os.setgid(group)
     os.setuid(user)
     env = dict(line.split("=", 1) for line in spec["env"])
-    os.execve(spec["words"][0], spec["words"], env)
+    os.execve(spec["words"][0], spec["words"], env)  # noqa: S606
 
 
 # --- the checks ---
@@ -408,7 +408,7 @@ def main(profile: str, arch: str, keep: bool) -> None:
     finally:
         if not keep:
             shutil.rmtree(work, ignore_errors=True)
-    print("skipped: GPU, bitsandbytes from source, NVIDIA's container runtime; see docs/docker.md")
+    print("skipped: GPU, builds from source, NVIDIA's container runtime; see docs/docker.md")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def main() -> None:
     headers = {"Authorization": f"Bearer {options.key}"} if options.key else {}
     print("| clients | replies | first token p50 | p99 | reply p50 | p99 | tokens/s in all |")
     print("|--:|--:|--:|--:|--:|--:|--:|")
-    with httpx.Client(headers=headers, timeout=None, limits=httpx.Limits()) as client:
+    with httpx.Client(headers=headers, timeout=3600) as client:
         ask(client, options.url, options.model, 0, 4)  # the first reply touches the weights
         for clients in options.clients:
             numbers = range(clients * options.rounds)

@@ -48,7 +48,7 @@ def ensure_supported_python() -> None:
         if python and not subprocess.call(
             [python, "-c", "import ensurepip"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ):
-            os.execv(python, [python, *sys.argv])
+            os.execv(python, [python, *sys.argv])  # noqa: S606
     sys.exit(python_problem(VERSION))
 
 

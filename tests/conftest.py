@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fake_hub import fake_hub
+from fake_programs import fake
 from hypothesis import settings
 from light_jobs import light_jobs
 from loaded_phi import phi
@@ -23,6 +24,7 @@ from workbench import finished, light_runs, queued, workbench
 
 __all__ = [
     "bench",
+    "fake",
     "fake_hub",
     "finished",
     "light_jobs",

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from fake_programs import FakeProgram
 
 DOCKER = Path(__file__).resolve().parent.parent / "docker"
 
@@ -29,7 +30,6 @@ def load_script(name: str) -> ModuleType:
 
 
 check: Any = load_script("check")
-FakeProgram = Callable[[str, str], None]
 RunScript = Callable[..., list[str]]
 
 
@@ -122,7 +122,7 @@ def test_arguments_of_a_profile_match_setup_and_pins(name: str) -> None:
 def test_jetpack_7_2_takes_published_packages_on_plain_ubuntu() -> None:
     values = profile("jp7")
     assert values["BASE_IMAGE"] == values["RUNTIME_IMAGE"] == "ubuntu:24.04"
-    assert (values["TORCH_DEPS"], values["BNB_SOURCE"]) == ("1", "wheel")
+    assert (values["TORCH_DEPS"], values["BNB_SOURCE"], values["LLAMA_CPP"]) == ("1", "wheel", "0")
 
 
 def test_packages_of_cuda_come_with_the_other_packages_if_requested() -> None:
@@ -143,7 +143,7 @@ def test_image_runs_as_plain_user_under_init() -> None:
     last = dict(DOCKERFILE)
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last["USER"])
     assert last["ENTRYPOINT"].startswith('["/usr/bin/tini", "--", ')
-    assert "/healthz" in last["HEALTHCHECK"]
+    assert '"/opt/jetson-ft/healthcheck.py"' in last["HEALTHCHECK"]
 
 
 # --- check.py ---
@@ -231,20 +231,6 @@ def test_libraries_of_nvidias_packages_count_for_bitsandbytes(
 
 
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeProgram:
-    """Return a function that puts a shell script on PATH in place of a program."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    def put(name: str, script: str) -> None:
-        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-        (folder / name).chmod(0o755)
-
-    return put
-
-
-@pytest.fixture
 def board(tmp_path: Path, fake: FakeProgram, monkeypatch: pytest.MonkeyPatch) -> RunScript:
     """Return a function that runs docker/run.sh as on a Jetson and returns docker's arguments."""
     clone, system = tmp_path / "clone", tmp_path / "system"
@@ -285,6 +271,40 @@ def test_page_is_published_on_this_board_only(board: RunScript, tmp_path: Path) 
     assert (runs / ".nv_jetson_model").read_bytes().startswith(b"NVIDIA Jetson Orin Nano")
     assert not any("jtop" in word for word in words)
     assert ("--user", f"{os.getuid()}:{os.getgid()}") in options
+
+
+def test_api_is_published_on_this_board_only_beside_the_page(board: RunScript) -> None:
+    words = board("serve", "my-run")
+    options = set(pairwise(words))
+    assert words[-3:] == ["jetson-ft:jp6", "serve", "my-run"]
+    assert ("--publish", "127.0.0.1:8000:8000") in options
+    assert ("--name", "jetson-ft-serve") in options and "--no-healthcheck" not in words
+    options = set(pairwise(board("serve", HOST="0.0.0.0", PORT="8001")))
+    assert ("--publish", "0.0.0.0:8001:8000") in options
+    assert ("--env", "JETSON_FT_REACHED_AS=192.168.1.7:8001") in options
+
+
+@pytest.mark.parametrize("port", [7860, 8000])
+def test_healthcheck_takes_the_page_or_the_api(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = 200
+
+    class Connection:
+        def __init__(self, host: str, own_port: int, timeout: float) -> None:
+            self.port = own_port
+
+        def request(self, method: str, path: str) -> None:
+            assert path == "/healthz"
+            if self.port != port:
+                raise ConnectionRefusedError
+
+        def getresponse(self) -> Any:
+            return SimpleNamespace(status=status)
+
+    monkeypatch.setattr("http.client.HTTPConnection", Connection)
+    for status, code in ((200, 0), (503, 1)):  # noqa: B007
+        with pytest.raises(SystemExit) as end:
+            load_script("healthcheck")
+        assert int(end.value.code or 0) == code
 
 
 @pytest.mark.parametrize(("l4t", "image"), [("36", "jetson-ft:jp6"), ("39", "jetson-ft:jp7")])
@@ -387,62 +407,3 @@ def test_compose_and_run_script_have_same_stop_timeout() -> None:
     seconds = service["stop_grace_period"].removesuffix("s")
     assert f"--stop-timeout {seconds} " in (DOCKER / "run.sh").read_text()
     assert service["ports"] == ["${PUBLISH:-127.0.0.1}:${PORT:-7860}:7860"]
-
-
-@pytest.fixture
-def kernels(tmp_path: Path, fake: FakeProgram) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return a function that runs docker/bitsandbytes.sh with fakes of apt, git, cmake and CUDA."""
-    package = tmp_path / "package"
-    package.mkdir()
-    for name in ("cpu", "cuda118", "cuda126"):
-        (package / f"libbitsandbytes_{name}.so").write_text("published")
-    source = "bitsandbytes/bitsandbytes"
-    fake("apt-get", "exit 0")
-    fake("rm", 'case "$*" in *"/var/"*) ;; *) exec /bin/rm "$@";; esac')  # keep apt's lists
-    fake("git", f'echo "$*" >git.txt; mkdir -p {source}')
-    fake("cmake", f'echo "$*" >>cmake.txt; echo built >{source}/libbitsandbytes_cuda126.so')
-    fake("nproc", "echo 6")
-    fake("install", 'exec cp "$4" "$5"')  # install -s can't strip a text file
-
-    def run(free_kb: int, source: str = "source", arch: str = "87") -> Any:
-        (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {free_kb} kB\n")
-        fake("cuobjdump", "echo 'ELF file    1: libbitsandbytes_cuda126.1.sm_87.cubin'")
-        environment = {
-            **os.environ, "BNB_SOURCE": source, "BNB_VERSION": "0.50.2", "BNB_REPO": "https://x/y",
-            "CUDA_ARCH": arch, "MEMINFO": str(tmp_path / "meminfo"),
-        }  # fmt: skip
-        return subprocess.run(
-            ["bash", str(DOCKER / "bitsandbytes.sh"), str(package)],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-
-    return run
-
-
-@pytest.mark.parametrize(("free_kb", "jobs"), [(900_000, 1), (6_500_000, 3), (60_000_000, 6)])
-def test_kernels_are_built_within_memory_and_installed(
-    kernels: Any, tmp_path: Path, free_kb: int, jobs: int
-) -> None:
-    done = kernels(free_kb)
-    assert done.returncode == 0, done.stderr
-    assert "--branch 0.50.2 https://x/y" in (tmp_path / "git.txt").read_text()
-    configured, built = (tmp_path / "cmake.txt").read_text().splitlines()
-    assert "-DCOMPUTE_BACKEND=cuda -DCOMPUTE_CAPABILITY=87" in configured
-    assert built.endswith(f"-j {jobs}")
-    left = {path.name: path.read_text() for path in (tmp_path / "package").iterdir()}
-    assert left == {
-        "libbitsandbytes_cpu.so": "published", "libbitsandbytes_cuda126.so": "built\n",
-    }  # fmt: skip
-
-
-def test_kernels_for_another_gpu_end_build(kernels: Any, tmp_path: Path) -> None:
-    done = kernels(8_000_000, arch="110")
-    assert done.returncode == 1 and "no kernels for sm_110" in done.stderr
-    assert (tmp_path / "package/libbitsandbytes_cuda118.so").exists()
-
-
-def test_published_wheel_is_kept_and_unknown_source_fails(kernels: Any, tmp_path: Path) -> None:
-    assert kernels(8_000_000, source="wheel").returncode == 0
-    assert not (tmp_path / "git.txt").exists()
-    done = kernels(8_000_000, source="weel")
-    assert done.returncode == 1 and "BNB_SOURCE=weel" in done.stderr

@@ -35,6 +35,10 @@ def serve(
         list[str] | None,
         Option(metavar="NAME", help="Name by which clients reach this machine; repeatable."),
     ] = None,
+    reached_as: Annotated[
+        str,
+        Option(metavar="HOST[:PORT]", envvar="JETSON_FT_REACHED_AS", help="Address to print."),
+    ] = "",
     allow_origin: Annotated[
         list[str] | None,
         Option(metavar="ORIGIN", help="Site whose pages may send requests; repeatable."),
@@ -50,5 +54,5 @@ def serve(
     with json_errors(as_json):
         server.serve(
             names or ["latest"], runs, host, port, settings,
-            tuple(host_name or ()), tuple(allow_origin or ()), as_json,
+            tuple(host_name or ()), reached_as, tuple(allow_origin or ()), as_json,
         )  # fmt: skip

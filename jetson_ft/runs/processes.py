@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import cache_root, disk_full, is_disk_full, write_json
@@ -122,14 +123,20 @@ def own_address(host: str) -> str:
         ) from error
 
 
-def reachable_host(host: str) -> str:
-    """Return the host of a URL for what listens on `host`; for 0.0.0.0, one of the network's."""
-    if host in ("0.0.0.0", "::"):  # noqa: S104
-        try:
-            host = own_address("192.0.2.1")  # RFC 5737; nothing is sent
-        except UserError:  # no network
-            host = "127.0.0.1"
-    return f"[{host}]" if ":" in host else host
+def reachable_address(host: str, port: int, reached_as: str = "") -> str:
+    """Return HOST:PORT of a server that listens on `host`; for 0.0.0.0, one of the network's.
+
+    Args:
+        reached_as: HOST or HOST:PORT, where it differs from `host`: in a container.
+    """
+    if not reached_as:
+        if host in ("0.0.0.0", "::"):  # noqa: S104
+            try:
+                host = own_address("192.0.2.1")  # RFC 5737; nothing is sent
+            except UserError:  # no network
+                host = "127.0.0.1"
+        reached_as = f"[{host}]" if ":" in host else host
+    return reached_as if urlsplit(f"//{reached_as}").port else f"{reached_as}:{port}"
 
 
 def stop_on_sigterm(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -85,6 +86,7 @@ def prepare(names: Sequence[str], root: Path, settings: EngineSettings, report: 
         UserError: an unknown name, runs that can't be served together, too little memory beside a
             training run, or a file that can't be made.
     """
+    exports.check_options("gguf", [settings.file_type], "bf16")
     path = expand_user(names[0])
     if len(names) == 1 and path.suffix == ".gguf" and path.is_file():
         find_program()
@@ -297,8 +299,16 @@ def _llama(
     context = min(context, settings.context)
     sizes = [path.stat().st_size for path in (file, *loras.values())]
     _require_memory(sum(sizes) + kv_bytes * context * settings.parallel + _PROCESS_BYTES)
-    process = LlamaServer(file, loras, n_ctx=context, n_parallel=settings.parallel)
+    process = LlamaServer(
+        file, loras, n_ctx=context, n_parallel=settings.parallel, threads=_threads()
+    )
     return Serving(models, process, context)
+
+
+def _threads() -> int:
+    """Return the threads of llama.cpp: `OMP_NUM_THREADS` as for torch, else one for each core."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) else detect.usable_cores()
 
 
 def _read_limits(path: Path) -> tuple[int, int]:

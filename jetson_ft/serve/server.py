@@ -15,7 +15,7 @@ from jetson_ft.chat import memory_guard
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import printable, quoted
 from jetson_ft.hardware import detect
-from jetson_ft.http_access import is_loopback, listen
+from jetson_ft.http_access import host_of_address, is_loopback, listen
 from jetson_ft.runs import processes, queue
 from jetson_ft.serve import models
 from jetson_ft.serve.engine import Engine
@@ -32,6 +32,7 @@ def serve(
     port: int,
     settings: EngineSettings,
     host_names: tuple[str, ...] = (),
+    reached_as: str = "",
     origins: tuple[str, ...] = (),
     as_json: bool = False,
 ) -> None:
@@ -42,6 +43,7 @@ def serve(
         runs: the folder of the runs.
         host: the address to listen on; beyond loopback a key is required.
         host_names: names accepted as `Host` besides IP addresses and localhost.
+        reached_as: HOST or HOST:PORT of the address, where it differs from `host`: in a container.
         origins: other sites whose pages may send requests.
         as_json: once it is ready, print one JSON object to stdout; all else goes to stderr.
 
@@ -49,6 +51,8 @@ def serve(
         UserError: the port is taken, or as `models.prepare`; the engine can't be started, or has
             ended too often.
     """
+    if reached_as:
+        host_names = (*host_names, host_of_address(reached_as))
     key = "" if is_loopback(host) else secrets.token_hex(16)
     listener = listen(host, port)
     # Until uvicorn handles it, a SIGTERM ends the process as Ctrl-C does: child processes with it.
@@ -81,11 +85,16 @@ def serve(
         app = api.app(key, host_names, origins)
         # Ctrl-C waits no longer than this for replies; uvicorn's errors about them are dropped.
         config: Any = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=2
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=2,
+            proxy_headers=False,  # else a client of this machine could choose its address
         )
         server = uvicorn.Server(config)
         logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
-        address = f"http://{processes.reachable_host(host)}:{listener.getsockname()[1]}/v1"
+        port = listener.getsockname()[1]
+        address = f"http://{processes.reachable_address(host, port, reached_as)}/v1"
         if as_json:
             ready = [model.name for model in serving.models]
             print(json.dumps({"schema": 1, "url": address, "models": ready, "api_key": key}))

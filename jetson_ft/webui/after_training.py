@@ -102,7 +102,9 @@ def serve_arguments(run: Run) -> list[str]:
         with suppress(OSError), socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", port))
-            return ["serve", str(run.path), "--port", str(port), "--json"]
+            # The environment of a container names the page's host and address.
+            where = ["--host", "127.0.0.1", "--reached-as", "", "--port", str(port)]
+            return ["serve", str(run.path), *where, "--json"]
     raise UserError(
         _("All ports from {first} to {last} are in use."),
         "127.0.0.1",

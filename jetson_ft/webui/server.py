@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
-import re
 import secrets
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import printable
-from jetson_ft.http_access import is_loopback, listen
+from jetson_ft.http_access import host_of_address, is_loopback, listen
 from jetson_ft.runs import processes
 from jetson_ft.runs.interrupted import take_up_runs
 from jetson_ft.webui.allowed_paths import AllowedPaths
@@ -44,7 +40,7 @@ def serve(
         UserError: the page can't be served there, or `reached_as` is not an address.
     """
     if reached_as:
-        host_names = (*host_names, _host_name(reached_as))
+        host_names = (*host_names, host_of_address(reached_as))
     incoming = Incoming(runs)
     is_local = is_loopback(host)
     folders = None if is_local and not allowed else (runs, *allowed)
@@ -98,27 +94,7 @@ def _prepare_uploads(incoming: Incoming) -> UserError | None:
     return None
 
 
-def _host_name(address: str) -> str:
-    """Return the host of HOST or HOST:PORT; refuse other texts with a `UserError`."""
-    match = re.fullmatch(r"([\w.-]+|\[[\da-f:.]+])(?::(\d{1,5}))?", address, re.ASCII | re.I)
-    host, port = match.groups() if match else ("", None)
-    with suppress(ValueError):
-        if host.startswith("["):
-            ipaddress.IPv6Address(host[1:-1])
-        if host and 0 < int(port or 80) < 1 << 16:
-            return str(host)
-    raise UserError(
-        _("{address!r} is not the address of a page."),
-        "--reached-as (JETSON_FT_REACHED_AS)",
-        _("Give HOST or HOST:PORT; an IPv6 address needs brackets, as in [fd00::1]:7860."),
-        address=address,
-    )
-
-
 def link(host: str, port: int, token: str, reached_as: str = "") -> str:
     """Return the link to open; for all addresses (0.0.0.0), one that the network reaches."""
-    if not reached_as:
-        reached_as = processes.reachable_host(host)
-    if urlsplit(f"//{reached_as}").port is None:
-        reached_as = f"{reached_as}:{port}"
-    return f"http://{reached_as}/" + (f"?token={token}" if token else "")
+    address = processes.reachable_address(host, port, reached_as)
+    return f"http://{address}/" + (f"?token={token}" if token else "")

@@ -76,6 +76,19 @@ def test_each_adapter_gives_its_own_text_in_any_order(served: ServedApi) -> None
     assert texts == [alone[name] for name in names]
 
 
+def test_an_earlier_prompt_isnt_restored_for_another_adapter(
+    make_engine: Callable[..., Engine],
+) -> None:
+    """llama.cpp's cache of prompts in memory doesn't know which adapter has computed them."""
+    long, other = "abcdefgh " * 40, "9876543210 " * 30
+    with serve_api(make_engine(parallel=1), lora_models()) as served:
+        expected = served.complete("two", long)
+    with serve_api(make_engine(parallel=1), lora_models()) as served:
+        assert served.complete("one", long) != expected
+        served.complete("two", other)
+        assert served.complete("two", long) == expected
+
+
 def test_no_answer_is_lost_or_mixed_up_among_many_clients(served: ServedApi) -> None:
     def ask(number: int) -> tuple[str, str]:
         name = ("one", "two", "base")[number % 3]

@@ -208,8 +208,10 @@ def test_a_server_shows_its_address_and_hides_its_key(
     assert page.post(f"/runs/{run.name}/serve").json() == {"done": True}
     light_jobs.command(run, "serve")
     job = wait_for(lambda: (job := jobs.read(run, "serve")) and job.result and job)
-    assert job.arguments[:3] == ["serve", str(run.path), "--port"]
-    assert 8000 <= int(job.arguments[3]) < 8100
+    options = dict(zip(job.arguments[2:-1:2], job.arguments[3:-1:2], strict=True))
+    assert job.arguments[:2] == ["serve", str(run.path)] and job.arguments[-1] == "--json"
+    assert 8000 <= int(options.pop("--port")) < 8100
+    assert options == {"--host": "127.0.0.1", "--reached-as": ""}  # whatever the environment says
     html = detail(page, run)
     before, _summary, hidden = html.partition('<details class="key">')
     assert "http://127.0.0.1:8000/v1</code>" in before and "k-1" not in before
