@@ -38,7 +38,7 @@ def test_the_error_of_a_command_keeps_its_template(light_jobs: LightJobs) -> Non
     jobs.start(run, "export", ["export", str(run.path), "--format", "zip", "--json"])
     job = light_jobs.wait(run, "failed", seconds=60)
     error = jobs.error_of(job)
-    assert error and error.what.template == "{option} can't be {values}."
+    assert error and "{values}" in error.what.template
     assert error.what.values["values"] == "'zip'"
 
 
