@@ -36,7 +36,8 @@ def make_models(job: Job, home: Path, file_types: Sequence[str]) -> list[Path]:
     with staging_folder(home / "gguf") as work, disk_errors(home):
         merged, source = work / "merged", work / "f16.gguf"
         facts, _check = merge_model(job, merged, "fp16")
-        gguf.convert_model(merged, source, "f16", partial(job.on_progress, _("converting")))
+        step = partial(job.on_progress, _("converting"))
+        gguf.convert_model(merged, source, "f16", step, job.run.label)
         reference = None
         if job.rows:
             model = _load_exact(job, BaseModelFiles(job.run.name, merged))
