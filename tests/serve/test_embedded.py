@@ -1,4 +1,4 @@
-"""Two adapters on the real embedded model: each answers as in the chat."""
+"""Two adapters on the real embedded model: each answers as in the chat in fp32."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def make_adapter_run(root: Path, label: str, seed: int, report: Path) -> Run:
     if not rows.exists():
         write_rows(rows)
     recipe = Recipe.model_validate(
-        {"model": "embedded", "output_dir": str(root), "lora": {"rank": 4, "rslora": True},
+        {"model": "embedded", "precision": "fp32", "output_dir": str(root),
+         "lora": {"rank": 4, "rslora": True},
          "data": {"train": str(rows), "heldout": 2}}
     )  # fmt: skip
     base = files.resolve_model("embedded")
