@@ -1,9 +1,10 @@
 #!/opt/venv/bin/python -IS
 """Run `jetson-ft` as the container's first program; when the container stops, checkpoint all runs.
 
-A run's supervisor outlives the page that started it, but not the container: when the first process
-ends, the kernel kills all others. `docker stop` sends SIGTERM to the first process only. So this
-program sends it on to every supervisor and waits until they have written their checkpoints.
+A run's supervisor, and the keeper of a job such as an export, outlive the page that started them,
+but not the container: when the first process ends, the kernel kills all others. `docker stop` sends
+SIGTERM to the first process only. So this program sends it on to every supervisor and keeper, and
+waits until they have written their checkpoints and ended.
 """
 
 from __future__ import annotations
@@ -16,25 +17,25 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-SUPERVISOR = b"jetson_ft.runs.supervisor"
+DETACHED = {b"jetson_ft.runs.supervisor", b"jetson_ft.runs.job_process"}
 
 
-def supervisors() -> list[int]:
-    """Return the process ids of all supervisors in this container."""
+def detached_processes() -> list[int]:
+    """Return the process ids of all supervisors, and keepers of jobs, in this container."""
     namespace, pids = Path("/proc/self/ns/mnt").readlink(), []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended, or belongs to another user
-            is_supervisor = SUPERVISOR in (process / "cmdline").read_bytes().split(b"\0")
+            is_ours = DETACHED & set((process / "cmdline").read_bytes().split(b"\0"))
             # With --pid=host, processes of the board and of other containers are listed too.
-            if is_supervisor and (process / "ns/mnt").readlink() == namespace:
+            if is_ours and (process / "ns/mnt").readlink() == namespace:
                 pids.append(int(process.name))
     return pids
 
 
 def stop_runs() -> None:
-    """Stop all runs and wait for their checkpoints; Docker's stop timeout is the limit."""
+    """Stop all runs and jobs, and wait for their end; Docker's stop timeout is the limit."""
     signalled: set[int] = set()
-    while alive := supervisors():
+    while alive := detached_processes():
         for pid in set(alive) - signalled:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)

@@ -8,6 +8,7 @@ import signal
 import sys
 
 PARENT_PROCESS = "JETSON_FT_PARENT"  # its number, in the environment of a command that it starts
+PROGRESS_FILE = "JETSON_FT_PROGRESS"  # in the environment of a command: where it writes progress
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # With `-c`, and with `-m`, Python looks for modules in the current folder first ("" in `sys.path`).
 # `-P` prevents that from Python 3.11 on.

@@ -14,6 +14,7 @@ import pytest
 from fake_hub import fake_hub
 from fake_programs import fake
 from hypothesis import settings
+from light_jobs import light_jobs
 from loaded_phi import phi
 from small_disk import small_disk
 from tiny_models import CHAT_TEMPLATE, phi_config, save_model, write_rows
@@ -26,6 +27,7 @@ __all__ = [
     "fake",
     "fake_hub",
     "finished",
+    "light_jobs",
     "light_runs",
     "make_bench",
     "phi",

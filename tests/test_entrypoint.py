@@ -30,8 +30,10 @@ Path(sys.argv[1], "checkpoint").touch()
 """
 
 
-def start_entrypoint(folder: Path, program: str) -> subprocess.Popen[str]:
-    """Start the entrypoint with `program` as its jetson-ft, beside a fake supervisor.
+def start_entrypoint(
+    folder: Path, program: str, detached: str = "jetson_ft.runs.supervisor"
+) -> subprocess.Popen[str]:
+    """Start the entrypoint with `program` as its jetson-ft, beside a fake detached process.
 
     Return once the program has created the file `page`, or has ended.
     """
@@ -39,7 +41,7 @@ def start_entrypoint(folder: Path, program: str) -> subprocess.Popen[str]:
     (folder / "bin/jetson-ft").write_text(f"#!{sys.executable}\n{program}")
     (folder / "bin/jetson-ft").chmod(0o755)
     (folder / "supervisor.py").write_text(FAKE_SUPERVISOR)
-    supervisor = f"{sys.executable} supervisor.py {folder} jetson_ft.runs.supervisor"
+    supervisor = f"{sys.executable} supervisor.py {folder} {detached}"
     entrypoint = f"{sys.executable} -IS {DOCKER}/entrypoint.py webui"
     wait = "while [ ! -e up ]; do sleep 0.05; done"
     unshare = ["unshare", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"]), "--mount"]
@@ -55,12 +57,14 @@ def start_entrypoint(folder: Path, program: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_sigterm_waits_for_checkpoint_of_this_container_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("detached", ["jetson_ft.runs.supervisor", "jetson_ft.runs.job_process"])
+def test_sigterm_waits_for_checkpoint_of_this_container_only(tmp_path: Path, detached: str) -> None:
     other = subprocess.Popen(  # as in another container: must not be stopped
-        [sys.executable, "-c", "import time; time.sleep(60)", "jetson_ft.runs.supervisor"]
+        [sys.executable, "-c", "import time; time.sleep(60)", detached]
     )
     try:
-        process = start_entrypoint(tmp_path, "import time\nopen('page', 'w')\ntime.sleep(60)")
+        program = "import time\nopen('page', 'w')\ntime.sleep(60)"
+        process = start_entrypoint(tmp_path, program, detached)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 128 + signal.SIGTERM
         assert (tmp_path / "checkpoint").exists()

@@ -86,9 +86,8 @@ def _progress_of(bar: ProgressBar, quiet: bool) -> Any:
             share = f": {done / total:.0%}"
             if now - started > 2 and done < total:
                 left = f"about {duration((total - done) * (now - started) / done)} left"
-        if not quiet:
-            line = f"{name}{share}{left and ', '}{left}"
-            bar.show(name, done, total or None, left, line, due=not done)
+        line = "" if quiet else f"{name}{share}{left and ', '}{left}"
+        bar.show(name, done, total or None, left, line, due=not done)
 
     return update
 

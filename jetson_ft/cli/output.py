@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from rich.segment import Segment
 from rich.text import Text
 from typer import Argument, Option
 
+from jetson_ft.child_process import PROGRESS_FILE
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import printable, replace_unprintable
 
@@ -41,6 +43,7 @@ class _Console(Console):
 out = _Console(highlight=False, soft_wrap=True, emoji=False, markup=False)
 RUNS = Path("runs")
 _LINE_SECONDS = 10.0  # between two lines of progress where no bar is drawn
+_FILE_SECONDS = 0.5  # between two writes of `PROGRESS_FILE`
 
 SetOption = Annotated[
     list[str] | None,
@@ -69,7 +72,7 @@ def print_json(data: Any) -> None:
 
 
 class ProgressBar(Progress):
-    """One bar at a time.
+    """One bar at a time; its values are also written to `PROGRESS_FILE`, if that is set.
 
     Args:
         live: draw the bar where there is a terminal.
@@ -82,6 +85,8 @@ class ProgressBar(Progress):
             transient=True, disable=not (live and out.is_terminal), refresh_per_second=2,
         )  # fmt: skip
         self._last_line = 0.0
+        self._file, self._last_write = os.environ.get(PROGRESS_FILE), 0.0
+        self._part, self._since = "", 0.0  # the part of the work, and when it began
 
     def show(
         self,
@@ -96,6 +101,8 @@ class ProgressBar(Progress):
 
         A line is due when `due` is set, at the end (`done` is `total`), and every ten seconds.
         """
+        if self._file:
+            self._write(self._file, what, done, total)
         if not self.disable:
             what, note = printable(what), printable(note)
             if not self.tasks or self.tasks[0].description != what:
@@ -107,6 +114,19 @@ class ProgressBar(Progress):
             if due or done == total or now - self._last_line > _LINE_SECONDS:
                 self._last_line = now
                 show(line)
+
+    def _write(self, path: str, what: str, done: int, total: int | None) -> None:
+        """Write what `runs.jobs.Progress` reads; a new part at once, others twice a second."""
+        is_new = what != self._part
+        if is_new:
+            self._part, self._since = what, time.time()
+        if is_new or done == total or time.monotonic() - self._last_write > _FILE_SECONDS:
+            self._last_write = time.monotonic()
+            values = {"what": what, "done": done, "total": total, "since": self._since}
+            with suppress(OSError):  # a full disk is no reason to end the work
+                temporary = Path(f"{path}.new")  # one writer; not synced: it is soon replaced
+                temporary.write_text(json.dumps({"schema": 1, **values}), encoding="utf-8")
+                temporary.replace(path)
 
     def clear(self) -> None:
         """Remove the bar."""

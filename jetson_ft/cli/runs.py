@@ -82,13 +82,14 @@ def resume(runs: RunsOption = RUNS) -> None:
 
 @app.command()
 def stop(run: RunArgument = "latest", runs: RunsOption = RUNS) -> None:
-    """Ask a run to write a checkpoint and end."""
-    from jetson_ft.runs import manager, store
+    """Ask a run to write a checkpoint and end; of an ended run, end the page's jobs."""
+    from jetson_ft.runs import jobs, manager, store
     from jetson_ft.runs.contents import DamagedRun
 
     stopped = store.find_run(run, runs)
     manager.stop(stopped)
-    result = "stop requested" if manager.is_live(stopped) else "nothing to stop"
+    is_live = manager.is_live(stopped) or any(jobs.is_live(stopped, name) for name in jobs.NAMES)
+    result = "stop requested" if is_live else "nothing to stop"
     try:
         state = stopped.state().state
     except DamagedRun:

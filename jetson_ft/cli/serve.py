@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from jetson_ft.cli.output import RUNS, RunsOption
+from jetson_ft.cli.output import RUNS, JsonOption, RunsOption, json_errors
 
 
 def serve(
@@ -43,6 +43,7 @@ def serve(
         list[str] | None,
         Option(metavar="ORIGIN", help="Site whose pages may send requests; repeatable."),
     ] = None,
+    as_json: JsonOption = False,
     runs: RunsOption = RUNS,
 ) -> None:
     """Serve runs or a model to clients of OpenAI's API."""
@@ -50,7 +51,8 @@ def serve(
     from jetson_ft.serve.models import EngineSettings
 
     settings = EngineSettings(quantize, context, parallel)
-    server.serve(
-        names or ["latest"], runs, host, port, settings,
-        tuple(host_name or ()), reached_as, tuple(allow_origin or ()),
-    )  # fmt: skip
+    with json_errors(as_json):
+        server.serve(
+            names or ["latest"], runs, host, port, settings,
+            tuple(host_name or ()), reached_as, tuple(allow_origin or ()), as_json,
+        )  # fmt: skip

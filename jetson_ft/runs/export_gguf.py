@@ -36,7 +36,7 @@ def make_models(job: Job, home: Path, file_types: Sequence[str]) -> list[Path]:
     with staging_folder(home / "gguf") as work, disk_errors(home):
         merged, source = work / "merged", work / "f16.gguf"
         facts, _check = merge_model(job, merged, "fp16")
-        step = partial(job.on_progress, "converting")
+        step = partial(job.on_progress, _("converting"))
         gguf.convert_model(merged, source, "f16", step, job.run.label)
         reference = None
         if job.rows:
@@ -49,7 +49,7 @@ def make_models(job: Job, home: Path, file_types: Sequence[str]) -> list[Path]:
                 if file_type == "f16":
                     source.rename(path)
                 else:
-                    step = partial(job.on_progress, f"quantising {file_type}")
+                    step = partial(job.on_progress, _("quantising {type}").format(type=file_type))
                     quantize_file(source, path, file_type, step)
                 modelfile.write_modelfile(folder, path.name, merged)
                 parts["merge"] = facts
@@ -67,7 +67,7 @@ def make_lora(job: Job, home: Path) -> Path:
     with staging_folder(home / "lora") as work, disk_errors(home):
         base, base_file, reference = work / "base", work / "base.gguf", None
         if job.rows:
-            step = partial(job.on_progress, "converting the base")
+            step = partial(job.on_progress, _("converting the base"))
             merge.write_base(job.base, job.adapter_dir, base, "fp16", step)
             gguf.convert_model(base, base_file, "f16", step)
             model = adapter.load_adapter(_load_exact(job, job.base), job.base, job.adapter_dir)
@@ -90,7 +90,7 @@ def _load_exact(job: Job, model: BaseModelFiles) -> Any:
 
 
 def _measure(job: Job, rows: PreparedRows, model: Any) -> Reference:
-    step = partial(job.on_progress, "measuring with transformers")
+    step = partial(job.on_progress, _("measuring with transformers"))
     return check.measure_reference(model, rows.tokenizer, rows.heldout_messages, rows.heldout, step)
 
 
@@ -104,7 +104,7 @@ def _check_file(
     """
     if reference is None:
         return NOT_CHECKED
-    step = partial(job.on_progress, f"checking {file_type} with llama.cpp")
+    step = partial(job.on_progress, _("checking {type} with llama.cpp").format(type=file_type))
     result = check.check_file(reference, model, file_type, lora, on_progress=step)
     if not result["passed"]:
         bits = result["bits_per_character"]

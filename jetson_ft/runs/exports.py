@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ from jetson_ft.files import (
     disk_errors,
     remove_abandoned,
     require_space,
+    safe_name,
     sha256_file,
     staging_folder,
     sync_folder,
@@ -125,7 +127,7 @@ def make_export(
         plan = plan_export(run, kind, quantize, check)
         rows = None
         if check:
-            on_progress("reading the rows", 0, 0)
+            on_progress(_("reading the rows"), 0, 0)
             rows = prepare_rows(run.recipe().data, adapter.load_tokenizer(base, adapter_dir))
         job = Job(run, base, adapter_dir, plan, rows, on_progress)
         if kind == "merged":
@@ -188,6 +190,19 @@ def list_exports(run: Run) -> list[dict[str, Any]]:
             with suppress(DamagedRun):
                 exports.append(find_export(run, folder.name))
     return [export for export in exports if export]
+
+
+def delete_export(run: Run, name: str) -> None:
+    """Remove an export, complete or damaged.
+
+    Raises:
+        UserError: there is none of that name, or an export of the run is being made.
+    """
+    folder = run.path / _FOLDER / safe_name(name)
+    with export_lock(run), disk_errors(folder):
+        trash = folder.with_name(f".{name}.deleted.tmp")  # `remove_abandoned` removes what is left
+        folder.rename(trash)  # in one step, for all readers
+        shutil.rmtree(trash)
 
 
 # --- what an export needs ------------------------------------------------------------------------
@@ -287,7 +302,7 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
     """
     info = merge.merge_adapter(
         job.base, job.adapter_dir, out, dtype,
-        lambda done, total: job.on_progress("merging", done, total),
+        lambda done, total: job.on_progress(_("merging"), done, total),
     )  # fmt: skip
     facts: dict[str, Any] = {
         "dtype": dtype, "weights": "unquantised base", "parameters": info.parameters,
@@ -298,7 +313,7 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
     difference = logits.logit_difference(
         job.base, job.adapter_dir, out, job.rows.heldout["input_ids"], job.plan.precision,
         job.plan.device, out.parent,
-        lambda done, total: job.on_progress("comparing with the adapter", done, total),
+        lambda done, total: job.on_progress(_("comparing with the adapter"), done, total),
     )  # fmt: skip
     bound = logits.bound(dtype, job.plan.precision)
     facts |= {
@@ -358,7 +373,7 @@ def new_export(
         write_json(folder / CHECK_FILE, facts["check"])
         card.write_card(job.run, folder, export, facts["check"])
         paths = sorted(path for path in folder.iterdir() if path.is_file())
-        job.on_progress("writing", 0, 0)
+        job.on_progress(_("writing"), 0, 0)
         export["files"] = [
             {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in paths

@@ -47,7 +47,16 @@ from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.models.dims import dims_from_config
 from jetson_ft.recipe import Layout, Recipe
-from jetson_ft.runs import contract, disk, exit_status, exports, initial_adapter, processes, store
+from jetson_ft.runs import (
+    contract,
+    disk,
+    exit_status,
+    exports,
+    initial_adapter,
+    jobs,
+    processes,
+    store,
+)
 from jetson_ft.runs.contents import SCHEMA, DamagedRun, open_file
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.locks import lock
@@ -292,9 +301,12 @@ def _start_supervisor(run: Run, lock_file: IO[bytes]) -> None:
 
 
 def stop(run: Run) -> None:
-    """Request a checkpoint and the end of a run; do nothing if it has ended."""
+    """Request a checkpoint and the end of a run; of one that has ended, the end of its jobs."""
     if is_live(run):
         run.request_stop()
+    else:
+        for name in jobs.NAMES:
+            jobs.stop(run, name)
 
 
 def is_live(run: Run) -> bool:
@@ -366,9 +378,10 @@ def set_title_and_notes(run: Run, title: str | None = None, notes: str | None = 
 
 
 def delete(run: Run) -> None:
-    """Remove the folder of a run, damaged or not; refuse a running one, and one in export."""
+    """Remove the folder of a run, damaged or not; refuse one that runs or is exported or served."""
     if is_live(run):
         raise _is_running(run)
+    jobs.require_none(run)
     trash = run.path.with_name(f".deleted-{run.name}")
     # Nothing starts meanwhile.
     with _take_supervisor_lock(run), exports.export_lock(run), disk_errors(run.path):

@@ -196,7 +196,7 @@ def summarize(run: Run) -> RunSummary:
     locks = [attempt(partial(run.is_locked, name), False) for name in ("worker", "supervisor")]
     checks: tuple[Callable[[], object], ...] = (
         run.recipe, run.plan, run.last_data, check_report,
-        lambda: processes.read_distributed_config(run), lambda: log_tail(run, 1),
+        lambda: processes.read_distributed_config(run), lambda: log_tail(run.path, 1),
     )  # fmt: skip
     for check in checks:  # what the summary doesn't show
         attempt(check, None)
@@ -231,13 +231,13 @@ def read_progress(run: Run) -> RunProgress:
     return progress
 
 
-def log_tail(run: Run, size: int) -> str:
-    """Return the last bytes of `log.txt` as text, at most `size`; empty without the file.
+def log_tail(folder: Path, size: int) -> str:
+    """Return the last bytes of the folder's `log.txt` as text, at most `size`; empty without it.
 
     Raises:
         DamagedRun: it can't be read.
     """
-    path = run.path / "log.txt"
+    path = folder / "log.txt"
     if not os.path.lexists(path):
         return ""
     with contents.open_file(path) as file:

@@ -34,6 +34,7 @@ def serve(
     host_names: tuple[str, ...] = (),
     reached_as: str = "",
     origins: tuple[str, ...] = (),
+    as_json: bool = False,
 ) -> None:
     """Serve until the process is interrupted; print the address, the key and a command to try.
 
@@ -44,6 +45,7 @@ def serve(
         host_names: names accepted as `Host` besides IP addresses and localhost.
         reached_as: HOST or HOST:PORT of the address, where it differs from `host`: in a container.
         origins: other sites whose pages may send requests.
+        as_json: once it is ready, print one JSON object to stdout; all else goes to stderr.
 
     Raises:
         UserError: the port is taken, or as `models.prepare`; the engine can't be started, or has
@@ -57,7 +59,7 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def report(line: str) -> None:
-        print(printable(line), flush=True)
+        print(printable(line), file=sys.stderr if as_json else sys.stdout, flush=True)
 
     processes.silence_libraries()
     serving = models.prepare(names, runs, settings, report)
@@ -93,7 +95,11 @@ def serve(
         logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
         port = listener.getsockname()[1]
         address = f"http://{processes.reachable_address(host, port, reached_as)}/v1"
-        for line in _greeting(address, key, serving):
+        if as_json:
+            ready = [model.name for model in serving.models]
+            print(json.dumps({"schema": 1, "url": address, "models": ready, "api_key": key}))
+            sys.stdout.flush()
+        for line in serving.notes if as_json else _greeting(address, key, serving):
             report(line)
         server.run([listener])
     if engine.has_given_up:

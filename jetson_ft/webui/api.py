@@ -16,7 +16,8 @@ from starlette.background import BackgroundTask
 
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors
-from jetson_ft.runs import manager, store
+from jetson_ft.runs import exports, jobs, manager, store
+from jetson_ft.webui import after_training
 from jetson_ft.webui.fragments import Fragments
 from jetson_ft.webui.limits import BusyError, costly
 from jetson_ft.webui.render import Locale, request_language
@@ -49,6 +50,35 @@ def router(root: Path) -> APIRouter:
     def describe(name: str, title: NewText = None, notes: NewText = None) -> Response:
         manager.set_title_and_notes(store.run_by_name(name, root), title, notes)
         return JSONResponse({"done": True})
+
+    @routes.post("/runs/{name}/export")
+    def export(
+        name: str, choice: Annotated[str, Body()], unchecked: Annotated[bool, Body()] = False
+    ) -> Response:
+        run = store.run_by_name(name, root)
+        jobs.start(run, "export", after_training.export_arguments(run, choice, unchecked))
+        return JSONResponse({"done": True})
+
+    @routes.post("/runs/{name}/serve")
+    def serve(name: str) -> Response:
+        run = store.run_by_name(name, root)
+        jobs.start(run, "serve", after_training.serve_arguments(run))
+        return JSONResponse({"done": True})
+
+    @routes.post("/runs/{name}/jobs/{job}/stop")
+    def stop_job(name: str, job: Literal["export", "serve"]) -> Response:
+        jobs.stop(store.run_by_name(name, root), job)
+        return JSONResponse({"done": True})
+
+    @routes.post("/runs/{name}/exports/{export}/delete")
+    def delete_export(name: str, export: str) -> Response:
+        exports.delete_export(store.run_by_name(name, root), export)
+        return JSONResponse({"done": True})
+
+    @routes.get("/runs/{name}/exports/{export}/{file}")
+    def export_file(name: str, export: str, file: str) -> Response:
+        path = after_training.export_file(store.run_by_name(name, root), export, file)
+        return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
     @routes.post("/runs/{name}/{action}")
     def act(name: str, action: Literal["stop", "resume", "delete"]) -> Response:

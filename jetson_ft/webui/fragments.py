@@ -11,15 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import UserError, _
 from jetson_ft.events import PHASES, Evaluated, Step
-from jetson_ft.runs import monitor, store
+from jetson_ft.runs import jobs, monitor, store
 from jetson_ft.runs.monitor import RunMonitor, RunProgress, RunSummary
 from jetson_ft.runs.report import chart, summary
 from jetson_ft.runs.store import Run
+from jetson_ft.webui import after_training
+from jetson_ft.webui.after_training import AfterTraining
 from jetson_ft.webui.render import Locale, render
 
 _MAX_COMPARED = 5  # runs drawn with the chosen one: the number of colours
@@ -84,11 +87,14 @@ class Fragments:
         return self._cached(
             ("detail", language, *(run.name for run in runs)),
             # The stamp changes with what the rendering reads by itself: notes, log, report.
-            lambda: [
-                (self._monitor.summary(run), self._progress(run), monitor.change_stamp(run))
-                for run in runs
-            ],
-            lambda source: self._detail(Locale(language), runs[0], source),
+            lambda: (
+                [
+                    (self._monitor.summary(run), self._progress(run), monitor.change_stamp(run))
+                    for run in runs
+                ]
+                + [AfterTraining.read(runs[0])]
+            ),
+            lambda source: self._detail(Locale(language), runs[0], source[:-1], source[-1]),
         )
 
     def _cached(self, key: Any, read: Callable[[], Any], to_html: Callable[[Any], str]) -> str:
@@ -116,7 +122,11 @@ class Fragments:
             return RunProgress()
 
     def _detail(
-        self, t: Locale, run: Run, source: Sequence[tuple[RunSummary, RunProgress, Any]]
+        self,
+        t: Locale,
+        run: Run,
+        source: Sequence[tuple[RunSummary, RunProgress, Any]],
+        after: AfterTraining | None,
     ) -> str:
         summary, newest, _stamp = source[0]
         progresses = [progress for _summary, progress, _stamp in source]
@@ -129,7 +139,7 @@ class Fragments:
         with suppress(OSError):  # a folder of someone else
             has_report = (run.path / "report.html").is_file()
         with suppress(UserError):
-            log = monitor.log_tail(run, _LOG_BYTES)
+            log = monitor.log_tail(run.path, _LOG_BYTES)
         with suppress(UserError):
             notes = run.about().get("notes", "")
         return render(
@@ -141,7 +151,11 @@ class Fragments:
             reading=None if all(p.is_complete for p in progresses) else reading,
             losses=_loss_chart(progresses), charts=_charts(progresses), figures=_figures(run),
             has_report=has_report, has_adapter=run.has_adapter(),
-            log=log, notes=notes,
+            log=log, notes=notes, after=after, CHOICES=after_training.CHOICES,
+            describe_progress=after_training.describe_progress, error_of=jobs.error_of,
+            describe_check=after_training.describe_check, size_text=after_training.size_text,
+            ollama_command=partial(after_training.ollama_command, run),
+            describe_server=after_training.describe_server,
         )  # fmt: skip
 
 

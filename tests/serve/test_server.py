@@ -14,9 +14,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from light_jobs import LightJobs
 from openai import OpenAI
 from program import assert_refused, main_here, run
 from workbench import wait_for
+
+from jetson_ft.runs import jobs
 
 
 @pytest.fixture
@@ -97,6 +100,26 @@ def test_a_sigterm_while_the_model_loads_leaves_nothing(
     process.terminate()
     assert process.wait(20) == 128 + signal.SIGTERM
     wait_for(lambda: not any(child.is_running() for child in children))
+
+
+def test_a_job_of_the_page_has_the_address_and_ends(light_jobs: LightJobs, tiny_gguf: Path) -> None:
+    run = light_jobs.run()
+    words = ["serve", str(tiny_gguf), "--port", "0", "--context", "128", "--json"]
+    jobs.start(run, "serve", words)
+    job = wait_for(lambda: (job := jobs.read(run, "serve")) and job.result and job, 60)
+    assert job.is_live and job.result["models"] == ["tiny"] and job.result["api_key"] == ""
+    client = OpenAI(base_url=job.result["url"], api_key="none")
+    assert client.completions.create(model="tiny", prompt="abc", max_tokens=3).choices
+    processes = [
+        process for process in psutil.process_iter(["environ"])
+        if (process.info["environ"] or {}).get("JETSON_FT_PROGRESS", "").startswith(str(run.path))
+    ]  # fmt: skip
+    assert len(processes) == 2  # the command and its engine
+    jobs.stop(run, "serve")
+    light_jobs.wait(run, "stopped", name="serve")
+    assert not any(process.is_running() for process in processes)
+    log = (jobs.job_folder(run, "serve") / "log.txt").read_text()
+    assert log.startswith("loading tiny") and "Traceback" not in log
 
 
 def test_a_port_in_use_is_reported_before_anything_else(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from light_jobs import LightJobs
 from run_folders import make_run
 from served import Served
 
-from jetson_ft.runs import manager
+from jetson_ft.runs import jobs, manager
 from jetson_ft.runs.store import Run, list_runs
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -207,4 +208,39 @@ def test_a_compared_run_has_a_visible_tick(browser: Any, tmp_path: Path) -> None
     box.check()
     sync_api.expect(page.locator("#run-detail .train.c1")).to_have_count(1)
     assert box.evaluate("box => getComputedStyle(box).backgroundColor") != "rgba(0, 0, 0, 0)"
+    served.kill()
+
+
+def test_an_export_is_chosen_started_and_cancelled_by_keyboard(
+    browser: Any, tmp_path: Path, light_jobs: LightJobs
+) -> None:
+    run = light_jobs.run()
+    light_jobs.choose("endless")
+    served = Served(tmp_path)
+    page = open_runs(browser, served)
+    choice = page.get_by_label("Export as")
+    choice.focus()
+    page.keyboard.press("End")  # the last choice
+    page.get_by_label("Without the check").focus()
+    page.keyboard.press("Space")
+    page.keyboard.press("Tab")  # to the button
+    manager.set_title_and_notes(run, "another title")  # the fragment changes
+    sync_api.expect(page.locator("#run-detail h2")).to_have_text("another title")
+    sync_api.expect(choice).to_have_value("lora")
+    sync_api.expect(page.locator("#start-export")).to_be_focused()
+
+    page.keyboard.press("Enter")
+    cancel = page.locator("#stop-export")
+    sync_api.expect(cancel).to_be_visible(timeout=TIMEOUT)
+    job = jobs.read(run, "export")
+    assert job and job.arguments[2:] == ["--format", "lora", "--no-check", "--json"]
+    cancel.focus()
+    sync_api.expect(page.locator("#run-detail")).to_contain_text("merging <b>")
+    page.wait_for_timeout(3000)
+    sync_api.expect(cancel).to_be_focused()
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#run-detail")).to_contain_text("The export was cancelled.")
+    width = "element => element.scrollWidth - element.clientWidth"
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.locator("#run-detail").evaluate(width) <= 0
     served.kill()

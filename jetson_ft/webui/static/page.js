@@ -37,14 +37,18 @@
     }
     const html = await response.text();
     if (wanted.get(id) !== address) return; // another run has been chosen
-    const form = element.querySelector("form.about");
-    const same = form?.dataset.about === state.chosen;
-    if (same && form.contains(document.activeElement)) return; // not while the form is edited
+    const active = document.activeElement;
+    const forms = [...element.querySelectorAll(`form[data-run="${CSS.escape(state.chosen)}"]`)];
+    const isField = active?.matches("input, textarea, select");
+    if (isField && forms.some((form) => form.contains(active))) return; // not while it is edited
     const open = [...element.querySelectorAll("details[open]")].map((one) => one.className);
     element.innerHTML = html;
     open.forEach((name) => element.querySelector(`details.${name}`)?.setAttribute("open", ""));
-    // Keep what is typed and not saved.
-    if (same && "changed" in form.dataset) element.querySelector("form.about")?.replaceWith(form);
+    // Keep what is typed or chosen and not sent, and the focus of the keyboard.
+    forms.filter((form) => "changed" in form.dataset).forEach((form) => {
+      element.querySelector(`form[data-post="${form.dataset.post}"]`)?.replaceWith(form);
+    });
+    if (active?.id && active !== document.activeElement) document.getElementById(active.id)?.focus();
     etags.set(id, { address, etag: response.headers.get("ETag") });
   }
 
@@ -95,10 +99,16 @@
     refresh();
   }
 
-  async function describe(form) {
-    const about = Object.fromEntries(new FormData(form));
-    if (await post(form.dataset.about, "about", about)) delete form.dataset.changed;
+  async function submit(form) {
+    const { run, post: action } = form.dataset;
+    if (await post(run, action, Object.fromEntries(new FormData(form)))) delete form.dataset.changed;
     refresh();
+  }
+
+  // Copies the text before the button; it stays marked.
+  function copy(button) {
+    getSelection().selectAllChildren(button.previousElementSibling);
+    if (document.execCommand("copy")) button.dataset.copied = ""; // also without HTTPS
   }
 
   function choose(name) {
@@ -111,9 +121,10 @@
   }
 
   document.addEventListener("click", (event) => {
-    const button = event.target.closest("[data-choose], [data-do], [data-language]");
+    const button = event.target.closest("[data-choose], [data-do], [data-language], [data-copy]");
     if (!button) return;
-    if (button.dataset.language) {
+    if ("copy" in button.dataset) copy(button);
+    else if (button.dataset.language) {
       document.cookie = `jetson-ft-language=${button.dataset.language}; path=/; max-age=31536000; samesite=strict`;
       location.href = `/${button.dataset.language}/${location.search}`;
     } else if (button.dataset.choose) {
@@ -123,14 +134,14 @@
     }
   });
   document.addEventListener("input", (event) => {
-    const form = event.target.closest("form.about");
+    const form = event.target.closest("form[data-post]");
     if (form) form.dataset.changed = "";
   });
   document.addEventListener("submit", (event) => {
-    if (!event.target.matches("form.about")) return;
+    if (!event.target.matches("form[data-post]")) return;
     event.preventDefault();
     document.activeElement?.blur();
-    describe(event.target);
+    submit(event.target);
   });
   document.addEventListener("change", (event) => {
     const name = event.target.dataset && event.target.dataset.compared;
