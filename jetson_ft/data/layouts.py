@@ -35,6 +35,7 @@ CHAT_MARKUP = _("a conversation written out as text, beginning with `{mark}`")
 
 NO_COLUMNS: Mapping[str, str] = {}
 
+_MAX_CATEGORY = 80  # characters
 _SYSTEM = ("system", "system_prompt", "system_message", "meta_instruction")
 _TOOLS = ("tools", "functions")
 _LABELS = ("label", "kto_tag")  # whether the answer is a wanted one
@@ -73,11 +74,13 @@ class Conversation(NamedTuple):
     Args:
         tools: JSON text of the list of tools in OpenAI's form; "" if there are none.
         unread: names of the columns, and of the messages' fields, that have content but no use.
+        category: text of the column `category`, by which an evaluation groups its rows; "" if none.
     """
 
     messages: list[ChatMessage]
     tools: str
     unread: list[str]
+    category: str = ""
 
 
 class _Columns:
@@ -385,7 +388,8 @@ def to_conversation(
         document = LAYOUTS[layout][1](columns)
         if _DAMAGE.search(document[0]["content"]):
             raise RowError(_DAMAGED)
-        return Conversation(document, "", columns.all_unread())
+        category = _category(columns)
+        return Conversation(document, "", columns.all_unread(), category)
     for name, value in row.items():
         is_false = value is False or (
             isinstance(value, str) and value.strip().casefold() == "false"
@@ -413,7 +417,18 @@ def to_conversation(
         raise RowError(_DAMAGED)
     if all(message.get("train") is False for message in messages if message["role"] == "assistant"):
         raise RowError(_("every answer is marked as not to be trained on"))
-    return Conversation(messages, tools, columns.all_unread())
+    category = _category(columns)
+    return Conversation(messages, tools, columns.all_unread(), category)
+
+
+def _category(columns: _Columns) -> str:
+    """Return the row's category; "" where there is none, or it is no short text."""
+    name = columns.find("category", "category")
+    value = columns.row.get(name) if name and name not in columns.chosen.values() else None
+    if not isinstance(value, str) or len(value) > _MAX_CATEGORY or _DAMAGE.search(value):
+        return ""
+    columns.read(name or "")
+    return value.strip()
 
 
 def _check_order(messages: list[ChatMessage]) -> None:

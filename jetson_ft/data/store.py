@@ -30,12 +30,13 @@ from jetson_ft.recipe import DataRecipe, Layout
 if TYPE_CHECKING:
     import datasets
 
-_VERSION = 7  # increase when the columns or the report change
+_VERSION = 8  # increase when the columns or the report change
 
 _DETECTION_ROWS = 100  # that decide about the layout
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22
 
-_UsableRow = tuple[int, int, list[dict[str, Any]], str]  # number, hash, messages, tools
+# Number, hash, messages, tools, category.
+_UsableRow = tuple[int, int, list[dict[str, Any]], str, str]
 
 
 def read_source(
@@ -48,7 +49,8 @@ def read_source(
 ) -> tuple[datasets.Dataset, ReadReport]:
     """Return the usable rows of a source, memory-mapped.
 
-    They have the columns `row`, `messages` (role, content, train, tool_calls) and `tools`.
+    They have the columns `row`, `messages` (role, content, train, tool_calls), `tools` and
+    `category`.
 
     Args:
         columns: names of columns by purpose, as `data.columns` has them.
@@ -156,8 +158,9 @@ def _write_cache(
     fields = ("role", pa.string()), ("content", pa.string())
     more = ("train", pa.bool_()), ("tool_calls", pa.string())
     messages = pa.list_(pa.struct([*fields, *more]))
+    texts = ("tools", pa.string()), ("category", pa.string())
     schema = pa.schema(
-        [("row", pa.int64()), ("hash", pa.uint64()), ("messages", messages), ("tools", pa.string())]
+        [("row", pa.int64()), ("hash", pa.uint64()), ("messages", messages), *texts]
     )
     first_rows = _first_rows(source, encoding) if columns or layout == "auto" else []
     if (missing := _missing_column(first_rows, columns, source, encoding)) is not None:
@@ -299,13 +302,14 @@ def _usable_rows(
         report.files.append(asdict(info) | {"path": printable(str(path))})
 
 
-def _stored(conversation: Conversation) -> tuple[int, list[dict[str, Any]], str]:
-    """Return the hash of the conversation's text, its messages with every field, its tools."""
+def _stored(conversation: Conversation) -> tuple[int, list[dict[str, Any]], str, str]:
+    """Return the hash of the text, the messages with every field, the tools, the category."""
     messages = [{"train": True, "tool_calls": "", **message} for message in conversation.messages]
     texts = [[message["role"], message["content"], message["tool_calls"]] for message in messages]
     text = json.dumps([texts, conversation.tools], ensure_ascii=False).encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()
-    return int.from_bytes(digest, "little"), messages, conversation.tools
+    number = int.from_bytes(digest, "little")
+    return number, messages, conversation.tools, conversation.category
 
 
 def _batches(rows: Iterator[_UsableRow]) -> Iterator[list[_UsableRow]]:

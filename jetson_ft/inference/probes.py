@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jetson_ft
-from jetson_ft.data.chat_template import encode, encode_prompt
+from jetson_ft.data.chat_template import encode_all, encode_prompt
 from jetson_ft.data.formats import ChatMessage
+from jetson_ft.errors import UserError
 from jetson_ft.inference.generate import MAX_REPLY_BATCH, generate_replies
 from jetson_ft.inference.statistics import paired_difference
 from jetson_ft.kernels import attention
@@ -68,22 +69,25 @@ def answer_probes(
     choice_probes = [probe for probe in probes if not probe.pattern]
     reply_probes = [probe for probe in probes if probe.pattern]
     choices = [choice for probe in choice_probes for choice in (probe.answer, *probe.others)]
+    conversations = [
+        ([_question(probe), ChatMessage(role="assistant", content=choice)], "")
+        for probe in choice_probes
+        for choice in (probe.answer, *probe.others)
+    ]
+    encoded = []
+    for result in encode_all(tokenizer, conversations):
+        if isinstance(result, UserError):
+            raise result
+        encoded.append({"input_ids": result.ids, "segments": result.segments})
 
     def packs() -> Iterator[Pack]:
-        number = 0
+        start = 0
         for done, probe in enumerate(choice_probes):
             progress(done, len(probes))
-            rows = []
-            for choice in (probe.answer, *probe.others):
-                answer = ChatMessage(role="assistant", content=choice)
-                encoded = encode(tokenizer, [_question(probe), answer])
-                rows.append({"input_ids": encoded.ids, "segments": encoded.segments})
-            numbers = range(number, number + len(rows))
-            number += len(rows)
-            if packing:
-                yield pack_rows(rows, numbers=numbers)
-            else:
-                yield from (pack_rows([row], numbers=[n]) for row, n in zip(rows, numbers))
+            numbers = range(start, start + 1 + len(probe.others))
+            start = numbers.stop
+            for part in [numbers] if packing else [[number] for number in numbers]:
+                yield pack_rows([encoded[number] for number in part], numbers=part)
 
     attention_mode = attention.use_packed_attention(model) if packing else nullcontext()
     with chunked_lm_head(model), attention_mode:
