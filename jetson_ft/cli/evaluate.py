@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jetson_ft.inference.compare import ProgressCallback
 
 SIDES = {"before": "base", "after": "adapter"}
-_COLOURS = {"better": "green", "worse": "red"}  # by verdict
+COLOURS = {"better": "green", "worse": "red"}  # by verdict
 
 
 def evaluate(
@@ -96,11 +96,9 @@ def print_figures(report: dict[str, Any]) -> None:
 
 def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
     sides = [Column(side, justify="right") for side in SIDES.values()]
-    table = Table(
-        "", *sides, "difference (95 % interval)", title=title, title_justify="left"
-    )
+    table = Table("", *sides, "difference (95 % interval)", title=title, title_justify="left")
     for row in rows:
-        style = _COLOURS.get(row["verdict"], "")
+        style = COLOURS.get(row["verdict"], "")
         cells = row["name"], row["before"], row["after"], str(row["difference"])
         table.add_row(*cells, style=style)
     out.print(table)

@@ -159,9 +159,7 @@ def _write_cache(
     more = ("train", pa.bool_()), ("tool_calls", pa.string())
     messages = pa.list_(pa.struct([*fields, *more]))
     texts = ("tools", pa.string()), ("category", pa.string())
-    schema = pa.schema(
-        [("row", pa.int64()), ("hash", pa.uint64()), ("messages", messages), *texts]
-    )
+    schema = pa.schema([("row", pa.int64()), ("hash", pa.uint64()), ("messages", messages), *texts])
     first_rows = _first_rows(source, encoding) if columns or layout == "auto" else []
     if (missing := _missing_column(first_rows, columns, source, encoding)) is not None:
         raise missing

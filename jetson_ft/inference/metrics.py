@@ -69,7 +69,8 @@ def rouge_l(text: str, reference: str) -> float:
 def distinct(texts: Sequence[str], n: int) -> float:
     """Return distinct-n: different n-grams of tokens over all of them, from 0 to 1.
 
-    Source: Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models, 2016.
+    Source: Li et al., A Diversity-Promoting Objective Function for Neural Conversation Models,
+    2016.
     """
     tokens = [tokens_of(text) for text in texts]
     ngrams = [tuple(row[start : start + n]) for row in tokens for start in range(len(row) - n + 1)]
@@ -122,7 +123,9 @@ def _sacrebleu_score(metric: str, sums: Any) -> Any:
     from sacrebleu.metrics import BLEU, CHRF
 
     scorer = {"chrf": CHRF, "bleu": BLEU}[metric]()
-    return np.array([scorer._compute_score_from_stats(row).score for row in sums.astype(int).tolist()])
+    return np.array(
+        [scorer._compute_score_from_stats(row).score for row in sums.astype(int).tolist()]
+    )
 
 
 # How a figure is computed from column sums, where it isn't the first sum over the second.
@@ -177,7 +180,7 @@ def by_category(rows: Sequence[dict[str, Any]], sides: Sequence[str]) -> list[di
         for side, table in zip(sides, tables, strict=True):
             entry[side] = figures({"bits_per_char": table})["bits_per_char"]
         if len(sides) == 2:
-            pair = paired_difference(*tables)
+            pair = paired_difference(tables[0], tables[1])
             entry["difference"] = asdict(pair) if pair else None
         result.append(entry)
     return result

@@ -6,8 +6,8 @@ from typing import Any
 
 from jetson_ft.errors import Message, _
 
-# Key in report.json's `before` and `after`, name (template), format, and 1 if higher is better, 0 if
-# neither is; the last one is in `probes`.
+# Key in report.json's `before` and `after`, name (template), format, and 1 if higher is better,
+# 0 if neither is; the last one is in `probes`.
 METRICS = (
     ("loss", _("Loss on the answers (nats per token)"), "{:.3f}", -1),
     ("bits_per_char", _("Bits per character"), "{:.3f}", -1),
