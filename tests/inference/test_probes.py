@@ -63,7 +63,7 @@ def test_lost_and_gained_answers_have_an_interval() -> None:
     result = summarize_probes({"before": before, "after": {**before, "p0": False, "p65": True}})
     assert (result["count"], result["lost"], result["gained"]) == (66, ["p0"], ["p65"])
     assert not result["difference"]["clear"]
-    ruined = summarize_probes({"before": before, "after": {name: False for name in before}})
+    ruined = summarize_probes({"before": before, "after": dict.fromkeys(before, False)})
     assert ruined["difference"]["clear"] and len(ruined["lost"]) == 40
     alone = summarize_probes({"before": before})
     assert set(alone) == {"count", "before"} and alone["before"]["share"] == pytest.approx(40 / 66)

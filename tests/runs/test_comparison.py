@@ -155,7 +155,7 @@ def test_rows_of_a_run_are_read_as_written_and_damage_is_named(pair: list[Run]) 
     heldout.write_rows(pair[0], rows)
     assert heldout.read_rows(pair[0]) == rows
     edit(pair[0], "heldout.json", lambda content: content["rows"][0].pop("after"))
-    with pytest.raises(DamagedRun, match="heldout.json is damaged"):
+    with pytest.raises(DamagedRun, match=r"heldout\.json is damaged"):
         heldout.read_rows(pair[0])
     heldout.write_rows(pair[0], [])
     assert heldout.read_rows(pair[0]) == []
