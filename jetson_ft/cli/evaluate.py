@@ -87,7 +87,7 @@ def print_figures(report: dict[str, Any]) -> None:
     for note in figures.probe_notes(report):
         show(str(note))
     for side, name in SIDES.items():
-        if speed := report["generation"].get(side):
+        if speed := (report.get("generation") or {}).get(side):  # not in older runs
             show(
                 f"replies of the {name}: {speed['seconds_per_reply']:.2f} s each in batches, "
                 f"{speed['tokens_per_second']:.0f} tokens/s"

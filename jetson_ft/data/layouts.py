@@ -74,13 +74,11 @@ class Conversation(NamedTuple):
     Args:
         tools: JSON text of the list of tools in OpenAI's form; "" if there are none.
         unread: names of the columns, and of the messages' fields, that have content but no use.
-        category: text of the column `category`, by which an evaluation groups its rows; "" if none.
     """
 
     messages: list[ChatMessage]
     tools: str
     unread: list[str]
-    category: str = ""
 
 
 class _Columns:
@@ -388,8 +386,7 @@ def to_conversation(
         document = LAYOUTS[layout][1](columns)
         if _DAMAGE.search(document[0]["content"]):
             raise RowError(_DAMAGED)
-        category = _category(columns)
-        return Conversation(document, "", columns.all_unread(), category)
+        return Conversation(document, "", columns.all_unread())
     for name, value in row.items():
         is_false = value is False or (
             isinstance(value, str) and value.strip().casefold() == "false"
@@ -417,17 +414,18 @@ def to_conversation(
         raise RowError(_DAMAGED)
     if all(message.get("train") is False for message in messages if message["role"] == "assistant"):
         raise RowError(_("every answer is marked as not to be trained on"))
-    category = _category(columns)
-    return Conversation(messages, tools, columns.all_unread(), category)
+    return Conversation(messages, tools, columns.all_unread())
 
 
-def _category(columns: _Columns) -> str:
-    """Return the row's category; "" where there is none, or it is no short text."""
-    name = columns.find("category", "category")
-    value = columns.row.get(name) if name and name not in columns.chosen.values() else None
+def category_of(row: Row, chosen: Mapping[str, str] = NO_COLUMNS) -> str:
+    """Return the text of the column `category`, by which an evaluation groups its rows.
+
+    It is "" where there is none, or it is no short text, or the column has another purpose.
+    """
+    name = _Columns(row, chosen).find("", "category")
+    value = row.get(name) if name and name not in chosen.values() else None
     if not isinstance(value, str) or len(value) > _MAX_CATEGORY or _DAMAGE.search(value):
         return ""
-    columns.read(name or "")
     return value.strip()
 
 

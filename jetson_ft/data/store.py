@@ -294,20 +294,20 @@ def _usable_rows(
             for message in conversation.messages:
                 side = "answer" if message["role"] in ("assistant", TEXT) else "question"
                 report.characters[side] += len(message["content"])
-            yield report.rows_read, *_stored(conversation)
+            category = layouts.category_of(row.value, columns)
+            yield report.rows_read, *_stored(conversation), category
         for key, count in info.unread_lists.items():
             report.add_unread(f"{key}[]", count)
         report.files.append(asdict(info) | {"path": printable(str(path))})
 
 
-def _stored(conversation: Conversation) -> tuple[int, list[dict[str, Any]], str, str]:
-    """Return the hash of the text, the messages with every field, the tools, the category."""
+def _stored(conversation: Conversation) -> tuple[int, list[dict[str, Any]], str]:
+    """Return the hash of the conversation's text, its messages with every field, its tools."""
     messages = [{"train": True, "tool_calls": "", **message} for message in conversation.messages]
     texts = [[message["role"], message["content"], message["tool_calls"]] for message in messages]
     text = json.dumps([texts, conversation.tools], ensure_ascii=False).encode()
     digest = hashlib.blake2b(text, digest_size=8).digest()
-    number = int.from_bytes(digest, "little")
-    return number, messages, conversation.tools, conversation.category
+    return int.from_bytes(digest, "little"), messages, conversation.tools
 
 
 def _batches(rows: Iterator[_UsableRow]) -> Iterator[list[_UsableRow]]:
