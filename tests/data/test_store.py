@@ -63,7 +63,7 @@ def test_usable_rows_are_kept_and_reported(tmp_path: Path) -> None:
     rows, report = store.read_source(data)
     assert rows.column_names == ["row", "messages", "tools", "category"]
     messages = [stored("user", "问题2"), stored("assistant", "答案2")]
-    assert rows[1] == {"row": 2, "messages": messages, "tools": ""}
+    assert rows[1] == {"row": 2, "messages": messages, "tools": "", "category": ""}
     sha256 = files.cached_sha256(data.files[0])
     size = data.files[0].stat().st_size
     assert report == store.ReadReport(
