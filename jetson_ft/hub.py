@@ -1,9 +1,9 @@
-"""The model hub: list and download files, and report its errors in plain words.
+"""The model hub: list, download and upload files, and report its errors in plain words.
 
 Downloads go to huggingface_hub's cache (`HF_HOME`) and use `HF_ENDPOINT` (a mirror), `HF_TOKEN`
-(gated models) and `HF_HUB_OFFLINE`. The client resumes a cut-off download only within one call.
-Weights are large and networks unreliable, so large files are downloaded here, into a `.part` file
-beside the cache's own, and each call resumes where the last one ended.
+(gated models, uploads) and `HF_HUB_OFFLINE`. The client resumes a cut-off download only within one
+call. Weights are large and networks unreliable, so large files are downloaded here, into a `.part`
+file beside the cache's own, and each call resumes where the last one ended.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from threading import Event, Thread
@@ -26,6 +27,8 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_error, require_space, sha256_file
 
 logger = logging.getLogger(__name__)
+# The client reads it when it is imported, which only functions here and above do.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 Kind = Literal["model", "dataset"]
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -36,6 +39,8 @@ _NETWORK_FIX = _(
     "`model: embedded` with `data.train: bundled`, any local folder or file, and earlier downloads "
     "(copy HF_HOME from another machine)."
 )
+# The client of large files raises a ConnectionError for any answer.
+_XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})\b")
 _HTTP_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2")  # modules of the client's errors
 
 DownloadCallback = Callable[[str, int, int, float | None], None]
@@ -192,6 +197,122 @@ def _fetch_large_files(repo: str, kind: Kind, patterns: list[str]) -> None:
                 what = _("A download was damaged and has been deleted.")
                 raise UserError(what, url, _("Download it again."))
             part.replace(blob)
+
+
+@dataclass(frozen=True)
+class UploadTarget:
+    """A repository of models on the Hub, and the account that would write to it."""
+
+    repo: str
+    user: str  # whose access token is used
+    is_private: bool | None  # None: the repository doesn't exist yet
+
+
+def upload_target(repo: str) -> UploadTarget:
+    """Return what there is under a name on the Hub; send nothing but the access token.
+
+    Raises:
+        UserError: the name is impossible, there is no token that may write, or no network.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if not REPO_ID.fullmatch(repo):
+        fix = _("Write OWNER/NAME: your name on the Hub, or your organization's, and a new name.")
+        raise UserError(_("{repo!r} is no name of a repository."), endpoint(), fix, repo=repo)
+    token_page = f"{endpoint()}/settings/tokens"
+    with _upload_errors(repo):
+        if is_offline() or not reachable():
+            raise ConnectionError("no answer")
+        if not get_token():
+            fix = _("Run `hf auth login`, or set HF_TOKEN to an access token that may write.")
+            raise UserError(_("No access token for the Hub is set."), token_page, fix)
+        user = HfApi().whoami()
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            fix = _("Make a token that may write, and set HF_TOKEN to it or `hf auth login` again.")
+            what = _("The access token of {user} may only read.")
+            raise UserError(what, token_page, fix, user=user["name"])
+        try:
+            is_private = HfApi().model_info(repo).private is True
+        except RepositoryNotFoundError:
+            return UploadTarget(repo, user["name"], None)
+    return UploadTarget(repo, user["name"], is_private)
+
+
+def upload(
+    target: UploadTarget, files: dict[str, Path | bytes], private: bool, message: str
+) -> None:
+    """Send files in one commit; make the repository if there is none.
+
+    What an earlier, interrupted call has sent is not sent again. Nobody sees a part of the files.
+
+    Args:
+        files: by their names in the repository; others that are there stay.
+        private: of a repository that is made.
+
+    Raises:
+        UserError: the Hub refuses it, or can't be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    with _upload_errors(target.repo):
+        if target.is_private is None:
+            HfApi().create_repo(target.repo, private=private)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        HfApi().create_commit(target.repo, operations, commit_message=message)
+
+
+@contextmanager
+def _upload_errors(repo: str) -> Iterator[None]:
+    """Raise any error of the Hub's client while it sends to `repo` as one plain `UserError`."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # The client wraps what went wrong with one of several files.
+        cause = error.__cause__ if type(error) is RuntimeError else error
+        where, fix = f"{endpoint()}/{repo}", Message(_("Try again later."))
+        status = 0
+        if isinstance(cause, errors.HfHubHTTPError):
+            status = cause.response.status_code
+        elif match := _XET_STATUS.search(str(cause)):
+            status = int(match[1])
+        if isinstance(cause, errors.HFValidationError):
+            what = _("{repo!r} is no name of a repository.")
+            fix = Message(_("Use letters, digits, dots, dashes and underscores."))
+        elif status:
+            what = _("Nothing was published: the Hub answered with error {status}.")
+            if status in (401, 403, 404):
+                what = _("Nothing was published: the access token may not write to {repo!r}.")
+                fix = Message(
+                    _("Check the owner's name, and that the token (HF_TOKEN, or `hf auth login`) "
+                      "may write there.")
+                )  # fmt: skip
+            elif status == 409:
+                what = _("Nothing was published: {repo!r} has changed meanwhile.")
+                fix = Message(_("Run the command again."))
+        elif isinstance(cause, Exception) and _is_network_error(cause):
+            what = _("Nothing was published: the Hub can't be reached.")
+            fix = Message(
+                _("Check the network, then run the command again: what was sent already is not "
+                  "sent twice.")
+            )  # fmt: skip
+            if is_offline():
+                what = _("Nothing was published: HF_HUB_OFFLINE is set.")
+                fix = Message(_("Unset it to publish."))
+        elif isinstance(cause, OSError):
+            raise disk_error(Path(str(cause.filename)), cause) from error
+        elif isinstance(cause, ValueError):
+            what = _("Nothing was published: the Hub refuses the files ({error}).")
+            fix = Message(_("Change what it names, then run the command again."))
+        else:
+            raise
+        raise UserError(
+            Message(what, {"repo": repo, "status": status, "error": str(cause)}), where, fix
+        ) from error
 
 
 def reachable(timeout: float = 3.0) -> bool:

@@ -33,6 +33,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "support"))
 
+import fuzz_page_targets  # noqa: E402, F401 - it adds a target
 import fuzz_run_targets  # noqa: E402, F401 - it adds targets
 from fuzz_targets import TARGETS  # noqa: E402
 

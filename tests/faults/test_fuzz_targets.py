@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fuzz_page_targets  # noqa: F401 - it adds a target
 import fuzz_run_targets  # noqa: F401 - it adds targets
 import pytest
 from fuzz_targets import TARGETS
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 _PROMISES = {"yaml": 27, "recipe": 27, "encodings": 29, "compressed": 26, "control_tokens": 28,
-             "chat_template": 28, "run": 58}  # fmt: skip
+             "chat_template": 28, "run": 58, "page": 38}  # fmt: skip
 
 
 def edited(data: st.DataObject, seeds: list[bytes]) -> bytes:

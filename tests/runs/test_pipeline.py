@@ -40,6 +40,7 @@ from jetson_ft.models import catalog
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import exit_status, pipeline, store
 from jetson_ft.runs.event_log import EventLog
+from jetson_ft.runs.report import card
 from jetson_ft.runs.store import Run
 from jetson_ft.training import checkpoint
 from jetson_ft.training.distributed import DistributedContext
@@ -69,6 +70,10 @@ def test_finished_run_has_all_documented_files(finished: Run) -> None:
         "checkpoints", "adapter", "report.json", "report.md", "report.html",
     }  # fmt: skip
     assert not [name for name in names if name.endswith(".tmp")]
+
+
+def test_adapter_has_a_model_card(finished: Run) -> None:
+    assert (finished.adapter / "README.md").read_text() == card.model_card(finished)
 
 
 def test_share_of_adapted_parameters_is_an_event(finished: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -101,8 +102,8 @@ class FakeHub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Hub)
+    def __init__(self, handler: type[BaseHTTPRequestHandler] | None = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or _Hub)
         self.requests: list[tuple[str, str, dict[str, str]]] = []
         self.contents: dict[str, bytes] = {}
         self.stall = False
@@ -174,6 +175,13 @@ def run_client(address: str, home: Path, *calls: Any, **more: str) -> list[dict[
     assert client.returncode == 0, errors
     answers: list[dict[str, Any]] = json.loads(out)
     return answers
+
+
+def closed_port() -> str:
+    """Return the address of a server that isn't there."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
 
 
 def wait_for_part(home: Path, size: int) -> list[Path]:

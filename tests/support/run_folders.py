@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,9 @@ def make_run(root: Path, name: str, state: str = "finished", steps: int = 3) -> 
         log.emit(step_event(number, total_steps=10, loss=3.0 / number))
     log.emit(evaluated_event(steps, 2.5))
     return run
+
+
+def copy_finished(root: Path, name: str = "finished") -> Run:
+    """Return a copy of a finished run that version 1 has made; its files can be changed."""
+    stored = Path(__file__).parents[1] / "versions" / "1" / "runs" / "finished"
+    return Run(shutil.copytree(stored, root / name))
