@@ -25,10 +25,11 @@ from jetson_ft.inference.generate import MAX_REPLY_BATCH, generate_replies
 from jetson_ft.inference.statistics import paired_difference
 from jetson_ft.kernels import attention
 from jetson_ft.kernels.lm_head_loss import chunked_lm_head, score_rows
-from jetson_ft.kernels.packing import Pack, pack_rows
+from jetson_ft.kernels.packing import Pack, make_packs
 
 _FILE = Path(jetson_ft.__file__).parent / "data" / "bundled" / "probes.jsonl"
 _REPLY_TOKENS = 16
+_PACK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def answer_probes(
     """Return for each probe, by its id, whether the model answers it correctly.
 
     Args:
-        packing: whether the choices of a probe can share a pack and with it the prompt.
+        packing: whether several rows can be computed at once.
         progress: called with the probes done and their number.
         batch_size: as in `generate_replies`.
     """
@@ -80,18 +81,15 @@ def answer_probes(
             raise result
         encoded.append({"input_ids": result.ids, "segments": result.segments})
 
-    def packs() -> Iterator[Pack]:
-        start = 0
-        for done, probe in enumerate(choice_probes):
-            progress(done, len(probes))
-            numbers = range(start, start + 1 + len(probe.others))
-            start = numbers.stop
-            for part in [numbers] if packing else [[number] for number in numbers]:
-                yield pack_rows([encoded[number] for number in part], numbers=part)
+    def with_progress() -> Iterator[Pack]:
+        packs = list(make_packs(encoded, _PACK_TOKENS if packing else 0))
+        for number, pack in enumerate(packs):
+            progress(len(choice_probes) * number // len(packs), len(probes))
+            yield pack
 
     attention_mode = attention.use_packed_attention(model) if packing else nullcontext()
     with chunked_lm_head(model), attention_mode:
-        nats, _tokens = score_rows(model, packs(), len(choices))
+        nats, _tokens = score_rows(model, with_progress(), len(choices))
     losses = [value / len(text.encode()) for value, text in zip(nats, choices, strict=True)]
     correct, start = {}, 0
     for probe in choice_probes:

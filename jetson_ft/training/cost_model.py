@@ -74,9 +74,9 @@ MAX_REPLY_BATCH = 36  # `inference.generate` has the same number
 # `bundled`: replies of 48 tokens for either side took 27 s.
 _REPLY_EFFICIENCY = 0.8  # of the rate of training
 STEP_COST = 32  # of a decoding step, in prompt tokens; `inference.generate` has the same number
-# The probes: 5,600 tokens of prompts and choices (of the embedded model's tokenizer), and ten
+# The probes: 8,000 tokens of prompts and choices (of the embedded model's tokenizer), and ten
 # replies of 16 tokens in one batch.
-_PROBE_TOKENS = 5_600 + 16 * (10 + STEP_COST)
+_PROBE_TOKENS = 8_000 + 16 * (10 + STEP_COST)
 _START_SECONDS = 8.0  # measured on a CPU, most of it imports
 _LOAD_BYTES_PER_SECOND = 5e8  # guessed, for an NVMe disk
 _LORA_BYTES = 16  # fp32: weight, gradient, and AdamW's two moments
