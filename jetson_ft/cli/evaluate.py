@@ -40,8 +40,11 @@ def evaluate(
 ) -> None:
     """Measure base and adapter, or a model alone, on held-out rows."""
     from jetson_ft.chat.target import resolve_target
+    from jetson_ft.runs import store
     from jetson_ft.runs.evaluate import evaluate_model
 
+    if target == "latest":  # for a chat, the newest run with an adapter
+        target = str(store.find_run(target, runs).path)
     resolved = resolve_target(target, runs)
     with comparison_bar() as progress:
         report = evaluate_model(resolved.recipe, resolved.adapter_dir, data, progress)
