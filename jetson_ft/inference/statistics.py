@@ -70,8 +70,6 @@ def paired_difference(
         return None
     first, second = (float(figure(side.sum(0, keepdims=True))[0]) for side in sides)
     different_rows = int((sides[0] != sides[1]).any(1).sum())
-    if not different_rows:
-        return Difference(0.0, 0.0, 0.0, clear=False)
     # How often each row is drawn. The seed is fixed, so that the same rows give the same interval.
     counts = np.random.default_rng(_SEED).multinomial(rows, np.full(rows, 1 / rows), RESAMPLES)
     differences = figure(counts @ sides[1]) - figure(counts @ sides[0])
