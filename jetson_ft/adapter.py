@@ -18,7 +18,7 @@ from jetson_ft.recipe import LoraRecipe
 if TYPE_CHECKING:
     from peft import PeftModel
 
-BASE_FILE = "base.json"
+BASE_FILE, WEIGHTS_FILE = "base.json", "adapter_model.safetensors"
 
 
 def attach_adapter(model: Any, lora: LoraRecipe, seed: int, fused: bool = True) -> PeftModel:
@@ -136,7 +136,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not config_file.exists():
         raise UserError(_("No adapter found."), str(folder), _("Name a run, or a PEFT folder."))
     check_folder(folder)
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / WEIGHTS_FILE).is_file():
         raise UserError(
             _("The adapter has no adapter_model.safetensors; pickled weights are refused."),
             str(folder),
@@ -155,7 +155,7 @@ def load_adapter(model: Any, base: BaseModelFiles, folder: Path) -> PeftModel:
     from safetensors import SafetensorError
 
     config = read_adapter_config(folder)
-    _check_base(base, folder)
+    check_base(base, folder)
     try:
         _check_trained_tokens(model, base, folder, config)
         return PeftModel.from_pretrained(model, folder).eval()
@@ -168,8 +168,8 @@ def load_adapter(model: Any, base: BaseModelFiles, folder: Path) -> PeftModel:
         ) from error
 
 
-def _check_base(base: BaseModelFiles, folder: Path) -> None:
-    """Compare fingerprints; adapters of other programs have none."""
+def check_base(base: BaseModelFiles, folder: Path) -> None:
+    """Refuse another base than the adapter's; adapters of other programs have no fingerprint."""
     if not (folder / BASE_FILE).is_file():
         return
     stored = read_json(folder / BASE_FILE)
@@ -197,7 +197,7 @@ def _check_trained_tokens(
     tokens = max((index + 1 for numbers in lists for index in numbers), default=0)
     parts = model.get_input_embeddings(), model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if module in parts]
-    with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+    with safe_open(folder / WEIGHTS_FILE, "pt") as tensors:
         for key in sorted(tensors.keys()):
             if any(f".{name}." in key for name in names):
                 # A tensor's sizes are the vocabulary's, the model's width and the rank.

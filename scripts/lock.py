@@ -36,21 +36,21 @@ LOCKS = [
     Lock(
         "constraints/cpu.txt",
         "Pins for laptops, servers and CI: Python 3.10 to 3.13, Linux and macOS, test tools too.",
-        "--universal --python-version 3.10 --extra dev",
+        "--universal --python-version 3.10 --extra export --extra dev",
         "torch==2.13.0\ntransformers==5.23.0; python_version >= '3.11'\n",
         "hatchling\neditables\n",
     ),
     Lock(
         "constraints/jetpack6-py310.txt",
         "Pins for JetPack 6: aarch64, Python 3.10, the set that `make setup` installs there.",
-        "--python-platform aarch64-unknown-linux-gnu --python-version 3.10",
+        "--python-platform aarch64-unknown-linux-gnu --python-version 3.10 --extra export",
         # The Jetson wheels of torch were built against numpy 1.
         "torch==2.8.0\ntransformers==5.20.2\nnumpy<2\n",
     ),
     Lock(
         "constraints/jetpack7-py312.txt",
         "Pins for JetPack 7.2: aarch64, Python 3.12, the set that `make setup` installs there.",
-        "--python-platform aarch64-unknown-linux-gnu --python-version 3.12",
+        "--python-platform aarch64-unknown-linux-gnu --python-version 3.12 --extra export",
         # The index of CUDA 13 builds has this version too; its packages of CUDA are left out.
         "torch==2.13.0\n",
     ),

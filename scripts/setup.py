@@ -82,6 +82,7 @@ IMPORTS = """\
 import torch; print("torch", torch.__version__, torch.version.cuda or "")
 import jetson_ft.inference.compare, jetson_ft.runs.pipeline, jetson_ft.training.loop, peft
 import sacrebleu, transformers.models.llama.modeling_llama, transformers.models.phi.modeling_phi
+import jetson_ft.export.check, jetson_ft.export.gguf, jetson_ft.export.modelfile
 import jetson_ft.api, jetson_ft.cli.follow, jetson_ft.webui.server, jetson_ft.webui.page
 """
 
@@ -227,14 +228,14 @@ def install_all(choice: TorchChoice, extras: list[str]) -> None:
     with step(" and ".join(["packages", *(f"those of {extra}" for extra in extras)])):
         install("hatchling", "editables", *pins)
         if choice.pins == CPU_PINS:
-            install(*project, f".[{','.join(extras)}]" if extras else ".", *pins)
+            install(*project, f".[{','.join(['export', *extras])}]", *pins)
             extras = []
         elif choice.pins == JETPACK6_PINS:
             # The Jetson's torch requires NVIDIA's packages, which would replace the board's CUDA.
             # So the pins, which are complete, are installed without dependencies.
             install("--no-deps", *jetpack6_pins(), *project, ".")
         else:
-            install(*project, ".", "--constraint", choice.pins)
+            install(*project, ".[export]", "--constraint", choice.pins)
         text = (ROOT / "pyproject.toml").read_text()
         for extra in extras:  # Python 3.10 can't read TOML, but this list is one in Python too
             listing = re.search(rf"^{extra} = (\[.*?^\])", text, re.MULTILINE | re.DOTALL)

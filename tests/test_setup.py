@@ -142,8 +142,8 @@ def test_release_file_gives_the_series_of_l4t(
 
 @pytest.mark.parametrize("python, l4t, installs", [
     ((3, 10), 36, ["--no-deps .", "listed --constraint cpu"]),
-    ((3, 12), 39, [". --constraint jetpack7-py312", "listed --constraint cpu"]),
-    ((3, 11), 0, [".[dev] --constraint cpu"]),
+    ((3, 12), 39, [".[export] --constraint jetpack7-py312", "listed --constraint cpu"]),
+    ((3, 11), 0, [".[export,dev] --constraint cpu"]),
 ])  # fmt: skip
 def test_packages_are_installed_with_the_pins_of_the_machine(
     python: tuple[int, int], l4t: int, installs: list[str], monkeypatch: pytest.MonkeyPatch
@@ -156,7 +156,7 @@ def test_packages_are_installed_with_the_pins_of_the_machine(
     torch, build, *packages, model = lines
     assert torch == ["torch"] and build[:2] == ["hatchling", "editables"]
     for words, expected in zip(packages, installs, strict=True):
-        names = {"--no-deps", "--constraint", ".", ".[dev]"}
+        names = {"--no-deps", "--constraint", ".", ".[export]", ".[export,dev]"}
         shown = [word if word in names else Path(word).stem for word in words
                  if word in names or word.startswith("constraints/")]  # fmt: skip
         assert " ".join(shown) == expected.removeprefix("listed "), words

@@ -21,6 +21,7 @@ from jetson_ft.cli import (
     data,
     doctor,
     evaluate,
+    export,
     models,
     push,
     recipe,
@@ -73,7 +74,7 @@ def webui(
 
 for command in (
     train.train, recipe.plan, models.models, doctor.doctor, bench.bench, webui, chat.chat,
-    compare.compare, push.push,
+    compare.compare, export.export, push.push,
 ):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate.evaluate)

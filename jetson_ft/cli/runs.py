@@ -50,8 +50,9 @@ def list_all(runs: RunsOption = RUNS) -> None:
 @app.command("show")
 def show_run(run: RunArgument = "latest", runs: RunsOption = RUNS) -> None:
     """State, figures and files of one run."""
+    from jetson_ft.cli.export import check_phrase
     from jetson_ft.cli.follow import print_end
-    from jetson_ft.runs import store
+    from jetson_ft.runs import exports, store
     from jetson_ft.runs.contents import DamagedRun
     from jetson_ft.runs.monitor import RunMonitor
 
@@ -64,6 +65,8 @@ def show_run(run: RunArgument = "latest", runs: RunsOption = RUNS) -> None:
     if state.state in store.ENDED_STATES:
         with suppress(DamagedRun):  # which is shown already
             print_end(shown, state)
+    for entry in exports.list_exports(shown):
+        show(f"export: {entry['path']} (check: {check_phrase(entry['check'])})")
 
 
 @app.command()

@@ -6,7 +6,6 @@ needs the source. The copy is named `initial/`: PEFT's two files, and `source.js
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +51,7 @@ def fork_recipe(run: Run, overrides: list[str]) -> Recipe:
 
 def fork_label(run: Run) -> str:
     """Return what a fork's name says besides its time: the source's label and `fork`, once."""
-    label = re.sub(r"^\d{8}-\d{6}-", "", run.name)
-    return f"{label.removesuffix('-fork')}-fork"
+    return f"{run.label.removesuffix('-fork')}-fork"
 
 
 def _is_finished(run: Run) -> bool:

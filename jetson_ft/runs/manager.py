@@ -46,7 +46,7 @@ from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.models.dims import dims_from_config
 from jetson_ft.recipe import Layout, Recipe
-from jetson_ft.runs import contract, disk, exit_status, initial_adapter, processes, store
+from jetson_ft.runs import contract, disk, exit_status, exports, initial_adapter, processes, store
 from jetson_ft.runs.contents import SCHEMA, DamagedRun, open_file
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.locks import lock
@@ -363,11 +363,12 @@ def set_title_and_notes(run: Run, title: str | None = None, notes: str | None = 
 
 
 def delete(run: Run) -> None:
-    """Remove the folder of a run, damaged or not; refuse a running one."""
+    """Remove the folder of a run, damaged or not; refuse a running one, and one in export."""
     if is_live(run):
         raise _is_running(run)
     trash = run.path.with_name(f".deleted-{run.name}")
-    with _take_supervisor_lock(run), disk_errors(run.path):  # nothing starts meanwhile
+    # Nothing starts meanwhile.
+    with _take_supervisor_lock(run), exports.export_lock(run), disk_errors(run.path):
         shutil.rmtree(trash, ignore_errors=True)
         run.path.rename(trash)  # in one step, for all readers
         shutil.rmtree(trash)

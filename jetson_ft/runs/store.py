@@ -40,7 +40,7 @@ LIVE_STATES = ("queued", "running", "stopping")
 ENDED_STATES = ("stopped", "finished", "failed")
 _MAX_RECIPE_BYTES = 1 << 20
 _LAUNCH_SECONDS = 5.0  # between the folder of a new run and its first state, at most
-_RUN_NAME = re.compile(r"\d{8}-\d{6}-")
+_RUN_NAME = re.compile(r"^\d{8}-\d{6}-")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class Run:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"  # exists once the run has finished
         self.events_file = path / "events.jsonl"
+
+    @property
+    def label(self) -> str:
+        """The run's name without the time at its beginning."""
+        return _RUN_NAME.sub("", self.name, count=1)
 
     def recipe(self) -> Recipe:
         """Return the resolved recipe.

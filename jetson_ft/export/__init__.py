@@ -1,0 +1,1 @@
+"""What a finished adapter becomes: a merged model, GGUF files, and the check of them."""
