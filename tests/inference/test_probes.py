@@ -71,7 +71,7 @@ def test_lost_and_gained_answers_have_an_interval() -> None:
 
 @pytest.mark.slow(minutes=1)
 def test_a_ruined_adapter_is_seen() -> None:
-    """The embedded model answers most questions; with random adapter weights chance is left."""
+    """The embedded model answers most questions; with large random adapter weights chance is left."""
     import torch
 
     from jetson_ft import adapter
@@ -87,7 +87,7 @@ def test_a_ruined_adapter_is_seen() -> None:
     torch.manual_seed(0)
     for name, value in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(value, std=0.3)
+            torch.nn.init.normal_(value, std=1.0)
     after = answer_probes(model, tokenizer, eos_ids, packing=True)
     result = summarize_probes({"before": before, "after": after})
     assert result["before"]["share"] > 0.5
