@@ -71,7 +71,7 @@ def test_lost_and_gained_answers_have_an_interval() -> None:
 
 @pytest.mark.slow(minutes=1)
 def test_a_ruined_adapter_is_seen() -> None:
-    """The embedded model answers most questions; with large random adapter weights chance is left."""
+    """With large random adapter weights no more than chance is left of what the base answers."""
     import torch
 
     from jetson_ft import adapter
