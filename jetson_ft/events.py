@@ -230,11 +230,12 @@ class BestSelected(Event, kind="best"):
 
 @dataclass(frozen=True, kw_only=True)
 class Generated(Event, kind="generation"):
-    """Progress of the replies that the comparison needs."""
+    """Progress of the comparison's replies, and then of its probes."""
 
     side: Annotated[str, "`before`: the base model; `after`: with the adapter"]
-    done: Annotated[int, "replies written"]
-    total: Annotated[int, "replies in all"]
+    part: Annotated[str, "`replies`, `probes`"] = "replies"
+    done: Annotated[int, "replies written, or probes answered"]
+    total: Annotated[int, "of them in all"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from jetson_ft import __version__, logs
 from jetson_ft.cli import (
     bench,
     chat,
+    compare,
     data,
     doctor,
     evaluate,
@@ -74,7 +75,7 @@ def webui(
 
 for command in (
     train.train, recipe.plan, models.models, doctor.doctor, bench.bench, webui, chat.chat,
-    export.export, push.push, serve.serve,
+    compare.compare, export.export, push.push, serve.serve,
 ):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate.evaluate)

@@ -145,7 +145,7 @@ class Follower:
             case events.BestSelected():
                 show(f"  the adapter is taken from step {event.step}, the best on held-out rows")
             case events.Generated():
-                what = f"replies of the {SIDES[event.side]}"
+                what = f"{event.part} of the {SIDES[event.side]}"
                 line = f"  {what}: {event.done}/{event.total}"
                 self._bar.show(what, event.done, event.total, line=line)
             case events.Warned():

@@ -35,6 +35,7 @@ CHAT_MARKUP = _("a conversation written out as text, beginning with `{mark}`")
 
 NO_COLUMNS: Mapping[str, str] = {}
 
+_MAX_CATEGORY = 80  # characters
 _SYSTEM = ("system", "system_prompt", "system_message", "meta_instruction")
 _TOOLS = ("tools", "functions")
 _LABELS = ("label", "kto_tag")  # whether the answer is a wanted one
@@ -414,6 +415,18 @@ def to_conversation(
     if all(message.get("train") is False for message in messages if message["role"] == "assistant"):
         raise RowError(_("every answer is marked as not to be trained on"))
     return Conversation(messages, tools, columns.all_unread())
+
+
+def category_of(row: Row, chosen: Mapping[str, str] = NO_COLUMNS) -> str:
+    """Return the text of the column `category`, by which an evaluation groups its rows.
+
+    It is "" where there is none, or it is no short text, or the column has another purpose.
+    """
+    name = _Columns(row, chosen).find("", "category")
+    value = row.get(name) if name and name not in chosen.values() else None
+    if not isinstance(value, str) or len(value) > _MAX_CATEGORY or _DAMAGE.search(value):
+        return ""
+    return value.strip()
 
 
 def _check_order(messages: list[ChatMessage]) -> None:

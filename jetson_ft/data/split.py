@@ -128,7 +128,8 @@ def join_rows(taken: Sequence[TakenRows]) -> datasets.Dataset:
         if source.part.first:
             numbers = rows.data.column("row").to_numpy() + source.part.first
             rows = rows.remove_columns("row").add_column("row", numbers)
-        pieces.append(rows.select_columns(["row", "messages", "tools"]).select(source.indices))
+        columns = rows.select_columns(["row", "messages", "tools", "category"])
+        pieces.append(columns.select(source.indices))
     return datasets.concatenate_datasets(pieces) if len(pieces) > 1 else pieces[0]
 
 

@@ -30,12 +30,13 @@ from jetson_ft.recipe import DataRecipe, Layout
 if TYPE_CHECKING:
     import datasets
 
-_VERSION = 7  # increase when the columns or the report change
+_VERSION = 8  # increase when the columns or the report change
 
 _DETECTION_ROWS = 100  # that decide about the layout
 _BATCH_ROWS, _BATCH_CHARACTERS = 1000, 1 << 22
 
-_UsableRow = tuple[int, int, list[dict[str, Any]], str]  # number, hash, messages, tools
+# Number, hash, messages, tools, category.
+_UsableRow = tuple[int, int, list[dict[str, Any]], str, str]
 
 
 def read_source(
@@ -48,7 +49,8 @@ def read_source(
 ) -> tuple[datasets.Dataset, ReadReport]:
     """Return the usable rows of a source, memory-mapped.
 
-    They have the columns `row`, `messages` (role, content, train, tool_calls) and `tools`.
+    They have the columns `row`, `messages` (role, content, train, tool_calls), `tools` and
+    `category`.
 
     Args:
         columns: names of columns by purpose, as `data.columns` has them.
@@ -156,9 +158,8 @@ def _write_cache(
     fields = ("role", pa.string()), ("content", pa.string())
     more = ("train", pa.bool_()), ("tool_calls", pa.string())
     messages = pa.list_(pa.struct([*fields, *more]))
-    schema = pa.schema(
-        [("row", pa.int64()), ("hash", pa.uint64()), ("messages", messages), ("tools", pa.string())]
-    )
+    texts = ("tools", pa.string()), ("category", pa.string())
+    schema = pa.schema([("row", pa.int64()), ("hash", pa.uint64()), ("messages", messages), *texts])
     first_rows = _first_rows(source, encoding) if columns or layout == "auto" else []
     if (missing := _missing_column(first_rows, columns, source, encoding)) is not None:
         raise missing
@@ -293,7 +294,8 @@ def _usable_rows(
             for message in conversation.messages:
                 side = "answer" if message["role"] in ("assistant", TEXT) else "question"
                 report.characters[side] += len(message["content"])
-            yield report.rows_read, *_stored(conversation)
+            category = layouts.category_of(row.value, columns)
+            yield report.rows_read, *_stored(conversation), category
         for key, count in info.unread_lists.items():
             report.add_unread(f"{key}[]", count)
         report.files.append(asdict(info) | {"path": printable(str(path))})

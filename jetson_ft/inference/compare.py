@@ -1,11 +1,12 @@
-"""Base and adapter on the same held-out rows: loss, replies, and metrics of the replies."""
+"""Base and adapter on the same held-out rows: loss, replies, probes, and what differs clearly."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -16,45 +17,49 @@ from jetson_ft.data.chat_template import (
     until_last_trained,
 )
 from jetson_ft.data.formats import TEXT
+from jetson_ft.inference import metrics
 from jetson_ft.inference.generate import MAX_REPLY_BATCH, Reply, generate_replies
-from jetson_ft.inference.metrics import reply_metrics
+from jetson_ft.inference.probes import answer_probes, summarize_probes
 from jetson_ft.kernels import attention
-from jetson_ft.kernels.lm_head_loss import Score, chunked_lm_head, score_packs
-from jetson_ft.kernels.packing import Pack
+from jetson_ft.kernels.lm_head_loss import chunked_lm_head, score_rows
+from jetson_ft.kernels.packing import Pack, make_packs
 
 ProgressCallback = Callable[[str, str, int, int], None]  # (side, part, done, total)
+BOTH_SIDES = ("before", "after")
 
 
 def compare_adapter(
     model: Any,
     tokenizer: Any,
     conversations: Sequence[dict[str, Any]],
-    packs: Sequence[Pack],
-    characters: int,
+    encoded: Sequence[dict[str, Any]],
+    pack_tokens: int,
     max_new_tokens: int,
     samples: int,
     progress: ProgressCallback,
     max_length: int,
     batch_size: Callable[[int], int] = lambda width: MAX_REPLY_BATCH,
-    scores: dict[str, Score] | None = None,
+    sides: Sequence[str] = BOTH_SIDES,
 ) -> dict[str, Any]:
     """Measure a PEFT model with its adapter disabled ("before") and enabled ("after").
 
     Args:
-        conversations: held-out rows (messages, perhaps tools); the last answer that is trained on
-            and begins within `max_length` is the reference, of a document the text after its
-            beginning.
-        packs: the same rows as tokens.
-        characters: of all reference answers.
+        conversations: held-out rows (row, messages, perhaps tools and category); the last answer
+            that is trained on and begins within `max_length` is the reference, of a document the
+            text after its beginning.
+        encoded: the same rows as tokens (`data.tokenize`); a document may have several pieces.
+        pack_tokens: tokens of a pack of rows; 0: rows can't be packed.
         samples: rows whose replies are part of the result.
-        progress: called with ("before" or "after", "tokens" or "replies", done, total), first
-            for the loss of the rows' tokens, then for the replies; each part begins at 0 done.
+        progress: called with a side, "tokens", "replies" or "probes", done, total: first for the
+            loss of the rows' tokens, then for the replies, then for the probes; each part begins
+            at 0 done.
         max_length: tokens at which training truncates rows.
         batch_size: as in `generate_replies`.
-        scores: by side, where training has measured these weights on these rows already.
+        sides: ("before",) for a model without an adapter.
 
     Returns:
-        `report.json`'s `eval` and, under "generation", how the replies were generated.
+        `report.json`'s `eval`; under "generation" how the replies were generated, and how fast;
+        under "rows" the lines of heldout.jsonl.
     """
     cut = [_cut_turns(tokenizer, row, max_length) for row in conversations]
     conversations = [row for row, _prompt in cut]
@@ -77,27 +82,71 @@ def compare_adapter(
                     {"role": "assistant", "content": reference},
                 ]
             }
-    result: dict[str, Any] = {"rows": len(conversations), "documents": documents}
-    started = time.monotonic()
-    for side in ("before", "after"):
+    rows: list[dict[str, Any]] = [
+        {
+            "sha256": _messages_sha256(row["messages"]), "category": row.get("category") or "",
+            "characters": 0, "tokens": 0, "reference": reference,
+        }
+        for row, reference in zip(conversations, references, strict=True)
+    ]  # fmt: skip
+    numbers = {row["row"]: index for index, row in enumerate(conversations)}
+    owners = [numbers[piece["row"]] for piece in encoded]  # the row of each piece
+    for owner, piece in zip(owners, encoded, strict=True):
+        rows[owner]["characters"] += piece["answer_characters"]
+    packs = list(make_packs(list(encoded), pack_tokens))
+    result: dict[str, Any] = {"rows": len(rows), "documents": documents}
+    generation: dict[str, Any] = {"method": "greedy", "max_new_tokens": max_new_tokens}
+    started, statistics, answers = time.monotonic(), {}, {}
+    for side in sides:
         report = partial(progress, side)
-        with model.disable_adapter() if side == "before" else nullcontext():
-            if scores:
-                score = scores[side]
-            else:
-                score = _measure_loss(model, packs, characters, partial(report, "tokens"))
+        has_adapter = len(sides) == 2
+        with model.disable_adapter() if has_adapter and side == "before" else nullcontext():
+            nats, tokens = _measure_loss(model, packs, len(owners), partial(report, "tokens"))
+            replying = time.monotonic()
             replies = generate_replies(
                 model, tokenizer, prompts, eos_ids, max_new_tokens, partial(report, "replies"),
                 batch_size,
             )  # fmt: skip
+            generation[side] = _speed(replies, time.monotonic() - replying)
+            answers[side] = answer_probes(
+                model, tokenizer, eos_ids, pack_tokens > 0, partial(report, "probes"), batch_size
+            )
+        for row, reply in zip(rows, replies, strict=True):
+            row["tokens"] = 0
+            row[side] = {"nats": 0.0, "reply": reply.text, "ended": reply.ended}
+        for owner, piece_nats, piece_tokens in zip(owners, nats, tokens, strict=True):
+            rows[owner]["tokens"] += piece_tokens
+            rows[owner][side]["nats"] += piece_nats
+        statistics[side] = metrics.row_statistics(rows, side)
+        texts = [reply.text for reply in replies]
         result[side] = {
-            **asdict(score),
-            **reply_metrics(replies, references),
+            **metrics.figures(statistics[side]),
+            "distinct_1": metrics.distinct(texts, 1),
+            "distinct_2": metrics.distinct(texts, 2),
             "samples": _select_samples(shown, references, replies, samples),
         }
-    seconds = round(time.monotonic() - started, 1)
-    generation = {"method": "greedy", "max_new_tokens": max_new_tokens, "seconds": seconds}
-    return {"eval": result, "generation": generation}
+    if len(sides) == 2:
+        result["differences"] = metrics.differences(*statistics.values())
+    result["categories"] = metrics.by_category(rows, sides)
+    result["probes"] = summarize_probes(answers)
+    generation["seconds"] = round(time.monotonic() - started, 1)
+    return {"eval": result, "generation": generation, "rows": rows}
+
+
+def _messages_sha256(messages: Sequence[dict[str, Any]]) -> str:
+    texts = [[m["role"], m["content"], m.get("tool_calls") or ""] for m in messages]
+    return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
+
+
+def _speed(replies: Sequence[Reply], seconds: float) -> dict[str, float]:
+    """Return the speed of the replies of one side, which are generated in batches."""
+    tokens = sum(reply.tokens for reply in replies)
+    return {
+        "seconds": round(seconds, 2),
+        "tokens": tokens,
+        "seconds_per_reply": round(seconds / max(1, len(replies)), 3),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+    }
 
 
 def _cut_turns(
@@ -120,8 +169,10 @@ def _cut_turns(
 
 
 def _measure_loss(
-    model: Any, packs: Sequence[Pack], characters: int, progress: Callable[[int, int], None]
-) -> Score:
+    model: Any, packs: Sequence[Pack], pieces: int, progress: Callable[[int, int], None]
+) -> tuple[list[float], list[int]]:
+    """Return the nats and the answer tokens of each piece."""
+
     def with_progress() -> Iterator[Pack]:
         # In tokens, because the first packs hold few long rows and the last ones many short rows.
         done, total = 0, sum(pack.tokens for pack in packs)
@@ -134,7 +185,7 @@ def _measure_loss(
     packed = any(len(pack.row_lengths) > 1 for pack in packs)
     attention_mode = attention.use_packed_attention(model) if packed else nullcontext()
     with chunked_lm_head(model), attention_mode:
-        return score_packs(model, with_progress(), characters)
+        return score_rows(model, with_progress(), pieces)
 
 
 def _select_samples(

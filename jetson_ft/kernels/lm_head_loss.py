@@ -161,16 +161,35 @@ def score_packs(
 
     Where several processes score some packs each, `all_reduce_sum` sums nats and tokens.
     """
-    was_training, device = model.training, model.get_input_embeddings().weight.device
-    model.eval()
     nats, tokens = 0.0, 0.0
-    with torch.no_grad():  # not inference_mode: FSDP reuses the gathered tensors in training
-        for pack in packs:
-            losses = token_losses(model, pack.to(device))
-            answer = pack.is_answer.to(device)
-            nats += float(losses[answer].double().sum())
-            tokens += int(answer.sum())
-    model.train(was_training)
+    for losses, _rows in _answer_losses(model, packs):
+        nats += float(losses.sum())
+        tokens += len(losses)
     if all_reduce_sum:
         nats, tokens = all_reduce_sum([nats, tokens])
     return Score(nats / max(1, tokens), nats / math.log(2) / max(1, characters))
+
+
+def score_rows(model: Any, packs: Iterable[Pack], rows: int) -> tuple[list[float], list[int]]:
+    """Return the nats and the answer tokens of each row, by its number in `Pack.target_rows`.
+
+    Args:
+        rows: number of rows; a row that is in no pack has 0 of both.
+    """
+    nats = torch.zeros(rows, dtype=torch.float64)
+    tokens = torch.zeros(rows, dtype=torch.long)
+    for losses, numbers in _answer_losses(model, packs):
+        nats.index_add_(0, numbers, losses.cpu())
+        tokens += torch.bincount(numbers, minlength=rows)
+    return nats.tolist(), tokens.tolist()
+
+
+def _answer_losses(model: Any, packs: Iterable[Pack]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the teacher-forced losses of a pack's answer tokens, fp64, and their rows' numbers."""
+    was_training, device = model.training, model.get_input_embeddings().weight.device
+    model.eval()
+    for pack in packs:
+        with torch.no_grad():  # not inference_mode: FSDP reuses the gathered tensors in training
+            losses = token_losses(model, pack.to(device))
+        yield losses[pack.is_answer.to(device)].double(), pack.target_rows[pack.is_answer]
+    model.train(was_training)

@@ -34,6 +34,7 @@ class Pack:
     positions: torch.Tensor  # [S] positions in the pack whose next token is trained on
     targets: torch.Tensor  # [S] those next tokens
     is_answer: torch.Tensor  # [S] bool: an answer's token, not an end of turn
+    target_rows: torch.Tensor  # [S] the number of the row that the token belongs to
 
     @property
     def tokens(self) -> int:
@@ -46,10 +47,13 @@ class Pack:
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def pack_rows(rows: Sequence[dict[str, Any]], *, share: bool = True) -> Pack:
+def pack_rows(
+    rows: Sequence[dict[str, Any]], *, share: bool = True, numbers: Sequence[int] | None = None
+) -> Pack:
     """Pack rows (`input_ids`, `segments` as `data.tokenize` writes them) in the order given.
 
-    With `share`, a common prefix is in the pack once, where that saves enough.
+    With `share`, a common prefix is in the pack once, where that saves enough. `numbers` are the
+    rows' numbers in `target_rows`; by default they count from 0.
     """
     import torch
 
@@ -65,6 +69,8 @@ def pack_rows(rows: Sequence[dict[str, Any]], *, share: bool = True) -> Pack:
     positions = torch.where(in_pack, in_pack.cumsum(0) - 1, in_row)
     all_segments[in_row == 0] = 0  # no token precedes a row's first one to predict it from
     trained = torch.nonzero(all_segments).squeeze(1)
+    row_numbers = torch.as_tensor(range(len(rows)) if numbers is None else numbers)
+    all_numbers = row_numbers.repeat_interleave(torch.as_tensor(lengths))
     return Pack(
         input_ids=all_ids[in_pack][None],
         position_ids=in_row[in_pack][None],
@@ -73,6 +79,7 @@ def pack_rows(rows: Sequence[dict[str, Any]], *, share: bool = True) -> Pack:
         positions=positions[trained - 1],
         targets=all_ids[trained],
         is_answer=all_segments[trained] == ANSWER,
+        target_rows=all_numbers[trained],
     )
 
 
@@ -112,9 +119,10 @@ def make_packs(
 ) -> Iterator[Pack]:
     """Yield packs of rows of at most `capacity` tokens together; capacity 0: one row each.
 
+    Their `target_rows` are indices into `rows`.
     The fullest pack comes first, so that the others' tensors fit into the memory it used.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     bins = best_fit_bins(lengths, capacity)
     for indices in sorted(bins, key=lambda indices: sum(lengths[i] for i in indices), reverse=True):
-        yield pack_rows([rows[index] for index in indices], share=share)
+        yield pack_rows([rows[index] for index in indices], share=share, numbers=indices)

@@ -122,6 +122,38 @@ class _Side(BaseModel):
     repetition: float
     chrf: float
     bleu: float
+    rouge_l: float = 0.0  # not in reports of older runs, nor are the next
+    distinct_1: float = 0.0
+    distinct_2: float = 0.0
+
+
+class _Difference(BaseModel):
+    difference: float
+    low: float
+    high: float
+    clear: bool
+
+
+class _Category(BaseModel):
+    name: str
+    rows: int
+    before: float
+    after: float
+    difference: _Difference
+
+
+class _ProbeSide(BaseModel):
+    correct: list[str]
+    share: float
+
+
+class _Probes(BaseModel):
+    count: int
+    before: _ProbeSide
+    after: _ProbeSide
+    lost: list[str]
+    gained: list[str]
+    difference: _Difference
 
 
 class _Eval(BaseModel):
@@ -129,12 +161,26 @@ class _Eval(BaseModel):
     documents: int | None = None
     before: _Side
     after: _Side
+    differences: dict[str, _Difference] = {}  # not in reports of older runs, nor are the next
+    categories: list[_Category] = []
+    probes: _Probes | None = None
+
+
+class _Speed(BaseModel):
+    seconds_per_reply: float
+    tokens_per_second: float
+
+
+class _Generation(BaseModel):
+    before: _Speed | None = None
+    after: _Speed | None = None
 
 
 class Report(BaseModel):
     """What this program reads of `report.json` after it was written."""
 
     eval: _Eval | None
+    generation: _Generation | None = None
     comparison_error: str | None = None
     train: _Train
     sensors: _Sensors | None = None

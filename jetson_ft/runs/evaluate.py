@@ -1,7 +1,8 @@
-"""Measure a finished run's base model and adapter again."""
+"""Measure a base model, alone or with an adapter, on held-out rows."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft import adapter
@@ -9,10 +10,9 @@ from jetson_ft.data import sources, tokenize
 from jetson_ft.data.prepare import prepare_rows
 from jetson_ft.data.store import heldout_settings, read_source
 from jetson_ft.hardware import detect
-from jetson_ft.kernels.packing import make_packs
 from jetson_ft.models import files, loading, positions
 from jetson_ft.models.loading import weight_format
-from jetson_ft.runs.store import Run
+from jetson_ft.recipe import Recipe
 
 if TYPE_CHECKING:
     from jetson_ft.inference.compare import ProgressCallback
@@ -20,19 +20,27 @@ if TYPE_CHECKING:
 _PACK_TOKENS = 1024
 
 
-def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> dict[str, Any]:
-    """Compare base and adapter on the run's held-out rows, or on the rows of `data`.
+def evaluate_model(
+    recipe: Recipe, folder: Path | None, data: str | None, on_progress: ProgressCallback
+) -> dict[str, Any]:
+    """Compare base and adapter on the recipe's held-out rows, or on the rows of `data`.
+
+    Args:
+        recipe: names the base model, the format of its weights and the held-out rows.
+        folder: of the adapter; None measures the model alone, as the side "before".
 
     Returns:
-        `eval` and `generation` as in report.json.
+        `eval` and `generation` as in report.json, and the `rows` of heldout.json.
     """
     from jetson_ft.inference import compare
     from jetson_ft.kernels.attention_trial import packing_obstacle
 
-    folder = run.require_adapter()
-    recipe = run.recipe()
     base = files.resolve_model(recipe.model)
-    tokenizer = adapter.load_tokenizer(base, folder)
+    tokenizer = (
+        adapter.load_tokenizer(base, folder)
+        if folder
+        else loading.load_tokenizer(base, recipe.data.chat_template)
+    )
     if data is None:
         rows = prepare_rows(recipe.data, tokenizer)
         conversations, encoded = list(rows.heldout_messages), rows.heldout
@@ -54,10 +62,11 @@ def evaluate_run(run: Run, data: str | None, on_progress: ProgressCallback) -> d
     model = loading.load_model(base, weight_format(recipe, device), device.kind)
     vocabulary = len(model.get_input_embeddings().weight)
     loading.check_vocabulary(tokenizer, vocabulary, base, folder, encoded["input_ids"])
-    model = adapter.load_adapter(model, base, folder)
+    if folder:
+        model = adapter.load_adapter(model, base, folder)
     pack_tokens = 0 if packing_obstacle(model, longest) else _PACK_TOKENS
     return compare.compare_adapter(
-        model, tokenizer, conversations, list(make_packs(list(encoded), pack_tokens)),
-        int(sum(encoded["answer_characters"])), recipe.eval.max_new_tokens, recipe.eval.samples,
-        on_progress, recipe.data.max_length,
+        model, tokenizer, conversations, list(encoded), pack_tokens, recipe.eval.max_new_tokens,
+        recipe.eval.samples, on_progress, recipe.data.max_length,
+        sides=compare.BOTH_SIDES if folder else compare.BOTH_SIDES[:1],
     )  # fmt: skip

@@ -25,13 +25,12 @@ from jetson_ft.hardware.detect import Device
 from jetson_ft.hardware.monitor import Monitor
 from jetson_ft.hardware.sensors.source import Telemetry
 from jetson_ft.kernels import attention
-from jetson_ft.kernels.packing import make_packs
 from jetson_ft.models import fast_import, files, loading, positions
 from jetson_ft.models.dims import ModelDims
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs import contract, disk, initial_adapter, oom
+from jetson_ft.runs import contract, disk, heldout, initial_adapter, oom
 from jetson_ft.runs.contents import SCHEMA
 from jetson_ft.runs.processes import explain_error
 from jetson_ft.runs.report import card, summary
@@ -143,12 +142,13 @@ class Pipeline:
             self.dist = dist = dist.close()
         detail = "base and adapter on the held-out rows"
         with self.phase("comparison", detail):
-            comparison = self._try_to_compare(model, rows, workload, device, plan, exported_step)
+            comparison = self._try_to_compare(model, rows, workload, device, plan)
         if not dist.is_main:
             return
         self.dist = dist.close()
         with self.phase("report"):
             self.monitor.stop()  # its last event belongs into the report
+            heldout.write_rows(self.run, comparison.pop("rows", []))
             report = summary.build_report(
                 self.run,
                 plan,
@@ -413,38 +413,27 @@ class Pipeline:
         workload: Workload,
         device: Device,
         plan: Plan,
-        exported_step: int,
     ) -> dict[str, Any]:
         from jetson_ft.inference import compare
-        from jetson_ft.kernels.lm_head_loss import Score
 
-        # Training has measured the base (step 0), and the exported weights.
-        measured = {
-            event.step: Score(event.heldout_loss, event.bits_per_char)
-            for event in self.run.iter_events(events.Evaluated)
-            if event.heldout_loss is not None and event.bits_per_char is not None
-        }
-        before, after = measured.get(0), measured.get(exported_step)
-        scores = {"before": before, "after": after} if before and after else None
-        # Rank 0 decides: another machine may have missed an attempt, or be of another kind.
-        ((scores, device), *_) = self.dist.gather((scores, device))
+        # Rank 0 decides: another machine may be of another kind.
+        (device, *_) = self.dist.gather(device)
         model.config.use_cache = True
         return compare.compare_adapter(
             model,
             rows.tokenizer,
             list(rows.heldout_messages),
-            list(make_packs(list(rows.heldout), plan.micro_batch_tokens)),
-            rows.heldout_characters,
+            list(rows.heldout),
+            plan.micro_batch_tokens,
             self.recipe.eval.max_new_tokens,
             self.recipe.eval.samples,
             self._on_compared,
             self.recipe.data.max_length,
             partial(planner.reply_batch_size, workload, device, plan),
-            scores,
         )
 
     def _on_compared(self, side: str, part: str, done: int, total: int) -> None:
         if self.dist.any_rank(self.stop_requested()):
             raise _Stopped
-        if part == "replies":
-            self.emit(events.Generated(side=side, done=done, total=total))
+        if part != "tokens":
+            self.emit(events.Generated(side=side, part=part, done=done, total=total))

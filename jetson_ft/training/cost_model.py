@@ -74,6 +74,9 @@ MAX_REPLY_BATCH = 36  # `inference.generate` has the same number
 # `bundled`: replies of 48 tokens for either side took 27 s.
 _REPLY_EFFICIENCY = 0.8  # of the rate of training
 STEP_COST = 32  # of a decoding step, in prompt tokens; `inference.generate` has the same number
+# The probes: 8,000 tokens of prompts and choices (of the embedded model's tokenizer), and ten
+# replies of 16 tokens in one batch.
+_PROBE_TOKENS = 8_000 + 16 * (10 + STEP_COST)
 _START_SECONDS = 8.0  # measured on a CPU, most of it imports
 _LOAD_BYTES_PER_SECOND = 5e8  # guessed, for an NVMe disk
 _LORA_BYTES = 16  # fp32: weight, gradient, and AdamW's two moments
@@ -321,7 +324,8 @@ def predict_other_seconds(workload: Workload, kind: str, flops: float) -> float:
     """Return the time of loading before training and of the comparison after it; both are rough.
 
     Replies are generated for base and adapter, in batches: a decoding step of a batch costs as much
-    as `STEP_COST` tokens of a prompt, and one token for each reply (`inference.generate`).
+    as `STEP_COST` tokens of a prompt, and one token for each reply (`inference.generate`). The
+    probes are answered by both.
     """
     weights = workload.weights
     whole = weight_bytes(workload.dims, weights)
@@ -331,7 +335,7 @@ def predict_other_seconds(workload: Workload, kind: str, flops: float) -> float:
     generated = workload.reply_tokens * (rows + STEP_COST * batches_of_replies)
     share = costs.efficiency[weights.bytes_per_number] * costs.quantized[weights.quantize]
     forward = _flops(workload, linear=1, lora=1, attention=1, head=1)
-    tokens = 2 * (workload.heldout_tokens + generated)
+    tokens = 2 * (workload.heldout_tokens + generated + _PROBE_TOKENS)
     return loading + tokens * forward / (flops * share * _REPLY_EFFICIENCY)
 
 

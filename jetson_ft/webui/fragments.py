@@ -19,7 +19,7 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.events import PHASES, Evaluated, Step
 from jetson_ft.runs import jobs, monitor, store
 from jetson_ft.runs.monitor import RunMonitor, RunProgress, RunSummary
-from jetson_ft.runs.report import chart, summary
+from jetson_ft.runs.report import chart, figures
 from jetson_ft.runs.store import Run
 from jetson_ft.webui import after_training
 from jetson_ft.webui.after_training import AfterTraining
@@ -190,6 +190,6 @@ def _charts(progresses: Sequence[RunProgress]) -> dict[str, str]:
 def _figures(run: Run) -> list[dict[str, Any]]:
     """Return the rows of base against adapter; empty unless the run is finished."""
     try:
-        return summary.metric_rows(run.report())
+        return figures.metric_rows(run.report())
     except UserError:
         return []

@@ -75,7 +75,7 @@ def test_heldout_rows_are_taken_from_the_end(
     train, held, info = split(data, heldout)
     assert train["row"][:] == list(range(1, count - kept + 1))
     assert held["row"][:] == list(range(count - kept + 1, count + 1))
-    assert train.column_names == held.column_names == ["row", "messages", "tools"]
+    assert train.column_names == held.column_names == ["row", "messages", "tools", "category"]
     assert info.left_out == 0
     assert info.heldout == []
 

@@ -61,9 +61,9 @@ DROPPED = {
 def test_usable_rows_are_kept_and_reported(tmp_path: Path) -> None:
     data = source(tmp_path, [row(1), row(2), row(1)])
     rows, report = store.read_source(data)
-    assert rows.column_names == ["row", "messages", "tools"]
+    assert rows.column_names == ["row", "messages", "tools", "category"]
     messages = [stored("user", "问题2"), stored("assistant", "答案2")]
-    assert rows[1] == {"row": 2, "messages": messages, "tools": ""}
+    assert rows[1] == {"row": 2, "messages": messages, "tools": "", "category": ""}
     sha256 = files.cached_sha256(data.files[0])
     size = data.files[0].stat().st_size
     assert report == store.ReadReport(
@@ -319,3 +319,14 @@ def test_file_name_that_is_not_utf8_is_reported(tmp_path: Path) -> None:
     name = os.fsdecode("数据.json".encode("gb18030"))
     _, report = store.read_source(source(tmp_path, [{"\ud800": [1]} | row(1)], name))
     assert report.files[0]["path"].endswith(".json")
+
+
+def test_category_is_kept_where_it_is_a_short_text(tmp_path: Path, cache: Path) -> None:
+    values: list[Any] = [" 算术 ", 7, None, "x" * 81, ["a"], "\ud800"]
+    rows = [row(n, Category=value) for n, value in enumerate(values)]
+    read, _report = store.read_source(source(tmp_path, rows))
+    assert read["category"][:] == ["算术", "", "", "", "", ""]
+    columns = {"question": "category", "answer": "output"}
+    asked = [{"category": "几点？", "output": "三点。"}]
+    read, _report = store.read_source(source(tmp_path, asked, "b.jsonl"), columns=columns)
+    assert read["category"][:] == [""], "it is the question"

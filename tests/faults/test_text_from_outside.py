@@ -251,14 +251,15 @@ def test_templates_and_errors_of_the_page_escape_their_values() -> None:
 @pytest.mark.promise(46)
 @pytest.mark.promise(22)
 def test_reports_escape_rows_replies_and_names() -> None:
-    from jetson_ft.runs.report import summary
+    from jetson_ft.runs.report import figures, summary
 
     evil = EVIL + "<u>"
     sample = {
         "row": 0, "messages": [{"role": "user", "content": evil}], "reply": evil,
         "reference": evil, "ended": True,
     }  # fmt: skip
-    figures = {key: 1.0 for key, *_ in summary.METRICS}
+    side = {key: 1.0 for key, *_ in figures.METRICS} | {"samples": [sample]}
+    category = {"name": evil, "rows": 1, "before": 1.0, "after": 1.0}
     part = {"name": evil, "rows_read": 1, "rows": 1, "tokens": 1}
     report = {
         "model": evil, "precision": "fp32", "seed": 1,
@@ -268,8 +269,8 @@ def test_reports_escape_rows_replies_and_names() -> None:
         "generation": {"max_new_tokens": 1},
         "train": {"steps": 1, "tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0,
                   "peak_memory_bytes": 1, "energy_joules": None},
-        "eval": {"rows": 1, "documents": 0, "before": {**figures, "samples": [sample]},
-                 "after": {**figures, "samples": [sample]}},
+        "eval": {"rows": 1, "documents": 0, "before": side, "after": side,
+                 "categories": [category]},
     }  # fmt: skip
     html = summary.render_html("a", report, [])
     markdown = summary.render_markdown("a", report)

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from jetson_ft.inference.compare import _cut_turns, _select_samples, compare_adapter
 from jetson_ft.inference.generate import Reply
-from jetson_ft.kernels.packing import Pack
+from jetson_ft.inference.probes import load_probes
+from jetson_ft.kernels.packing import make_packs
 
 METRICS = {
-    "loss", "bits_per_char", "chinese_share", "stop_rate", "repetition", "chrf", "bleu", "samples",
+    "loss", "bits_per_char", "chinese_share", "stop_rate", "repetition", "rouge_l", "chrf", "bleu",
+    "distinct_1", "distinct_2", "samples",
 }  # fmt: skip
 ROWS = [
     [{"role": "user", "content": f"第{n}题"}, {"role": "assistant", "content": f"等于{n}。" * n}]
@@ -23,13 +25,12 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def compared(tiny_phi: Path, phi: Any) -> tuple[dict[str, Any], list[Any], Any, list[Pack]]:
-    """(result, calls of progress, the model, the rows' packs)."""
+def compared(tiny_phi: Path, phi: Any) -> tuple[dict[str, Any], list[Any], Any, list[Any]]:
+    """(result, calls of progress, the model, the rows as tokens)."""
     import torch
 
     from jetson_ft import adapter
     from jetson_ft.data.chat_template import encode
-    from jetson_ft.kernels.packing import make_packs
     from jetson_ft.models import loading
     from jetson_ft.models.files import BaseModelFiles
     from jetson_ft.recipe import LoraRecipe
@@ -40,22 +41,25 @@ def compared(tiny_phi: Path, phi: Any) -> tuple[dict[str, Any], list[Any], Any, 
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.3)
     encoded = [encode(phi.tokenizer, row) for row in ROWS]
-    packed = list(make_packs([{"input_ids": e.ids, "segments": e.segments} for e in encoded], 200))
+    pieces = [
+        {"row": n, "input_ids": e.ids, "segments": e.segments, "answer_characters": e.characters}
+        for n, e in enumerate(encoded)
+    ]
     calls: list[Any] = []
-    characters = sum(len(row[1]["content"]) for row in ROWS)
+    conversations = [{"row": n, "messages": row} for n, row in enumerate(ROWS)]
     result = compare_adapter(
-        model.eval(), phi.tokenizer, [{"messages": row} for row in ROWS], packed, characters, 10, 2,
+        model.eval(), phi.tokenizer, conversations, pieces, 200, 10, 2,
         lambda *call: calls.append(call), 200,
     )  # fmt: skip
-    return result, calls, model, packed
+    return result, calls, model, pieces
 
 
 def test_document_is_continued_from_its_beginning(compared: Any, phi: Any) -> None:
-    *_, model, packed = compared
-    documents = [{"messages": [{"role": "text", "content": "abcdefgh"}]}]
-    conversations = [*documents, {"messages": ROWS[0]}]
+    *_, model, pieces = compared
+    documents = [{"row": 0, "messages": [{"role": "text", "content": "abcdefgh"}]}]
+    conversations = [*documents, {"row": 1, "messages": ROWS[0]}]
     result = compare_adapter(
-        model, phi.tokenizer, conversations, packed, 10, 2, 2, lambda *_: None, max_length=64
+        model, phi.tokenizer, conversations, pieces[:2], 200, 2, 2, lambda *_: None, max_length=64
     )["eval"]
     assert (result["rows"], result["documents"]) == (2, 1)
     sample, other = result["after"]["samples"]
@@ -66,7 +70,7 @@ def test_document_is_continued_from_its_beginning(compared: Any, phi: Any) -> No
 
 def test_result_has_all_metrics_for_both_sides(compared: Any) -> None:
     result, *_ = compared
-    assert set(result) == {"eval", "generation"}
+    assert set(result) == {"eval", "generation", "rows"}
     assert result["eval"]["rows"] == 4
     for side in ("before", "after"):
         assert set(result["eval"][side]) == METRICS
@@ -113,12 +117,16 @@ def test_samples_have_the_same_rows_on_both_sides(compared: Any) -> None:
 
 
 def test_progress_is_called_for_both_sides(compared: Any) -> None:
-    _, calls, _, packed = compared
-    first, second = (pack.tokens for pack in packed)
-    total = first + second
+    _, calls, _, pieces = compared
+    first, second = (pack.tokens for pack in make_packs(pieces, 200))
+    total, probes = first + second, len(load_probes())
     measured = [("tokens", 0, total), ("tokens", first, total), ("tokens", total, total)]
     one_side = [*measured, ("replies", 0, 4), ("replies", 4, 4)]
-    assert calls == [(side, *call) for side in ("before", "after") for call in one_side]
+    expected = [(side, *call) for side in ("before", "after") for call in one_side]
+    assert [call for call in calls if call[1] != "probes"] == expected
+    for side in ("before", "after"):
+        done = [call[2:] for call in calls if call[:2] == (side, "probes")]
+        assert done[0] == (0, probes) and done[-1] == (probes, probes) and done == sorted(done)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +169,10 @@ def test_conversation_is_cut_after_the_last_answer_that_training_saw(phi: Any, l
 
 
 def test_comparison_takes_the_answers_within_the_length(compared: Any, phi: Any) -> None:
-    _, _, model, packed = compared
-    rows = [{"messages": TURNS}]
-    done = compare_adapter(model, phi.tokenizer, rows, packed, 10, 3, 1, lambda *_: None, 150)
+    _, _, model, pieces = compared
+    rows = [{"row": 0, "messages": TURNS}]
+    done = compare_adapter(
+        model, phi.tokenizer, rows, pieces[:1], 200, 3, 1, lambda *_: None, max_length=150
+    )
     (sample,) = done["eval"]["after"]["samples"]
     assert (sample["messages"], sample["reference"]) == (TURNS[:4], "丁" * 9)

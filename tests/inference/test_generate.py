@@ -92,11 +92,11 @@ def ids_of(phi: Any, text: str) -> list[int]:
 @pytest.mark.parametrize(
     ("text", "cut", "reply"),
     [
-        ("你好", 0, Reply("你好", False)),
-        ("你好", 1, Reply("你", False)),
-        ("你好", 2, Reply("你", False)),
-        (" 你 ", 0, Reply("你", False)),
-        ("你<|endoftext|>好", 0, Reply("你", True)),
+        ("你好", 0, Reply("你好", False, 6)),
+        ("你好", 1, Reply("你", False, 5)),
+        ("你好", 2, Reply("你", False, 4)),
+        (" 你 ", 0, Reply("你", False, 5)),
+        ("你<|endoftext|>好", 0, Reply("你", True, 3)),
         ("<|endoftext|>", 0, Reply("", True)),
     ],
 )

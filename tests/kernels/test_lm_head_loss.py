@@ -14,7 +14,13 @@ from transformers import AutoModelForCausalLM, BloomConfig, GraniteConfig
 from jetson_ft.data.chat_template import ANSWER, CONTEXT, END
 from jetson_ft.kernels import lm_head_loss
 from jetson_ft.kernels.attention import use_packed_attention
-from jetson_ft.kernels.lm_head_loss import chunked_lm_head, head_losses, score_packs, token_losses
+from jetson_ft.kernels.lm_head_loss import (
+    chunked_lm_head,
+    head_losses,
+    score_packs,
+    score_rows,
+    token_losses,
+)
 from jetson_ft.kernels.packing import make_packs, pack_rows
 
 
@@ -112,6 +118,17 @@ def test_a_score_does_not_depend_on_how_rows_are_packed(model: Any) -> None:
     with use_packed_attention(model):
         one, three = (score_packs(model, make_packs(make_rows(), size), 5) for size in (100, 0))
     assert one.loss == pytest.approx(three.loss, rel=1e-5)
+
+
+def test_scores_of_rows_are_those_of_each_row_alone(model: Any) -> None:
+    rows = make_rows()
+    with use_packed_attention(model):
+        nats, tokens = score_rows(model, make_packs(rows, 100), len(rows) + 1)
+        alone = [score_packs(model, [pack_rows([row])], 1) for row in rows]
+    assert tokens == [sum(part == ANSWER for part in row["segments"]) for row in rows] + [0]
+    expected = [score.loss * count for score, count in zip(alone, tokens, strict=False)]
+    assert nats == pytest.approx([*expected, 0.0], rel=1e-5)
+    assert len(set(nats)) == len(nats), "the test's rows differ"
 
 
 @pytest.mark.parametrize("training", [True, False])

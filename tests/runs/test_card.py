@@ -168,12 +168,13 @@ def test_limits_are_computed(run: Run) -> None:
     report = run.report()
     rows = {**report["data"]["train"], "rows": 200, "truncated": 30, "dropped": {"empty": 7}}
     after = {**report["eval"]["before"], "stop_rate": 0.25, "loss": 99.0}
+    worse = {"difference": 96.0, "low": 90.0, "high": 99.0, "clear": True}
     warning = {"template": "Look at {path}", "values": {"path": "/home/x/some/rows.jsonl"}}
     change_report(
         run,
         data={**report["data"], "train": rows},
         train={**report["train"], "rows": 50},
-        eval={**report["eval"], "after": after},
+        eval={**report["eval"], "after": after, "differences": {"loss": worse}},
         warnings=[{"message": "", "text": warning}],
     )
     change_recipe(run, quantize="nf4")
@@ -199,8 +200,9 @@ def test_intervals_are_shown_where_the_report_has_them(run: Run) -> None:
 @pytest.mark.parametrize("is_clear", [True, False])
 def test_what_was_forgotten_is_stated(run: Run, is_clear: bool) -> None:
     probes = {
-        "count": 64, "before": {"share": 0.5}, "after": {"share": 0.25}, "lost": ["a", "b"],
-        "gained": ["c"], "difference": {"clear": is_clear},
+        "count": 64, "before": {"share": 0.5, "correct": []}, "lost": ["a", "b"], "gained": ["c"],
+        "after": {"share": 0.25, "correct": []},
+        "difference": {"difference": -0.25, "low": -0.4, "high": -0.1, "clear": is_clear},
     }  # fmt: skip
     change_report(run, eval={**run.report()["eval"], "probes": probes})
     results, limits = card.model_card(run).split("## Limits")

@@ -157,14 +157,14 @@ def test_stop_before_training_and_in_the_comparison_is_obeyed(
     assert adapter_bytes(run) == adapter_bytes(finished)
 
 
-@pytest.mark.parametrize("part", ["tokens", "replies"])
+@pytest.mark.parametrize("part", ["tokens", "replies", "probes"])
 def test_stop_while_rows_are_measured_is_obeyed(part: str, tmp_path: Path) -> None:
     run = store.create_run(Recipe(output_dir=str(tmp_path)), "compared")
     pipe = pipeline.Pipeline(run, EventLog(run, 1).emit, run.stop_requested)
     pipe._on_compared("before", part, 1, 4)
-    expected = [("before", 1, 4)] if part == "replies" else []
+    expected = [("before", part, 1, 4)] if part != "tokens" else []
     events = [event for event in run.events() if isinstance(event, Generated)]
-    assert [(event.side, event.done, event.total) for event in events] == expected
+    assert [(e.side, e.part, e.done, e.total) for e in events] == expected
     run.request_stop()
     with pytest.raises(pipeline._Stopped):
         pipe._on_compared("before", part, 2, 4)

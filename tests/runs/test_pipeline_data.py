@@ -15,7 +15,7 @@ from jetson_ft.events import Failed, Warned
 from jetson_ft.hardware.detect import Device
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
-from jetson_ft.runs.evaluate import evaluate_run
+from jetson_ft.runs.evaluate import evaluate_model
 from jetson_ft.runs.store import Run
 
 
@@ -89,7 +89,7 @@ def test_plain_text_is_trained_on_compared_evaluated_and_chatted_with(
     assert "given continuation" in (run.path / "report.md").read_text()
     run.write_state("finished")
     for rows_of, count in ((None, 3), (str(corpus), 30)):
-        again = evaluate_run(run, rows_of, lambda *_: None)["eval"]
+        again = evaluate_model(run.recipe(), run.adapter, rows_of, lambda *_: None)["eval"]
         assert (again["documents"], again["rows"]) == (count, count)
     chat = open_session(resolve_target(str(run.path), tmp_path))
     assert chat.messages("q")[-1] == {"role": "user", "content": "q"}
@@ -126,7 +126,7 @@ def test_chat_template_of_the_recipe_is_saved_and_used_to_evaluate_and_chat(
     assert "有 7 个回答只作上文" in (run.path / "report.html").read_text()
     template.unlink()
     run.write_state("finished")
-    again = evaluate_run(run, None, lambda *_: None)["eval"]
+    again = evaluate_model(run.recipe(), run.adapter, None, lambda *_: None)["eval"]
     assert again["before"]["loss"] == pytest.approx(report["eval"]["before"]["loss"], rel=1e-4)
     chat = open_session(resolve_target(str(run.path), tmp_path))
     prompt = chat.tokenizer.apply_chat_template(chat.messages("q"), tokenize=False)

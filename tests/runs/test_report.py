@@ -18,7 +18,7 @@ from jetson_ft.i18n import duration
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
 from jetson_ft.runs.event_log import EventLog
-from jetson_ft.runs.report import summary
+from jetson_ft.runs.report import figures, summary
 from jetson_ft.runs.store import Run
 from jetson_ft.training.planner import Plan
 from jetson_ft.training.state import TrainState
@@ -35,7 +35,8 @@ TRAIN = {
     "stopped_early",
 }  # fmt: skip
 SIDE = {
-    "loss", "bits_per_char", "chinese_share", "stop_rate", "repetition", "chrf", "bleu", "samples",
+    "loss", "bits_per_char", "chinese_share", "stop_rate", "repetition", "rouge_l", "chrf", "bleu",
+    "distinct_1", "distinct_2", "samples",
 }  # fmt: skip
 COPIED = ("precision", "data_sha256", "generation", "device", "data", "eval")
 HOSTILE = '<script>alert("x")</script><img src=https://evil.example/x onerror=y>&amp;'
@@ -52,7 +53,16 @@ def test_report_has_exactly_the_documented_keys(made: dict[str, Any]) -> None:
     assert set(made) == TOP and made["schema"] == 1
     assert set(made["train"]) == TRAIN
     assert set(made["plan"]) == {"peak_memory_bytes", "seconds"}
-    assert set(made["eval"]) == {"rows", "documents", "before", "after"}
+    assert set(made["eval"]) == {
+        "rows", "documents", "before", "after", "differences", "categories", "probes",
+    }  # fmt: skip
+    for difference in (*made["eval"]["differences"].values(), made["eval"]["probes"]["difference"]):
+        assert set(difference) == {"difference", "low", "high", "clear"}
+    assert set(made["eval"]["probes"]) == {
+        "count", "before", "after", "lost", "gained", "difference",
+    }  # fmt: skip
+    speed = {"seconds", "tokens", "seconds_per_reply", "tokens_per_second"}
+    assert set(made["generation"]["before"]) == set(made["generation"]["after"]) == speed
     assert set(made["eval"]["before"]) == set(made["eval"]["after"]) == SIDE
     assert made["generation"].keys() >= {"method", "max_new_tokens"}
 
@@ -141,7 +151,7 @@ def test_report_on_plain_text_has_continuations(made: dict[str, Any]) -> None:
     for side in ("before", "after"):
         for sample in texts["eval"][side]["samples"]:
             sample["messages"] = [{"role": "text", "content": "从前"}]
-    names = [row["name"] for row in summary.metric_rows(texts)]
+    names = [row["name"] for row in figures.metric_rows(texts)]
     assert names[:2] == ["Loss on the texts (nats per token)", "Bits per character"]
     page = Page(summary.render_html("demo", texts, []))
     assert "Continuations side by side" in page.text and "beginning of the text" in page.text
@@ -241,8 +251,68 @@ def test_better_and_worse(
 ) -> None:
     changed = copy.deepcopy(made)
     changed["eval"]["before"][key], changed["eval"]["after"][key] = before, after
-    (row,) = [row for row in summary.metric_rows(changed) if row["key"] == key]
+    step = after - before
+    interval = {"difference": step, "low": step * 0.5, "high": step * 1.5, "clear": step != 0}
+    changed["eval"]["differences"][key] = interval
+    (row,) = [row for row in figures.metric_rows(changed) if row["key"] == key]
     assert (row["verdict"], row["after"]) == (verdict, shown)
+    assert "no clear difference" not in str(row["difference"])
+    interval["clear"] = False
+    (row,) = [row for row in figures.metric_rows(changed) if row["key"] == key]
+    assert row["verdict"] == ("unclear" if step else "same")
+    assert ("no clear difference" in str(row["difference"])) == (step != 0)
+    del changed["eval"]["differences"][key]
+    (row,) = [row for row in figures.metric_rows(changed) if row["key"] == key]
+    assert (row["verdict"], str(row["difference"])) == ("unknown", "")
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "clear", "text"),
+    [
+        (2, 1, False, "2 of 66 answers lost, 1 gained: no clear difference."),
+        (20, 1, True, "The adapter has forgotten general knowledge: 20 of 66 answers lost"),
+        (1, 20, True, "20 of 66 answers gained, 1 lost."),
+    ],
+)
+def test_what_was_forgotten_is_in_text_and_page(
+    made: dict[str, Any], lost: int, gained: int, clear: bool, text: str
+) -> None:
+    changed = copy.deepcopy(made)
+    difference = (gained - lost) / 66
+    changed["eval"]["probes"] |= {
+        "count": 66, "lost": ["x"] * lost, "gained": ["y"] * gained,
+        "difference": {"difference": difference, "low": difference - 0.01,
+                       "high": difference + 0.01, "clear": clear},
+    }  # fmt: skip
+    assert text in summary.render_markdown("demo", changed)
+    assert text in Page(summary.render_html("demo", changed, [])).text
+
+
+def test_categories_are_in_text_and_page(made: dict[str, Any]) -> None:
+    changed = copy.deepcopy(made)
+    interval = {"difference": -1.0, "low": -1.5, "high": -0.5, "clear": True}
+    changed["eval"]["categories"] = [
+        {"name": "a|<b>", "rows": 12, "before": 3.0, "after": 2.0, "difference": interval}
+    ]
+    row = "| a\\|<b> | 12 | 3.000 | 2.000 | -1.000 (-1.500 … -0.500) |"
+    assert row in summary.render_markdown("demo", changed)
+    html = summary.render_html("demo", changed, [])
+    assert "a|&lt;b&gt;" in html and "-1.000 (-1.500 … -0.500)" in html
+
+
+def test_reports_of_older_runs_are_shown(made: dict[str, Any]) -> None:
+    old = copy.deepcopy(made)
+    for key in ("differences", "categories", "probes"):
+        del old["eval"][key]
+    for side in ("before", "after"):
+        for key in ("rouge_l", "distinct_1", "distinct_2"):
+            del old["eval"][side][key]
+    keys = [row["key"] for row in figures.metric_rows(old)]
+    assert keys == [
+        "loss", "bits_per_char", "chinese_share", "stop_rate", "repetition", "chrf", "bleu",
+    ]  # fmt: skip
+    assert "| chrF |" in summary.render_markdown("demo", old)
+    assert "chrF" in Page(summary.render_html("demo", old, [])).text
 
 
 @pytest.mark.parametrize(
@@ -290,7 +360,7 @@ def test_page_has_curves_figures_and_pairs(html: str, made: dict[str, Any]) -> N
     page = Page(html)
     tags = [tag for tag, _ in page.tags]
     assert tags.count("svg") == 1
-    assert tags.count("tr") == 1 + len(summary.METRICS)
+    assert tags.count("tr") == 1 + len(figures.METRICS)
     assert sum(a.get("class") == "card pair" for _, a in page.tags) == 2
     for sample in made["eval"]["after"]["samples"]:
         assert sample["reference"] in page.text

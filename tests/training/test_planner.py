@@ -315,8 +315,13 @@ def test_a_cpus_time_depends_on_the_arithmetic_and_the_weights() -> None:
     assert list(shares.values()) == pytest.approx([0.55, 0.43, 0.43 * 0.95, 0.43 * 0.95])
 
 
-def test_the_quickstarts_comparison_and_loading_take_the_measured_time() -> None:
-    """Measured with 66 long rows where training made 604 tokens/s: 27 s, and 10 s to training."""
+def test_the_quickstarts_comparison_and_loading_take_the_measured_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Measured with 66 long rows where training made 604 tokens/s: 27 s, and 10 s to training.
+
+    The comparison had no probes then.
+    """
     from jetson_ft.inference import generate
 
     rows = lengths.KNOWN_LENGTHS["bundled", "embedded"]
@@ -325,7 +330,10 @@ def test_the_quickstarts_comparison_and_loading_take_the_measured_time() -> None
         heldout_tokens=66 * 130.0, reply_tokens=48,
     )  # fmt: skip
     flops = 604 * cost_model.flops_per_token(one, False) / 0.43
+    with_probes = cost_model.predict_other_seconds(one, "cpu", flops)
+    monkeypatch.setattr(cost_model, "_PROBE_TOKENS", 0)
     assert cost_model.predict_other_seconds(one, "cpu", flops) == pytest.approx(37, rel=0.1)
+    assert 5 < with_probes - cost_model.predict_other_seconds(one, "cpu", flops) < 30
     short = replace(one, reply_tokens=24)
     assert cost_model.predict_other_seconds(short, "cpu", flops) < 33
     assert cost_model.STEP_COST == generate.STEP_COST

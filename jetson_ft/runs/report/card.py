@@ -25,7 +25,7 @@ from jetson_ft.inference.metrics import chinese_share
 from jetson_ft.models import embedded
 from jetson_ft.models.catalog import MODELS
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs.report import summary
+from jetson_ft.runs.report import figures, summary
 from jetson_ft.runs.store import Run
 
 FILE = "README.md"
@@ -97,7 +97,8 @@ def model_card(
         rows=report["data"]["train"],
         heldout=report["data"]["heldout"],
         metrics=[{**row, "interval": _interval(report, row["key"])}
-                 for row in summary.metric_rows(report)],
+                 for row in figures.metric_rows(report)],
+        verdicts={"unclear": "no clear difference", "unknown": ""},
         probes=(report["eval"] or {}).get("probes"),
         pairs=summary.sample_pairs(report)[:_SAMPLES],
         sample_limit=_MAX_SAMPLE,
@@ -273,7 +274,7 @@ def _limits(recipe: Recipe, report: dict[str, Any], sources: list[dict[str, Any]
     else:
         if evaluated["rows"] < _MIN_HELDOUT:
             yield f"The figures rest on {evaluated['rows']:,} held-out rows only."
-        worse = [row["name"] for row in summary.metric_rows(report) if row["verdict"] == "worse"]
+        worse = [row["name"] for row in figures.metric_rows(report) if row["verdict"] == "worse"]
         if worse:
             yield f"Worse than the base in: {inline(', '.join(worse))}."
         probes = evaluated.get("probes")

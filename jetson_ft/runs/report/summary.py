@@ -18,7 +18,7 @@ from jetson_ft.files import printable, printable_value, write_atomic, write_json
 from jetson_ft.i18n import duration, languages, translator
 from jetson_ft.runs.contents import SCHEMA
 from jetson_ft.runs.curve import Curve
-from jetson_ft.runs.report import chart
+from jetson_ft.runs.report import chart, figures
 from jetson_ft.runs.store import Run
 
 if TYPE_CHECKING:
@@ -30,22 +30,6 @@ _MAX_POINTS = 2000  # of a curve in report.html
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
-# Key in report.json's `before` and `after`, name (template), format, and 1 if higher is better.
-METRICS = (
-    ("loss", _("Loss on the answers (nats per token)"), "{:.3f}", -1),
-    ("bits_per_char", _("Bits per character"), "{:.3f}", -1),
-    ("chinese_share", _("Chinese share of the replies"), "{:.0%}", 1),
-    ("stop_rate", _("Replies that end by themselves"), "{:.0%}", 1),
-    ("repetition", _("Repeated 4-grams"), "{:.0%}", -1),
-    ("chrf", "chrF", "{:.1f}", 1),
-    ("bleu", "BLEU", "{:.1f}", 1),
-)
-# The same of plain text, whose held-out beginnings are continued.
-_TEXT_NAMES = {
-    "loss": _("Loss on the texts (nats per token)"),
-    "chinese_share": _("Chinese share of the continuations"),
-    "stop_rate": _("Continuations that end by themselves"),
-}
 # By the counter's name in report.json.
 _SLOWDOWNS = {
     "throttled_seconds": _(
@@ -191,35 +175,10 @@ def initial_adapter_note(report: dict[str, Any]) -> list[Message]:
     return [Message(text, source)]
 
 
-def _is_text(report: dict[str, Any]) -> bool:
-    """Return whether all held-out rows are plain text."""
-    evaluated = report["eval"]
-    return bool(evaluated) and evaluated.get("documents") == evaluated["rows"]  # not in older runs
-
-
 def _sources(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the parts of the training sources, where there are several."""
     sources: list[dict[str, Any]] = report["data"].get("sources", [])
     return sources if len(sources) > 1 else []
-
-
-def metric_rows(report: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the before/after table: key, name (template), formatted values, and a verdict.
-
-    It is empty where the comparison failed.
-    """
-    if not report["eval"]:
-        return []
-    rows = []
-    names = _TEXT_NAMES if _is_text(report) else {}
-    for key, name, number, sign in METRICS:
-        before, after = report["eval"]["before"][key], report["eval"]["after"][key]
-        verdict = "better" if (after - before) * sign > 0 else "worse"
-        if abs(after - before) < 1e-9:
-            verdict = "same"
-        shown = {"before": number.format(before), "after": number.format(after)}
-        rows.append({"key": key, "name": names.get(key, name), **shown, "verdict": verdict})
-    return rows
 
 
 def sample_pairs(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -249,9 +208,7 @@ def render_markdown(name: str, report: dict[str, Any]) -> str:
         *_sources_as_markdown(report),
     ]
     if report["eval"]:
-        lines += [f"| {report['eval']['rows']} held-out rows | base | adapter |", "|---|---:|---:|"]
-        lines += ["| {name} | {before} | {after} |".format(**row) for row in metric_rows(report)]
-        lines.append("")
+        lines += [*_figures_as_markdown(report), ""]
     for number, pair in enumerate(sample_pairs(report), 1):
         lines += [f"## Pair {number}", ""]
         lines += [_quoted(message["role"], message["content"]) for message in pair["messages"]]
@@ -260,6 +217,28 @@ def render_markdown(name: str, report: dict[str, Any]) -> str:
         title = "given continuation" if is_text else "given answer"
         lines += [_quoted(title, pair["reference"])]
     return printable("\n".join(lines) + "\n")
+
+
+def _figures_as_markdown(report: dict[str, Any]) -> list[str]:
+    lines = [
+        f"| {report['eval']['rows']} held-out rows | base | adapter | difference (95 % interval) |",
+        "|---|---:|---:|---|",
+    ]
+    for row in figures.metric_rows(report):
+        lines.append("| {name} | {before} | {after} | {difference} |".format(**row))
+    lines += [f"\n{note}" for note in figures.probe_notes(report)]
+    if categories := figures.category_rows(report):
+        lines += [
+            "", "| bits per character | rows | base | adapter | difference (95 % interval) |",
+            "|---|---:|---:|---:|---|",
+        ]  # fmt: skip
+        lines += [
+            "| {name} | {rows} | {before} | {after} | {difference} |".format(
+                **row | {"name": row["name"].replace("|", "\\|")}
+            )
+            for row in categories
+        ]
+    return lines
 
 
 def _sources_as_markdown(report: dict[str, Any]) -> list[str]:
@@ -311,10 +290,12 @@ def render_html(name: str, report: dict[str, Any], events: Iterable[Event]) -> s
         name=name,
         report=report,
         train=report["train"],
-        metrics=metric_rows(report),
+        metrics=figures.metric_rows(report),
+        categories=figures.category_rows(report),
+        probe_notes=figures.probe_notes(report),
         pairs=sample_pairs(report),
         sources=_sources(report),
-        is_text=_is_text(report),
+        is_text=figures.is_text(report),
         chart=chart.losses(train.points(_MAX_POINTS), heldout.points(_MAX_POINTS)),
         notes=initial_adapter_note(report),
         warnings=_warnings(report),
