@@ -99,12 +99,7 @@ def served(folder: Path, run: str) -> Iterator[dict[str, Any]]:
     )  # fmt: skip
     try:
         assert server.stdout
-        decoder, printed = json.JSONDecoder(), ""
-        for line in server.stdout:
-            printed += line
-            if line.startswith("}"):
-                break
-        yield decoder.decode(printed)
+        yield json.loads(server.stdout.readline())
         server.send_signal(signal.SIGINT)
         assert server.wait(60) in (0, 130)
     finally:

@@ -26,7 +26,7 @@ from jetson_ft.data.chat_template import ANSWER, encode_prompt, end_ids, until_l
 from jetson_ft.data.conversation import prepare_conversation
 from jetson_ft.data.formats import TEXT
 from jetson_ft.errors import UserError, _
-from jetson_ft.export.llama import LlamaServer
+from jetson_ft.export.llama import LlamaServer, default_threads
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
@@ -126,7 +126,7 @@ def check_file(
         model: the file; with `lora` that of the base.
         file_type: a key of `BOUNDS`.
         lora: the adapter's file.
-        threads: of llama.cpp; None: its choice.
+        threads: of llama.cpp; None: `llama.default_threads`.
 
     Raises:
         UserError: llama.cpp can't read the file. A difference is no error: see `passed`.
@@ -187,7 +187,7 @@ class LlamaScorer:
     def __init__(self, model: Path, lora: Path | None, n_ctx: int, threads: int | None) -> None:
         self._settings: dict[str, Any] = {
             "model": str(model.resolve()), "lora": str(lora.resolve()) if lora else "",
-            "n_ctx": n_ctx, "threads": threads,
+            "n_ctx": n_ctx, "threads": threads or default_threads(),
         }  # fmt: skip
         self._log: collections.deque[str] = collections.deque(maxlen=100)
 

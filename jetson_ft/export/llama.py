@@ -25,6 +25,7 @@ from typing import Any
 
 from jetson_ft.child_process import PARENT_PROCESS, python_module
 from jetson_ft.errors import Message, UserError, _
+from jetson_ft.hardware import detect
 
 PROGRAM = "JETSON_FT_LLAMA_SERVER"  # environment variable; empty: xllamacpp
 INSTALL_EXPORT = _('Run: pip install "jetson-ft[export]"')
@@ -46,7 +47,7 @@ class LlamaServer:
             `"lora": [{"id": lora_ids[name], "scale": 1.0}]`.
         n_ctx: positions (tokens of prompt and reply) of each request.
         n_parallel: requests that are computed at the same time; memory is reserved for each.
-        threads: of the processor; None: llama.cpp's choice.
+        threads: of the processor; None: `default_threads`.
         api_key: None: a random one.
         alias: name of the model in the answers.
 
@@ -77,7 +78,7 @@ class LlamaServer:
             "lora": self._lora,
             "n_ctx": n_ctx * n_parallel,  # llama.cpp divides it among the requests
             "n_parallel": n_parallel,
-            "threads": threads,
+            "threads": threads or default_threads(),
             "api_key": self.api_key,
             "alias": alias,
         }
@@ -247,6 +248,16 @@ class LlamaServer:
             code=code,
             lines=" / ".join(lines) or "-",
         )
+
+
+def default_threads() -> int:
+    """Return the threads of llama.cpp: `OMP_NUM_THREADS` as for torch, else one for each core.
+
+    Its own choice counts the cores of the machine. Threads that wait for each other on cores that
+    other programs use are a hundred times slower.
+    """
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() and int(wanted) else detect.usable_cores()
 
 
 def find_program() -> str | None:

@@ -33,10 +33,8 @@ def program_arguments(settings: dict[str, Any]) -> list[str]:
         "--model": settings["model"], "--alias": settings["alias"],
         "--host": HOST, "--port": settings["port"],
         "--ctx-size": settings["n_ctx"], "--parallel": settings["n_parallel"],
-        "--cache-ram": 0, "--reasoning-format": "none",
+        "--threads": settings["threads"], "--cache-ram": 0, "--reasoning-format": "none",
     }  # fmt: skip
-    if settings["threads"]:
-        arguments["--threads"] = settings["threads"]
     if settings["lora"]:
         csv_fields = ['"{}"'.format(path.replace('"', '""')) for path in settings["lora"]]
         arguments["--lora"] = ",".join(csv_fields)
@@ -53,8 +51,7 @@ def _serve(settings: dict[str, Any]) -> None:
     params.hostnames, params.port = [HOST], settings["port"]
     params.api_keys = [settings["api_key"]]
     params.n_ctx, params.n_parallel = settings["n_ctx"], settings["n_parallel"]
-    if settings["threads"]:
-        params.cpuparams.n_threads = settings["threads"]
+    params.cpuparams.n_threads = settings["threads"]
     adapters = []
     for path in settings["lora"]:
         adapter = xllamacpp.CommonAdapterLoraInfo()

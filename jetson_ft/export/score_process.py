@@ -93,8 +93,7 @@ class _Model:
         self.n_ctx = int(library.llama_n_ctx(self._context))
         if self.n_ctx < n_ctx or library.llama_n_batch(self._context) != _CHUNK:
             raise RuntimeError("this version of xllamacpp has another interface")
-        if settings["threads"]:
-            library.llama_set_n_threads(self._context, settings["threads"], settings["threads"])
+        library.llama_set_n_threads(self._context, settings["threads"], settings["threads"])
         if settings["lora"]:
             adapter = library.llama_adapter_lora_init(model, os.fsencode(settings["lora"]))
             adapters, scales = (c_void_p * 1)(adapter), (c_float * 1)(1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import itertools
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -299,16 +298,8 @@ def _llama(
     context = min(context, settings.context)
     sizes = [path.stat().st_size for path in (file, *loras.values())]
     _require_memory(sum(sizes) + kv_bytes * context * settings.parallel + _PROCESS_BYTES)
-    process = LlamaServer(
-        file, loras, n_ctx=context, n_parallel=settings.parallel, threads=_threads()
-    )
+    process = LlamaServer(file, loras, n_ctx=context, n_parallel=settings.parallel)
     return Serving(models, process, context)
-
-
-def _threads() -> int:
-    """Return the threads of llama.cpp: `OMP_NUM_THREADS` as for torch, else one for each core."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    return int(wanted) if wanted.isdecimal() and int(wanted) else detect.usable_cores()
 
 
 def _read_limits(path: Path) -> tuple[int, int]:
