@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from jetson_ft.inference.statistics import paired_difference
 from jetson_ft.kernels import attention
 from jetson_ft.kernels.lm_head_loss import chunked_lm_head, score_rows
 from jetson_ft.kernels.packing import Pack, make_packs
+from jetson_ft.models.positions import position_table_size
 
 _FILE = Path(jetson_ft.__file__).parent / "data" / "bundled" / "probes.jsonl"
 _REPLY_TOKENS = 16
@@ -41,14 +43,18 @@ class Probe:
     topic: str
     question: str
     answer: str = ""
-    others: Sequence[str] = ()
+    others: tuple[str, ...] = ()
     pattern: str = ""  # searched in the reply without regard to case
+
+    def choices(self) -> tuple[str, ...]:
+        """Return the right answer, then the others."""
+        return (self.answer, *self.others)
 
 
 def load_probes() -> list[Probe]:
     """Return the bundled probes."""
-    lines = _FILE.read_text(encoding="utf-8").splitlines()
-    return [Probe(**json.loads(line)) for line in lines]
+    rows = map(json.loads, _FILE.read_text(encoding="utf-8").splitlines())
+    return [Probe(**row | {"others": tuple(row.get("others", ()))}) for row in rows]
 
 
 def answer_probes(
@@ -61,30 +67,33 @@ def answer_probes(
 ) -> dict[str, bool]:
     """Return for each probe, by its id, whether the model answers it correctly.
 
+    Probes that are longer than the model's table of positions are left out.
+
     Args:
         packing: whether several rows can be computed at once.
         progress: called with the probes done and their number.
         batch_size: as in `generate_replies`.
     """
-    probes = load_probes()
-    choice_probes = [probe for probe in probes if not probe.pattern]
-    reply_probes = [probe for probe in probes if probe.pattern]
-    choices = [choice for probe in choice_probes for choice in (probe.answer, *probe.others)]
-    conversations = [
-        ([_question(probe), ChatMessage(role="assistant", content=choice)], "")
-        for probe in choice_probes
-        for choice in (probe.answer, *probe.others)
-    ]
-    encoded = []
-    for result in encode_all(tokenizer, conversations):
-        if isinstance(result, UserError):
-            raise result
-        encoded.append({"input_ids": result.ids, "segments": result.segments})
+    limit = position_table_size(model) or sys.maxsize
+    choice_probes, encoded = [], []
+    for probe, rows in _encode_choices(tokenizer).items():
+        if max(len(row["input_ids"]) for row in rows) <= limit:
+            choice_probes.append(probe)
+            encoded += rows
+    choices = [choice for probe in choice_probes for choice in probe.choices()]
+    reply_probes, prompts = [], []
+    for probe in load_probes():
+        if probe.pattern:
+            prompt = encode_prompt(tokenizer, [_question(probe)])
+            if len(prompt) + _REPLY_TOKENS <= limit:
+                reply_probes.append(probe)
+                prompts.append(prompt)
+    count = len(choice_probes) + len(reply_probes)
 
     def with_progress() -> Iterator[Pack]:
         packs = list(make_packs(encoded, _PACK_TOKENS if packing else 0))
         for number, pack in enumerate(packs):
-            progress(len(choice_probes) * number // len(packs), len(probes))
+            progress(len(choice_probes) * number // len(packs), count)
             yield pack
 
     attention_mode = attention.use_packed_attention(model) if packing else nullcontext()
@@ -93,17 +102,33 @@ def answer_probes(
     losses = [value / len(text.encode()) for value, text in zip(nats, choices, strict=True)]
     correct, start = {}, 0
     for probe in choice_probes:
-        own = losses[start : start + 1 + len(probe.others)]
+        own = losses[start : start + len(probe.choices())]
         start += len(own)
         correct[probe.id] = own[0] < min(own[1:])  # False for NaN
-    prompts = [encode_prompt(tokenizer, [_question(probe)]) for probe in reply_probes]
     replies = generate_replies(
         model, tokenizer, prompts, eos_ids, _REPLY_TOKENS,
-        lambda done, _total: progress(len(choice_probes) + done, len(probes)), batch_size,
+        lambda done, _total: progress(len(choice_probes) + done, count), batch_size,
     )  # fmt: skip
     for probe, reply in zip(reply_probes, replies, strict=True):
         correct[probe.id] = re.search(probe.pattern, reply.text, re.IGNORECASE) is not None
     return correct
+
+
+def _encode_choices(tokenizer: Any) -> dict[Probe, list[dict[str, Any]]]:
+    """Return ids and segments of a conversation for each choice of the multiple-choice probes."""
+    probes = [probe for probe in load_probes() if not probe.pattern]
+    conversations = [
+        ([_question(probe), ChatMessage(role="assistant", content=choice)], "")
+        for probe in probes
+        for choice in probe.choices()
+    ]
+    rows = []
+    for result in encode_all(tokenizer, conversations):
+        if isinstance(result, UserError):
+            raise result
+        rows.append({"input_ids": result.ids, "segments": result.segments})
+    remaining = iter(rows)
+    return {probe: [next(remaining) for _choice in probe.choices()] for probe in probes}
 
 
 def _question(probe: Probe) -> ChatMessage:

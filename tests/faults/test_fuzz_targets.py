@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-import fuzz_page_targets  # noqa: F401 - it adds a target
+import fuzz_page_targets
 import fuzz_run_targets  # noqa: F401 - it adds targets
 import pytest
 from fuzz_targets import TARGETS
@@ -25,6 +26,12 @@ def edited(data: st.DataObject, seeds: list[bytes]) -> bytes:
         at = data.draw(st.integers(0, len(other)))
         content[start:end] = data.draw(st.binary(max_size=4) | st.just(other[at : at + 16]))
     return bytes(content)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _close_page() -> Iterator[None]:
+    yield
+    fuzz_page_targets.close()
 
 
 @pytest.mark.parametrize(

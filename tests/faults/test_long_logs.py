@@ -123,7 +123,7 @@ def test_commands_read_a_long_log_in_bounded_memory(root: Path) -> None:
         assert str(exit_status.last_error(run).what) == "because what"
         assert exit_status.recorded_exit_code(run) == 1
         assert monitor.summarize(run).step == 4999
-        assert monitor.log_tail(run, 4000).endswith("the last line\n")
+        assert monitor.log_tail(run.path, 4000).endswith("the last line\n")
         RunMonitor().progress(run)
         list(read_events(run.events_file))
         peak = tracemalloc.get_traced_memory()[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any
 from unittest import mock
@@ -15,14 +16,15 @@ from starlette.testclient import TestClient
 _HOME, _TOKEN = "http://127.0.0.1:7860", "secret"
 _STREAMS = "heartbeat", "queue/data", "startup-events", "dev/reload"  # of events, without an end
 _PRINTABLE = "".join(map(chr, range(33, 127)))
+_opened = ExitStack()
 
 
 @lru_cache
 def _visitor() -> TestClient:
-    """Return a client of a page whose buttons start no process."""
+    """Return a client of a page whose buttons start no process, until `close`."""
     from jetson_ft.chat.client import ChatClient
     from jetson_ft.errors import UserError
-    from jetson_ft.runs import manager
+    from jetson_ft.runs import jobs, manager
     from jetson_ft.webui import page, security
     from jetson_ft.webui.allowed_paths import AllowedPaths
     from jetson_ft.webui.security import AccessPolicy
@@ -31,15 +33,22 @@ def _visitor() -> TestClient:
     def refuse(*_arguments: Any, **_named: Any) -> Any:
         raise UserError("No process here.")
 
-    for owner, name in ((train, "run_cli_json"), (device, "run_cli_json"), (manager, "launch"),
-                        (manager, "resume"), (ChatClient, "generate")):  # fmt: skip
-        mock.patch.object(owner, name, refuse).start()
-    mock.patch.object(security, "_REQUESTS", (10**9, 1.0)).start()
+    starts = ((train, "run_cli_json"), (device, "run_cli_json"), (manager, "launch"),
+              (manager, "resume"), (jobs, "start"), (ChatClient, "generate"))  # fmt: skip
+    for owner, name in starts:
+        _opened.enter_context(mock.patch.object(owner, name, refuse))
+    _opened.enter_context(mock.patch.object(security, "_REQUESTS", (10**9, 1.0)))
     runs = scratch() / "page"
     app = page.make_app(runs, AccessPolicy(_TOKEN, allowed=AllowedPaths((runs,))))
     client = TestClient(app, _HOME, raise_server_exceptions=False, follow_redirects=False)
     client.headers["Authorization"] = f"Bearer {_TOKEN}"
-    return client.__enter__()  # its one event loop answers all requests
+    return _opened.enter_context(client)  # its one event loop answers all requests
+
+
+def close() -> None:
+    """Close the page; its events may end after their requests, so it stays open between these."""
+    _opened.close()
+    _visitor.cache_clear()
 
 
 def _require_run() -> None:
