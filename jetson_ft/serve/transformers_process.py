@@ -2,8 +2,8 @@
 
 `python -m jetson_ft.serve.transformers_process` speaks the part of llama.cpp's HTTP API that
 `app.Api` uses. Standard input is a JSON object: `name` and `root` as in `target.resolve_target`,
-and `api_key`. Its first line on standard output is one: `port` and `context`, or an error as
-`UserError.as_json`. It ends with its parent.
+`context` (most tokens of prompt and reply together) and `api_key`. Its first line on standard
+output is one: `port` and `context`, or an error as `UserError.as_json`. It ends with its parent.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ class TransformersServer:
     The thread that starts it must live as long as it does (`child_process.end_with_parent`).
     """
 
-    def __init__(self, name: str, root: Path) -> None:
+    def __init__(self, name: str, root: Path, context: int) -> None:
         self.api_key = secrets.token_urlsafe(24)
-        self.context = 0  # once it is started: most tokens of prompt and reply together
-        self._request = {"name": name, "root": str(root), "api_key": self.api_key}
+        self.context = context  # once it is started: not above the model's own limit
+        self._request = {
+            "name": name, "root": str(root), "context": context, "api_key": self.api_key,
+        }  # fmt: skip
         self._port = 0
         self._process: subprocess.Popen[str] | None = None
 
@@ -70,10 +72,12 @@ class TransformersServer:
             self._process.stdin.write(json.dumps(self._request))
             self._process.stdin.close()
         line = self._process.stdout.readline()
-        if not line:
+        try:
+            message = json.loads(line)
+        except ValueError as error:  # nothing, or a part of a line
             self.close()
-            raise UserError(_("The model's process ended; it may have run out of memory."))
-        message = json.loads(line)
+            what = _("The model's process ended; it may have run out of memory.")
+            raise UserError(what) from error
         if "port" not in message:
             self.close()
             raise UserError.from_json(message)
@@ -274,6 +278,7 @@ def main() -> None:
         from jetson_ft.chat import target
 
         chat = target.open_session(target.resolve_target(settings["name"], Path(settings["root"])))
+        chat.context_length = min(chat.context_length, settings["context"])
     except Exception as error:
         fix = Message(_("Report this error."))
         print(json.dumps(explain_error(error, fix).as_json(), default=str), file=output, flush=True)
