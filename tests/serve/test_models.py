@@ -227,7 +227,7 @@ def test_the_base_is_made_as_exports_make_it(
         assert stored == LlamaFileType[f"MOSTLY_{file_type.upper()}"]
 
 
-@pytest.mark.slow(minutes=0.3)
+@pytest.mark.slow(minutes=0.5)
 def test_a_model_is_served_quantised_and_without_its_path(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "my-model", "llama")
     settings = EngineSettings("q4_k_m", context=64, parallel=1)
