@@ -18,9 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jetson_ft.child_process import PARENT_PROCESS, end_with_parent, python_module
 from jetson_ft.errors import Message, UserError, _
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from jetson_ft.chat.session import ChatSession
+    from jetson_ft.inference.generate import Reply
 
 _HOST = "127.0.0.1"
 
@@ -151,6 +153,8 @@ class _Replies:
         self, fields: dict[str, Any], prompt: list[int], is_chat: bool
     ) -> AsyncIterator[dict[str, Any]]:
         """Yield the chunks of all choices, one after the other."""
+        from jetson_ft.inference.generate import Reply
+
         kind = "chat.completion.chunk" if is_chat else "text_completion"
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind,
                 "created": int(time.time())}  # fmt: skip
@@ -159,65 +163,84 @@ class _Replies:
             for index in range(fields["n"]):
                 if is_chat:
                     yield head | {"choices": [_choice(index, None, role="assistant")]}
-                text = ""
                 async with aclosing(self._deltas(fields, prompt, index)) as deltas:
                     async for delta in deltas:
-                        text += delta
-                        yield head | {"choices": [_choice(index, delta, is_chat)]}
-                ids = self.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-                written += len(ids)
-                reason = "length" if len(ids) >= self._limit(fields, prompt) else "stop"
-                yield head | {"choices": [_choice(index, "", is_chat, reason)]}
+                        if isinstance(delta, Reply):
+                            written += delta.tokens
+                            choice = _choice(
+                                index, "", is_chat, "stop" if delta.ended else "length"
+                            )
+                        else:
+                            choice = _choice(index, delta, is_chat)
+                        yield head | {"choices": [choice]}
         usage = {"prompt_tokens": len(prompt), "completion_tokens": written,
                  "total_tokens": len(prompt) + written}  # fmt: skip
         if not fields["stream"] or "stream_options" in fields:
             yield head | {"choices": [], "usage": usage}
 
-    def _limit(self, fields: dict[str, Any], prompt: list[int]) -> int:
-        return min(int(fields["max_tokens"]), self.chat.context_length - len(prompt))
-
     async def _deltas(
         self, fields: dict[str, Any], prompt: list[int], index: int
-    ) -> AsyncGenerator[str, None]:
-        """Yield one reply's text in deltas, without a stop text and what follows it."""
-        from contextlib import nullcontext
+    ) -> AsyncGenerator[str | Reply, None]:
+        """Yield one reply's text in deltas, without a stop text and what follows it; then itself.
 
-        from starlette.concurrency import iterate_in_threadpool
-
+        It returns, also when it is cancelled, after the model has computed its last token: only
+        then another reply can begin.
+        """
         from jetson_ft.data.chat_template import end_ids
-        from jetson_ft.inference.generate import Sampling, stream_reply
+        from jetson_ft.inference.generate import Reply, Sampling, stream_reply
 
         chat, seed = self.chat, fields.get("seed")
+        limit = min(fields["max_tokens"], chat.context_length - len(prompt))
         sampling = Sampling(
-            self._limit(fields, prompt), fields["temperature"], fields["top_k"], fields["top_p"],
+            limit, fields["temperature"], fields["top_k"], fields["top_p"],
             fields["repeat_penalty"], None if seed is None else seed + index,
         )  # fmt: skip
         wants_adapter = any(lora["scale"] for lora in fields.get("lora", []))
         stop = threading.Event()
-        with (
-            chat.model.disable_adapter()
-            if chat.has_adapter and not wants_adapter
-            else (nullcontext())
-        ):
+        base_only = chat.has_adapter and not wants_adapter
+        with chat.model.disable_adapter() if base_only else nullcontext():
             ends = end_ids(chat.tokenizer, chat.model)
             stream = stream_reply(chat.model, chat.tokenizer, prompt, ends, sampling, stop.is_set)
-            held = ""
+
+            def advance() -> str | Reply:
+                try:
+                    return next(stream)
+                except StopIteration as end:  # which no future can hold
+                    return cast("Reply", end.value)
+
+            held, is_cut = "", False
+
+            async def end() -> None:
+                await asyncio.wait([step])
+                await asyncio.to_thread(stream.close)
+
             try:
-                async for delta in iterate_in_threadpool(stream):
+                while True:
+                    step = asyncio.ensure_future(asyncio.to_thread(advance))
+                    delta = await asyncio.shield(step)
+                    if isinstance(delta, Reply):
+                        break
+                    if is_cut:
+                        continue
                     held += delta
                     places = [held.find(text) for text in fields["stop"] if text in held]
                     if places:
-                        held = held[: min(places)]
-                        break
+                        held, is_cut = held[: min(places)], True
+                        stop.set()
+                        continue
                     kept = max((_overlap(held, text) for text in fields["stop"]), default=0)
                     if ready := held[: len(held) - kept]:
                         yield ready
                     held = held[len(held) - kept :]
                 if held:
                     yield held
+                yield replace(delta, ended=delta.ended or is_cut)
             finally:
                 stop.set()
-                stream.close()  # type: ignore[attr-defined]
+                ending = asyncio.ensure_future(end())
+                while not ending.done():  # starlette cancels a task again and again
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([ending])
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,8 +29,9 @@ from jetson_ft.models import files
 from jetson_ft.runs.store import Run
 from jetson_ft.serve import models
 from jetson_ft.serve.engine import Engine
+from jetson_ft.serve.fields import CompletionFields
 from jetson_ft.serve.models import EngineSettings, Serving
-from jetson_ft.serve.transformers_process import TransformersServer, _overlap
+from jetson_ft.serve.transformers_process import TransformersServer, _overlap, _Replies, _whole
 
 SETTINGS = EngineSettings(context=256, parallel=2)
 
@@ -94,6 +97,43 @@ def test_a_disconnect_ends_transformers_reply(by_transformers: ServedApi) -> Non
     stream.close()
     wait_for(lambda: by_transformers.api.pending == 0)
     assert by_transformers.complete("base", "abc", max_tokens=8)
+
+
+def test_transformers_counts_the_tokens_that_it_wrote(by_transformers: ServedApi) -> None:
+    for seed in range(6):
+        answer = by_transformers.client.completions.create(
+            model="base", prompt="abc", max_tokens=12, temperature=2, seed=seed
+        )
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage and answer.usage.completion_tokens == 12
+    stop = answer.choices[0].text[:1]
+    answer = by_transformers.client.completions.create(
+        model="base", prompt="abc", max_tokens=12, temperature=2, seed=seed, stop=[stop]
+    )
+    assert (answer.choices[0].finish_reason, answer.choices[0].text) == ("stop", "")
+
+
+def test_a_cancelled_reply_ends_before_the_next_can_begin(finished: Run) -> None:
+    session = target.open_session(target.resolve_target(finished.name, finished.path.parent))
+    replies = _Replies(session, "key")
+    prompt = session.tokenizer("abc")["input_ids"]
+    fields = CompletionFields(model="base", prompt="abc", temperature=1.0, seed=1)
+
+    def is_writing() -> bool:
+        return any(thread.name == "reply" for thread in threading.enumerate())
+
+    async def cancel() -> None:
+        limit = session.context_length
+        events = replies._events(fields.engine_fields(limit), prompt, is_chat=False)
+        reply = asyncio.ensure_future(_whole(events))
+        while not is_writing():
+            await asyncio.sleep(0)
+        reply.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reply
+        assert not is_writing() and not replies._lock.locked()
+
+    asyncio.run(cancel())
 
 
 @pytest.mark.parametrize(
