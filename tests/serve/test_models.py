@@ -251,7 +251,8 @@ def test_the_base_is_made_as_exports_make_it(
     (folder / "tokenizer.model").write_bytes(b"some converters need it")
     converted: list[str] = []
 
-    def convert(model: Path, out: Path, kind: str, **_: object) -> None:
+    def convert(model: Path, out: Path, kind: str, name: str) -> None:
+        assert name == "model"
         assert (model / "model.safetensors").is_file() and (model / "tokenizer.model").is_file()
         converted.append(kind)
         write_gguf(out)
