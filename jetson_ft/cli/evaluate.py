@@ -49,6 +49,7 @@ def evaluate(
     with comparison_bar() as progress:
         report = evaluate_model(resolved.recipe, resolved.adapter_dir, data, progress)
     print_figures(report)
+    show(f"measured by {report['reader']}")
     if output:
         write_json(output, report)
         show(f"written: {output}")
