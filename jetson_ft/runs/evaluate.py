@@ -50,6 +50,7 @@ def evaluate_model(
         own = run.recipe()
         recipe = recipe.model_copy(update={"data": own.data, "eval": own.eval})
     is_gguf = folder is None and base.gguf_file is not None
+    file = str(base.weight_files()[0]) if is_gguf else ""
     is_llama = is_gguf and importlib.util.find_spec("xllamacpp") is not None
     try:
         if origin := folder or (run and run.adapter):
@@ -62,7 +63,7 @@ def evaluate_model(
         raise UserError(
             _("This GGUF file is no export of a run, and transformers can't read its tokenizer: "
               "{reason}"),
-            str(base.folder / base.gguf_file),
+            file,
             _("What works: a GGUF export in its run's folder, any architecture; another GGUF file "
               "of Llama, Qwen 2 or 3, Gemma or another that transformers reads."),
             reason=error.what,
@@ -86,7 +87,7 @@ def evaluate_model(
     if is_llama:
         from jetson_ft.export.llama_reader import LlamaReader, reader_name
 
-        reader = LlamaReader(base.weight_files()[0], tokenizer)
+        reader = LlamaReader(Path(file), tokenizer)
         if reader.max_tokens and longest > reader.max_tokens:
             raise positions.beyond_table(base.name, reader.max_tokens, longest)
         loading.check_vocabulary(tokenizer, reader.vocabulary, base, texts=encoded["input_ids"])
@@ -96,8 +97,12 @@ def evaluate_model(
         try:
             sides = _load_sides(recipe, base, folder, tokenizer, encoded, longest)
         except UserError as error:
-            raise error.with_fix(Message(INSTALL_EXPORT)) if is_gguf else error
+            if not is_gguf:
+                raise
+            raise error.with_fix(Message(INSTALL_EXPORT)) from error
         program = f"transformers {version('transformers')}"
+        if is_gguf:
+            program += " (llama.cpp is not installed)"
     result = compare.compare_adapter(
         sides, tokenizer, conversations, list(encoded), recipe.eval.max_new_tokens,
         recipe.eval.samples, on_progress, recipe.data.max_length,
