@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jetson_ft.child_process import PARENT_PROCESS, python_module
 from jetson_ft.data.chat_template import ANSWER
 from jetson_ft.errors import UserError, _
-from jetson_ft.export.llama import LlamaServer, default_threads
+from jetson_ft.export.llama import LlamaServer, default_threads, find_program
 from jetson_ft.inference.generate import Reply
 
 if TYPE_CHECKING:
@@ -51,9 +51,11 @@ class LlamaReader:
             self.vocabulary = rows["token_embd.weight"]  # tokens
         except (ValueError, KeyError, IndexError, OSError) as error:
             raise UserError(
-                _("This GGUF file has no language model, or it is damaged."), str(file),
+                _("This is no GGUF file of a language model, or it is damaged."), str(file),
                 _("Name the file of a whole model; an adapter is measured as a part of its run."),
             ) from error  # fmt: skip
+        program = find_program()
+        self.name = reader_name() + (f", replies by {program}" if program else "")
         self.max_tokens = rows.get("position_embd.weight")  # a table of positions ends there
 
     def score(

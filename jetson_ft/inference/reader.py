@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, Protocol
 
 from jetson_ft.data.chat_template import end_ids
@@ -19,6 +20,10 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 class Reader(Protocol):
     """A model that scores rows and replies to prompts."""
+
+    @property
+    def name(self) -> str:
+        """The program that computes, with its version."""
 
     @property
     def max_tokens(self) -> int | None:
@@ -59,6 +64,11 @@ class ModelReader:
     pack_tokens: int
     batch_size: Callable[[int], int] = lambda width: MAX_REPLY_BATCH
     is_base: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return transformers' name and version."""
+        return f"transformers {version('transformers')}"
 
     @property
     def max_tokens(self) -> int | None:

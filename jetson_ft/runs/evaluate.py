@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,14 +84,13 @@ def evaluate_model(
         conversations = [row for row in messages if row["row"] in numbers]
     longest = int(tokenize.token_counts(encoded).max())
     if is_llama:
-        from jetson_ft.export.llama_reader import LlamaReader, reader_name
+        from jetson_ft.export.llama_reader import LlamaReader
 
         reader = LlamaReader(Path(file), tokenizer)
         if reader.max_tokens and longest > reader.max_tokens:
             raise positions.beyond_table(base.name, reader.max_tokens, longest)
         loading.check_vocabulary(tokenizer, reader.vocabulary, base, texts=encoded["input_ids"])
         sides: dict[str, Reader] = {"before": reader}
-        program = reader_name()
     else:
         try:
             sides = _load_sides(recipe, base, folder, tokenizer, encoded, longest)
@@ -100,14 +98,12 @@ def evaluate_model(
             if not is_gguf:
                 raise
             raise error.with_fix(Message(INSTALL_EXPORT)) from error
-        program = f"transformers {version('transformers')}"
-        if is_gguf:
-            program += " (llama.cpp is not installed)"
     result = compare.compare_adapter(
         sides, tokenizer, conversations, list(encoded), recipe.eval.max_new_tokens,
         recipe.eval.samples, on_progress, recipe.data.max_length,
     )  # fmt: skip
-    return {"reader": program, **result}
+    note = " (llama.cpp is not installed)" if is_gguf and not is_llama else ""
+    return {"reader": sides["before"].name + note, **result}
 
 
 def _load_sides(

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_exports import save_tiny_model, smollm_tokenizer
-from tiny_gguf import write_gguf, write_lora
+from tiny_gguf import write_lora
 
 from jetson_ft.data.chat_template import encode, encode_prompt
 from jetson_ft.errors import UserError
 from jetson_ft.export import gguf
 from jetson_ft.export.llama_reader import LlamaReader, LlamaScorer
-from jetson_ft.inference.probes import answer_probes
 from jetson_ft.inference.reader import ModelReader
 from jetson_ft.models import loading
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat
-from jetson_ft.runs import exports, store
-from jetson_ft.runs.evaluate import evaluate_model
-from jetson_ft.runs.store import Run
 
 _ROWS = [
     [{"role": "user", "content": f"Question {number}?"},
