@@ -10,7 +10,7 @@ import pytest
 from tiny_exports import save_tiny_model, smollm_tokenizer
 from tiny_gguf import write_lora
 
-from jetson_ft.data.chat_template import encode, encode_prompt
+from jetson_ft.data.chat_template import ANSWER, encode, encode_prompt
 from jetson_ft.errors import UserError
 from jetson_ft.export import gguf
 from jetson_ft.export.llama_reader import LlamaReader, LlamaScorer
@@ -47,13 +47,14 @@ def test_both_readers_score_and_reply_alike(tmp_path: Path, kind: str) -> None:
     encoded = [encode(tokenizer, row) for row in _ROWS]
     rows = [{"input_ids": row.ids, "segments": row.segments} for row in encoded]
     rows.append({"input_ids": rows[0]["input_ids"], "segments": [0] * len(encoded[0].ids)})
+    rows.insert(0, {"input_ids": encoded[0].ids, "segments": [ANSWER] * len(encoded[0].ids)})
     calls: list[Any] = []
     nats, tokens = ours.score(rows, lambda *call: calls.append(call))
     expected, expected_tokens = exact.score(rows, ignore)
     assert tokens == expected_tokens and tokens[-1] == nats[-1] == 0
     assert nats == pytest.approx(expected, rel=2e-3)
     lengths = [len(row["input_ids"]) for row in rows]
-    assert calls == [(sum(lengths[:done]), sum(lengths)) for done in range(6)]
+    assert calls == [(sum(lengths[:done]), sum(lengths)) for done in range(7)]
     prompts = [encode_prompt(tokenizer, row[:1]) for row in _ROWS]
     replies, expected_replies = ours.reply(prompts, 90, ignore), exact.reply(prompts, 90, ignore)
     for reply, like, prompt in zip(replies, expected_replies, prompts, strict=True):
@@ -86,7 +87,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes | None) -> N
         write_lora(path, 0)
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"no language model(.|\n)*whole model"):
+    with pytest.raises(UserError, match=r"no GGUF file of a language model(.|\n)*whole model"):
         LlamaReader(path, smollm_tokenizer())
 
 
