@@ -46,9 +46,12 @@ class LlamaReader:
 
         self._file, self._tokenizer = file, tokenizer
         try:
-            tensors = {tensor.name: tensor.shape for tensor in GGUFReader(file).tensors}
-            rows = {name: int(shape[1]) for name, shape in tensors.items() if len(shape) == 2}
-            self.vocabulary = rows["token_embd.weight"]  # tokens
+            content = GGUFReader(file)
+            shapes = {tensor.name: tensor.shape for tensor in content.tensors}
+            self.vocabulary = int(shapes["token_embd.weight"][1])  # tokens
+            architecture = content.fields["general.architecture"].contents()
+            # llama.cpp's server reads no more, also where positions are computed.
+            self.max_tokens = int(content.fields[f"{architecture}.context_length"].contents())
         except (ValueError, KeyError, IndexError, OSError) as error:
             raise UserError(
                 _("This is no GGUF file of a language model, or it is damaged."), str(file),
@@ -56,7 +59,6 @@ class LlamaReader:
             ) from error  # fmt: skip
         program = find_program()
         self.name = reader_name() + (f", replies by {program}" if program else "")
-        self.max_tokens = rows.get("position_embd.weight")  # a table of positions ends there
 
     def score(
         self, rows: Sequence[dict[str, Any]], progress: Progress
@@ -81,9 +83,8 @@ class LlamaReader:
         with LlamaServer(self._file, n_ctx=longest + _SPARE_TOKENS) as server:
             for prompt in prompts:
                 progress(len(replies), len(prompts))
-                space = self.max_tokens - len(prompt) if self.max_tokens else max_new_tokens
                 answer = server.request("/completion", {
-                    "prompt": prompt, "n_predict": min(space, max_new_tokens),
+                    "prompt": prompt, "n_predict": max_new_tokens,
                     "temperature": 0.0, "repeat_penalty": 1.0, "cache_prompt": False,
                     "return_tokens": True,
                 })  # fmt: skip

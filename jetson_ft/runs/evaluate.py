@@ -87,7 +87,7 @@ def evaluate_model(
         from jetson_ft.export.llama_reader import LlamaReader
 
         reader = LlamaReader(Path(file), tokenizer)
-        if reader.max_tokens and longest > reader.max_tokens:
+        if longest > reader.max_tokens:
             raise positions.beyond_table(base.name, reader.max_tokens, longest)
         loading.check_vocabulary(tokenizer, reader.vocabulary, base, texts=encoded["input_ids"])
         sides: dict[str, Reader] = {"before": reader}

@@ -18,6 +18,7 @@ from jetson_ft.inference.reader import ModelReader
 from jetson_ft.models import loading
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat
+from jetson_ft.models.positions import max_positions
 
 _ROWS = [
     [{"role": "user", "content": f"Question {number}?"},
@@ -43,7 +44,7 @@ def test_both_readers_score_and_reply_alike(tmp_path: Path, kind: str) -> None:
     model = loading.load_model(BaseModelFiles("tiny", folder), WeightFormat("fp32"), "cpu")
     exact, ours = ModelReader(model, tokenizer, 0), LlamaReader(tmp_path / "f16.gguf", tokenizer)
     assert ours.vocabulary == len(tokenizer)
-    assert ours.max_tokens == exact.max_tokens == (96 if kind == "gpt2" else None)
+    assert ours.max_tokens == max_positions(model.config)
     encoded = [encode(tokenizer, row) for row in _ROWS]
     rows = [{"input_ids": row.ids, "segments": row.segments} for row in encoded]
     rows.append({"input_ids": rows[0]["input_ids"], "segments": [0] * len(encoded[0].ids)})
@@ -69,7 +70,7 @@ def test_a_reply_ends_where_llama_cpp_ends_it(tmp_path: Path) -> None:
 
     tokenizer = smollm_tokenizer()
     reader = LlamaReader(embedded._packaged_gguf(), tokenizer)
-    assert (reader.vocabulary, reader.max_tokens) == (49152, None)
+    assert (reader.vocabulary, reader.max_tokens) == (49152, 8192)
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": "Say hi."}])
     calls: list[Any] = []
     (whole, cut) = (

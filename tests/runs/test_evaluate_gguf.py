@@ -82,6 +82,13 @@ def test_a_file_of_no_run_is_read_with_its_own_tokenizer(tmp_path: Path) -> None
     rows.write_text('{"instruction": "x", "output": "yes"}\n')
     result = evaluate_model(Recipe(model=str(file)), None, str(rows), ignore)
     assert "llama.cpp" in result["reader"] and result["eval"]["before"]["bits_per_char"] > 0
+    small = write_gguf(tmp_path / "small.gguf", context=20)
+    with pytest.raises(UserError, match="reads 20 tokens at most"):
+        evaluate_model(Recipe(model=str(small)), None, str(rows), ignore)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(file.read_bytes()[:9])
+    with pytest.raises(UserError, match=r"no export of a run(.|\n)*What works"):
+        evaluate_model(Recipe(model=str(broken)), None, str(rows), ignore)
 
 
 def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
