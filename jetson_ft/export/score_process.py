@@ -1,8 +1,9 @@
 """The process that scores token ids by llama.cpp: `python -m jetson_ft.export.score_process`.
 
-The first line of standard input is a JSON object with the settings (`check.LlamaScorer`), the line
-of standard output for it one with `n_ctx`. Each further line is a JSON list of token ids, the first
-place whose prediction counts, and so on: `{"ids": …, "places": …}`; the answer is `{"nats": …}`.
+The first line of standard input is a JSON object with the settings
+(`llama_reader.LlamaScorer`), the line of standard output for it one with `n_ctx`. Each further
+line has token ids and the places whose predictions count: `{"ids": …, "places": …}`; the answer
+is `{"nats": …}`.
 Ids alone (`{"tokens": …}`) are answered by `{"ends": …}`: whether each one ends a reply.
 
 llama.cpp's HTTP API has no log-probabilities of given tokens. So the process calls its C API
