@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -259,11 +260,11 @@ def _open_stream(served: ServedApi, model: str, stream: bool = True) -> socket.s
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_disconnect_ends_the_reply_in_the_engine(
-    make_engine: Callable[..., Engine], stream: bool
+    make_engine: Callable[..., Engine], slow_gguf: Path, stream: bool
 ) -> None:
     """With one slot, the next reply waits for all others that still have a client."""
-    count = 40
-    with serve_api(make_engine(parallel=1), lora_models()) as served:
+    count = 10
+    with serve_api(make_engine(parallel=1, model=slow_gguf), lora_models()) as served:
         started = time.monotonic()
         served.complete("base", "abc", max_tokens=CONTEXT)
         whole = time.monotonic() - started

@@ -85,6 +85,13 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def slow_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a Llama with so many layers that a reply takes seconds."""
+    folder = tmp_path_factory.mktemp("gguf")
+    return gguf_files.write_gguf(folder / "slow.gguf", context=CONTEXT, layers=150)
+
+
+@pytest.fixture(scope="session")
 def tiny_loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return two adapters of it."""
     folder = tmp_path_factory.mktemp("loras")
@@ -98,8 +105,12 @@ def tiny_loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_engine(tiny_gguf: Path, tiny_loras: dict[str, Path]) -> Callable[..., Engine]:
     """Return a function that makes an engine, not started, of the tiny Llama."""
 
-    def make(parallel: int = 4, is_memory_short: Callable[[], bool] = lambda: False) -> Engine:
-        server = LlamaServer(tiny_gguf, tiny_loras, n_ctx=CONTEXT, n_parallel=parallel, threads=1)
+    def make(
+        parallel: int = 4,
+        is_memory_short: Callable[[], bool] = lambda: False,
+        model: Path = tiny_gguf,
+    ) -> Engine:
+        server = LlamaServer(model, tiny_loras, n_ctx=CONTEXT, n_parallel=parallel, threads=1)
         return Engine(server, is_memory_short, lambda: not is_memory_short(), lambda: None)
 
     return make

@@ -13,14 +13,14 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CONTROL, _NORMAL = 3, 1  # GGUF's token types
 
 
-def write_gguf(path: Path, seed: int = 0, context: int = 64) -> Path:
+def write_gguf(path: Path, seed: int = 0, context: int = 64, layers: int = LAYERS) -> Path:
     """Writes the file; the same seed makes the same bytes."""
     # transformers wants one merge at least, and its result among the tokens.
     tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "zz"]
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(context)
     writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(FEED_FORWARD)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(HEADS)
@@ -33,7 +33,7 @@ def write_gguf(path: Path, seed: int = 0, context: int = 64) -> Path:
     writer.add_token_merges(["z z"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    _add_weights(writer, len(tokens), np.random.default_rng(seed))
+    _add_weights(writer, len(tokens), layers, np.random.default_rng(seed))
     _finish(writer)
     return path
 
@@ -61,9 +61,11 @@ def _finish(writer: GGUFWriter) -> None:
     writer.close()
 
 
-def _add_weights(writer: GGUFWriter, vocabulary: int, random: np.random.Generator) -> None:
+def _add_weights(
+    writer: GGUFWriter, vocabulary: int, layers: int, random: np.random.Generator
+) -> None:
     shapes = {"token_embd": (vocabulary, HIDDEN), "output_norm": (HIDDEN,)}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         block = f"blk.{layer}"
         shapes |= {f"{block}.attn_norm": (HIDDEN,), f"{block}.ffn_norm": (HIDDEN,)}
         shapes |= {f"{block}.attn_{n}": (HIDDEN, HIDDEN) for n in ("q", "k", "v", "output")}
