@@ -26,7 +26,7 @@ from jetson_ft.data.chat_template import ANSWER, encode_prompt, end_ids, until_l
 from jetson_ft.data.conversation import prepare_conversation
 from jetson_ft.data.formats import TEXT
 from jetson_ft.errors import UserError, _
-from jetson_ft.export.llama import LlamaServer, default_threads
+from jetson_ft.export.llama import LlamaServer, default_threads, find_program
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
@@ -140,6 +140,7 @@ def check_file(
     with LlamaServer(
         model, {"adapter": lora} if lora else None, n_ctx=longest + 8, threads=threads
     ) as server:
+        reader = _describe_reader(server)
         for done, reply in enumerate(reference.replies):
             on_progress(done, total)
             counts += _compare_reply(server, reply, near_tie)
@@ -160,8 +161,8 @@ def check_file(
     prompts = len(reference.replies)
     return {
         "schema": 1,
-        "reader": f"llama.cpp in xllamacpp {version('xllamacpp')}",
-        "prompts": prompts,
+        "reader": reader,
+        "prompts": prompts,  # 0: no held-out row has one, and no text was compared
         "same_tokens": counts["same_tokens"],
         "same_text": counts["same_text"],
         "near_ties": counts["near_ties"],
@@ -179,6 +180,15 @@ def check_file(
         ),
         "seconds": round(time.monotonic() - started + reference.seconds, 1),
     }
+
+
+def _describe_reader(server: LlamaServer) -> str:
+    """Return which builds of llama.cpp read the file: texts and scores may have two."""
+    scorer, program = f"llama.cpp in xllamacpp {version('xllamacpp')}", find_program()
+    if program is None:
+        return scorer
+    build = server.request("/props").get("build_info", "of an unknown build")
+    return f"{Path(program).name} {build} (texts), {scorer} (bits per character)"
 
 
 class LlamaScorer:

@@ -332,12 +332,12 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
     Raises:
         UserError: its logits differ from the adapter's by more than rounding.
     """
-    info = merge.merge_adapter(
+    parameters = merge.merge_adapter(
         job.base, job.adapter_dir, out, dtype,
         lambda done, total: job.on_progress(_("merging"), done, total),
     )  # fmt: skip
     facts: dict[str, Any] = {
-        "dtype": dtype, "weights": "unquantised base", "parameters": info.parameters,
+        "dtype": dtype, "weights": "unquantised base", "parameters": parameters,
     }  # fmt: skip
     if job.rows is None:
         return facts, NOT_CHECKED

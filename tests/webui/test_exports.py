@@ -241,6 +241,26 @@ def test_each_log_keeps_open_by_a_class_of_its_own(page: TestClient, light_jobs:
     assert len(classes) == len(set(classes)) and " " not in "".join(classes)
 
 
+def test_the_page_of_a_container_names_the_command_that_serves(
+    page: TestClient, light_jobs: LightJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server beside the page would listen on the container's own loopback."""
+    monkeypatch.setenv("JETSON_FT_REACHED_AS", "127.0.0.1:7860")
+    run = light_jobs.run()
+    html = detail(page, run)
+    assert f"<code>docker/run.sh serve {run.name}</code>" in html and "start-serve" not in html
+    refused = page.post(f"/runs/{run.name}/serve")
+    assert refused.status_code == 422 and "docker/run.sh serve" in refused.json()["fix"]
+    assert jobs.read(run, "serve") is None
+
+
+def test_a_check_without_texts_is_stated(page: TestClient, light_jobs: LightJobs) -> None:
+    run = light_jobs.run()
+    make_export(run, "lora", {}, {**CHECK, "prompts": 0, "same_text": 0})
+    assert "no text compared · 1.873 → 1.874 bits per character" in detail(page, run)
+    assert "same text" not in detail(page, run)
+
+
 @pytest.mark.parametrize("body", [None, {}, {"choice": "zip"}, {"choice": ["merged"]}, "merged",
                                   {"choice": "gguf-../../x"}, {"choice": "--help"}])  # fmt: skip
 def test_an_unknown_choice_starts_nothing(
