@@ -127,7 +127,9 @@ def test_written_state_does_not_hide_a_living_worker(light_runs: Any, state: str
 @pytest.mark.promise(53)
 def test_readers_at_the_same_time_take_each_other_for_no_worker(light_runs: Any) -> None:
     """A test of a lock is no process that lives, or an ended run would become a running one."""
-    first, run = light_runs.launch("endless"), light_runs.launch("waits")
+    first = light_runs.launch("endless")
+    light_runs.worker(first)  # else the second could be the first in the queue
+    run = light_runs.launch("waits")
     light_runs.state_with_reason(run)
     manager.stop(run)
     light_runs.wait(run, "stopped")
