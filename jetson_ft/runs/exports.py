@@ -249,7 +249,7 @@ def require_finished(run: Run) -> Path:
         raise UserError(
             _("{run} has an adapter, but was stopped before its report was written."),
             str(run.path),
-            _("Finish it: `jetson-ft train --resume`."),
+            _("Finish it: `jetson-ft train --resume {run}`."),
             run=run.name,
         )
     run.report()
