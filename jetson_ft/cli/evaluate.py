@@ -49,6 +49,7 @@ def evaluate(
     with comparison_bar() as progress:
         report = evaluate_model(resolved.recipe, resolved.adapter_dir, data, progress)
     print_figures(report)
+    show(f"measured by {report['reader']}")
     if output:
         write_json(output, report)
         show(f"written: {output}")
@@ -60,9 +61,10 @@ def comparison_bar() -> Iterator[ProgressCallback]:
     with ProgressBar() as bar:
         bar.show("loading the model", 0, None, line="loading the model", due=True)
         first = 0, 0.0  # of this part: the first count, and when it came
+        shown = ""  # the part that the last call was about
 
         def update(side: str, part: str, done: int, total: int) -> None:
-            nonlocal first
+            nonlocal first, shown
             now = time.monotonic()
             # The time left is estimated from this part alone.
             if not done or not first[0]:
@@ -74,7 +76,8 @@ def comparison_bar() -> Iterator[ProgressCallback]:
                 left = f"about {duration(seconds)} left"
             unit = " tokens" if part == "tokens" else ""
             counted = f"{what}: {done:,}/{total:,}{unit}{left and ', '}{left}"
-            bar.show(what, done, total, left, counted if done else what, due=not done)
+            is_new, shown = what != shown, what
+            bar.show(what, done, total, left, counted if done else what, due=is_new)
 
         yield update
 

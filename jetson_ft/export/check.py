@@ -8,25 +8,19 @@ character of the answers (docs/decisions/0023).
 from __future__ import annotations
 
 import collections
-import json
 import math
-import os
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from jetson_ft.child_process import PARENT_PROCESS, python_module
-from jetson_ft.data.chat_template import ANSWER, encode_prompt, end_ids, until_last_trained
+from jetson_ft.data.chat_template import encode_prompt, end_ids, until_last_trained
 from jetson_ft.data.conversation import prepare_conversation
 from jetson_ft.data.formats import TEXT
-from jetson_ft.errors import UserError, _
-from jetson_ft.export.llama import LlamaServer, default_threads, find_program
+from jetson_ft.export.llama import LlamaServer, find_program
+from jetson_ft.export.llama_reader import LlamaScorer, reader_name
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
 
@@ -152,7 +146,7 @@ def check_file(
         ]
         for done, row in enumerate(reference.rows):
             on_progress(len(reference.replies) + done, total)
-            nats += scorer.nats(row)
+            nats += scorer.nats(row)[0]
     on_progress(total, total)
     bits = nats / math.log(2) / max(1, reference.characters)
     bound = BOUNDS[file_type] + (0 if is_fp32 else BOUND_16_BIT)
@@ -184,80 +178,11 @@ def check_file(
 
 def _describe_reader(server: LlamaServer) -> str:
     """Return which builds of llama.cpp read the file: texts and scores may have two."""
-    scorer, program = f"llama.cpp in xllamacpp {version('xllamacpp')}", find_program()
+    program = find_program()
     if program is None:
-        return scorer
+        return reader_name()
     build = server.request("/props").get("build_info", "of an unknown build")
-    return f"{Path(program).name} {build} (texts), {scorer} (bits per character)"
-
-
-class LlamaScorer:
-    """llama.cpp in a child process (`score_process`) that scores token ids; a context manager."""
-
-    def __init__(self, model: Path, lora: Path | None, n_ctx: int, threads: int | None) -> None:
-        self._settings: dict[str, Any] = {
-            "model": str(model.resolve()), "lora": str(lora.resolve()) if lora else "",
-            "n_ctx": n_ctx, "threads": threads or default_threads(),
-        }  # fmt: skip
-        self._log: collections.deque[str] = collections.deque(maxlen=100)
-
-    def __enter__(self) -> LlamaScorer:
-        self._process = subprocess.Popen(
-            python_module("jetson_ft.export.score_process"),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", bufsize=1,
-            env={**os.environ, PARENT_PROCESS: str(os.getpid())},
-        )  # fmt: skip
-        self._reader = threading.Thread(target=self._read_log, daemon=True)
-        self._reader.start()
-        self._ask(self._settings)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def nats(self, row: Mapping[str, Any]) -> float:
-        """Return the nats of the row's answer tokens, given the tokens before each."""
-        places = [
-            place for place, role in enumerate(row["segments"]) if role == ANSWER and place > 0
-        ]
-        ids = [int(token) for token in row["input_ids"]]
-        return float(self._ask({"ids": ids, "places": places})["nats"]) if places else 0.0
-
-    def are_ends(self, tokens: Sequence[int]) -> list[bool]:
-        """Return whether llama.cpp ends a reply at each of these tokens."""
-        return list(self._ask({"tokens": list(tokens)})["ends"])
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
-        try:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            code = self._process.wait()
-            self._reader.join()
-            lines = [line for line in self._log if line.strip()][-2:]
-            raise UserError(
-                _("llama.cpp can't score the rows (exit code {code}): {lines}"),
-                self._settings["model"],
-                _("End other programs if memory is short, or export without the check: "
-                  "`--no-check`."),
-                code=code, lines=" / ".join(lines),
-            )  # fmt: skip
-        return dict(json.loads(answer))
-
-    def _read_log(self) -> None:
-        assert self._process.stderr
-        for line in self._process.stderr:
-            self._log.append(line.rstrip()[:500])
+    return f"{Path(program).name} {build} (texts), {reader_name()} (bits per character)"
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -1,7 +1,7 @@
 """The process that scores token ids by llama.cpp: `python -m jetson_ft.export.score_process`.
 
 Each line of standard input and output is a JSON object. The first one has the settings
-(`check.LlamaScorer`); the answer `{}` shows that the model is loaded. The others are
+(`llama_reader.LlamaScorer`); the answer `{}` shows that the model is loaded. The others are
 `{"ids": …, "places": …}`, token ids and the places whose predictions count, answered by
 `{"nats": …}`; or `{"tokens": …}`, answered by `{"ends": …}`: whether each one ends a reply.
 

@@ -5,57 +5,49 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from jetson_ft.data.chat_template import (
-    encode_prompt,
-    end_ids,
-    prompt_and_reference,
-    until_last_trained,
-)
+from jetson_ft.data.chat_template import encode_prompt, prompt_and_reference, until_last_trained
 from jetson_ft.data.formats import TEXT
 from jetson_ft.inference import metrics
-from jetson_ft.inference.generate import MAX_REPLY_BATCH, Reply, generate_replies
+from jetson_ft.inference.generate import Reply
 from jetson_ft.inference.probes import answer_probes, summarize_probes
-from jetson_ft.kernels import attention
-from jetson_ft.kernels.lm_head_loss import chunked_lm_head, score_rows
-from jetson_ft.kernels.packing import Pack, make_packs
+from jetson_ft.inference.reader import ModelReader, Reader
 
 ProgressCallback = Callable[[str, str, int, int], None]  # (side, part, done, total)
-BOTH_SIDES = ("before", "after")
+
+
+def adapter_sides(reader: ModelReader) -> dict[str, Reader]:
+    """Return both sides of a PEFT model: its adapter disabled, and enabled."""
+    return {"before": replace(reader, is_base=True), "after": reader}
 
 
 def compare_adapter(
-    model: Any,
+    sides: Mapping[str, Reader],
     tokenizer: Any,
     conversations: Sequence[dict[str, Any]],
     encoded: Sequence[dict[str, Any]],
-    pack_tokens: int,
     max_new_tokens: int,
     samples: int,
     progress: ProgressCallback,
     max_length: int,
-    batch_size: Callable[[int], int] = lambda width: MAX_REPLY_BATCH,
-    sides: Sequence[str] = BOTH_SIDES,
 ) -> dict[str, Any]:
-    """Measure a PEFT model with its adapter disabled ("before") and enabled ("after").
+    """Measure a base ("before") and its adapter ("after") on the same rows, or one model alone.
 
     Args:
+        sides: `adapter_sides`, or "before" alone.
         conversations: held-out rows (row, messages, perhaps tools and category); the last answer
             that is trained on and begins within `max_length` is the reference, of a document the
             text after its beginning.
         encoded: the same rows as tokens (`data.tokenize`); a document may have several pieces.
-        pack_tokens: tokens of a pack of rows; 0: rows can't be packed.
         samples: rows whose replies are part of the result.
         progress: called with a side, "tokens", "replies" or "probes", done, total: first for the
             loss of the rows' tokens, then for the replies, then for the probes; each part begins
             at 0 done.
         max_length: tokens at which training truncates rows.
-        batch_size: as in `generate_replies`.
-        sides: ("before",) for a model without an adapter.
 
     Returns:
         `report.json`'s `eval`; under "generation" how the replies were generated, and how fast;
@@ -70,7 +62,6 @@ def compare_adapter(
         for row, prompt in cut
     ]
     prompts, references = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-    eos_ids = end_ids(tokenizer, model)
     documents, shown = 0, list(conversations)
     for index, (row, (prompt, reference)) in enumerate(zip(conversations, pairs, strict=True)):
         if row["messages"][0]["role"] == TEXT:
@@ -93,24 +84,16 @@ def compare_adapter(
     owners = [numbers[piece["row"]] for piece in encoded]  # the row of each piece
     for owner, piece in zip(owners, encoded, strict=True):
         rows[owner]["characters"] += piece["answer_characters"]
-    packs = list(make_packs(list(encoded), pack_tokens))
     result: dict[str, Any] = {"rows": len(rows), "documents": documents}
     generation: dict[str, Any] = {"method": "greedy", "max_new_tokens": max_new_tokens}
     started, statistics, answers = time.monotonic(), {}, {}
-    for side in sides:
+    for side, reader in sides.items():
         report = partial(progress, side)
-        has_adapter = len(sides) == 2
-        with model.disable_adapter() if has_adapter and side == "before" else nullcontext():
-            nats, tokens = _measure_loss(model, packs, len(owners), partial(report, "tokens"))
-            replying = time.monotonic()
-            replies = generate_replies(
-                model, tokenizer, prompts, eos_ids, max_new_tokens, partial(report, "replies"),
-                batch_size,
-            )  # fmt: skip
-            generation[side] = _speed(replies, time.monotonic() - replying)
-            answers[side] = answer_probes(
-                model, tokenizer, eos_ids, pack_tokens > 0, partial(report, "probes"), batch_size
-            )
+        nats, tokens = reader.score(encoded, partial(report, "tokens"))
+        replying = time.monotonic()
+        replies = reader.reply(prompts, max_new_tokens, partial(report, "replies"))
+        generation[side] = _speed(replies, time.monotonic() - replying)
+        answers[side] = answer_probes(reader, tokenizer, partial(report, "probes"))
         for row, reply in zip(rows, replies, strict=True):
             row["tokens"] = 0
             row[side] = {"nats": 0.0, "reply": reply.text, "ended": reply.ended}
@@ -127,7 +110,7 @@ def compare_adapter(
         }
     if len(sides) == 2:
         result["differences"] = metrics.differences(*statistics.values())
-    result["categories"] = metrics.by_category(rows, sides)
+    result["categories"] = metrics.by_category(rows, list(sides))
     if all(answers.values()):  # none for a model that reads very few tokens
         result["probes"] = summarize_probes(answers)
     generation["seconds"] = round(time.monotonic() - started, 1)
@@ -167,26 +150,6 @@ def _cut_turns(
             break
         messages = earlier
     return {**row, "messages": messages}, prompt
-
-
-def _measure_loss(
-    model: Any, packs: Sequence[Pack], pieces: int, progress: Callable[[int, int], None]
-) -> tuple[list[float], list[int]]:
-    """Return the nats and the answer tokens of each piece."""
-
-    def with_progress() -> Iterator[Pack]:
-        # In tokens, because the first packs hold few long rows and the last ones many short rows.
-        done, total = 0, sum(pack.tokens for pack in packs)
-        for pack in packs:
-            progress(done, total)
-            yield pack
-            done += pack.tokens
-        progress(done, total)
-
-    packed = any(len(pack.row_lengths) > 1 for pack in packs)
-    attention_mode = attention.use_packed_attention(model) if packed else nullcontext()
-    with chunked_lm_head(model), attention_mode:
-        return score_rows(model, with_progress(), pieces)
 
 
 def _select_samples(

@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,11 @@ import jetson_ft
 from jetson_ft.data.chat_template import encode_all, encode_prompt
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.errors import UserError
-from jetson_ft.inference.generate import MAX_REPLY_BATCH, generate_replies
+from jetson_ft.inference.reader import Progress, Reader
 from jetson_ft.inference.statistics import paired_difference
-from jetson_ft.kernels import attention
-from jetson_ft.kernels.lm_head_loss import chunked_lm_head, score_rows
-from jetson_ft.kernels.packing import Pack, make_packs
-from jetson_ft.models.positions import position_table_size
 
 _FILE = Path(jetson_ft.__file__).parent / "data" / "bundled" / "probes.jsonl"
 _REPLY_TOKENS = 16
-_PACK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -58,23 +51,16 @@ def load_probes() -> list[Probe]:
 
 
 def answer_probes(
-    model: Any,
-    tokenizer: Any,
-    eos_ids: Sequence[int],
-    packing: bool,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    batch_size: Callable[[int], int] = lambda width: MAX_REPLY_BATCH,
+    reader: Reader, tokenizer: Any, progress: Progress = lambda done, total: None
 ) -> dict[str, bool]:
     """Return for each probe, by its id, whether the model answers it correctly.
 
-    Probes that are longer than the model's table of positions are left out.
+    Probes that are longer than `reader.max_tokens` are left out.
 
     Args:
-        packing: whether several rows can be computed at once.
         progress: called with the probes done and their number.
-        batch_size: as in `generate_replies`.
     """
-    limit = position_table_size(model) or sys.maxsize
+    limit = reader.max_tokens or sys.maxsize
     choice_probes, encoded = [], []
     for probe, rows in _encode_choices(tokenizer).items():
         if max(len(row["input_ids"]) for row in rows) <= limit:
@@ -89,26 +75,18 @@ def answer_probes(
                 reply_probes.append(probe)
                 prompts.append(prompt)
     count = len(choice_probes) + len(reply_probes)
-
-    def with_progress() -> Iterator[Pack]:
-        packs = list(make_packs(encoded, _PACK_TOKENS if packing else 0))
-        for number, pack in enumerate(packs):
-            progress(len(choice_probes) * number // len(packs), count)
-            yield pack
-
-    attention_mode = attention.use_packed_attention(model) if packing else nullcontext()
-    with chunked_lm_head(model), attention_mode:
-        nats, _tokens = score_rows(model, with_progress(), len(choices))
+    nats, _tokens = reader.score(
+        encoded, lambda done, total: progress(len(choice_probes) * done // max(1, total), count)
+    )
     losses = [value / len(text.encode()) for value, text in zip(nats, choices, strict=True)]
     correct, start = {}, 0
     for probe in choice_probes:
         own = losses[start : start + len(probe.choices())]
         start += len(own)
         correct[probe.id] = own[0] < min(own[1:])  # False for NaN
-    replies = generate_replies(
-        model, tokenizer, prompts, eos_ids, _REPLY_TOKENS,
-        lambda done, _total: progress(len(choice_probes) + done, count), batch_size,
-    )  # fmt: skip
+    replies = reader.reply(
+        prompts, _REPLY_TOKENS, lambda done, _total: progress(len(choice_probes) + done, count)
+    )
     for probe, reply in zip(reply_probes, replies, strict=True):
         correct[probe.id] = re.search(probe.pattern, reply.text, re.IGNORECASE) is not None
     return correct

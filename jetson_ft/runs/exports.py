@@ -198,6 +198,13 @@ def list_exports(run: Run) -> list[dict[str, Any]]:
     return [export for export in exports if export]
 
 
+def exported_run(folder: Path) -> Run | None:
+    """Return the run whose export a folder is; None: it is no export, or was copied elsewhere."""
+    run = Run(folder.parent.parent)
+    is_export = folder.parent.name == _FOLDER and (folder / EXPORT_FILE).is_file()
+    return run if is_export and run.adapter.is_dir() else None
+
+
 def delete_export(run: Run, name: str) -> None:
     """Remove an export, complete or damaged.
 

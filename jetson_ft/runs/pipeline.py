@@ -415,21 +415,22 @@ class Pipeline:
         plan: Plan,
     ) -> dict[str, Any]:
         from jetson_ft.inference import compare
+        from jetson_ft.inference.reader import ModelReader
 
         # Rank 0 decides: another machine may be of another kind.
         (device, *_) = self.dist.gather(device)
         model.config.use_cache = True
+        batch_size = partial(planner.reply_batch_size, workload, device, plan)
+        reader = ModelReader(model, rows.tokenizer, plan.micro_batch_tokens, batch_size)
         return compare.compare_adapter(
-            model,
+            compare.adapter_sides(reader),
             rows.tokenizer,
             list(rows.heldout_messages),
             list(rows.heldout),
-            plan.micro_batch_tokens,
             self.recipe.eval.max_new_tokens,
             self.recipe.eval.samples,
             self._on_compared,
             self.recipe.data.max_length,
-            partial(planner.reply_batch_size, workload, device, plan),
         )
 
     def _on_compared(self, side: str, part: str, done: int, total: int) -> None:

@@ -15,7 +15,7 @@ def test_each_part_has_a_first_and_a_last_line(capsys: pytest.CaptureFixture[str
     with evaluate.comparison_bar() as progress:
         for side in ("before", "after"):
             for part in ("tokens", "replies"):
-                for done in (0, 8, 16, 20):
+                for done in (0, 0, 8, 16, 20):
                     progress(side, part, done, 20)
     assert lines(capsys) == [
         "loading the model",

@@ -13,9 +13,8 @@ from tiny_exports import save_tiny_model, smollm_tokenizer
 
 from jetson_ft.cli.export import check_phrase
 from jetson_ft.data.chat_template import encode
-from jetson_ft.errors import UserError
 from jetson_ft.export import check, gguf
-from jetson_ft.export.check import LlamaScorer, Reference, check_file, measure_reference
+from jetson_ft.export.check import Reference, check_file, measure_reference
 from jetson_ft.export.quantize import quantize_file
 from jetson_ft.models import loading
 from jetson_ft.models.files import BaseModelFiles
@@ -159,12 +158,3 @@ def test_prompts_are_those_that_a_client_can_send() -> None:
     prompts = check._choose_prompts(smollm_tokenizer(), rows[:4])
     assert [messages[-1]["content"] for messages, _ids in prompts] == ["Question 0? 你好"]
     assert len(check._choose_prompts(smollm_tokenizer(), rows)) == check.PROMPTS
-
-
-def test_a_damaged_file_ends_the_scorer_with_a_message(tmp_path: Path) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with (
-        pytest.raises(UserError, match="can't score"),
-        LlamaScorer(tmp_path / "m.gguf", None, 10, 1),
-    ):
-        pass

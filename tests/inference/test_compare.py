@@ -9,9 +9,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from jetson_ft.inference.compare import _cut_turns, _select_samples, compare_adapter
+from jetson_ft.inference.compare import (
+    _cut_turns,
+    _select_samples,
+    adapter_sides,
+    compare_adapter,
+)
 from jetson_ft.inference.generate import Reply
 from jetson_ft.inference.probes import load_probes
+from jetson_ft.inference.reader import ModelReader
 from jetson_ft.kernels.packing import make_packs
 
 METRICS = {
@@ -48,8 +54,8 @@ def compared(tiny_phi: Path, phi: Any) -> tuple[dict[str, Any], list[Any], Any, 
     calls: list[Any] = []
     conversations = [{"row": n, "messages": row} for n, row in enumerate(ROWS)]
     result = compare_adapter(
-        model.eval(), phi.tokenizer, conversations, pieces, 200, 10, 2,
-        lambda *call: calls.append(call), 200,
+        adapter_sides(ModelReader(model.eval(), phi.tokenizer, 200)),
+        phi.tokenizer, conversations, pieces, 10, 2, lambda *call: calls.append(call), 200,
     )  # fmt: skip
     return result, calls, model, pieces
 
@@ -58,8 +64,9 @@ def test_document_is_continued_from_its_beginning(compared: Any, phi: Any) -> No
     *_, model, pieces = compared
     documents = [{"row": 0, "messages": [{"role": "text", "content": "abcdefgh"}]}]
     conversations = [*documents, {"row": 1, "messages": ROWS[0]}]
+    sides = adapter_sides(ModelReader(model, phi.tokenizer, 200))
     result = compare_adapter(
-        model, phi.tokenizer, conversations, pieces[:2], 200, 2, 2, lambda *_: None, max_length=64
+        sides, phi.tokenizer, conversations, pieces[:2], 2, 2, lambda *_: None, max_length=64
     )["eval"]
     assert (result["rows"], result["documents"]) == (2, 1)
     sample, other = result["after"]["samples"]
@@ -171,8 +178,9 @@ def test_conversation_is_cut_after_the_last_answer_that_training_saw(phi: Any, l
 def test_comparison_takes_the_answers_within_the_length(compared: Any, phi: Any) -> None:
     _, _, model, pieces = compared
     rows = [{"row": 0, "messages": TURNS}]
+    sides = adapter_sides(ModelReader(model, phi.tokenizer, 200))
     done = compare_adapter(
-        model, phi.tokenizer, rows, pieces[:1], 200, 3, 1, lambda *_: None, max_length=150
+        sides, phi.tokenizer, rows, pieces[:1], 3, 1, lambda *_: None, max_length=150
     )
     (sample,) = done["eval"]["after"]["samples"]
     assert (sample["messages"], sample["reference"]) == (TURNS[:4], "丁" * 9)

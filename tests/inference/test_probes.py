@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from jetson_ft.data.chat_template import end_ids
 from jetson_ft.inference.metrics import chinese_share
 from jetson_ft.inference.probes import answer_probes, load_probes, summarize_probes
+from jetson_ft.inference.reader import ModelReader
 from jetson_ft.kernels.lm_head_loss import token_losses
 from jetson_ft.kernels.packing import pack_rows
 
@@ -29,7 +29,7 @@ def test_bundled_probes_are_enough_and_well_formed() -> None:
 
 @pytest.fixture(scope="module")
 def answers(phi: Any) -> dict[str, bool]:
-    return answer_probes(phi.model, phi.tokenizer, end_ids(phi.tokenizer), packing=False)
+    return answer_probes(ModelReader(phi.model, phi.tokenizer, 0), phi.tokenizer)
 
 
 def test_choices_are_answered_by_likelihood_per_byte(phi: Any, answers: dict[str, bool]) -> None:
@@ -50,9 +50,8 @@ def test_choices_are_answered_by_likelihood_per_byte(phi: Any, answers: dict[str
 
 def test_packing_changes_no_answer(phi: Any, answers: dict[str, bool]) -> None:
     calls: list[Any] = []
-    packed = answer_probes(
-        phi.model, phi.tokenizer, end_ids(phi.tokenizer), True, lambda *call: calls.append(call)
-    )
+    reader = ModelReader(phi.model, phi.tokenizer, 1024)
+    packed = answer_probes(reader, phi.tokenizer, lambda *call: calls.append(call))
     assert packed == answers
     count = len(answers)
     assert calls[0] == (0, count) and calls[-1] == (count, count) and calls == sorted(calls)
@@ -82,13 +81,13 @@ def test_a_ruined_adapter_is_seen() -> None:
     tokenizer = loading.load_tokenizer(base)
     model = loading.load_model(base, loading.WeightFormat("bf16"), "cpu")
     model = adapter.attach_adapter(model, LoraRecipe(rank=4), 0).eval()
-    eos_ids = end_ids(tokenizer, model)
-    before = answer_probes(model, tokenizer, eos_ids, packing=True)
+    reader = ModelReader(model, tokenizer, 1024)
+    before = answer_probes(reader, tokenizer)
     torch.manual_seed(0)
     for name, value in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=1.0)
-    after = answer_probes(model, tokenizer, eos_ids, packing=True)
+    after = answer_probes(reader, tokenizer)
     result = summarize_probes({"before": before, "after": after})
     assert result["before"]["share"] > 0.5
     assert result["difference"]["clear"] and result["difference"]["high"] < 0

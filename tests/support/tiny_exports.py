@@ -24,6 +24,7 @@ def smollm_tokenizer() -> Any:
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "phi": {"num_key_value_heads": 4, "intermediate_size": 128},  # no groups of heads; 4 x width
+    "gpt2": {"n_inner": 128},  # 4 x width
     "qwen3": {"layer_types": ["full_attention"] * 2, "use_sliding_window": False},
     # Each sixth layer has full attention.
     "gemma3_text": {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 16},
