@@ -54,8 +54,7 @@ KINDS = {
 DTYPES = ("bf16", "fp16")  # of `merged`
 NOT_CHECKED = {"schema": SCHEMA, "checked": False}  # `check.json`
 EXPORT_FILE, CHECK_FILE = "export.json", "check.json"
-FOLDER = "export"  # of all exports, in the run directory
-_LOCK = "export.lock"
+FOLDER, _LOCK = "export", "export.lock"  # in the run directory
 _REPLACED = ".replaced-"  # before the name of an export whose place a new one takes
 _SMALL_BYTES = 64_000_000  # tokenizer, card and other small files, at most
 _LOCK_SECONDS = 0.5
@@ -201,7 +200,7 @@ def list_exports(run: Run) -> list[dict[str, Any]]:
 def exported_run(folder: Path) -> Run | None:
     """Return the run whose export a folder is; None: it is no export, or was copied elsewhere."""
     run = Run(folder.parent.parent)
-    is_export = folder.parent.name == _FOLDER and (folder / EXPORT_FILE).is_file()
+    is_export = folder.parent.name == FOLDER and (folder / EXPORT_FILE).is_file()
     return run if is_export and run.adapter.is_dir() else None
 
 
@@ -300,10 +299,11 @@ def plan_export(run: Run, kind: str, quantize: Sequence[str], check: bool) -> Ex
     purpose = Message(_("the export with its intermediate files"))
     require_space(run.path, disk, purpose)
 
-    process = cost_model.COST_MODELS["cpu"].process
-    memory = process + 2 * adapter_bytes
-    if check or kind != "lora":
-        memory = process + merge.merge_memory(base, adapter_dir, dims, "fp16")
+    memory = cost_model.COST_MODELS["cpu"].process
+    needs_base = check or kind != "lora"  # of the adapter alone, its config is enough
+    memory += (
+        merge.merge_memory(base, adapter_dir, dims, "fp16") if needs_base else 2 * adapter_bytes
+    )
     free = psutil.virtual_memory().available if device.kind == "cuda" else device.memory_available
     precision = merge.stored_format(base).precision
     if check:
