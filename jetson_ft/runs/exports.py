@@ -299,11 +299,9 @@ def plan_export(run: Run, kind: str, quantize: Sequence[str], check: bool) -> Ex
     purpose = Message(_("the export with its intermediate files"))
     require_space(run.path, disk, purpose)
 
-    memory = cost_model.COST_MODELS["cpu"].process
-    needs_base = check or kind != "lora"  # of the adapter alone, its config is enough
-    memory += (
-        merge.merge_memory(base, adapter_dir, dims, "fp16") if needs_base else 2 * adapter_bytes
-    )
+    memory = cost_model.COST_MODELS["cpu"].process + 2 * adapter_bytes
+    if check or kind != "lora":  # else no weights of the base are read
+        memory += merge.merge_memory(base, adapter_dir, dims, "fp16")
     free = psutil.virtual_memory().available if device.kind == "cuda" else device.memory_available
     precision = merge.stored_format(base).precision
     if check:
