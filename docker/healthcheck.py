@@ -1,6 +1,10 @@
-"""Exit with 0 if the container's page (port 7860) or its API (port 8000) is healthy."""
+"""Exit with 0 if what the container runs is healthy: the page (port 7860), or the API of `serve`.
+
+The page's container can have an API too, as a job: it is not healthy by that.
+"""
 
 from http.client import HTTPConnection, HTTPException
+from pathlib import Path
 
 
 def is_healthy(port: int) -> bool:
@@ -13,4 +17,6 @@ def is_healthy(port: int) -> bool:
         return False
 
 
-raise SystemExit(not any(map(is_healthy, (7860, 8000))))
+# The first process is tini, with the container's command in its arguments.
+command = Path("/proc/1/cmdline").read_bytes().partition(b"/entrypoint.py\0")[2]
+raise SystemExit(not is_healthy(8000 if command.startswith(b"serve\0") else 7860))

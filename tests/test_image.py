@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from typing import Any
 import pytest
 import yaml
 from fake_programs import FakeProgram
+
+from jetson_ft.runs.processes import reachable_address
 
 DOCKER = Path(__file__).resolve().parent.parent / "docker"
 
@@ -137,6 +140,14 @@ def test_image_asks_nvidias_runtime_for_the_driver() -> None:
     last = max(number for number, (kind, _) in enumerate(DOCKERFILE) if kind == "FROM")
     environment = " ".join(text for kind, text in DOCKERFILE[last:] if kind == "ENV")
     assert "NVIDIA_VISIBLE_DEVICES=all" in environment
+
+
+def test_the_addresses_port_is_that_of_the_command() -> None:
+    environment = " ".join(text for kind, text in DOCKERFILE if kind == "ENV")
+    reached_as = re.search(r"JETSON_FT_REACHED_AS=(\S+)", environment)
+    assert reached_as
+    for port in (7860, 8000):
+        assert reachable_address("0.0.0.0", port, reached_as[1]) == f"127.0.0.1:{port}"
 
 
 def test_image_runs_as_plain_user_under_init() -> None:
@@ -284,9 +295,21 @@ def test_api_is_published_on_this_board_only_beside_the_page(board: RunScript) -
     assert ("--env", "JETSON_FT_REACHED_AS=192.168.1.7:8001") in options
 
 
-@pytest.mark.parametrize("port", [7860, 8000])
-def test_healthcheck_takes_the_page_or_the_api(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "port"),
+    [([], 7860), (["webui"], 7860), (["serve"], 8000), (["serve", "run"], 8000),
+     (["webui", "--runs", "serve"], 7860)],
+)  # fmt: skip
+@pytest.mark.parametrize("open_port", [7860, 8000])
+def test_healthcheck_tests_what_the_container_runs(
+    command: list[str], port: int, open_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     status = 200
+    words = [*json.loads(dict(DOCKERFILE)["ENTRYPOINT"]), *command, ""]
+    first_process = "\0".join(words).encode()
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda path: {"/proc/1/cmdline": first_process}[str(path)]
+    )
 
     class Connection:
         def __init__(self, host: str, own_port: int, timeout: float) -> None:
@@ -294,14 +317,14 @@ def test_healthcheck_takes_the_page_or_the_api(port: int, monkeypatch: pytest.Mo
 
         def request(self, method: str, path: str) -> None:
             assert path == "/healthz"
-            if self.port != port:
+            if self.port != open_port:
                 raise ConnectionRefusedError
 
         def getresponse(self) -> Any:
             return SimpleNamespace(status=status)
 
     monkeypatch.setattr("http.client.HTTPConnection", Connection)
-    for status, code in ((200, 0), (503, 1)):  # noqa: B007
+    for status, code in ((200, int(port != open_port)), (503, 1)):  # noqa: B007
         with pytest.raises(SystemExit) as end:
             load_script("healthcheck")
         assert int(end.value.code or 0) == code

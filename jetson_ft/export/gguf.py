@@ -91,16 +91,18 @@ def convert_adapter(model: Path, adapter: Path, out: Path) -> None:
     """
     config = adapters.read_adapter_config(adapter)
     _require_plain_lora(config, adapter, read_json(model / "config.json"))
-    with _view(model) as base, tempfile.TemporaryDirectory() as folder:
+    with _view(model) as base, tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, out.stem)  # whose name the converter writes as `general.name`
+        folder.mkdir()
         if config.get("use_rslora"):
             # PEFT scales by alpha / sqrt(r), llama.cpp by alpha / r.
             config["lora_alpha"] *= math.sqrt(config["r"])
             config["use_rslora"] = False
-        write_json(Path(folder, "adapter_config.json"), config)
+        write_json(folder / "adapter_config.json", config)
         weights = "adapter_model.safetensors"
-        Path(folder, weights).symlink_to((adapter / weights).resolve())
+        (folder / weights).symlink_to((adapter / weights).resolve())
         script = "convert_lora_to_gguf.py"
-        arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", folder]
+        arguments = ["--base", str(base), "--outfile", str(out), "--outtype", "f32", str(folder)]
         _run_converter(script, arguments, out)
 
 

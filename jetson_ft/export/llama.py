@@ -48,8 +48,6 @@ class LlamaServer:
         n_ctx: positions (tokens of prompt and reply) of each request.
         n_parallel: requests that are computed at the same time; memory is reserved for each.
         threads: of the processor; None: `default_threads`.
-        api_key: None: a random one.
-        alias: name of the model in the answers.
 
     Raises:
         UserError: no llama.cpp, a version with known holes, a file that it can't read, or too
@@ -64,13 +62,11 @@ class LlamaServer:
         n_ctx: int,
         n_parallel: int = 1,
         threads: int | None = None,
-        api_key: str | None = None,
-        alias: str = "model",
     ) -> None:
         self.model = model
         self.lora_ids = {name: number for number, name in enumerate(lora or {})}
         self._lora = [str(path.resolve()) for path in (lora or {}).values()]
-        self.api_key = api_key or secrets.token_urlsafe(24)
+        self.api_key = secrets.token_urlsafe(24)
         self.port = 0
         self._settings = {
             "program": find_program(),
@@ -80,11 +76,12 @@ class LlamaServer:
             "n_parallel": n_parallel,
             "threads": threads or default_threads(),
             "api_key": self.api_key,
-            "alias": alias,
         }
         self._log: collections.deque[str] = collections.deque(maxlen=_LOG_LINES)
         self._process: subprocess.Popen[str] | None = None
+        self._start_error: OSError | None = None
         self._runner: threading.Thread | None = None
+        self._closed = False
 
     @property
     def url(self) -> str:
@@ -103,8 +100,8 @@ class LlamaServer:
 
     def __enter__(self) -> LlamaServer:
         for attempt in range(_ATTEMPTS):
-            self._start()
             try:
+                self._start()
                 self._wait_until_ready()
                 return self
             except BaseException as error:
@@ -118,7 +115,8 @@ class LlamaServer:
         self.close()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, also one that the other thread is just starting."""
+        self._closed = True
         if self._process is not None:
             self._process.kill()
         if self._runner is not None:
@@ -170,10 +168,12 @@ class LlamaServer:
             free.bind((HOST, 0))
             self.port = int(free.getsockname()[1])
         self._log.clear()
+        self._process, self._closed = None, False
         started = threading.Event()
         # The kernel ends a child with the thread that started it: that thread waits for the child.
-        self._runner = threading.Thread(target=self._run, args=[started], daemon=True)
-        self._runner.start()
+        runner = threading.Thread(target=self._run, args=[started], daemon=True)
+        runner.start()
+        self._runner = runner
         started.wait()
 
     def _run(self, started: threading.Event) -> None:
@@ -184,8 +184,13 @@ class LlamaServer:
                 text=True, errors="replace",
                 env={**os.environ, PARENT_PROCESS: str(os.getpid())},
             )  # fmt: skip
+        except OSError as error:
+            self._start_error = error
+            return
         finally:
             started.set()
+        if self._closed:  # before there was a process to end
+            self._process.kill()
         assert self._process.stdin and self._process.stdout
         try:
             # Not among the arguments: every user of the machine can read those.
@@ -217,7 +222,11 @@ class LlamaServer:
 
     def _explain_exit(self) -> UserError:
         """Return what ended the process, by its exit code and its last lines."""
-        assert self._process
+        if self._process is None:
+            return UserError(
+                _("llama.cpp's server can't be started: {error}"), str(self.model),
+                _("End other programs."), error=self._start_error,
+            )  # fmt: skip
         log, code = self.log, self._process.wait()
         if code == -signal.SIGKILL or re.search(
             r"failed to allocate|unable to allocate|out of memory|bad_alloc|MemoryError", log, re.I

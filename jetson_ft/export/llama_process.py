@@ -30,7 +30,7 @@ def main() -> None:
 def program_arguments(settings: dict[str, Any]) -> list[str]:
     """Return the arguments of `llama-server` for what `_serve` sets by attributes."""
     arguments = {
-        "--model": settings["model"], "--alias": settings["alias"],
+        "--model": settings["model"],
         "--host": HOST, "--port": settings["port"],
         "--ctx-size": settings["n_ctx"], "--parallel": settings["n_parallel"],
         "--threads": settings["threads"], "--cache-ram": 0, "--reasoning-format": "none",
@@ -47,7 +47,6 @@ def _serve(settings: dict[str, Any]) -> None:
 
     params = xllamacpp.CommonParams()
     params.model.path = settings["model"]
-    params.model_alias = {settings["alias"]}
     params.hostnames, params.port = [HOST], settings["port"]
     params.api_keys = [settings["api_key"]]
     params.n_ctx, params.n_parallel = settings["n_ctx"], settings["n_parallel"]

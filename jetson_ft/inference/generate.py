@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -226,8 +226,8 @@ def stream_reply(
     eos_ids: Sequence[int],
     sampling: Sampling,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[str]:
-    """Yield one reply's text in deltas, as it is generated.
+) -> Generator[str, None, Reply]:
+    """Yield one reply's text in deltas, as it is generated; return the whole reply at the end.
 
     Generation runs in a thread, which ends when the iterator is closed, or after a token for which
     `should_stop` returns True.
@@ -244,12 +244,14 @@ def stream_reply(
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([is_done])}
     errors: list[BaseException] = []
+    ids: list[int] = []
 
     def generate() -> None:
         try:
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
-            _generate(model, tokenizer, [prompt], eos_ids, sampling, **options)
+            output = _generate(model, tokenizer, [prompt], eos_ids, sampling, **options)
+            ids.extend(output[0, len(prompt) :].tolist())
         except BaseException as error:  # raised again below, in the reader's thread
             errors.append(error)
             streamer.end()
@@ -263,6 +265,7 @@ def stream_reply(
         thread.join()
     if errors:
         raise errors[0]
+    return _decode_reply(tokenizer, ids, eos_ids)
 
 
 def _whole_characters(deltas: Iterable[str]) -> Iterator[str]:

@@ -65,7 +65,7 @@ class Api:
         if origins:
             cors = Middleware(
                 CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type"],
+                allow_headers=["*"],  # OpenAI's client in browsers sends some of its own
             )  # fmt: skip
             middleware.insert(0, cors)
 
@@ -134,9 +134,9 @@ class Api:
             if response.status_code != 200:
                 raise _engine_error(response.status_code, await response.aread())
             if fields.stream:
-                return _EventStream(_events(response, model.name), stack.pop_all())
+                return _EventStream(_events(response, fields, model.name), stack.pop_all())
             body = await until_disconnect(request, _read(response))
-            return JSONResponse(_own_fields(json.loads(body), model.name))
+            return JSONResponse(_own_fields(json.loads(body), fields, model.name))
 
     def _release(self, choices: int) -> None:
         self.pending -= choices
@@ -160,20 +160,31 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _events(response: httpx.Response, name: str) -> AsyncIterator[str]:
+async def _events(
+    response: httpx.Response, fields: GenerateFields, name: str
+) -> AsyncIterator[str]:
     """Yield the engine's server-sent events as ours; a fault becomes an event with `error`."""
     try:
-        async for line in response.aiter_lines():
+        async for line in _lines(response):
             kind, _separator, data = line.partition(": ")
             if kind == "data" and data == "[DONE]":
                 yield "data: [DONE]\n\n"
             elif kind == "data":
-                chunk = _own_fields(json.loads(data), name)
+                chunk = _own_fields(json.loads(data), fields, name)
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
             elif kind == "error":
                 yield f"data: {json.dumps(_engine_error(500, data.encode()).body)}\n\n"
     except httpx.TransportError:
         yield f"data: {json.dumps(_engine_ended().body)}\n\n"
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """Yield the whole lines; only "\\n" ends one: JSON allows U+2028 and others in its texts."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.decode(errors="replace")
 
 
 async def _read(response: httpx.Response) -> bytes:
@@ -207,12 +218,16 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _own_fields(answer: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the engine's answer with the model's name, and without fields of its own."""
+def _own_fields(answer: dict[str, Any], fields: GenerateFields, name: str) -> dict[str, Any]:
+    """Return the engine's answer with the model's name, and without what wasn't asked for."""
     for private in ("timings", "__verbose", "prompt_progress"):
         answer.pop(private, None)
     if "error" in answer:
         return _engine_error(500, json.dumps(answer).encode()).body
+    if not fields.alternatives:
+        for choice in answer.get("choices", []):
+            for token in (choice.get("logprobs") or {}).get("content") or []:
+                token["top_logprobs"] = []
     return answer | {"model": name}
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
-from jetson_ft.errors import UserError
+from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import printable
+from jetson_ft.runs.processes import explain_error
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Engine:
         is_memory_short: whether a training run needs the memory that the process has; then the
             process is ended until the run is over.
         is_run_over: whether that run is over.
-        give_up: called when the process has ended too often.
+        give_up: called when the process has ended too often, or can't be watched.
     """
 
     def __init__(
@@ -58,8 +59,7 @@ class Engine:
     ) -> None:
         self.process = process
         self.unavailable = "The model is being loaded."  # for clients; empty: it can answer
-        self.has_given_up = False
-        self.failure: UserError | None = None  # why the last start failed
+        self.failure: UserError | None = None  # why it has given up
         self._is_memory_short, self._is_run_over = is_memory_short, is_run_over
         self._give_up = give_up
         self._closed = threading.Event()
@@ -83,7 +83,16 @@ class Engine:
         self.process.close()  # the thread may just have started it again
 
     def _watch(self) -> None:
+        try:
+            self._keep_running()
+        except Exception as error:  # else the server would refuse all requests without end
+            self.failure = explain_error(error, Message(_("Report this error.")))
+            self.unavailable = "The engine has ended; the server stops."
+            self._give_up()
+
+    def _keep_running(self) -> None:
         restarts: list[float] = []
+        reason: UserError | None = None  # why the last start failed
         while not self._closed.wait(_WATCH_SECONDS):
             try:
                 if self.process.is_alive and not self._is_memory_short():
@@ -99,13 +108,22 @@ class Engine:
                 restarts = [at for at in restarts if time.monotonic() - at < _RESTART_SECONDS]
                 restarts.append(time.monotonic())
                 if len(restarts) > _RESTARTS:
-                    self.unavailable = "The engine has ended too often."
-                    self.has_given_up = True
-                    self._give_up()
-                    return
+                    raise UserError(
+                        _("The engine has ended too often; the server has stopped."),
+                        fix=reason.fix if reason else Message(_("Start it again.")),
+                    )
                 self.unavailable = "The engine has ended; it is being started again."
                 print(f"{self.unavailable} ({len(restarts)} of {_RESTARTS})", flush=True)
-            self._start()
+            if self._closed.is_set():
+                return
+            try:
+                self.process.__enter__()
+            except UserError as error:
+                reason = error
+                print(printable(str(error)), flush=True)
+            else:
+                self.unavailable = ""
+                print("The engine answers again.", flush=True)
 
     def _wait_for_run(self) -> None:
         self.unavailable = "Busy: a training run needs the memory."
@@ -113,15 +131,3 @@ class Engine:
         self.process.close()
         while not self._closed.wait(_WATCH_SECONDS) and not self._is_run_over():
             pass
-
-    def _start(self) -> None:
-        if self._closed.is_set():
-            return
-        try:
-            self.process.__enter__()
-        except UserError as error:
-            self.failure = error
-            print(printable(str(error)), flush=True)
-        else:
-            self.unavailable = ""
-            print("The engine answers again.", flush=True)

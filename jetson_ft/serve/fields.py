@@ -105,6 +105,11 @@ class GenerateFields(_Fields):
         """The number of replies."""
         return self.n or 1
 
+    @property
+    def alternatives(self) -> int:
+        """The most likely tokens to list at each place, where probabilities are wanted."""
+        return 0
+
     def _max_tokens(self) -> int | None:
         return self.max_tokens
 
@@ -153,6 +158,11 @@ class ChatFields(GenerateFields):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
+    @property
+    def alternatives(self) -> int:
+        """As `GenerateFields.alternatives`."""
+        return self.top_logprobs or 0
+
     def _max_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
@@ -166,7 +176,8 @@ class ChatFields(GenerateFields):
             messages.append({"role": role, "content": text})
         fields = super().engine_fields(context) | {"messages": messages}
         if self.logprobs:
-            fields |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
+            # llama.cpp lists no probabilities at all for 0.
+            fields |= {"logprobs": True, "top_logprobs": max(1, self.alternatives)}
         return fields
 
 
@@ -176,11 +187,16 @@ class CompletionFields(GenerateFields):
     prompt: str
     logprobs: int | None = Field(None, ge=0, le=5)
 
+    @property
+    def alternatives(self) -> int:
+        """As `GenerateFields.alternatives`."""
+        return self.logprobs or 0
+
     def engine_fields(self, context: int) -> dict[str, Any]:
         """Return the engine's fields with the prompt."""
         fields = super().engine_fields(context) | {"prompt": self.prompt}
         if self.logprobs is not None:
-            fields["logprobs"] = self.logprobs
+            fields["logprobs"] = max(1, self.alternatives)
         return fields
 
 

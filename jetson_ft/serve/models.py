@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from jetson_ft.chat import memory_guard
 from jetson_ft.errors import Message, UserError, _
-from jetson_ft.export import gguf
+from jetson_ft.export import gguf, merge
 from jetson_ft.export.llama import LlamaServer, find_program
+from jetson_ft.export.quantize import quantize_file
 from jetson_ft.files import cache_dir, disk_errors, expand_user, remove_abandoned, staging_folder
 from jetson_ft.hardware import detect
 from jetson_ft.models import files
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.runs import exports, store
+from jetson_ft.runs.contents import DamagedRun
 from jetson_ft.runs.store import Run
 from jetson_ft.serve.engine import EngineProcess
 from jetson_ft.serve.transformers_process import TransformersServer
@@ -112,8 +114,9 @@ def _find_run(name: str, root: Path) -> Run:
 
 
 def _serve_base(name: str, root: Path, settings: EngineSettings, report: Report) -> Serving:
-    base = files.resolve_model(name)
-    model = ServedModel("base", (name,))
+    base, folder = files.resolve_model(name), expand_user(name)
+    # Clients need not know where it is on this machine.
+    model = ServedModel("base", (folder.resolve().name if folder.exists() else name,))
     find_program()
     if base.gguf_file:
         return _llama([model], base.folder / base.gguf_file, {}, settings)
@@ -122,8 +125,9 @@ def _serve_base(name: str, root: Path, settings: EngineSettings, report: Report)
         try:
             gguf.require_expressible(base, base.folder, "gguf")
         except UserError as error:
-            model = ServedModel("base", (name,), "transformers")
-            return _transformers(name, root, [model], settings, error)
+            return _transformers(
+                name, root, [replace(model, engine="transformers")], settings, error
+            )
     return _llama([model], _base_gguf(base, base.folder, settings, report), {}, settings)
 
 
@@ -152,27 +156,22 @@ def _serve_runs(
         file = _base_gguf(base, adapters[0], settings, report)
         loras = {run.name: _export(run, "lora", settings, report) for run in runs}
         ids = {run.name: number for number, run in enumerate(runs)}
-        chosen = [
-            ServedModel(
-                model.name, model.aliases, created=model.created,
-                engine_fields=_lora_fields(ids, model.name),
-            )
-            for model in models
-        ]  # fmt: skip
-        base_model = ServedModel("base", engine_fields=_lora_fields(ids, None))
-        return _llama([*chosen, base_model], file, loras, settings)
+        models.append(ServedModel("base"))
+        models = [replace(each, engine_fields=_lora_fields(ids, each.name)) for each in models]
+        return _llama(models, file, loras, settings)
     try:
         gguf.require_expressible(base, adapters[0], "gguf")
     except UserError as error:
-        choice = [
-            ServedModel(
-                model.name, model.aliases, "transformers", model.created,
-                _lora_fields({model.name: 0}, model.name),
+        models.append(ServedModel("base"))
+        models = [
+            replace(
+                each,
+                engine="transformers",
+                engine_fields=_lora_fields({runs[0].name: 0}, each.name),
             )
-            for model in models
-        ]  # fmt: skip
-        base_model = ServedModel("base", (), "transformers", 0, _lora_fields({"": 0}, None))
-        return _transformers(str(runs[0].path), root, [*choice, base_model], settings, error)
+            for each in models
+        ]
+        return _transformers(str(runs[0].path), root, models, settings, error)
     file = _export(runs[0], "gguf", settings, report)
     serving = _llama(models, file, {}, settings)
     serving.notes.append(
@@ -181,8 +180,8 @@ def _serve_runs(
     return serving
 
 
-def _lora_fields(ids: dict[str, int], name: str | None) -> dict[str, Any]:
-    """Return the engine's fields that apply one adapter and no other; None: the base alone."""
+def _lora_fields(ids: dict[str, int], name: str) -> dict[str, Any]:
+    """Return the engine's fields that apply the adapter of that name, of the base none."""
     scales = [{"id": number, "scale": float(each == name)} for each, number in ids.items()]
     return {"lora": scales}
 
@@ -253,25 +252,33 @@ def _base_gguf(
         report(f"converting {base.name} to GGUF ({settings.file_type}) for {path}")
         remove_abandoned(path.parent)
         with staging_folder(path) as staging:
-            source = staging / "model"
-            source.mkdir()
-            own = [tokenizer / name for name in _TOKENIZER_FILES]
-            kept = [file for file in base.folder.iterdir() if file.name not in _TOKENIZER_FILES]
-            for file in itertools.chain(kept, own):
-                if file.is_file():
-                    (source / file.name).symlink_to(file.resolve())
-            gguf.convert_model(source, staging / path.name, settings.file_type)
-            (staging / path.name).replace(path)
+            # As an export makes it, so that adapters are served on what they were checked on.
+            model, made = staging / "model", staging / "f16.gguf"
+            merge.write_base(base, tokenizer, model, "fp16")
+            gguf.convert_model(model, made, "f16", name=Path(base.name).name)
+            if settings.file_type != "f16":
+                quantize_file(made, staging / path.name, settings.file_type)
+                made = staging / path.name
+            made.replace(path)
     return path
+
+
+def _export_file(run: Run, name: str) -> Path | None:
+    """Return the GGUF file of a run's export; None: it is missing or damaged."""
+    with suppress(DamagedRun):
+        export = exports.find_export(run, name) or {"files": []}
+        for file in export["files"]:
+            path = run.path / "export" / name / Path(file["name"]).name
+            if path.suffix == ".gguf" and path.is_file():
+                return path
+    return None
 
 
 def _made_export(run: Run, name: str) -> Path | None:
     """Return the GGUF file of a run's export; None: missing, or older than the adapter."""
-    if exports.find_export(run, name) is None:
-        return None
-    (file,) = (run.path / "export" / name).glob("*.gguf")
-    is_old = file.stat().st_mtime < (run.adapter / "adapter_model.safetensors").stat().st_mtime
-    return None if is_old else file
+    file = _export_file(run, name)
+    weights = run.adapter / "adapter_model.safetensors"
+    return file if file and file.stat().st_mtime >= weights.stat().st_mtime else None
 
 
 def _export(run: Run, kind: str, settings: EngineSettings, report: Report) -> Path:
@@ -287,7 +294,8 @@ def _export(run: Run, kind: str, settings: EngineSettings, report: Report) -> Pa
             report(f"{run.name}, export {name}: {part}")
 
     exports.make_export(run, kind, quantize=[settings.file_type], on_progress=progress)
-    (file,) = (run.path / "export" / name).glob("*.gguf")
+    file = _export_file(run, name)
+    assert file
     return file
 
 
@@ -332,7 +340,8 @@ def _transformers(
 ) -> Serving:
     """Serve with transformers, and say why."""
     note = f"transformers answers, one request at a time: {reason.what}"
-    return Serving(models, TransformersServer(name, root), settings.context, [note])
+    process = TransformersServer(name, root, settings.context)
+    return Serving(models, process, settings.context, [note])
 
 
 def _require_memory(needed: int) -> None:

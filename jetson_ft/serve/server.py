@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.chat import memory_guard
-from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import printable, quoted
 from jetson_ft.hardware import detect
 from jetson_ft.http_access import host_of_address, is_loopback, listen
@@ -102,11 +101,8 @@ def serve(
         for line in serving.notes if as_json else _greeting(address, key, serving):
             report(line)
         server.run([listener])
-    if engine.has_given_up:
-        raise UserError(
-            _("The engine has ended too often; the server has stopped."),
-            fix=engine.failure.fix if engine.failure else Message(_("Start it again.")),
-        )
+    if engine.failure:
+        raise engine.failure
 
 
 def _greeting(address: str, key: str, serving: models.Serving) -> list[str]:

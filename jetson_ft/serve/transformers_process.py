@@ -2,8 +2,8 @@
 
 `python -m jetson_ft.serve.transformers_process` speaks the part of llama.cpp's HTTP API that
 `app.Api` uses. Standard input is a JSON object: `name` and `root` as in `target.resolve_target`,
-and `api_key`. Its first line on standard output is one: `port` and `context`, or an error as
-`UserError.as_json`. It ends with its parent.
+`context` (most tokens of prompt and reply together) and `api_key`. Its first line on standard
+output is one: `port` and `context`, or an error as `UserError.as_json`. It ends with its parent.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jetson_ft.child_process import PARENT_PROCESS, end_with_parent, python_module
 from jetson_ft.errors import Message, UserError, _
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from jetson_ft.chat.session import ChatSession
+    from jetson_ft.inference.generate import Reply
 
 _HOST = "127.0.0.1"
 
@@ -41,10 +43,12 @@ class TransformersServer:
     The thread that starts it must live as long as it does (`child_process.end_with_parent`).
     """
 
-    def __init__(self, name: str, root: Path) -> None:
+    def __init__(self, name: str, root: Path, context: int) -> None:
         self.api_key = secrets.token_urlsafe(24)
-        self.context = 0  # once it is started: most tokens of prompt and reply together
-        self._request = {"name": name, "root": str(root), "api_key": self.api_key}
+        self.context = context  # once it is started: not above the model's own limit
+        self._request = {
+            "name": name, "root": str(root), "context": context, "api_key": self.api_key,
+        }  # fmt: skip
         self._port = 0
         self._process: subprocess.Popen[str] | None = None
 
@@ -70,10 +74,12 @@ class TransformersServer:
             self._process.stdin.write(json.dumps(self._request))
             self._process.stdin.close()
         line = self._process.stdout.readline()
-        if not line:
+        try:
+            message = json.loads(line)
+        except ValueError as error:  # nothing, or a part of a line
             self.close()
-            raise UserError(_("The model's process ended; it may have run out of memory."))
-        message = json.loads(line)
+            what = _("The model's process ended; it may have run out of memory.")
+            raise UserError(what) from error
         if "port" not in message:
             self.close()
             raise UserError.from_json(message)
@@ -147,6 +153,8 @@ class _Replies:
         self, fields: dict[str, Any], prompt: list[int], is_chat: bool
     ) -> AsyncIterator[dict[str, Any]]:
         """Yield the chunks of all choices, one after the other."""
+        from jetson_ft.inference.generate import Reply
+
         kind = "chat.completion.chunk" if is_chat else "text_completion"
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind,
                 "created": int(time.time())}  # fmt: skip
@@ -155,65 +163,84 @@ class _Replies:
             for index in range(fields["n"]):
                 if is_chat:
                     yield head | {"choices": [_choice(index, None, role="assistant")]}
-                text = ""
                 async with aclosing(self._deltas(fields, prompt, index)) as deltas:
                     async for delta in deltas:
-                        text += delta
-                        yield head | {"choices": [_choice(index, delta, is_chat)]}
-                ids = self.chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-                written += len(ids)
-                reason = "length" if len(ids) >= self._limit(fields, prompt) else "stop"
-                yield head | {"choices": [_choice(index, "", is_chat, reason)]}
+                        if isinstance(delta, Reply):
+                            written += delta.tokens
+                            choice = _choice(
+                                index, "", is_chat, "stop" if delta.ended else "length"
+                            )
+                        else:
+                            choice = _choice(index, delta, is_chat)
+                        yield head | {"choices": [choice]}
         usage = {"prompt_tokens": len(prompt), "completion_tokens": written,
                  "total_tokens": len(prompt) + written}  # fmt: skip
         if not fields["stream"] or "stream_options" in fields:
             yield head | {"choices": [], "usage": usage}
 
-    def _limit(self, fields: dict[str, Any], prompt: list[int]) -> int:
-        return min(int(fields["max_tokens"]), self.chat.context_length - len(prompt))
-
     async def _deltas(
         self, fields: dict[str, Any], prompt: list[int], index: int
-    ) -> AsyncGenerator[str, None]:
-        """Yield one reply's text in deltas, without a stop text and what follows it."""
-        from contextlib import nullcontext
+    ) -> AsyncGenerator[str | Reply, None]:
+        """Yield one reply's text in deltas, without a stop text and what follows it; then itself.
 
-        from starlette.concurrency import iterate_in_threadpool
-
+        It returns, also when it is cancelled, after the model has computed its last token: only
+        then another reply can begin.
+        """
         from jetson_ft.data.chat_template import end_ids
-        from jetson_ft.inference.generate import Sampling, stream_reply
+        from jetson_ft.inference.generate import Reply, Sampling, stream_reply
 
         chat, seed = self.chat, fields.get("seed")
+        limit = min(fields["max_tokens"], chat.context_length - len(prompt))
         sampling = Sampling(
-            self._limit(fields, prompt), fields["temperature"], fields["top_k"], fields["top_p"],
+            limit, fields["temperature"], fields["top_k"], fields["top_p"],
             fields["repeat_penalty"], None if seed is None else seed + index,
         )  # fmt: skip
         wants_adapter = any(lora["scale"] for lora in fields.get("lora", []))
         stop = threading.Event()
-        with (
-            chat.model.disable_adapter()
-            if chat.has_adapter and not wants_adapter
-            else (nullcontext())
-        ):
+        base_only = chat.has_adapter and not wants_adapter
+        with chat.model.disable_adapter() if base_only else nullcontext():
             ends = end_ids(chat.tokenizer, chat.model)
             stream = stream_reply(chat.model, chat.tokenizer, prompt, ends, sampling, stop.is_set)
-            held = ""
+
+            def advance() -> str | Reply:
+                try:
+                    return next(stream)
+                except StopIteration as end:  # which no future can hold
+                    return cast("Reply", end.value)
+
+            held, is_cut = "", False
+
+            async def end() -> None:
+                await asyncio.wait([step])
+                await asyncio.to_thread(stream.close)
+
             try:
-                async for delta in iterate_in_threadpool(stream):
+                while True:
+                    step = asyncio.ensure_future(asyncio.to_thread(advance))
+                    delta = await asyncio.shield(step)
+                    if isinstance(delta, Reply):
+                        break
+                    if is_cut:
+                        continue
                     held += delta
                     places = [held.find(text) for text in fields["stop"] if text in held]
                     if places:
-                        held = held[: min(places)]
-                        break
+                        held, is_cut = held[: min(places)], True
+                        stop.set()
+                        continue
                     kept = max((_overlap(held, text) for text in fields["stop"]), default=0)
                     if ready := held[: len(held) - kept]:
                         yield ready
                     held = held[len(held) - kept :]
                 if held:
                     yield held
+                yield replace(delta, ended=delta.ended or is_cut)
             finally:
                 stop.set()
-                stream.close()  # type: ignore[attr-defined]
+                ending = asyncio.ensure_future(end())
+                while not ending.done():  # starlette cancels a task again and again
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait([ending])
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -274,6 +301,7 @@ def main() -> None:
         from jetson_ft.chat import target
 
         chat = target.open_session(target.resolve_target(settings["name"], Path(settings["root"])))
+        chat.context_length = min(chat.context_length, settings["context"])
     except Exception as error:
         fix = Message(_("Report this error."))
         print(json.dumps(explain_error(error, fix).as_json(), default=str), file=output, flush=True)

@@ -122,6 +122,19 @@ def test_q8_0_is_the_converters_own(tmp_path: Path) -> None:
     assert fields[0]["general.name"] == "-zh 好"
 
 
+@pytest.mark.slow(minutes=0.3)
+def test_an_adapters_file_has_its_own_name(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama")
+    config = json.loads((model / "config.json").read_text())
+    hidden, width = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
+    adapter = _adapter(tmp_path / "adapter", [], target_modules=["q_proj"])
+    weights = dict(zip(_LORA, (torch.ones(2, hidden), torch.ones(width, 2)), strict=True))
+    save_file(weights, adapter / "adapter_model.safetensors")
+    gguf.convert_adapter(model, adapter, tmp_path / "my-run-lora.gguf")
+    fields = gguf_format.GGUFReader(tmp_path / "my-run-lora.gguf").fields
+    assert fields["general.name"].contents() == "My Run Lora"
+
+
 def test_a_models_code_is_never_run(tiny_llama: Path, tmp_path: Path) -> None:
     """A tokenizer that names code beside it: the converter asks transformers to run it."""
 

@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -40,13 +42,12 @@ def _program(path: Path, version: str, body: str) -> Path:
 
 
 def test_it_serves_its_key_alone_and_ends(model: Path) -> None:
-    with LlamaServer(model, n_ctx=32, n_parallel=2, threads=1, alias="tiny") as server:
+    with LlamaServer(model, n_ctx=32, n_parallel=2, threads=1) as server:
         assert server.url.startswith("http://127.0.0.1:")
         answer = server.request(
             "/completion", {"prompt": [3, 4, 5], "n_predict": 4, "return_tokens": True}
         )
         assert answer["tokens"]
-        assert server.request("/v1/models")["data"][0]["id"] == "tiny"
         properties = server.request("/props")
         assert properties["total_slots"] == 2
         assert properties["default_generation_settings"]["n_ctx"] >= 32
@@ -72,6 +73,45 @@ def test_a_request_to_a_killed_server_says_so(model: Path) -> None:
         server._process.wait()  # type: ignore[union-attr]
         with pytest.raises(UserError, match="ran out of memory"):
             server.request("/v1/models")
+
+
+def test_a_system_that_forks_no_more_is_an_error_of_its_own(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fork(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(llama.subprocess, "Popen", fork)
+    with (
+        pytest.raises(UserError, match=r"can't be started: .*temporarily unavailable"),
+        LlamaServer(model, n_ctx=32, threads=1),
+    ):
+        pass
+
+
+def test_an_interrupt_while_the_process_starts_leaves_none(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C, before the thread that starts the process has it."""
+    popen, children = subprocess.Popen, []
+
+    def start_slowly(*args: object, **options: object) -> subprocess.Popen[str]:
+        time.sleep(0.5)
+        children.append(popen(*args, **options))  # type: ignore[call-overload]
+        return children[0]
+
+    class Interrupted(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            raise KeyboardInterrupt
+
+    # Threads have events of their own.
+    monkeypatch.setattr(
+        llama, "threading", SimpleNamespace(Event=Interrupted, Thread=threading.Thread)
+    )
+    monkeypatch.setattr(llama.subprocess, "Popen", start_slowly)
+    with pytest.raises(KeyboardInterrupt), LlamaServer(model, n_ctx=32, threads=1):
+        pass
+    assert children[0].returncode == -signal.SIGKILL
 
 
 def test_it_ends_with_its_parent(model: Path, tmp_path: Path) -> None:
@@ -146,7 +186,7 @@ def test_a_program_gets_every_setting(
     body = 'for word; do echo "<$word>"; done; echo "key $LLAMA_API_KEY"; exit 3'
     monkeypatch.setenv(llama.PROGRAM, str(_program(tmp_path / "server", "9000", body)))
     lora = tmp_path / 'with "quotes", and comma.gguf'
-    server = LlamaServer(model, {"a": lora, "b": model}, n_ctx=10, n_parallel=3, api_key="secret")
+    server = LlamaServer(model, {"a": lora, "b": model}, n_ctx=10, n_parallel=3)
     with pytest.raises(UserError, match="exit code 3"), server:
         pass
     words = [line[1:-1] for line in server.log.splitlines() if line.startswith("<")]
@@ -155,7 +195,7 @@ def test_a_program_gets_every_setting(
     assert (pairs["--host"], pairs["--ctx-size"], pairs["--parallel"]) == ("127.0.0.1", "30", "3")
     assert pairs["--lora"] == f'"{str(lora).replace(chr(34), chr(34) * 2)}","{model}"'
     assert {"--lora-init-without-apply", "--no-slots", "--offline"} < set(words)
-    assert "secret" not in words and "key secret" in server.log
+    assert server.api_key not in words and f"key {server.api_key}" in server.log
 
 
 def test_an_old_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import fields, replace
 from itertools import chain, combinations, pairwise
 from pathlib import Path
@@ -38,6 +38,20 @@ def replies_to(phi: Any, texts: list[str], limit: int = 24, **options: Any) -> l
 def streamed(phi: Any, text: str, sampling: Sampling, ends: list[int] | None = None) -> str:
     deltas = stream_reply(phi.model, phi.tokenizer, phi.prompt(text), ends or phi.eos_ids, sampling)
     return "".join(deltas)
+
+
+def test_a_stream_returns_the_reply_with_its_tokens(phi: Any) -> None:
+    def whole(text: str) -> Generator[str, None, None]:
+        sampling = replace(GREEDY, max_new_tokens=24)
+        prompt = phi.prompt(text)
+        returned.append(
+            (yield from stream_reply(phi.model, phi.tokenizer, prompt, phi.eos_ids, sampling))
+        )
+
+    returned: list[Reply] = []
+    for text in TEXTS:
+        list(whole(text))
+    assert returned == replies_to(phi, TEXTS)
 
 
 def test_batch_gives_the_same_replies_as_single_prompts(phi: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 from served_api import CONTEXT, ServedApi, lora_models, serve_api
 from workbench import wait_for
 
+from jetson_ft.serve.app import _events
 from jetson_ft.serve.engine import Engine
+from jetson_ft.serve.fields import CompletionFields
 
 
 def test_models_are_listed_and_found_by_each_name(served: ServedApi) -> None:
@@ -42,6 +45,52 @@ def test_a_stream_has_the_same_text_and_usage(served: ServedApi) -> None:
     assert {chunk.model for chunk in chunks} == {whole.model} == {"one"}
     assert whole.choices[0].finish_reason == "length"
     assert "timings" not in whole.model_dump()
+
+
+@pytest.mark.parametrize(("path", "body", "alternatives"), [
+    ("chat/completions", {"logprobs": True}, 0),
+    ("chat/completions", {"logprobs": True, "top_logprobs": 2}, 2),
+    ("completions", {"logprobs": 0}, 0),
+    ("completions", {"logprobs": 2}, 2),
+])  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_probabilities_without_alternatives_are_listed_too(
+    served: ServedApi, path: str, body: dict[str, Any], alternatives: int, stream: bool
+) -> None:
+    prompt = {"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {"prompt": "a"}
+    body = {"model": "base", "max_tokens": 3, "stream": stream, **prompt, **body}
+    text = served.post(f"/v1/{path}", json=body).text
+    lines = [
+        line.removeprefix("data: ")
+        for line in text.split("\n")
+        if line.startswith(("{", "data: {"))
+    ]
+    tokens = [
+        token for line in lines for choice in json.loads(line)["choices"]
+        for token in (choice.get("logprobs") or {}).get("content") or []
+    ]  # fmt: skip
+    assert len(tokens) == 3 and all(token["logprob"] < 0 for token in tokens)
+    assert {len(token["top_logprobs"]) for token in tokens} == {alternatives}
+
+
+def test_a_stream_is_split_at_line_feeds_alone() -> None:
+    text = "a\u2028b\u2029c\x85d\x0be"
+    event = {"choices": [{"index": 0, "text": text}]}
+    content = f"data: {json.dumps(event, ensure_ascii=False)}\n\ndata: [DONE]\n\n".encode()
+
+    async def parts() -> AsyncIterator[bytes]:
+        for place in range(len(content)):  # characters are cut too
+            yield content[place : place + 1]
+
+    async def read() -> list[str]:
+        fields = CompletionFields(model="base", prompt="abc")
+        return [
+            line async for line in _events(httpx.Response(200, content=parts()), fields, "base")
+        ]
+
+    first, last = asyncio.run(read())
+    assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == text
+    assert last == "data: [DONE]\n\n"
 
 
 def test_stop_texts_and_choices(served: ServedApi) -> None:

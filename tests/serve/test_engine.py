@@ -85,7 +85,27 @@ def test_an_engine_that_always_ends_is_given_up(monkeypatch: pytest.MonkeyPatch)
     with engine:
         wait_for(lambda: given_up)
     assert process.starts == 1 + engine_module._RESTARTS
-    assert engine.has_given_up and str(engine.failure.fix) == "Repair it."  # type: ignore[union-attr]
+    assert engine.failure and str(engine.failure.fix) == "Repair it."
+
+
+class ForklessProcess(BrittleProcess):
+    """An engine's process that the system can't start again."""
+
+    def __enter__(self) -> None:
+        self.starts += 1
+        if self.starts > 1:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+def test_a_fault_of_a_restart_ends_the_server_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_module, "_WATCH_SECONDS", 0.01)
+    given_up: list[bool] = []
+    engine = Engine(ForklessProcess(), lambda: False, lambda: True, lambda: given_up.append(True))
+    with engine:
+        wait_for(lambda: given_up)
+    assert "Resource temporarily unavailable" in str(engine.failure) and engine.unavailable
 
 
 def test_the_model_makes_room_for_a_training_run(make_engine: Callable[..., Engine]) -> None:
