@@ -117,14 +117,16 @@ def check_phrase(check: dict[str, Any]) -> str:
     """Return the result of a check in a line."""
     if not check.get("checked", True):
         return "none (--no-check)"
-    return f"{'passed' if check['passed'] else 'failed'}, read by {check['reader']}"
+    texts = ", no text compared" if check.get("prompts") == 0 else ""
+    return f"{'passed' if check['passed'] else 'failed'}, read by {check['reader']}{texts}"
 
 
 def _print_next(run: Path, kind: str, folders: list[Path]) -> None:
+    from jetson_ft.export.modelfile import ollama_command
+
     if kind == "gguf":
         for folder in folders:
-            name = f"{run.name}-{folder.name.removeprefix('gguf-')}".lower()
-            show(f"Ollama:  ollama create {name} -f {quoted(str(folder / 'Modelfile'))}")
+            show(f"Ollama:  {ollama_command(run.name, folder)}")
     if kind == "merged":
         show(f"Chat:    jetson-ft chat {quoted(str(folders[0]))}")
     show(f"Serve:   jetson-ft serve {quoted(str(run))}")

@@ -19,7 +19,7 @@ from typing import Any
 from jetson_ft.data.chat_template import encode_prompt, end_ids, until_last_trained
 from jetson_ft.data.conversation import prepare_conversation
 from jetson_ft.data.formats import TEXT
-from jetson_ft.export.llama import LlamaServer
+from jetson_ft.export.llama import LlamaServer, find_program
 from jetson_ft.export.llama_reader import LlamaScorer, reader_name
 
 Progress = Callable[[int, int], None]  # (rows done, rows in all)
@@ -134,6 +134,7 @@ def check_file(
     with LlamaServer(
         model, {"adapter": lora} if lora else None, n_ctx=longest + 8, threads=threads
     ) as server:
+        reader = _describe_reader(server)
         for done, reply in enumerate(reference.replies):
             on_progress(done, total)
             counts += _compare_reply(server, reply, near_tie)
@@ -154,8 +155,8 @@ def check_file(
     prompts = len(reference.replies)
     return {
         "schema": 1,
-        "reader": reader_name(),
-        "prompts": prompts,
+        "reader": reader,
+        "prompts": prompts,  # 0: no held-out row has one, and no text was compared
         "same_tokens": counts["same_tokens"],
         "same_text": counts["same_text"],
         "near_ties": counts["near_ties"],
@@ -173,6 +174,15 @@ def check_file(
         ),
         "seconds": round(time.monotonic() - started + reference.seconds, 1),
     }
+
+
+def _describe_reader(server: LlamaServer) -> str:
+    """Return which builds of llama.cpp read the file: texts and scores may have two."""
+    program = find_program()
+    if program is None:
+        return reader_name()
+    build = server.request("/props").get("build_info", "of an unknown build")
+    return f"{Path(program).name} {build} (texts), {reader_name()} (bits per character)"
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -11,7 +11,6 @@ import itertools
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,16 +31,6 @@ MergeProgress = Callable[[int, int], None]  # (bytes written, bytes in all)
 SHARD_BYTES = 10**9  # of a file of weights, and of what is held until it is written
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 _FORMATS = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-
-
-@dataclass(frozen=True)
-class MergeInfo:
-    """What `merge_adapter` wrote."""
-
-    dtype: str  # bf16, fp16, fp32
-    bytes: int  # of the weights
-    parameters: int
-    tied: bool  # whether the head is the embedding
 
 
 def stored_format(base: BaseModelFiles) -> WeightFormat:
@@ -78,8 +67,10 @@ def merge_adapter(
     out: Path,
     dtype: str,
     on_progress: MergeProgress = lambda done, total: None,
-) -> MergeInfo:
+) -> int:
     """Write the merged model with tokenizer, chat template and configs into the folder `out`.
+
+    Return the number of its parameters.
 
     Args:
         dtype: of the written weights: bf16, fp16 or fp32.
@@ -108,7 +99,7 @@ def write_base(
     out: Path,
     dtype: str,
     on_progress: MergeProgress = lambda done, total: None,
-) -> MergeInfo:
+) -> int:
     """Write the base model itself as `merge_adapter` does, with the adapter's tokenizer.
 
     A program that adds the adapter while it computes needs it in that form.
@@ -130,14 +121,13 @@ def _write_model(
     out: Path,
     weights: WeightFormat,
     on_progress: Callable[[int], None],
-) -> MergeInfo:
+) -> int:
     with disk_errors(out), safetensors_errors():
         out.mkdir(exist_ok=True)
         parts = _merged_parts(model, names, weights.dtype())
-        written, parameters = _write_shards(parts, out, on_progress)
-        tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+        parameters = _write_shards(parts, out, on_progress)
         _write_small_files(model, tokenizer, sources, out, weights)
-    return MergeInfo(weights.precision, written, parameters, tied)
+    return parameters
 
 
 def _require_all_tensors(peft_model: Any, folder: Path) -> None:
@@ -244,8 +234,8 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 def _write_shards(
     parts: Iterable[dict[str, torch.Tensor]], out: Path, on_progress: Callable[[int], None]
-) -> tuple[int, int]:
-    """Write safetensors of about `SHARD_BYTES` and their index; return bytes and parameters."""
+) -> int:
+    """Write safetensors of about `SHARD_BYTES` and their index; return the number of parameters."""
     from safetensors.torch import save_file
 
     shards: list[dict[str, int]] = []  # of each file: parameters by name
@@ -283,7 +273,7 @@ def _write_shards(
         metadata = {"total_parameters": parameters, "total_size": written}
         index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
         write_json(out / "model.safetensors.index.json", index)
-    return written, parameters
+    return parameters
 
 
 def _write_small_files(

@@ -17,11 +17,12 @@ from jetson_ft.data.conversation import prepare_conversation
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.errors import UserError
 from jetson_ft.export.gguf import all_end_ids
-from jetson_ft.files import write_atomic
+from jetson_ft.files import quoted, write_atomic
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import load_tokenizer
 
+FILE = "Modelfile"
 _TURNS = ("user", "assistant", "user", "assistant", "user")
 
 
@@ -92,7 +93,13 @@ def write_modelfile(folder: Path, gguf_name: str, model: Path) -> None:
         f"PARAMETER top_p {chat.top_p:g}",
         f"PARAMETER repeat_penalty {chat.repetition_penalty:g}",
     ]
-    write_atomic(folder / "Modelfile", "\n".join(lines) + "\n")
+    write_atomic(folder / FILE, "\n".join(lines) + "\n")
+
+
+def ollama_command(run: str, folder: Path) -> str:
+    """Return the command that makes an Ollama model of a run's export with a Modelfile."""
+    name = f"{run}-{folder.name.removeprefix('gguf-')}".lower()
+    return f"ollama create {quoted(name)} -f {quoted(str(folder / FILE))}"
 
 
 def chat_parts(tokenizer: Any) -> ChatParts | None:

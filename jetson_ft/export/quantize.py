@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import math
-import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.errors import UserError, _
-from jetson_ft.export.llama import INSTALL_EXPORT
+from jetson_ft.export.llama import INSTALL_EXPORT, default_threads
 from jetson_ft.files import disk_errors
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def quantize(data: np.ndarray, source: Any, target: Any) -> np.ndarray:
             0, len(chunk), columns, None,
         )  # fmt: skip
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # ctypes releases Python's lock
+    with ThreadPoolExecutor(default_threads()) as pool:  # ctypes releases Python's lock
         list(pool.map(quantize_rows, range(0, len(rows), step)))
     return result
 

@@ -1,10 +1,9 @@
 """The process that scores token ids by llama.cpp: `python -m jetson_ft.export.score_process`.
 
-The first line of standard input is a JSON object with the settings
-(`llama_reader.LlamaScorer`), the line of standard output for it one with `n_ctx`. Each further
-line has token ids and the places whose predictions count: `{"ids": …, "places": …}`; the answer
-is `{"nats": …}`.
-Ids alone (`{"tokens": …}`) are answered by `{"ends": …}`: whether each one ends a reply.
+Each line of standard input and output is a JSON object. The first one has the settings
+(`llama_reader.LlamaScorer`); the answer `{}` shows that the model is loaded. The others are
+`{"ids": …, "places": …}`, token ids and the places whose predictions count, answered by
+`{"nats": …}`; or `{"tokens": …}`, answered by `{"ends": …}`: whether each one ends a reply.
 
 llama.cpp's HTTP API has no log-probabilities of given tokens. So the process calls its C API
 (include/llama.h), in the library of the package xllamacpp.
@@ -91,8 +90,10 @@ class _Model:
         if not self._context:
             raise RuntimeError("llama.cpp can't make a context")
         # A library whose structures differ from what is declared here would show other numbers.
-        self.n_ctx = int(library.llama_n_ctx(self._context))
-        if self.n_ctx < n_ctx or library.llama_n_batch(self._context) != _CHUNK:
+        if (
+            library.llama_n_ctx(self._context) < n_ctx
+            or library.llama_n_batch(self._context) != _CHUNK
+        ):
             raise RuntimeError("this version of xllamacpp has another interface")
         library.llama_set_n_threads(self._context, settings["threads"], settings["threads"])
         if settings["lora"]:
@@ -145,7 +146,7 @@ def main() -> None:
         request = json.loads(line)
         if model is None:
             model = _Model(request)
-            answer: dict[str, Any] = {"n_ctx": model.n_ctx}
+            answer: dict[str, Any] = {}
         elif "tokens" in request:
             answer = {"ends": [model.is_end(token) for token in request["tokens"]]}
         else:

@@ -51,7 +51,7 @@ def compare_adapter(
 
     Returns:
         `report.json`'s `eval`; under "generation" how the replies were generated, and how fast;
-        under "rows" the lines of heldout.jsonl.
+        under "rows" those of heldout.json.
     """
     cut = [_cut_turns(tokenizer, row, max_length) for row in conversations]
     conversations = [row for row, _prompt in cut]

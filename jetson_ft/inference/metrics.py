@@ -83,7 +83,7 @@ def row_statistics(rows: Sequence[dict[str, Any]], side: str) -> dict[str, list[
     A figure is computed from the column sums: see `FIGURES`.
 
     Args:
-        rows: as in a run's heldout.jsonl.
+        rows: as `rows` of a run's heldout.json.
         side: `before` or `after`.
     """
     from sacrebleu.metrics import BLEU, CHRF

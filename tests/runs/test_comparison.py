@@ -90,7 +90,10 @@ def test_other_rows_are_not_compared_as_equal(pair: list[Run]) -> None:
     assert ";" not in cells(compared, "Held-out rows", "Bits per character")[1]
     (pair[1].path / "heldout.json").unlink()
     (note,) = comparison.compare_runs(pair).notes
-    assert note == "two and one can't be compared row by row: one has no heldout.json."
+    assert note == "two has no heldout.json: it can't be compared row by row."
+    (note,) = comparison.compare_runs([pair[1], pair[0]]).notes
+    assert note == "two has no heldout.json: nothing can be compared with it row by row."
+    assert comparison.compare_runs([pair[1], pair[0]]).sections
 
 
 def test_probes_are_compared_with_an_interval(pair: list[Run]) -> None:

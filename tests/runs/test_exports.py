@@ -70,6 +70,7 @@ def test_merged_model_is_complete_and_described(run: Run) -> None:
         export["base"]["fingerprint"]
         == json.loads((run.adapter / adapter.BASE_FILE).read_text())["fingerprint"]
     )
+    assert export["adapter"] == {"sha256": sha256_file(run.adapter / adapter.WEIGHTS_FILE)}
     assert export["merge"]["rows"] == 5 and export["merge"]["dtype"] == "bf16"
     assert 0 < export["merge"]["largest_logit_difference"] < 0.1
     assert export["check"]["passed"] and "transformers" in export["check"]["reader"]
@@ -109,6 +110,52 @@ def test_new_export_replaces_the_old_one_when_complete(run: Run) -> None:
     assert [name for name in files_of(run) if "/" not in name] == ["merged"]
 
 
+def test_replaced_export_survives_a_power_cut(run: Run) -> None:
+    """Between the two renames, neither export has the name."""
+    make_export(run, "merged", check=False)
+    home = run.path / "export"
+    (home / "merged").rename(home / ".replaced-merged")
+    with pytest.raises(KeyboardInterrupt):
+        make_export(run, "merged", dtype="fp16", check=False, on_progress=interrupt)
+    assert find_export(run, "merged")["merge"]["dtype"] == "bf16"  # type: ignore[index]
+    shutil.copytree(home / "merged", home / ".replaced-merged")  # or after them
+    exports.delete_export(run, "merged")
+    assert files_of(run) == []
+
+
+def interrupt(part: str, done: int, total: int) -> None:
+    raise KeyboardInterrupt
+
+
+def test_failed_rename_keeps_the_replaced_export(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_export(run, "merged", check=False)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == Path(target).name == "merged":
+            raise OSError("no")
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", fail)
+        with pytest.raises(UserError, match="an error: no"):
+            make_export(run, "merged", dtype="fp16", check=False)
+    assert find_export(run, "merged")["merge"]["dtype"] == "bf16"  # type: ignore[index]
+    assert [name for name in files_of(run) if "/" not in name] == ["merged"]
+
+
+def test_adapter_that_changes_meanwhile_is_refused(run: Run) -> None:
+    def change(part: str, done: int, total: int) -> None:
+        if part == "writing":
+            tensors = load_file(run.adapter / adapter.WEIGHTS_FILE)
+            changed = {name: tensor + 1 for name, tensor in tensors.items()}
+            save_file(changed, run.adapter / adapter.WEIGHTS_FILE)
+
+    with pytest.raises(UserError, match=r"adapter of .* has changed while it was exported"):
+        make_export(run, "merged", check=False, on_progress=change)
+    assert files_of(run) == []
+
+
 def test_merge_that_lost_the_adapter_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = load_file(run.adapter / adapter.WEIGHTS_FILE)
     torch.manual_seed(0)
@@ -125,6 +172,13 @@ def test_run_without_adapter_or_in_training_is_refused(run: Run, finished: Run) 
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="is running: its adapter may change"):
             make_export(run, "merged")
+    report = run.path / "report.json"
+    report.rename(run.path / "kept")  # stopped while base and adapter were compared
+    with pytest.raises(UserError, match=r"before its report was written(.|\n)*train --resume"):
+        exports.plan_export(run, "merged", ["f16"], True)
+    report.write_text("{")
+    with pytest.raises(UserError, match=r"report\.json is damaged"):
+        make_export(run, "merged")
     shutil.rmtree(run.adapter)
     run.write_state("stopped")
     with pytest.raises(UserError, match=r"has no adapter yet \(stopped\)"):
@@ -246,6 +300,20 @@ def test_memory_is_planned(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files_of(run) == []
 
 
+def test_plan_has_what_the_adapter_alone_needs(run: Run) -> None:
+    adapter_bytes = (run.adapter / adapter.WEIGHTS_FILE).stat().st_size
+    parameters = sum(
+        tensor.numel()
+        for tensor in load_file(Path(run.recipe().model, "model.safetensors")).values()
+    )
+    checked, unchecked = (
+        exports.plan_export(run, "lora", ["f16"], check) for check in (True, False)
+    )
+    assert unchecked.disk == exports._SMALL_BYTES + adapter_bytes
+    assert checked.disk - unchecked.disk == 4 * parameters  # the base as fp16, and as GGUF
+    assert unchecked.memory < checked.memory
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -269,6 +337,15 @@ def test_damaged_export_is_left_out_of_the_list(run: Run) -> None:
     with pytest.raises(UserError, match=r"export\.json"):
         find_export(run, "other")
     assert find_export(run, "gguf-f16") is None
+
+
+def test_export_has_the_name_of_its_folder(run: Run) -> None:
+    """The page makes addresses of it."""
+    (folder,) = make_export(run, "merged", check=False)
+    file = folder / "export.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "name": "x/../../../other"}))
+    assert [export["name"] for export in list_exports(run)] == ["merged"]
 
 
 @pytest.mark.parametrize("kind", ["gguf", "lora"])

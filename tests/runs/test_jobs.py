@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import program
 import psutil
@@ -16,9 +19,10 @@ from workbench import wait_for
 
 from jetson_ft.child_process import PROGRESS_FILE
 from jetson_ft.cli.output import ProgressBar
-from jetson_ft.errors import UserError
-from jetson_ft.runs import jobs, manager
-from jetson_ft.runs.jobs import Progress
+from jetson_ft.errors import Message, UserError
+from jetson_ft.files import DiskFull
+from jetson_ft.runs import job_process, jobs, manager
+from jetson_ft.runs.jobs import Job, Progress
 
 
 def test_a_job_that_ends_has_what_its_command_printed(light_jobs: LightJobs) -> None:
@@ -92,6 +96,47 @@ def test_sigterm_of_the_container_ends_a_job(light_jobs: LightJobs) -> None:
     light_jobs.keeper(run).send_signal(signal.SIGTERM)
     light_jobs.wait(run, "stopped")
     assert not command.is_running()
+
+
+def test_an_export_that_was_made_is_no_cancelled_one(light_jobs: LightJobs) -> None:
+    """The request to stop came after the last moment."""
+    run = light_jobs.run()
+    light_jobs.start(run, "late")
+    jobs.stop(run, "export")
+    assert light_jobs.wait(run, "finished").result == {"exports": []}
+
+
+def test_a_keeper_outlives_a_full_disk(
+    light_jobs: LightJobs, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = light_jobs.run()
+    folder = jobs.job_folder(run, "serve")
+    folder.mkdir(parents=True)
+    write, failures = job_process.write_json, [DiskFull(Message("The disk is full."), "x")] * 2
+
+    def write_if_there_is_room(path: Path, value: Any) -> None:
+        if failures:
+            raise failures.pop()
+        write(path, value)
+
+    light_jobs.choose("server")
+    write(folder / "job.json", asdict(Job(["light"], time.time())))
+    monkeypatch.setattr(job_process, "write_json", write_if_there_is_room)
+    monkeypatch.setattr(job_process.signal, "signal", lambda *_: None)
+    keeper = threading.Thread(target=job_process.keep, args=[folder, []])
+    keeper.start()
+    wait_for(lambda: jobs.read_record(folder).result)
+    (folder / "stop").touch()
+    keeper.join(20)
+    assert jobs.read_record(folder).state == "stopped" and not failures
+
+
+def test_a_keeper_leaves_no_zombie(light_jobs: LightJobs) -> None:
+    run = light_jobs.run()
+    light_jobs.start(run, "endless")
+    keeper = light_jobs.keeper(run)
+    jobs.stop(run, "export")
+    wait_for(lambda: not psutil.pid_exists(keeper.pid), 10)
 
 
 def test_a_command_ends_with_its_keeper(light_jobs: LightJobs) -> None:

@@ -30,6 +30,8 @@ if "jetson_ft.cli" in sys.orig_argv and {"LIGHT_JOB", "JETSON_FT_PROGRESS"} <= s
         (folder / "pid").write_text(str(os.getpid()))
         if kind == "stubborn":
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if kind == "late":
+            signal.signal(signal.SIGINT, lambda *_: (print('{"exports": []}'), sys.exit(0)))
         if "server" in kind:
             print(json.dumps({"url": "http://127.0.0.1:8000/v1", "models": ["a-run"],
                               "api_key": "k-1"}), flush=True)
@@ -53,7 +55,7 @@ if "jetson_ft.cli" in sys.orig_argv and {"LIGHT_JOB", "JETSON_FT_PROGRESS"} <= s
 
 class LightJobs:
     """Runs in a folder, and jobs of them whose command is light: endless, brief, stubborn,
-    server, broken-server.
+    late (it ends well when it is asked to stop), server, broken-server.
 
     Args:
         set_environment: sets a variable of the processes that are started.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -160,6 +161,11 @@ def test_an_export_is_listed_downloaded_and_deleted(
     assert answer.content == files["a.gguf"]
     assert answer.headers["content-disposition"] == 'attachment; filename="a.gguf"'
     address = f"/runs/{run.name}/exports/gguf-q8_0/delete"
+    light_jobs.start(run, "server", "serve")  # it may read the file again
+    refused = page.post(address)
+    assert refused.status_code == 422 and "is being served" in refused.json()["what"]
+    jobs.stop(run, "serve")
+    wait_for(lambda: not jobs.is_live(run, "serve"))
     assert page.post(address).json() == {"done": True}
     assert not folder.exists() and "q8_0</b>" not in detail(page, run)
     assert page.post(address).status_code == 422
@@ -222,6 +228,37 @@ def test_a_server_shows_its_address_and_hides_its_key(
     page.post(f"/runs/{run.name}/jobs/serve/stop")
     light_jobs.wait(run, "stopped", name="serve")
     assert 'id="start-serve"' in detail(page, run)
+
+
+def test_each_log_keeps_open_by_a_class_of_its_own(page: TestClient, light_jobs: LightJobs) -> None:
+    """The page reopens `details.CLASS` after it has swapped the fragment."""
+    run = light_jobs.run()
+    (run.path / "log.txt").write_text("of the run")
+    light_jobs.start(run)
+    light_jobs.start(run, "server", "serve")
+    classes = re.findall(r'<details class="(.*?)"', detail(page, run))
+    assert {"log-run", "log-export", "log-serve"} <= set(classes)
+    assert len(classes) == len(set(classes)) and " " not in "".join(classes)
+
+
+def test_the_page_of_a_container_names_the_command_that_serves(
+    page: TestClient, light_jobs: LightJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server beside the page would listen on the container's own loopback."""
+    monkeypatch.setenv("JETSON_FT_REACHED_AS", "127.0.0.1:7860")
+    run = light_jobs.run()
+    html = detail(page, run)
+    assert f"<code>docker/run.sh serve {run.name}</code>" in html and "start-serve" not in html
+    refused = page.post(f"/runs/{run.name}/serve")
+    assert refused.status_code == 422 and "docker/run.sh serve" in refused.json()["fix"]
+    assert jobs.read(run, "serve") is None
+
+
+def test_a_check_without_texts_is_stated(page: TestClient, light_jobs: LightJobs) -> None:
+    run = light_jobs.run()
+    make_export(run, "lora", {}, {**CHECK, "prompts": 0, "same_text": 0})
+    assert "no text compared · 1.873 → 1.874 bits per character" in detail(page, run)
+    assert "same text" not in detail(page, run)
 
 
 @pytest.mark.parametrize("body", [None, {}, {"choice": "zip"}, {"choice": ["merged"]}, "merged",

@@ -163,7 +163,7 @@ def _metadata(
 
     kind = export["kind"] if export else "adapter"
     relation = "adapter" if kind in ("adapter", "lora") else "finetune"
-    if export and kind == "gguf" and export["name"] not in ("gguf-f32", "gguf-f16", "gguf-bf16"):
+    if export and kind == "gguf" and export["name"] != "gguf-f16":
         relation = "quantized"
     base = base_on_hub(recipe.model)
     after = (report["eval"] or {}).get("after", {})

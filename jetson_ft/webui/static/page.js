@@ -41,6 +41,7 @@
     const forms = [...element.querySelectorAll(`form[data-run="${CSS.escape(state.chosen)}"]`)];
     const isField = active?.matches("input, textarea, select");
     if (isField && forms.some((form) => form.contains(active))) return; // not while it is edited
+    // Each kind of details has one class of its own.
     const open = [...element.querySelectorAll("details[open]")].map((one) => one.className);
     element.innerHTML = html;
     open.forEach((name) => element.querySelector(`details.${name}`)?.setAttribute("open", ""));
