@@ -58,7 +58,7 @@ class LlamaReader:
                 _("Name the file of a whole model; an adapter is measured as a part of its run."),
             ) from error  # fmt: skip
         program = find_program()
-        self.name = reader_name() + (f", replies by {program}" if program else "")
+        self.name = reader_name() + (f", replies by {Path(program).name}" if program else "")
 
     def score(
         self, rows: Sequence[dict[str, Any]], progress: Progress

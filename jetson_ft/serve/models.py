@@ -12,12 +12,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jetson_ft.adapter import WEIGHTS_FILE
 from jetson_ft.chat import memory_guard
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.export import gguf, merge
 from jetson_ft.export.llama import LlamaServer, find_program
 from jetson_ft.export.quantize import quantize_file
-from jetson_ft.files import cache_dir, disk_errors, expand_user, remove_abandoned, staging_folder
+from jetson_ft.files import (
+    cache_dir,
+    cached_sha256,
+    disk_errors,
+    expand_user,
+    remove_abandoned,
+    staging_folder,
+)
 from jetson_ft.hardware import detect
 from jetson_ft.models import files
 from jetson_ft.models.files import BaseModelFiles
@@ -263,22 +271,16 @@ def _base_gguf(
     return path
 
 
-def _export_file(run: Run, name: str) -> Path | None:
-    """Return the GGUF file of a run's export; None: it is missing or damaged."""
-    with suppress(DamagedRun):
+def _made_export(run: Run, name: str) -> Path | None:
+    """Return the GGUF file of a run's export; None: missing, damaged, or of another adapter."""
+    with suppress(DamagedRun, KeyError, TypeError):  # of a file that says nothing of the adapter
         export = exports.find_export(run, name) or {"files": []}
         for file in export["files"]:
-            path = run.path / "export" / name / Path(file["name"]).name
+            path = run.path / exports.FOLDER / name / Path(file["name"]).name
             if path.suffix == ".gguf" and path.is_file():
-                return path
+                weights = cached_sha256(run.adapter / WEIGHTS_FILE)
+                return path if export["adapter"]["sha256"] == weights else None
     return None
-
-
-def _made_export(run: Run, name: str) -> Path | None:
-    """Return the GGUF file of a run's export; None: missing, or older than the adapter."""
-    file = _export_file(run, name)
-    weights = run.adapter / "adapter_model.safetensors"
-    return file if file and file.stat().st_mtime >= weights.stat().st_mtime else None
 
 
 def _export(run: Run, kind: str, settings: EngineSettings, report: Report) -> Path:
@@ -294,8 +296,8 @@ def _export(run: Run, kind: str, settings: EngineSettings, report: Report) -> Pa
             report(f"{run.name}, export {name}: {part}")
 
     exports.make_export(run, kind, quantize=[settings.file_type], on_progress=progress)
-    file = _export_file(run, name)
-    assert file
+    file = _made_export(run, name)
+    assert file, "it was made above, of this adapter"
     return file
 
 

@@ -22,7 +22,7 @@ from workbench import wait_for
 from jetson_ft.chat import memory_guard, target
 from jetson_ft.errors import UserError
 from jetson_ft.export import gguf
-from jetson_ft.files import cache_dir
+from jetson_ft.files import cache_dir, sha256_file
 from jetson_ft.hardware import detect
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.models import files
@@ -218,7 +218,9 @@ def exported(finished: Run, tmp_path: Path) -> Run:
     folder.mkdir(parents=True)
     (folder / "x.gguf").write_bytes(b"")
     entries = [{"name": "check.json"}, {"name": "x.gguf"}]
-    export = {"schema": 1, "kind": "lora", "name": "lora", "created": "", "files": entries}
+    sha256 = sha256_file(finished.adapter / "adapter_model.safetensors")
+    export = {"schema": 1, "kind": "lora", "name": "lora", "created": "", "files": entries,
+              "adapter": {"sha256": sha256}}  # fmt: skip
     (folder / "export.json").write_text(json.dumps(export))
     (folder / "check.json").write_text('{"schema": 1, "checked": false}')
     return Run(tmp_path / "run")
@@ -227,7 +229,9 @@ def exported(finished: Run, tmp_path: Path) -> Run:
 def test_a_new_adapter_makes_an_old_export_unusable(exported: Run) -> None:
     file = exported.path / "export/lora/x.gguf"
     assert models._made_export(exported, "lora") == file
-    os.utime(file, (0, 0))
+    weights = exported.adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    os.utime(weights, (0, 0))  # older than the export, as in a copied run
     assert models._made_export(exported, "lora") is None
 
 
