@@ -274,6 +274,8 @@ def test_run_that_does_not_fit_is_refused_before_the_model_is_loaded(
         pipeline.detect, "detect_device", lambda: replace(board, memory_available=1000)
     )
     monkeypatch.setattr(pipeline.detect, "measure_flops", lambda *_: 1e12)
+    # A process that has run many tests has more memory of its own than the run needs.
+    monkeypatch.setattr(pipeline.memory, "with_own_memory", lambda device, _processes: device)
     monkeypatch.setattr(pipeline.loading, "load_model", None)
     with pytest.raises(UserError, match="needs about"):
         pipeline.Pipeline(workbench.run("large"), lambda event: None, lambda: False).finetune()
