@@ -21,24 +21,13 @@ from jetson_ft import adapter
 from jetson_ft.data.prepare import prepare_rows
 from jetson_ft.export import check, gguf
 from jetson_ft.export.llama import LlamaServer
+from jetson_ft.export.merge import merge_adapter
 from jetson_ft.export.quantize import quantize_file
 from jetson_ft.models import files, loading
 from jetson_ft.models.loading import WeightFormat
 from jetson_ft.runs import store
 
 REPLY_TOKENS = 64
-
-
-def merge(run: Any, tokenizer: Any, folder: Path) -> Path:
-    """Write the merged model in fp16."""
-    from peft import PeftModel
-
-    base = files.resolve_model(run.recipe().model)
-    model = loading.load_model(base, WeightFormat("fp32"), "cpu")
-    merged = PeftModel.from_pretrained(model, run.require_adapter()).merge_and_unload()
-    merged.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def transformers_speed(model: Any, prompt: list[int]) -> float:
@@ -85,7 +74,8 @@ def main() -> None:
     rows = prepare_rows(run.recipe().data, tokenizer)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        merged = merge(run, tokenizer, folder / "merged")
+        merged = folder / "merged"
+        merge_adapter(base, run.require_adapter(), merged, "fp16")
         model = loading.load_model(
             files.BaseModelFiles("merged", merged), WeightFormat("fp32"), "cpu"
         )

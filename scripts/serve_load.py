@@ -4,7 +4,7 @@
     python scripts/serve_load.py http://127.0.0.1:8000/v1 --model base
 
 For each number of clients, all of them ask at the same time, and again when they have their reply.
-Each reply is streamed and has the same number of tokens. A lost or empty reply ends the program.
+Each reply is streamed and has at most `--tokens` tokens. A lost or empty reply ends the program.
 """
 
 from __future__ import annotations

@@ -29,7 +29,13 @@ from jetson_ft.cli import (
     serve,
     train,
 )
-from jetson_ft.cli.output import RUNS, RunsOption, as_user_error
+from jetson_ft.cli.output import (
+    RUNS,
+    HostNameOption,
+    ReachedAsOption,
+    RunsOption,
+    as_user_error,
+)
 from jetson_ft.files import printable
 
 app = typer.Typer(
@@ -48,14 +54,8 @@ def webui(
         Option(envvar="JETSON_FT_HOST", help="Address to serve on; other machines need a token."),
     ] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 7860,
-    host_name: Annotated[
-        list[str] | None,
-        Option(metavar="NAME", help="Name by which browsers reach this machine; repeatable."),
-    ] = None,
-    reached_as: Annotated[
-        str,
-        Option(metavar="HOST[:PORT]", envvar="JETSON_FT_REACHED_AS", help="Address in the link."),
-    ] = "",
+    host_name: HostNameOption = None,
+    reached_as: ReachedAsOption = "",
     allow_path: Annotated[
         list[Path] | None,
         Option(

@@ -50,6 +50,19 @@ SetOption = Annotated[
     Option("--set", "-s", metavar="KEY=VALUE", help="Override a recipe key; repeatable."),
 ]
 RunsOption = Annotated[Path, Option("--runs", help="Folder that holds the runs.")]
+HostNameOption = Annotated[
+    list[str] | None,
+    Option(
+        "--host-name", metavar="NAME", help="Name by which others reach this machine; repeatable."
+    ),
+]
+ReachedAsOption = Annotated[
+    str,
+    Option(
+        metavar="HOST[:PORT]", envvar="JETSON_FT_REACHED_AS",
+        help="Address to print, where it isn't this machine's own.",
+    ),
+]  # fmt: skip
 JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
 RECIPE = Argument(help="A recipe file, or the name of a shipped one.")
 RecipeArgument = Annotated[str, RECIPE]

@@ -6,7 +6,14 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from jetson_ft.cli.output import RUNS, JsonOption, RunsOption, json_errors
+from jetson_ft.cli.output import (
+    RUNS,
+    HostNameOption,
+    JsonOption,
+    ReachedAsOption,
+    RunsOption,
+    json_errors,
+)
 
 
 def serve(
@@ -31,14 +38,8 @@ def serve(
     parallel: Annotated[
         int, Option(min=1, max=64, help="Replies at a time; each has memory for its context.")
     ] = 4,
-    host_name: Annotated[
-        list[str] | None,
-        Option(metavar="NAME", help="Name by which clients reach this machine; repeatable."),
-    ] = None,
-    reached_as: Annotated[
-        str,
-        Option(metavar="HOST[:PORT]", envvar="JETSON_FT_REACHED_AS", help="Address to print."),
-    ] = "",
+    host_name: HostNameOption = None,
+    reached_as: ReachedAsOption = "",
     allow_origin: Annotated[
         list[str] | None,
         Option(metavar="ORIGIN", help="Site whose pages may send requests; repeatable."),

@@ -67,6 +67,8 @@ def merge_adapter(
     out: Path,
     dtype: str,
     on_progress: MergeProgress = lambda done, total: None,
+    *,
+    apply: bool = True,
 ) -> int:
     """Write the merged model with tokenizer, chat template and configs into the folder `out`.
 
@@ -74,6 +76,8 @@ def merge_adapter(
 
     Args:
         dtype: of the written weights: bf16, fp16 or fp32.
+        apply: False writes the base itself with the adapter's tokenizer, for a program that adds
+            the adapter while it computes.
 
     Raises:
         UserError: the adapter isn't the base's, parts of it don't fit the model, a weight is too
@@ -82,51 +86,15 @@ def merge_adapter(
     tokenizer = adapter.load_tokenizer(base, adapter_dir)
     model = loading.load_model(base, stored_format(base), "cpu")
     loading.check_vocabulary(tokenizer, len(model.get_input_embeddings().weight), base, adapter_dir)
-    names = list(model.state_dict())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    peft_model = adapter.load_adapter(model, base, adapter_dir)
-    _require_all_tensors(peft_model, adapter_dir)
-    total *= WeightFormat(dtype).bytes_per_number
-    return _write_model(
-        model, names, tokenizer, (adapter_dir, base.folder), out, WeightFormat(dtype),
-        lambda done: on_progress(done, total),
-    )  # fmt: skip
-
-
-def write_base(
-    base: BaseModelFiles,
-    adapter_dir: Path,
-    out: Path,
-    dtype: str,
-    on_progress: MergeProgress = lambda done, total: None,
-) -> int:
-    """Write the base model itself as `merge_adapter` does, with the adapter's tokenizer.
-
-    A program that adds the adapter while it computes needs it in that form.
-    """
-    tokenizer = adapter.load_tokenizer(base, adapter_dir)
-    model, weights = loading.load_model(base, stored_format(base), "cpu"), WeightFormat(dtype)
-    total = weights.bytes_per_number * sum(p.numel() for p in model.parameters())
-    return _write_model(
-        model, list(model.state_dict()), tokenizer, (adapter_dir, base.folder), out, weights,
-        lambda done: on_progress(done, total),
-    )  # fmt: skip
-
-
-def _write_model(
-    model: Any,
-    names: list[str],
-    tokenizer: Any,
-    sources: Iterable[Path],
-    out: Path,
-    weights: WeightFormat,
-    on_progress: Callable[[int], None],
-) -> int:
+    names, weights = list(model.state_dict()), WeightFormat(dtype)
+    total = weights.bytes_per_number * sum(part.numel() for part in model.parameters())
+    if apply:
+        _require_all_tensors(adapter.load_adapter(model, base, adapter_dir), adapter_dir)
     with disk_errors(out), safetensors_errors():
         out.mkdir(exist_ok=True)
         parts = _merged_parts(model, names, weights.dtype())
-        parameters = _write_shards(parts, out, on_progress)
-        _write_small_files(model, tokenizer, sources, out, weights)
+        parameters = _write_shards(parts, out, lambda done: on_progress(done, total))
+        _write_small_files(model, tokenizer, (adapter_dir, base.folder), out, weights)
     return parameters
 
 

@@ -68,7 +68,7 @@ def make_lora(job: Job, home: Path) -> Path:
         base, base_file, reference = work / "base", work / "base.gguf", None
         if job.rows:
             step = partial(job.on_progress, _("converting the base"))
-            merge.write_base(job.base, job.adapter_dir, base, "fp16", step)
+            merge.merge_adapter(job.base, job.adapter_dir, base, "fp16", step, apply=False)
             gguf.convert_model(base, base_file, "f16", step)
             model = adapter.load_adapter(_load_exact(job, job.base), job.base, job.adapter_dir)
             reference = _measure(job, job.rows, model)

@@ -262,7 +262,7 @@ def _base_gguf(
         with staging_folder(path) as staging:
             # As an export makes it, so that adapters are served on what they were checked on.
             model, made = staging / "model", staging / "f16.gguf"
-            merge.write_base(base, tokenizer, model, "fp16")
+            merge.merge_adapter(base, tokenizer, model, "fp16", apply=False)
             gguf.convert_model(model, made, "f16", name=Path(base.name).name)
             if settings.file_type != "f16":
                 quantize_file(made, staging / path.name, settings.file_type)

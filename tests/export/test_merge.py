@@ -302,7 +302,7 @@ def test_weight_too_large_for_fp16_is_refused(tiny_phi: Path, tmp_path: Path) ->
 def test_base_is_written_without_the_adapter(tiny_llama: Path, tmp_path: Path) -> None:
     base = base_in(tiny_llama)
     saved = save_ours(base, tmp_path / "adapter")
-    merge.write_base(base, saved, tmp_path / "out", "fp32")
+    merge_adapter(base, saved, tmp_path / "out", "fp32", apply=False)
     assert is_tied(tmp_path / "out")
     before = load_file(tiny_llama / "model.safetensors")
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -320,7 +320,7 @@ def test_difference_of_logits(tiny_phi: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "logits").exists()
         relative[dtype] = measured.relative
     assert relative["fp32"] < 1e-5 < relative["fp16"] < relative["bf16"] < 0.1
-    merge.write_base(base, saved, tmp_path / "base", "fp32")
+    merge_adapter(base, saved, tmp_path / "base", "fp32", apply=False)
     unmerged = logit_difference(base, saved, tmp_path / "base", ROWS, "fp32", "cpu", tmp_path)
     expected = max(
         float((one - other).abs().max())

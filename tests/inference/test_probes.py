@@ -70,7 +70,7 @@ def test_lost_and_gained_answers_have_an_interval() -> None:
 
 @pytest.mark.slow(minutes=1)
 def test_a_ruined_adapter_is_seen() -> None:
-    """With large random adapter weights no more than chance is left of what the base answers."""
+    """With large random adapter weights clearly many answers are lost."""
     import torch
 
     from jetson_ft import adapter

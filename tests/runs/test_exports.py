@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -161,7 +162,8 @@ def test_merge_that_lost_the_adapter_is_refused(run: Run, monkeypatch: pytest.Mo
     torch.manual_seed(0)
     changed = {name: tensor + torch.randn_like(tensor) for name, tensor in tensors.items()}
     save_file(changed, run.adapter / adapter.WEIGHTS_FILE)
-    monkeypatch.setattr(merge, "merge_adapter", merge.write_base)
+    base_only = functools.partial(merge.merge_adapter, apply=False)
+    monkeypatch.setattr(merge, "merge_adapter", base_only)
     with pytest.raises(UserError, match=r"not the adapter's: its logits differ by \d"):
         make_export(run, "merged")
     assert files_of(run) == []

@@ -260,6 +260,9 @@ def test_better_and_worse(
     interval["clear"] = False
     (row,) = [row for row in figures.metric_rows(changed) if row["key"] == key]
     assert row["verdict"] == ("unclear" if step else "same")
+    assert ("too few rows" in str(row["difference"])) == (step != 0)
+    interval["low"], interval["high"] = -abs(step), 2 * abs(step)
+    (row,) = [row for row in figures.metric_rows(changed) if row["key"] == key]
     assert ("no clear difference" in str(row["difference"])) == (step != 0)
     del changed["eval"]["differences"][key]
     (row,) = [row for row in figures.metric_rows(changed) if row["key"] == key]

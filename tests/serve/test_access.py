@@ -29,7 +29,7 @@ def closed(make_engine: Callable[..., Engine]) -> Iterator[ServedApi]:
 
 @pytest.fixture(autouse=True)
 def _fresh_guesses(closed: ServedApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test its own count of wrong keys."""
+    """Switch the limit of wrong keys off."""
     monkeypatch.setattr(RateLimit, "seconds_left", lambda *_: 0.0)
 
 
@@ -65,17 +65,17 @@ def test_the_client_raises_its_error_for_a_wrong_key(closed: ServedApi) -> None:
 
 
 def test_guesses_are_slowed_and_the_right_key_from_that_address_is_not(
-    closed: ServedApi, monkeypatch: pytest.MonkeyPatch
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    statuses = []
-    for _ in range(12):
-        guess = {"Authorization": "Bearer wrong"}
-        statuses.append(httpx.get(f"{closed.url}/v1/models", headers=guess).status_code)
-    assert statuses[0] == 401 and statuses[-1] == 429
-    last = httpx.get(f"{closed.url}/v1/models", headers=guess)
-    assert last.status_code == 429 and int(last.headers["retry-after"]) > 0
-    assert httpx.get(f"{closed.url}/v1/models", headers=headers()).status_code == 200
+    guess = {"Authorization": "Bearer wrong"}
+    with serve_api(make_engine(), lora_models(), KEY) as served:
+        address = f"{served.url}/v1/models"
+        statuses = [httpx.get(address, headers=guess).status_code for _ in range(12)]
+        assert statuses[0] == 401 and statuses[-1] == 429
+        last = httpx.get(address, headers=guess)
+        assert last.status_code == 429 and int(last.headers["retry-after"]) > 0
+        assert httpx.get(address, headers=headers()).status_code == 200
 
 
 def test_the_key_is_compared_in_constant_time(

@@ -274,5 +274,5 @@ def test_a_disconnect_ends_the_reply_in_the_engine(
             connection.close()
         started = time.monotonic()
         assert served.complete("base", "xyz", max_tokens=1)
-        assert time.monotonic() - started < whole * count / 2
+        assert time.monotonic() - started < whole * 3
         wait_for(lambda: served.api.pending == 0)

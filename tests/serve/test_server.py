@@ -23,12 +23,22 @@ from jetson_ft.runs import jobs
 
 
 @pytest.fixture
-def start(tmp_path: Path, tiny_gguf: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def start(
+    tmp_path: Path, slow_gguf: Path, tiny_gguf: Path
+) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Return a function that starts the server with the tiny Llama."""
     processes = []
 
-    def start_server(*options: str) -> subprocess.Popen[str]:
-        words = ["serve", str(tiny_gguf), "--port", "0", "--context", "128", *options]
+    def start_server(*options: str, slow: bool = False) -> subprocess.Popen[str]:
+        words = [
+            "serve",
+            str(slow_gguf if slow else tiny_gguf),
+            "--port",
+            "0",
+            "--context",
+            "128",
+            *options,
+        ]
         process = subprocess.Popen(
             [sys.executable, "-m", "jetson_ft.cli", *words], cwd=tmp_path,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -87,6 +97,7 @@ def test_the_engine_ends_when_the_server_is_killed(
     process = start()
     greeting(process)
     children = psutil.Process(process.pid).children(recursive=True)
+    assert children
     process.kill()
     wait_for(lambda: not any(child.is_running() for child in children))
 
@@ -94,9 +105,9 @@ def test_the_engine_ends_when_the_server_is_killed(
 def test_a_sigterm_while_the_model_loads_leaves_nothing(
     start: Callable[..., subprocess.Popen[str]],
 ) -> None:
-    process = start()
+    process = start(slow=True)
     assert process.stdout and process.stdout.readline().startswith("loading")
-    children = psutil.Process(process.pid).children(recursive=True)
+    children = wait_for(lambda: psutil.Process(process.pid).children(recursive=True))
     process.terminate()
     assert process.wait(20) == 128 + signal.SIGTERM
     wait_for(lambda: not any(child.is_running() for child in children))

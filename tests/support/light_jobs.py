@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 from run_folders import make_run
-from workbench import wait_for
+from workbench import change_children, wait_for
 
 from jetson_ft.runs import jobs, store
 from jetson_ft.runs.jobs import Job
@@ -112,11 +111,7 @@ class LightJobs:
 @pytest.fixture
 def light_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LightJobs]:
     """Return real keepers with light commands."""
-    site = tmp_path / "site-of-jobs"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(LIGHT_COMMAND)
-    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
-    monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
+    change_children(LIGHT_COMMAND, tmp_path, monkeypatch)
     light = LightJobs(tmp_path / "runs", monkeypatch.setenv)
     yield light
     light.close()

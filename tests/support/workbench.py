@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -197,14 +198,18 @@ class LightRuns:
                 wait_for(lambda run=run: not is_live(run), 5.0)  # type: ignore[misc]
 
 
+def change_children(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the code in every Python process that is started, and give them a cache of their own."""
+    site = Path(tempfile.mkdtemp(prefix="site-", dir=tmp_path))
+    (site / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+    monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def light_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LightRuns]:
     """Return real supervisors and workers with a light pipeline."""
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(LIGHT_PIPELINE)
-    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
-    monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
+    change_children(LIGHT_PIPELINE, tmp_path, monkeypatch)
     runs = LightRuns(tmp_path)
     yield runs
     runs.close()

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from workbench import wait_for
 from jetson_ft.errors import UserError
 from jetson_ft.runs import jobs
 from jetson_ft.runs.store import Run
-from jetson_ft.webui import api
+from jetson_ft.webui import api, fragments
 
 CHECK = {
     "schema": 1, "checked": True, "prompts": 20, "same_text": 19, "passed": True,
@@ -30,7 +29,8 @@ CHECK = {
 
 
 @pytest.fixture
-def page(light_jobs: LightJobs) -> TestClient:
+def page(light_jobs: LightJobs, monkeypatch: pytest.MonkeyPatch) -> TestClient:
+    monkeypatch.setattr(fragments, "_CACHE_SECONDS", -1.0)  # else it is rendered once per second
     app = FastAPI()
     app.include_router(api.router(light_jobs.root))
     app.add_exception_handler(UserError, api.error_response)
@@ -55,7 +55,6 @@ def make_export(run: Run, name: str, files: dict[str, bytes], check: Any = None)
 
 def detail(page: TestClient, run: Run, language: str = "en") -> str:
     """Return the run's fragment, newly rendered, with single spaces."""
-    time.sleep(1.05)  # it is rendered once per second
     return " ".join(page.get(f"/live/{language}/runs/{run.name}").raise_for_status().text.split())
 
 

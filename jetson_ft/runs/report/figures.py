@@ -28,6 +28,7 @@ _TEXT_NAMES = {
     "stop_rate": _("Continuations that end by themselves"),
 }
 _UNCLEAR = _("{difference}: no clear difference")
+_TOO_FEW = _("{difference}: too few rows")  # the interval leaves out 0, but few rows make it
 
 
 def is_text(report: dict[str, Any]) -> bool:
@@ -86,7 +87,9 @@ def compared(
     template = "{difference} ({low} … {high})"
     text = Message(template, {"difference": difference, "low": low, "high": high})
     if not interval["clear"]:
-        return row | {"difference": Message(_UNCLEAR, {"difference": text}), "verdict": "unclear"}
+        has_zero = interval["low"] <= 0 <= interval["high"]
+        noise = Message(_UNCLEAR if has_zero else _TOO_FEW, {"difference": text})
+        return row | {"difference": noise, "verdict": "unclear"}
     verdicts = {1: "better", -1: "worse", 0: "unknown"}
     direction = sign if interval["difference"] > 0 else -sign
     return row | {"difference": text, "verdict": verdicts[direction]}
