@@ -21,10 +21,9 @@ from jetson_ft.webui.limits import costly
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.security import AccessMiddleware, AccessPolicy
 from jetson_ft.webui.tabs import chat, device, train
+from jetson_ft.webui.theme import head, theme
 
 _MAX_QUEUED = 32  # calls of Gradio that wait, each with up to a megabyte; others get 503
-_SCRIPTS = """<link rel="stylesheet" href="/static/page.css">
-<script src="/static/page.js" defer></script>"""
 
 # What Gradio's script requests. Its other routes serve files, forward requests to any address, or
 # start functions past the queue.
@@ -42,12 +41,6 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
     app.add_exception_handler(UserError, api.error_response)
     app.mount("/static", StaticFiles(directory=Path(__file__).with_name("static")))
     client, doctor = ChatClient(runs, costly), device.Doctor(runs)
-    # Fonts of the browser's machine: web fonts would need a network.
-    theme = gr.themes.Base(
-        primary_hue="green",
-        font=["system-ui", "Noto Sans CJK SC", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-    )
     for language in i18n.languages():
         blocks = _build(Locale(language), runs, client, doctor, policy.allowed)
         blocks.has_launched = True  # Gradio checks the paths in requests only then
@@ -58,7 +51,7 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
         queue.max_size = _MAX_QUEUED
         queue.sleep_when_free, queue.progress_update_sleep_when_free = 0.05, 0.1
         gr.mount_gradio_app(
-            app, blocks, f"/{language}", theme=theme, head=_SCRIPTS, footer_links=[],
+            app, blocks, f"/{language}", theme=theme(), head=head(), footer_links=[],
             run_history=False, show_error=True, max_file_size=policy.upload_bytes,
         )  # fmt: skip
         mount: Any = app.routes[-1]

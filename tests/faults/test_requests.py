@@ -66,7 +66,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TokenPage]:
 
 
 @pytest.mark.promise(17)
-@pytest.mark.parametrize("path", ["/", "/en/", "/healthz", "/en/config", "/static/page.js"])
+@pytest.mark.parametrize("path", ["/", "/en/", "/healthz", "/en/config", "/static/shell.js"])
 def test_foreign_host_gets_400(page: TokenPage, path: str) -> None:
     with page.client() as client:
         for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example"):
@@ -117,7 +117,7 @@ def test_page_on_a_network_needs_the_token_of_the_link(page: TokenPage) -> None:
 @pytest.mark.promise(18)
 def test_no_other_site_can_frame_the_page(page: TokenPage) -> None:
     with page.client() as client:
-        for path in ("/en/", "/live/en/runs", "/static/page.js", "/nothing"):
+        for path in ("/en/", "/live/en/runs", "/static/shell.js", "/nothing"):
             headers = client.get(path).headers
             assert headers["content-security-policy"] == "frame-ancestors 'self'"
             assert headers["x-content-type-options"] == "nosniff"

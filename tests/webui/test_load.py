@@ -17,7 +17,7 @@ from jetson_ft.runs.event_log import EventLog
 
 pytestmark = pytest.mark.slow
 PAGES, SECONDS = 10, 10.0
-REFRESH = 2.5  # seconds, as page.js has it
+REFRESH = 2.5  # seconds, as runs.js has it
 
 
 def open_seconds(served: Served) -> float:
