@@ -1,0 +1,126 @@
+"""The facts of recipes and of this machine for the page, from child processes; results are kept.
+
+A page has one such process at a time: a newer question ends the one of an older question.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from jetson_ft.errors import UserError, _
+from jetson_ft.files import expand_user
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import preview
+from jetson_ft.runs.preview import Machine, RecipeFacts
+from jetson_ft.webui.cli_json import run_json
+
+_MODULE = "jetson_ft.runs.preview"
+_MAX_KEPT = 8  # facts of recipes
+
+
+class ReplacedError(UserError):
+    """The page has asked for something else since."""
+
+
+@dataclass
+class _Question:
+    key: str
+    answer: Future[RecipeFacts] = field(default_factory=Future)
+    process: subprocess.Popen[str] | None = None
+    is_replaced: bool = False
+
+    def start(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        if self.is_replaced:
+            process.kill()
+
+    def replace(self) -> None:
+        self.is_replaced = True
+        if self.process:
+            self.process.kill()
+
+
+class Previews:
+    """Facts of recipes and of this machine."""
+
+    def __init__(self) -> None:
+        self._lock, self._machine_lock = threading.Lock(), threading.Lock()
+        self._kept: OrderedDict[str, RecipeFacts] = OrderedDict()
+        self._open: dict[str, _Question] = {}
+        self._machine: Machine | None = None
+
+    def kept(self, recipe: Recipe, rows: bool = False) -> RecipeFacts | None:
+        """Return what is known of a recipe without a process; with `rows`, only with some rows."""
+        facts = None if rows else preview.known_facts(recipe)
+        with self._lock:
+            return self._kept.get(_key(recipe), facts)
+
+    def facts(self, recipe: Recipe, page: str, rows: bool = False) -> RecipeFacts:
+        """Return the facts of a recipe; read its rows in a process where they are not known.
+
+        Args:
+            page: names the open page.
+            rows: with some rows to look at.
+
+        Raises:
+            ReplacedError: the page asked for another recipe meanwhile.
+            UserError: as `preview.read_facts`.
+        """
+        if facts := self.kept(recipe, rows):
+            return facts
+        key = _key(recipe)
+        with self._lock:
+            question = self._open.get(page)
+            is_new = question is None or question.key != key
+            if question and is_new:
+                question.replace()
+            if question is None or is_new:
+                question = self._open[page] = _Question(key)
+        if is_new:
+            self._answer(question, recipe, page)
+        return question.answer.result()
+
+    def machine(self) -> Machine:
+        """Return this machine; it is measured once."""
+        with self._machine_lock:
+            if self._machine is None:
+                result = run_json(_MODULE, "machine")
+                self._machine = TypeAdapter(Machine).validate_python(result)
+            return self._machine
+
+    def _answer(self, question: _Question, recipe: Recipe, page: str) -> None:
+        try:
+            result = run_json(_MODULE, text=recipe.to_yaml(), started=question.start)
+            facts = TypeAdapter(RecipeFacts).validate_python(result)
+            with self._lock:
+                self._kept[question.key] = facts
+                if len(self._kept) > _MAX_KEPT:
+                    self._kept.popitem(last=False)
+            question.answer.set_result(facts)
+        except UserError as error:
+            question.answer.set_exception(
+                ReplacedError(_("Replaced.")) if question.is_replaced else error
+            )
+        finally:
+            with self._lock:
+                if self._open.get(page) is question:
+                    del self._open[page]
+
+
+def _key(recipe: Recipe) -> str:
+    """Return what the facts depend on: model, data, and the state of local files."""
+    states: list[Any] = []
+    for item in recipe.data.sources():
+        with suppress(OSError, UserError):  # the reading reports what can't be read
+            status = expand_user(item.source).stat()
+            states.append((status.st_mtime_ns, status.st_size))
+    data = recipe.data.model_dump(exclude={"on_invalid", "heldout"})
+    return repr((recipe.model, data, states))
