@@ -31,6 +31,7 @@ from jetson_ft.training.planner import Plan
 THIS_MACHINE = "this machine"
 _ANY_WEIGHTS = WeightFormat("bf16")  # `forecast_device` puts the device's own in its place
 
+
 @dataclass(frozen=True)
 class DeviceForecast:
     """A device and the plan that fits it."""

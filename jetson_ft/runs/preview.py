@@ -7,6 +7,7 @@ settings of LoRA, training and memory are.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,8 @@ from jetson_ft.hardware import detect
 from jetson_ft.hardware.detect import Device
 from jetson_ft.models import catalog, files
 from jetson_ft.models.dims import ModelDims
+from jetson_ft.models.files import BaseModelFiles
+from jetson_ft.models.loading import weight_format
 from jetson_ft.recipe import Recipe, parse_recipe
 from jetson_ft.runs import forecast
 from jetson_ft.runs.forecast import THIS_MACHINE, DeviceForecast
@@ -108,20 +111,19 @@ def read_facts(recipe: Recipe) -> RecipeFacts:
     Raises:
         UserError: the rows, the model or its tokenizer can't be used.
     """
-    dims, base = catalog.known_dims(recipe.model), None
+    dims = catalog.known_dims(recipe.model)
+    base: BaseModelFiles | None
     try:
         base = files.resolve_model(recipe.model, weights=False)
-    except UserError:
+        dims = dims or catalog.model_dims(base)
+    except UserError:  # of a known model on the Hub nothing is needed
         if dims is None or not files.is_hub_id(recipe.model):
             raise
         base = forecast.files_here(recipe.model)
-    dims = dims or catalog.model_dims(base)
     if base and (base.gguf_file or files.has_tokenizer(base.folder)):
         inspection = inspect_data(recipe.data, recipe.model, SAMPLES, base)
     else:
-        inspection = inspect_without_tokenizer(
-            recipe.data, recipe.model, dims.vocabulary, SAMPLES
-        )
+        inspection = inspect_without_tokenizer(recipe.data, recipe.model, dims.vocabulary, SAMPLES)
     is_estimate = not inspection.tokens
     return RecipeFacts(dims, inspection.histogram, is_estimate, asdict(inspection))
 
@@ -151,7 +153,7 @@ def plan_recipe(recipe: Recipe, facts: RecipeFacts, machine: Machine) -> RecipeP
     # A CPU has no fast fp16.
     flops = machine.flops.get(device.precision(recipe.precision), machine.flops["fp32"])
     result = forecast.forecast_device(THIS_MACHINE, recipe, workload, device, flops)
-    workload = replace(workload, weights=forecast.weight_format(recipe, device))
+    workload = replace(workload, weights=weight_format(recipe, device))
     recomputes = bool(result.plan and result.plan.checkpointing)
     tokens, steps = cost_model.predict_tokens(workload, device.kind, flops, recomputes)
     return RecipePlan(
@@ -171,13 +173,14 @@ def require_fit(recipe: Recipe, facts: RecipeFacts, machine: Machine) -> None:
     """Raise the `UserError` with which a run that does not fit would end."""
     workload = forecast.workload_of(recipe, facts.dims, facts.lengths)
     device = machine.with_free_memory()
-    workload = replace(workload, weights=forecast.weight_format(recipe, device))
+    workload = replace(workload, weights=weight_format(recipe, device))
     planner.choose_plan(workload, device, machine.flops["fp32"])
 
 
 def main() -> None:
     """Print the facts of the recipe on standard input as JSON; with `machine`, this machine."""
     end_with_parent()
+    gc.disable()  # a quarter of the time is spent on the objects of libraries, which all stay
     try:
         if sys.argv[1:] == ["machine"]:
             result: Any = asdict(measure_machine())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from jetson_ft.child_process import PARENT_PROCESS, python_module
@@ -29,6 +30,7 @@ def run_json(
     *arguments: str,
     text: str = "",
     started: Callable[[subprocess.Popen[str]], None] = lambda _process: None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Run a module with these arguments; return the object that it prints.
 
@@ -37,18 +39,19 @@ def run_json(
     Args:
         text: its standard input.
         started: gets the process, to end it early.
+        environment: variables besides this process's own.
 
     Raises:
         BusyError: as many such processes run as may.
         UserError: the program's own error, or its output to stderr where it printed no object.
     """
     command = python_module(module, *arguments)
-    environment = {**os.environ, PARENT_PROCESS: str(os.getpid())}
+    variables = {**os.environ, **environment, PARENT_PROCESS: str(os.getpid())}
     with (
         costly(),
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", env=environment,
+            text=True, errors="replace", env=variables,
         ) as process,
     ):  # fmt: skip
         started(process)

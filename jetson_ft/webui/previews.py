@@ -23,7 +23,8 @@ from jetson_ft.runs.preview import Machine, RecipeFacts
 from jetson_ft.webui.cli_json import run_json
 
 _MODULE = "jetson_ft.runs.preview"
-_MAX_KEPT = 8  # facts of recipes
+_MAX_KEPT, _MAX_SOURCES = 8, 100  # facts of recipes; what was read of a source
+_MAX_PAGES = 64  # whose questions are counted
 
 
 class ReplacedError(UserError):
@@ -55,28 +56,34 @@ class Previews:
         self._lock, self._machine_lock = threading.Lock(), threading.Lock()
         self._kept: OrderedDict[str, RecipeFacts] = OrderedDict()
         self._open: dict[str, _Question] = {}
+        self._turns: OrderedDict[str, int] = OrderedDict()
+        self.sources: dict[str, dict[str, Any]] = {}  # what was read last, by source
         self._machine: Machine | None = None
 
-    def kept(self, recipe: Recipe, rows: bool = False) -> RecipeFacts | None:
-        """Return what is known of a recipe without a process; with `rows`, only with some rows."""
-        facts = None if rows else preview.known_facts(recipe)
+    def kept(self, recipe: Recipe, with_rows: bool = False) -> RecipeFacts | None:
+        """Return what is known of a recipe without a process."""
         with self._lock:
-            return self._kept.get(_key(recipe), facts)
+            facts = self._kept.get(_key(recipe))
+        return facts or (None if with_rows else preview.known_facts(recipe))
 
-    def facts(self, recipe: Recipe, page: str, rows: bool = False) -> RecipeFacts:
+    def facts(
+        self, recipe: Recipe, page: str, with_rows: bool = False, download: bool = False
+    ) -> RecipeFacts:
         """Return the facts of a recipe; read its rows in a process where they are not known.
 
         Args:
             page: names the open page.
-            rows: with some rows to look at.
+            with_rows: the facts of rows that were read; else built-in ones are enough.
+            download: what is not on this machine; else without a request to the Hub.
 
         Raises:
             ReplacedError: the page asked for another recipe meanwhile.
             UserError: as `preview.read_facts`.
         """
-        if facts := self.kept(recipe, rows):
+        facts = self.kept(recipe, with_rows)
+        if facts and not (download and facts.is_estimate):
             return facts
-        key = _key(recipe)
+        key = _key(recipe) + ("download" if download else "")
         with self._lock:
             question = self._open.get(page)
             is_new = question is None or question.key != key
@@ -85,8 +92,21 @@ class Previews:
             if question is None or is_new:
                 question = self._open[page] = _Question(key)
         if is_new:
-            self._answer(question, recipe, page)
+            self._answer(question, recipe, page, download)
         return question.answer.result()
+
+    def next_turn(self, page: str) -> int:
+        """Return the number of a page's question; `is_newest` compares it later."""
+        with self._lock:
+            turn = self._turns.pop(page, 0) + 1
+            self._turns[page] = turn
+            if len(self._turns) > _MAX_PAGES:
+                self._turns.popitem(last=False)
+            return turn
+
+    def is_newest(self, page: str, turn: int) -> bool:
+        """Return whether the page has asked nothing since."""
+        return self._turns.get(page, turn) == turn
 
     def machine(self) -> Machine:
         """Return this machine; it is measured once."""
@@ -96,12 +116,19 @@ class Previews:
                 self._machine = TypeAdapter(Machine).validate_python(result)
             return self._machine
 
-    def _answer(self, question: _Question, recipe: Recipe, page: str) -> None:
+    def _answer(self, question: _Question, recipe: Recipe, page: str, download: bool) -> None:
+        settings = {} if download else {"HF_HUB_OFFLINE": "1"}
+        key = _key(recipe)
         try:
-            result = run_json(_MODULE, text=recipe.to_yaml(), started=question.start)
+            result = run_json(
+                _MODULE, text=recipe.to_yaml(), started=question.start, environment=settings
+            )
             facts = TypeAdapter(RecipeFacts).validate_python(result)
             with self._lock:
-                self._kept[question.key] = facts
+                self._kept[key] = facts
+                parts = facts.inspection["sources"] if facts.inspection else []
+                newest = {part["name"]: part["read"] for part in parts}
+                self.sources = dict([*self.sources.items()][-_MAX_SOURCES:]) | newest
                 if len(self._kept) > _MAX_KEPT:
                     self._kept.popitem(last=False)
             question.answer.set_result(facts)
@@ -124,3 +151,6 @@ def _key(recipe: Recipe) -> str:
             states.append((status.st_mtime_ns, status.st_size))
     data = recipe.data.model_dump(exclude={"on_invalid", "heldout"})
     return repr((recipe.model, data, states))
+
+
+PREVIEWS = Previews()  # of both languages' pages
