@@ -156,6 +156,33 @@ def detect_device() -> Device:
     )
 
 
+def estimate_device(root: Path = Path("/")) -> Device:
+    """Return this machine as its system and its driver describe it; torch isn't imported.
+
+    It has a GPU where the driver shows one, whether or not the installed torch can use it.
+    """
+    device = detect_cpu()
+    if any((root / node).exists() for node in _JETSON_GPU_NODES):
+        name = device.board or device.name
+        return replace(device, kind="cuda", name=name, integrated=True, fast_bf16=True)
+    if not has_nvidia_driver(root):
+        return device
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+        major, _minor = pynvml.nvmlDeviceGetCudaComputeCapability(gpu)
+        name = str(pynvml.nvmlDeviceGetName(gpu))
+    except pynvml.NVMLError:  # a driver without its library, or without its GPU
+        return device
+    return replace(
+        device, kind="cuda", name=name, memory_total=memory.total,
+        memory_available=memory.free, fast_bf16=major >= 8, memory_limited=False,
+    )  # fmt: skip
+
+
 def measure_flops(kind: str, precision: str) -> float:
     """Return FLOP/s of dense matrix products: the best of a quarter of a second."""
     import torch

@@ -1,1 +1,2 @@
 // The Train tab.
+import "./train_form.js";
