@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -10,9 +11,12 @@ import time
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from jetson_ft.errors import UserError
+from jetson_ft.files import cache_root, read_json, write_json
 from jetson_ft.hardware import cgroup, jetpack
 from jetson_ft.hardware.sensors.sysfs import read_text
 
@@ -184,7 +188,10 @@ def estimate_device(root: Path = Path("/")) -> Device:
 
 
 def measure_flops(kind: str, precision: str) -> float:
-    """Return FLOP/s of dense matrix products: the best of a quarter of a second."""
+    """Return FLOP/s of dense matrix products: the best of a quarter of a second.
+
+    `remembered_flops` returns the result to processes without torch.
+    """
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -198,4 +205,24 @@ def measure_flops(kind: str, precision: str) -> float:
         if kind == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - before)
-    return 2.0 * size**3 / best
+    flops = 2.0 * size**3 / best
+    with contextlib.suppress(UserError, OSError):  # it is for estimates only
+        write_json(_flops_file(), {**_all_remembered(), f"{kind} {precision}": flops})
+    return flops
+
+
+def remembered_flops(kind: str, precision: str) -> float | None:
+    """Return the FLOP/s that `measure_flops` last measured on this machine; None: never."""
+    flops = _all_remembered().get(f"{kind} {precision}")
+    return flops if isinstance(flops, float) and flops > 0 else None
+
+
+def _flops_file() -> Path:
+    return cache_root() / "flops.json"
+
+
+def _all_remembered() -> dict[str, Any]:
+    with contextlib.suppress(UserError):
+        if isinstance(flops := read_json(_flops_file()), dict):
+            return flops
+    return {}

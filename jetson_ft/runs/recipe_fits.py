@@ -1,11 +1,10 @@
 """How the shipped recipes fit on this machine: an estimate that reads no file and loads no torch.
 
-It takes a tenth of a second for all of them. `forecast` has the plan that a run follows.
+It takes a tenth of a second for all of them. `forecast` makes the plan that a run follows.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -28,8 +27,7 @@ class RecipeFit:
     verdict: Literal["fits", "tight", "too_large"]
     peak_memory_bytes: int
     memory_bytes: int  # free for a run
-    seconds: float | None  # with loading and comparison; None: unknown
-    seconds_at_most: bool  # whether `seconds` is a bound, as the machine's own format is faster
+    seconds: float | None  # with loading and comparison; None: this machine's speed is unknown
     download_bytes: int  # of the model; 0: it is on this machine
     needs_download: bool  # of the model or the rows
 
@@ -40,19 +38,17 @@ class RecipeFit:
 def estimate_fits() -> dict[str, RecipeFit]:
     """Return the estimate of every shipped recipe by its name."""
     device = detect.estimate_device()
-    flops = _estimate_flops(device)
     downloaded = set(hub.downloaded_models())
     fits = {}
     for name in recipes.shipped():
         recipe = recipes.load_recipe(name)
-        fits[name] = _estimate(recipe, device, flops, downloaded)
+        fits[name] = _estimate(recipe, device, downloaded)
     return {name: fit for name, fit in fits.items() if fit}
 
 
-def _estimate(
-    recipe: Recipe, device: Device, flops: float | None, downloaded: set[str]
-) -> RecipeFit | None:
+def _estimate(recipe: Recipe, device: Device, downloaded: set[str]) -> RecipeFit | None:
     """Return the estimate; None for a model or rows of which nothing is built in."""
+    flops = _flops(device, device.precision(recipe.precision))
     forecast = forecast_built_in(recipe, device, flops or 1.0)
     if forecast is None:
         return None
@@ -66,7 +62,6 @@ def _estimate(
         peak_memory_bytes=peak,
         memory_bytes=free,
         seconds=seconds,
-        seconds_at_most=device.kind == "cpu" and device.fast_bf16,
         download_bytes=0 if here else catalog.MODELS[recipe.model].file_bytes,
         needs_download=not here or not _has_rows(recipe),
     )
@@ -78,23 +73,15 @@ def _has_rows(recipe: Recipe) -> bool:
     return all("/" not in name or hub.cached_folder(name, "dataset") for name in names)
 
 
-def _estimate_flops(device: Device) -> float | None:
+def _flops(device: Device, precision: str) -> float | None:
     """Return FLOP/s of matrix products; None: unknown.
 
-    A board's are those of the slowest module with as much memory. A processor's are measured with
-    numpy, which knows fp32 alone; with matrix instructions for bf16 torch is faster.
+    They are those that a run or a plan measured here; before the first, a board's are those of the
+    slowest module with as much memory.
     """
-    if device.kind == "cuda":
-        sizes = [gib for gib in BOARD_CLASSES if gib * 2**30 >= device.memory_total]
-        if not device.integrated or not sizes:
-            return None
-        return BOARD_CLASSES[min(sizes)].flops("bf16")
-    import numpy as np
-
-    matrix = np.full((512, 512), 1 / 512, dtype=np.float32)
-    best = float("inf")
-    for _repetition in range(4):  # some 5 ms each; the first one starts the threads
-        before = time.perf_counter()
-        matrix @ matrix
-        best = min(best, time.perf_counter() - before)
-    return 2.0 * 512**3 / best
+    if measured := detect.remembered_flops(device.kind, precision):
+        return measured
+    sizes = [gib for gib in BOARD_CLASSES if gib * 2**30 >= device.memory_total]
+    if device.kind != "cuda" or not device.integrated or not sizes:
+        return None
+    return BOARD_CLASSES[min(sizes)].flops(precision)

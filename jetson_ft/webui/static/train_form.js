@@ -62,14 +62,23 @@ function dataNames() {
   return names.split(/[,，\n]/).map((name) => name.trim().split("/").pop()).filter(Boolean).join(", ");
 }
 
-// The page's load: the fields' values come as they are; those of the draft go back.
-function formLoad(...now) {
+// Once, when the tab is drawn: the fields' values come as they are; those of the draft go back.
+function formLoad(fits, loaded, ...now) {
   form = JSON.parse(document.getElementById("recipes").dataset.form);
+  formFits(fits);
   values = Object.fromEntries(form.order.map((key, place) => [key, now[place]]));
   chosen = recipe(form.first);
   pending = { ...chosen.values, ...readDraft() };
-  return formApply();
+  const result = formApply();
+  formLoaded(loaded);
+  return result;
 }
+
+// Gradio's own event of a load can come before this script, and before the tab is drawn.
+const waiting = setInterval(() => {
+  if (form) clearInterval(waiting);
+  else if (document.getElementById("recipes")) document.getElementById("form-load")?.click();
+}, 50);
 
 function readDraft() {
   try {
@@ -111,7 +120,7 @@ function formChanged(...now) {
 
 // An uploaded recipe, or a run's.
 function formLoaded(text) {
-  if (!text) return;
+  if (!text || !form) return; // `formLoad` gets it
   const { title, values: base } = JSON.parse(text);
   choose({ name: title, title, values: base }, false);
   notice(fill(form.texts.loaded, { title }));
@@ -130,6 +139,7 @@ function formMistakes(text) {
 }
 
 function formFits(text) {
+  if (!form) return; // `formLoad` gets them
   for (const [name, fit] of Object.entries(JSON.parse(text || "{}"))) {
     const card = document.querySelector(`.recipe input[value="${name}"]`)?.closest(".recipe");
     if (!card) continue;
@@ -244,7 +254,7 @@ const isOpen = (group) =>
 async function visit(key) {
   const group = document.getElementById(form.groups[key] ?? "");
   if (group && !isOpen(group)) group.querySelector("button").click();
-  for (let tries = 0; tries < 50 && !block(key); tries += 1) {
+  for (let tries = 0; tries < 50 && group && !block(key)?.offsetParent; tries += 1) {
     await new Promise((done) => setTimeout(done, 20)); // Gradio makes the fields when it unfolds
   }
   draw();

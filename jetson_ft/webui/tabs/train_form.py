@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
@@ -25,6 +26,7 @@ from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, error_html
 
+HTML = partial(gr.HTML, apply_default_css=False, padding=False)
 FIRST = "quickstart-zh"  # the recipe of a form that nobody has touched
 DATA = "data.train"
 # Without `output_dir`: the page's own folder of runs is used.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from functools import lru_cache
 from typing import Any
@@ -17,7 +16,7 @@ from jetson_ft.runs.recipe_fits import RecipeFit
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.tabs import train_settings
-from jetson_ft.webui.tabs.train_form import FIELDS, FIRST, Form, form_values
+from jetson_ft.webui.tabs.train_form import FIELDS, FIRST, HTML, Form, form_values
 
 # The others are folded.
 SHOWN = (
@@ -27,8 +26,8 @@ _VERDICTS = {"fits": _("fits"), "tight": _("tight"), "too_large": _("won't fit")
 _FITS_SECONDS = 60  # for which an estimate is kept
 
 
-def build(t: Locale, page: Any) -> Any:
-    """Add the cards; return the hidden box with the chosen recipe's name."""
+def build(t: Locale, page: Any) -> tuple[Any, Any]:
+    """Add the cards; return hidden boxes: the chosen recipe's name, and how all of them fit."""
     values = {name: form_values(recipes.load_recipe(name)) for name in recipes.shipped()}
     cards = {name: _card(name, values[name]["model"], t) for name in values}
     description = {
@@ -51,17 +50,15 @@ def build(t: Locale, page: Any) -> Any:
             }.items()
         },
     }
-    gr.HTML(
+    HTML(
         render(
             "goal.jinja", t, form=description, shown=[cards[name] for name in SHOWN],
             more=[card for name, card in cards.items() if name not in SHOWN],
         ),
-        apply_default_css=False,
     )  # fmt: skip
     fits = gr.Textbox(visible="hidden")
     page.load(lambda: _fits_text(t), None, fits, show_progress="hidden")
-    fits.change(None, fits, None, js="text => jetsonFt.formFits(text)")
-    return gr.Textbox(FIRST, visible="hidden", elem_id="recipe-name")
+    return gr.Textbox(FIRST, visible="hidden", elem_id="recipe-name"), fits
 
 
 def _card(name: str, model: str, t: Locale) -> dict[str, str]:
@@ -71,7 +68,7 @@ def _card(name: str, model: str, t: Locale) -> dict[str, str]:
     )
     parameters = catalog.MODELS[model].dims.parameters / 1e9
     size = t(_("{model} · {parameters:.1f} B"), model=_short(model), parameters=parameters)
-    return {"name": name, "title": title, "text": text, "model": size}
+    return {"name": name, "title": title, "text": text[0].upper() + text[1:], "model": size}
 
 
 def _short(model: str) -> str:
@@ -106,8 +103,7 @@ def _fit(fit: RecipeFit, t: Locale) -> dict[str, str]:
     )  # fmt: skip
     duration = ""
     if fit.seconds:
-        text = _("at most {time}") if fit.seconds_at_most else _("about {time}")
-        duration = t(text, time=_rough(fit.seconds))
+        duration = t(_("about {time}"), time=_rough(fit.seconds))
     return {"style": style, "badge": badge, "memory": memory, "time": duration}
 
 

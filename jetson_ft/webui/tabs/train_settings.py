@@ -9,21 +9,22 @@ from typing import Any, Literal, get_args, get_origin
 from jetson_ft import hub
 from jetson_ft.errors import _
 from jetson_ft.models import catalog
+from jetson_ft.models.embedded import NAME
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
-from jetson_ft.webui.tabs.train_form import DATA, FIELDS, element_id, is_number
+from jetson_ft.webui.tabs.train_form import DATA, FIELDS, HTML, element_id, is_number
 
-MODEL = ("model", "quantize")
+MODEL = ("model", "quantize", "precision")
 ESSENTIAL = ("train.max_minutes", "train.epochs", "lora.rank", "train.learning_rate")
 # Group -> its title, and the first parts of the keys in it, or whole keys.
 _GROUPS = {
-    "data": (_("Data"), ("data",)),
-    "lora": (_("LoRA"), ("lora",)),
-    "training": (_("Training"), ("train",)),
+    "data": (_("Data"), ("data")),
+    "lora": (_("LoRA"), ("lora")),
+    "training": (_("Training"), ("train")),
     "evaluation": (_("Evaluation"), ("eval", "train.eval_every", "train.early_stopping_patience")),
     "device": (
         _("Device"),
-        ("precision", "double_quantize", "train.max_memory_gb", "train.on_oom", "device", "run"),
+        ("double_quantize", "train.max_memory_gb", "train.on_oom", "device", "run"),
     ),
 }
 # The end of a help's first sentence: what an empty field means.
@@ -54,7 +55,7 @@ def build_model(fields: dict[str, Any]) -> None:
 
 def build_settings(t: Locale, fields: dict[str, Any]) -> None:
     """Add the essential settings, and the others folded by group."""
-    gr.HTML(f"<style>{_key_styles()}</style>", apply_default_css=False)
+    HTML(f"<style>{_key_styles()}</style>")
     with gr.Row(elem_classes="fields"):
         for key in ESSENTIAL:
             fields[key].render()
@@ -107,12 +108,9 @@ def _models(t: Locale) -> list[tuple[str, str]]:
     downloaded = hub.downloaded_models()
     choices = []
     for name, model in catalog.MODELS.items():
-        size = t(
-            _("{parameters:.1f} B · {size:.1f} GB · {licence}"),
-            parameters=model.dims.parameters / 1e9, size=model.file_bytes / 1e9,
-            licence=model.licence,
-        )  # fmt: skip
+        size = t(_("{size:.1f} GB · {licence}"), size=model.file_bytes / 1e9, licence=model.licence)
         place = _("on this machine") if name in ("embedded", *downloaded) else _("download")
-        choices.append((f"{name} · {size} · {t(place)}", name))
+        title = f"{name} ({NAME})" if name == "embedded" else name
+        choices.append((f"{title} · {size} · {t(place)}", name))
     others = [name for name in downloaded if name not in catalog.MODELS]
     return [*choices, *((f"{name} · {t(_('on this machine'))}", name) for name in others)]
