@@ -7,7 +7,7 @@ What a recipe does is not here. Start with `schema.Recipe`.
 """
 
 from jetson_ft.recipe.data_schema import DataRecipe, Layout, SourceRecipe
-from jetson_ft.recipe.parse import load_recipe, parse_recipe, shipped
+from jetson_ft.recipe.parse import load_recipe, parse_recipe, shipped, summary
 from jetson_ft.recipe.schema import (
     LoraRecipe,
     Quantization,
@@ -31,5 +31,6 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
     "shipped",
+    "summary",
     "type_name",
 ]

@@ -53,6 +53,12 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
+def summary(path: Path) -> str:
+    """Return a recipe's first line, a comment: its title, a colon, and what it does."""
+    with disk_errors(path), open(path, encoding="utf-8") as file:
+        return file.readline().lstrip("# ").rstrip()
+
+
 def parse_recipe(text: str, where: str = "", overrides: Iterable[str] = ()) -> Recipe:
     """Return the recipe of a YAML text; `where` is the file's name for error messages.
 

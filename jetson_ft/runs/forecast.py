@@ -268,6 +268,18 @@ def forecast_models() -> tuple[Recipe, list[ModelForecast]]:
     return job, forecasts
 
 
+def forecast_built_in(recipe: Recipe, device: Device, flops: float) -> DeviceForecast | None:
+    """Plan a recipe by built-in dimensions and lengths alone; None where there are none of them."""
+    dims, data = catalog.known_dims(recipe.model), recipe.data.train
+    rows = None
+    if dims and isinstance(data, str):
+        counted = lengths.KNOWN_LENGTHS.get((data, recipe.model))
+        rows = counted or _scaled_lengths(data, dims.vocabulary)
+    if not dims or not rows:
+        return None
+    return _forecast(THIS_MACHINE, recipe, _workload(recipe, dims, rows), device, flops)
+
+
 def _largest_format(workload: Workload, device: Device) -> dict[str, Any] | None:
     """Return the first weight format that fits of bf16, int8 and nf4."""
     budget = planner.memory_budget(workload, device)

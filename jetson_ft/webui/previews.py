@@ -80,20 +80,28 @@ class Previews:
             ReplacedError: the page asked for another recipe meanwhile.
             UserError: as `preview.read_facts`.
         """
-        facts = self.kept(recipe, with_rows)
-        if facts and not (download and facts.is_estimate):
-            return facts
-        key = _key(recipe) + ("download" if download else "")
+        while True:
+            facts = self.kept(recipe, with_rows)
+            if facts and not (download and facts.is_estimate):
+                return facts
+            question, is_new = self._join(_key(recipe) + ("download" if download else ""), page)
+            if is_new:
+                self._answer(question, recipe, page, download)
+                return question.answer.result()
+            with suppress(ReplacedError):  # by another page: ask again
+                return question.answer.result()
+
+    def _join(self, key: str, page: str) -> tuple[_Question, bool]:
+        """Return the open question for the key, and whether it is a new one of this page."""
         with self._lock:
-            question = self._open.get(page)
-            is_new = question is None or question.key != key
-            if question and is_new:
-                question.replace()
-            if question is None or is_new:
-                question = self._open[page] = _Question(key)
-        if is_new:
-            self._answer(question, recipe, page, download)
-        return question.answer.result()
+            own = self._open.get(page)
+            if own and own.key != key:
+                own.replace()
+            for question in self._open.values():
+                if question.key == key and not question.is_replaced:
+                    return question, False
+            self._open[page] = _Question(key)
+            return self._open[page], True
 
     def next_turn(self, page: str) -> int:
         """Return the number of a page's question; `is_newest` compares it later."""

@@ -27,7 +27,7 @@ from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.previews import PREVIEWS, ReplacedError
 from jetson_ft.webui.render import Locale, error_html, render
 from jetson_ft.webui.tabs.train_errors import complaint
-from jetson_ft.webui.tabs.train_form import DATA, FIRST, Form, text_of
+from jetson_ft.webui.tabs.train_form import DATA, FIRST, HTML, Form, text_of
 
 # What people call the bundled sets.
 NAMES = {
@@ -62,13 +62,14 @@ def build(t: Locale, runs: Path, allowed: AllowedPaths, form: Form, fields: dict
             placeholder="owner/name, /home/me/rows.jsonl", max_lines=1,
         )  # fmt: skip
         add = gr.Button(t(_("Add")), scale=1, min_width=96, elem_id="data-add")
-    listed = gr.HTML(chips, apply_default_css=False, elem_id="data-sources")
+    listed = HTML(chips, elem_id="data-sources")
     look = gr.Button(t(_("Look at the rows")), size="sm", elem_id="data-look")
-    rows = gr.HTML(apply_default_css=False, elem_id="data-rows")
-    action = gr.Textbox(visible="hidden", elem_id="data-action")  # of the list, see train.js
+    rows = HTML(elem_id="data-rows")
+    sent = gr.Textbox(visible="hidden")  # its value comes from static/train_side.js
+    action = gr.Button(visible="hidden", elem_id="data-action")
     parts = [bundled_part, files_part, name_part]
 
-    value = fields[DATA]
+    value, js = fields[DATA], "(...values) => window.jetsonFt.withSent(...values)"
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     value.change(data.redraw, value, [switch, sets, listed, *parts], **quiet)
     switch.input(data.show_part, switch, parts, **quiet)
@@ -76,7 +77,7 @@ def build(t: Locale, runs: Path, allowed: AllowedPaths, form: Form, fields: dict
         sets.input(lambda name: name, sets, value, **quiet),
         upload.upload(data.add_files, [upload, value], [value, upload]),
         gr.on([add.click, source.submit], data.add_name, [source, value], [value, source], **quiet),
-        action.input(data.act, [action, value], value, **quiet),
+        action.click(data.act, [sent, value], value, js=js, **quiet),
     )
     inputs, shown = [*fields.values()], [rows, listed]
     reading: dict[str, Any] = {**quiet, "concurrency_limit": 8}

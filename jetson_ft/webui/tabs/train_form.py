@@ -11,13 +11,14 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from jetson_ft import recipe as recipes
-from jetson_ft.errors import RecipeError, UserError
+from jetson_ft.errors import Problem, RecipeError, UserError, _
 from jetson_ft.files import quoted
 from jetson_ft.recipe import Recipe, strict_yaml
 from jetson_ft.runs import store
@@ -25,6 +26,7 @@ from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, error_html
 
+HTML = partial(gr.HTML, apply_default_css=False, padding=False)
 FIRST = "quickstart-zh"  # the recipe of a form that nobody has touched
 DATA = "data.train"
 # Without `output_dir`: the page's own folder of runs is used.
@@ -65,9 +67,14 @@ class Form:
         their groups and moves the focus to the first: after Start, not while somebody types.
         """
         problems = error.problems if error else []
-        texts = {problem.key.partition("[")[0]: self.t(problem.message) for problem in problems}
+        texts = {problem.key.partition("[")[0]: self._in_words(problem) for problem in problems}
         # The time: a box with the same value as before has no event.
         return [json.dumps({"mistakes": texts, "focus": focus, "at": time.time()})]
+
+    def _in_words(self, problem: Problem) -> str:
+        """Return a mistake's text in the form's words: without the key, or null for empty."""
+        text = self.t(problem.reason or problem.message).replace("`", "")
+        return re.sub(r"\bnull\b", self.t(_("empty")), text)
 
     def updates(self, recipe: Recipe) -> list[Any]:
         """Return the update of every field for a recipe."""
@@ -95,6 +102,11 @@ class Form:
             except UserError as error:
                 return [error_html(error, self.t), "", tabs]
         return ["", "", gr.Tabs(selected="runs") if query.get("run") else gr.skip()]
+
+
+def element_id(key: str) -> str:
+    """Return the id of a key's field in the page."""
+    return f"field-{key.replace('.', '-')}"
 
 
 def loaded(title: str, recipe: Recipe) -> str:

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any, Literal, get_args, get_origin
 
+from jetson_ft import hub
 from jetson_ft.errors import _
+from jetson_ft.models import catalog
+from jetson_ft.models.embedded import NAME
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
-from jetson_ft.webui.tabs.train_form import DATA, FIELDS, is_number
+from jetson_ft.webui.tabs.train_form import DATA, FIELDS, HTML, element_id, is_number
 
-MODEL = ("model", "quantize")
+MODEL = ("model", "quantize", "precision")
 ESSENTIAL = ("train.max_minutes", "train.epochs", "lora.rank", "train.learning_rate")
-# Title -> the first parts of the keys in it, or whole keys.
-GROUPS = {
-    _("Data"): ("data",),
-    _("LoRA"): ("lora",),
-    _("Training"): ("train",),
-    _("Evaluation"): ("eval",),
-    _("Device"): ("precision", "double_quantize", "device", "run"),
+# Group -> its title, and the first parts of the keys in it, or whole keys.
+_GROUPS = {
+    "data": (_("Data"), ("data")),
+    "lora": (_("LoRA"), ("lora")),
+    "training": (_("Training"), ("train")),
+    "evaluation": (_("Evaluation"), ("eval", "train.eval_every", "train.early_stopping_patience")),
+    "device": (
+        _("Device"),
+        ("double_quantize", "train.max_memory_gb", "train.on_oom", "device", "run"),
+    ),
 }
+# The end of a help's first sentence: what an empty field means.
+_EMPTY = re.compile(r"[;；]\s*null[:：]\s*([^.。;；]+)")
+
+
+def group_ids() -> dict[str, str]:
+    """Return the element of the group that each folded key is in."""
+    ids = {}
+    for name, (_title, starts) in reversed(_GROUPS.items()):
+        for key in FIELDS:
+            if key not in ids and (key in starts or key.partition(".")[0] in starts):
+                ids[key] = f"group-{name}"
+    return {key: name for key, name in ids.items() if key not in (*MODEL, *ESSENTIAL, DATA)}
 
 
 def components(t: Locale, values: dict[str, Any]) -> dict[str, Any]:
@@ -26,33 +46,71 @@ def components(t: Locale, values: dict[str, Any]) -> dict[str, Any]:
     return {key: _component(key, values[key], t) for key in FIELDS if key != DATA}
 
 
+def build_model(fields: dict[str, Any]) -> None:
+    """Add the choice of the model and of its weights' format."""
+    with gr.Row(elem_classes="fields model"):
+        for key in MODEL:
+            fields[key].render()
+
+
 def build_settings(t: Locale, fields: dict[str, Any]) -> None:
     """Add the essential settings, and the others folded by group."""
+    HTML(f"<style>{_key_styles()}</style>")
     with gr.Row(elem_classes="fields"):
         for key in ESSENTIAL:
             fields[key].render()
-    for title, starts in GROUPS.items():
-        keys = [key for key in FIELDS if key not in (*MODEL, *ESSENTIAL, DATA)
-                and (key in starts or key.partition(".")[0] in starts)]  # fmt: skip
+    ids = group_ids()
+    for name, (title, _starts) in _GROUPS.items():
         with (
-            gr.Accordion(t(title), open=False, elem_id=f"group-{starts[0]}"),
+            gr.Accordion(t(title), open=False, elem_id=f"group-{name}", elem_classes="group"),
             gr.Row(elem_classes="fields"),
         ):
-            for key in keys:
-                fields[key].render()
+            for key, group in ids.items():
+                if group == f"group-{name}":
+                    fields[key].render()
+
+
+def _key_styles() -> str:
+    """Return the rules that show each field's key beside its label."""
+    places = "#{0} [data-testid=block-info]::after,#{0} .label-text::after"
+    return "".join(f'{places.format(element_id(key))}{{content:"{key}"}}' for key in FIELDS)
 
 
 def _component(key: str, value: Any, t: Locale) -> Any:
     """Return the component for a field's type; a text box where several types are possible."""
     field = FIELDS[key]
+    text = t(field.description)
+    empty = _EMPTY.search(text)
+    text = _EMPTY.sub("", text, count=1)
     options = {
-        "value": value, "label": field.title or key, "info": t(field.description), "min_width": 220,
-        "elem_id": f"field-{key.replace('.', '-')}", "render": False,
+        "value": value, "label": t(field.title), "min_width": 140, "elem_id": element_id(key),
+        "info": re.split(r"(?<=[.。]) |(?<=。)", text)[0], "render": False,
     }  # fmt: skip
+    placeholder = empty[1].replace("`", "") if empty else None
     if field.annotation is bool:
         return gr.Checkbox(**options)
+    if key == "model":
+        return gr.Dropdown(_models(t), allow_custom_value=True, **options)
     if get_origin(field.annotation) is Literal:
-        return gr.Dropdown([*get_args(field.annotation)], **options)
+        return gr.Dropdown([*get_args(field.annotation)], filterable=False, **options)
     if is_number(field.annotation):
-        return gr.Number(**options)
-    return gr.Textbox(**options)
+        return gr.Number(placeholder=placeholder, step=_step(value), **options)
+    return gr.Textbox(placeholder=placeholder, max_lines=1, **options)
+
+
+def _step(value: Any) -> float:
+    """Return by how much an arrow key changes a number: a tenth of its size, or one."""
+    return 10.0 ** math.floor(math.log10(value) - 1) if value and value < 1 else 1
+
+
+def _models(t: Locale) -> list[tuple[str, str]]:
+    """Return (label, name) of the known models, and of those that are on this machine."""
+    downloaded = hub.downloaded_models()
+    choices = []
+    for name, model in catalog.MODELS.items():
+        size = t(_("{size:.1f} GB · {licence}"), size=model.file_bytes / 1e9, licence=model.licence)
+        place = _("on this machine") if name in ("embedded", *downloaded) else _("download")
+        title = f"{name} ({NAME})" if name == "embedded" else name
+        choices.append((f"{title} · {size} · {t(place)}", name))
+    others = [name for name in downloaded if name not in catalog.MODELS]
+    return [*choices, *((f"{name} · {t(_('on this machine'))}", name) for name in others)]

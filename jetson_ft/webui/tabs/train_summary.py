@@ -1,6 +1,6 @@
 """Train tab, the right column: what the run will need, the command that starts it, and Start.
 
-The plan is worked out by itself after each change (static/train.js waits for the last of them)
+The plan is worked out by itself after each change (static/train_side.js waits for the last of them)
 unless a run is training: then memory is in use, and a button asks for it.
 """
 
@@ -22,7 +22,7 @@ from jetson_ft.webui.limits import BusyError
 from jetson_ft.webui.previews import PREVIEWS, ReplacedError
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.tabs.train_errors import complaint, is_settings, remedy_title
-from jetson_ft.webui.tabs.train_form import FIELDS, Form, command_of
+from jetson_ft.webui.tabs.train_form import FIELDS, HTML, Form, command_of
 
 # The parts of the predicted memory, as people call them; those of the program itself are one.
 PARTS = {
@@ -38,16 +38,17 @@ PARTS = {
 def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -> None:
     """Add the column's components."""
     summary = Summary(t, form)
-    plan = gr.HTML(render("plan.jinja", t), apply_default_css=False, elem_id="plan")
-    outcome = gr.HTML(apply_default_css=False, elem_id="start-outcome")
+    plan = HTML(render("plan.jinja", t), elem_id="plan", elem_classes="stale")
+    outcome = HTML(elem_id="start-outcome")
     start = gr.Button(t(_("Start")), variant="primary", elem_id="start")
     initial = recipes.load_recipe(name.value)
     initial.output_dir = str(form.runs.absolute())
-    command = gr.HTML(summary.command_html(initial, name.value), apply_default_css=False)
+    command = HTML(summary.command_html(initial, name.value))
     # In the request, unlike a `gr.State`: the same request sent twice has the same ticket.
     ticket = gr.Textbox(lambda: uuid.uuid4().hex, visible="hidden")
     started = gr.Textbox(visible="hidden")
-    remedy = gr.Textbox(visible="hidden", elem_id="remedy")
+    sent = gr.Textbox(visible="hidden")  # its value comes from static/train_side.js
+    remedy = gr.Button(visible="hidden", elem_id="apply-settings")
     by_itself = gr.Button(visible="hidden", elem_id="plan-by-itself")
     by_hand = gr.Button(visible="hidden", elem_id="plan-by-hand")
 
@@ -62,8 +63,9 @@ def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -
         button.click(
             function, inputs, [plan, form.marks], trigger_mode="multiple", concurrency_limit=8,
             **quiet,
-        )  # fmt: skip
-    remedy.input(summary.apply, [remedy, *inputs], inputs, **quiet)
+        ).then(None, js="() => window.jetsonFt.planned()")  # fmt: skip
+    js = "(...values) => window.jetsonFt.withSent(...values)"
+    remedy.click(summary.apply, [sent, *inputs], inputs, js=js, **quiet)
     start.click(
         summary.start, [ticket, name, *inputs], [outcome, started, ticket, form.marks],
         concurrency_limit=4, show_progress="minimal", show_progress_on=outcome,
@@ -146,7 +148,7 @@ class Summary:
 
     def apply(self, settings: str, *values: Any) -> list[Any]:
         """Return updates of the fields that `KEY: VALUE, KEY: VALUE` sets."""
-        pairs = [part.partition(": ")[::2] for part in settings.splitlines()[0].split(", ")]
+        pairs = [part.partition(": ")[::2] for part in settings.split(", ")]
         try:
             if any(key not in FIELDS for key, _value in pairs):
                 raise RecipeError([], "")
