@@ -274,10 +274,10 @@ def forecast_built_in(recipe: Recipe, device: Device, flops: float) -> DeviceFor
     rows = None
     if dims and isinstance(data, str):
         counted = lengths.KNOWN_LENGTHS.get((data, recipe.model))
-        rows = counted or _scaled_lengths(data, dims.vocabulary)
+        rows = counted or scaled_lengths(data, dims.vocabulary)
     if not dims or not rows:
         return None
-    return _forecast(THIS_MACHINE, recipe, _workload(recipe, dims, rows), device, flops)
+    return forecast_device(THIS_MACHINE, recipe, workload_of(recipe, dims, rows), device, flops)
 
 
 def _largest_format(workload: Workload, device: Device) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ from jetson_ft.runs.inspection import inspect_data, inspect_without_tokenizer
 from jetson_ft.training import cost_model, planner
 
 SAMPLES = 25  # rows to look at
+_PRECISIONS = "bf16", "fp32"  # fp16 is as fast as bf16 where it is of use
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,9 @@ class Machine:
     flops: dict[str, float]  # FLOP/s by precision
 
     def with_free_memory(self) -> Device:
-        """Return the device with the memory that is free now; a GPU's own is not read again."""
-        if not self.device.shares_memory:
-            return self.device
-        return replace(self.device, memory_available=detect.detect_cpu().memory_available)
+        """Return the device with the memory that is free now."""
+        now = detect.detect_cpu() if self.device.shares_memory else detect.estimate_device()
+        return replace(self.device, memory_available=now.memory_available)
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,15 @@ def known_facts(recipe: Recipe) -> RecipeFacts | None:
     return RecipeFacts(dims, scaled, is_estimate=True) if scaled else None
 
 
-def missing_downloads(recipe: Recipe) -> list[str]:
-    """Return the names of the recipe's model and data sets that are not on this machine yet."""
+def missing_downloads(recipe: Recipe, for_facts: bool = False) -> list[str]:
+    """Return the names of the recipe's model and data sets that are not on this machine yet.
+
+    Args:
+        for_facts: without a model whose dimensions are built in.
+    """
     missing = []
-    if files.is_hub_id(recipe.model) and not hub.cached_folder(recipe.model, "model"):
+    is_built_in = for_facts and catalog.known_dims(recipe.model) is not None
+    if not is_built_in and files.is_hub_id(recipe.model) and not hub.cached_folder(recipe.model, "model"):
         missing.append(recipe.model)
     for item in recipe.data.sources():
         repo = "/".join(item.source.split("/")[:2])
@@ -131,8 +136,15 @@ def read_facts(recipe: Recipe) -> RecipeFacts:
 def measure_machine() -> Machine:
     """Return this machine; its FLOP/s are measured for a moment. Imports torch."""
     device = detect.detect_device()
-    precisions = ["bf16", "fp32", *(["fp16"] if device.kind == "cuda" else [])]
-    return Machine(device, {name: detect.measure_flops(device.kind, name) for name in precisions})
+    return Machine(device, {name: detect.measure_flops(device.kind, name) for name in _PRECISIONS})
+
+
+def remembered_machine() -> Machine | None:
+    """Return this machine without torch; None if it has a GPU, or was never measured."""
+    device = detect.estimate_device()
+    flops = {name: detect.remembered_flops(device.kind, name) for name in _PRECISIONS}
+    known = {name: rate for name, rate in flops.items() if rate}
+    return Machine(device, known) if device.kind == "cpu" and len(known) == len(flops) else None
 
 
 def check_rows(recipe: Recipe, facts: RecipeFacts) -> None:
@@ -150,8 +162,7 @@ def plan_recipe(recipe: Recipe, facts: RecipeFacts, machine: Machine) -> RecipeP
     check_target_modules(facts.dims, recipe.lora.target_modules)
     workload = forecast.workload_of(recipe, facts.dims, facts.lengths)
     device = machine.with_free_memory()
-    # A CPU has no fast fp16.
-    flops = machine.flops.get(device.precision(recipe.precision), machine.flops["fp32"])
+    flops = machine.flops["fp32" if device.precision(recipe.precision) == "fp32" else "bf16"]
     result = forecast.forecast_device(THIS_MACHINE, recipe, workload, device, flops)
     workload = replace(workload, weights=weight_format(recipe, device))
     recomputes = bool(result.plan and result.plan.checkpointing)

@@ -117,8 +117,10 @@ class Previews:
         return self._turns.get(page, turn) == turn
 
     def machine(self) -> Machine:
-        """Return this machine; it is measured once."""
+        """Return this machine; it is measured once, in a process."""
         with self._machine_lock:
+            if self._machine is None:
+                self._machine = preview.remembered_machine()
             if self._machine is None:
                 result = run_json(_MODULE, "machine")
                 self._machine = TypeAdapter(Machine).validate_python(result)

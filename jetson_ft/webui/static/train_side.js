@@ -16,14 +16,14 @@ function askPlan(button) {
 }
 
 function planSoon() {
-  document.getElementById("plan").classList.add("stale");
+  document.body.dataset.plan = "stale";
   clearTimeout(planTimer);
   planTimer = setTimeout(() => askPlan("plan-by-itself"), PLAN_DELAY);
 }
 
 function planned() {
   plansAsked -= 1;
-  if (!plansAsked && !planTimer) document.getElementById("plan").classList.remove("stale");
+  if (!plansAsked && !planTimer) delete document.body.dataset.plan;
 }
 
 // Clicks a hidden button; its event passes the text to the server in the place of its first input.
@@ -49,7 +49,7 @@ document.addEventListener("click", (event) => {
   const { settings, plan, sourceRemove, rowsTurn } = button.dataset;
   if (settings) send("apply-settings", settings);
   else if (plan !== undefined) {
-    document.getElementById("plan").classList.add("stale");
+    document.body.dataset.plan = "stale";
     askPlan("plan-by-hand");
   } else if (sourceRemove !== undefined) {
     send("data-action", JSON.stringify({ do: "remove", source: +sourceRemove }));

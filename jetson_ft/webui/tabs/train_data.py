@@ -205,7 +205,7 @@ class Data:
     ) -> Iterator[list[Any]]:
         try:
             recipe = self.form.recipe(values)
-            missing = [name for name in missing_downloads(recipe) if name != recipe.model]
+            missing = missing_downloads(recipe, for_facts=True)
             if missing and not download:
                 yield [render("rows.jinja", self.t, missing=missing), gr.skip()]
                 return

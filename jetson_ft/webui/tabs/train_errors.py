@@ -36,19 +36,23 @@ def is_settings(text: str) -> bool:
 
 def remedy_title(settings: str, t: Locale) -> str:
     """Return what a button that applies these settings says."""
-    titles = []
+    if settings == "data.on_invalid: skip":
+        return t(_("Skip the broken rows"))
+    names = []
     for part in settings.split(", "):
         key, _colon, value = part.partition(": ")
-        values = {"value": value, "label": t(FIELDS[key].title or key)}
-        template = {
-            "quantize": _("Use {value}"),
-            "precision": _("Use {value}"),
-            "data.max_length": _("Shorten rows to {value} tokens"),
-            "lora.rank": _("Use rank {value}"),
-            "data.on_invalid": _("Skip the broken rows"),
-        }.get(key, _("{label}: {value}"))
-        titles.append(t(template, **values))
-    return " + ".join(titles)
+        template = _SHORT.get(key, _("{label}: {value}"))
+        names.append(t(template, value=value, label=t(FIELDS[key].title or key)))
+    return t(_("Use {settings}"), settings=" + ".join(names))
+
+
+# What a plan suggests.
+_SHORT = {
+    "quantize": "{value}",
+    "precision": "{value}",
+    "data.max_length": _("rows of at most {value} tokens"),
+    "lora.rank": _("rank {value}"),
+}
 
 
 def _in_words(text: str, t: Locale) -> Markup:

@@ -38,7 +38,7 @@ PARTS = {
 def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -> None:
     """Add the column's components."""
     summary = Summary(t, form)
-    plan = HTML(render("plan.jinja", t), elem_id="plan", elem_classes="stale")
+    plan = HTML(render("plan.jinja", t), elem_id="plan")
     outcome = HTML(elem_id="start-outcome")
     start = gr.Button(t(_("Start")), variant="primary", elem_id="start")
     initial = recipes.load_recipe(name.value)
@@ -61,7 +61,7 @@ def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -
           concurrency_limit=4, **quiet)  # fmt: skip
     for button, function in ((by_itself, summary.plan), (by_hand, summary.plan_now)):
         button.click(
-            function, inputs, [plan, form.marks], trigger_mode="multiple", concurrency_limit=8,
+            function, inputs, [plan, outcome, form.marks], trigger_mode="multiple", concurrency_limit=8,
             **quiet,
         ).then(None, js="() => window.jetsonFt.planned()")  # fmt: skip
     js = "(...values) => window.jetsonFt.withSent(...values)"
@@ -85,9 +85,9 @@ class Summary:
     # --- the plan ------------------------------------------------------------------------------
 
     def plan(self, request: gr.Request, *values: Any) -> list[Any]:
-        """Return the plan's HTML, unless a run is training, and the form's mistakes.
+        """Return the plan's HTML unless a run is training, no outcome, and the form's mistakes.
 
-        Nothing is downloaded. Skips both where the page has asked again meanwhile.
+        Nothing is downloaded. Skips all where the page has asked again meanwhile.
         """
         return self._plan(request.session_hash or "", values, by_hand=False)
 
@@ -96,25 +96,25 @@ class Summary:
         return self._plan(request.session_hash or "", values, by_hand=True)
 
     def _plan(self, page: str, values: Sequence[Any], by_hand: bool) -> list[Any]:
-        turn = PREVIEWS.next_turn(page)
+        turn, skipped = PREVIEWS.next_turn(page), [gr.skip()] * 3
         mistakes = self.form.mistakes(None)
         try:
             html = self._plan_html(self.form.recipe(values), page, by_hand)
         except ReplacedError:
-            return [gr.skip(), gr.skip()]
+            return skipped
         except RecipeError as error:
             html, mistakes = render("plan.jinja", self.t, wrong=True), self.form.mistakes(error)
         except UserError as error:
             html = complaint(error, self.t, self.form.runs)
-        newest = PREVIEWS.is_newest(page, turn)
-        return [html, *mistakes] if newest else [gr.skip(), gr.skip()]
+        return [html, "", *mistakes] if PREVIEWS.is_newest(page, turn) else skipped
 
     def _plan_html(self, recipe: Recipe, page: str, by_hand: bool) -> str:
         is_training = queue.running_run() is not None
         if is_training and not by_hand:
             return render("plan.jinja", self.t, is_training=True)
         facts = PREVIEWS.kept(recipe)
-        if facts is None and not by_hand and (missing := preview.missing_downloads(recipe)):
+        missing = preview.missing_downloads(recipe, for_facts=True)
+        if facts is None and missing and not by_hand:
             return render("plan.jinja", self.t, missing=missing)
         facts = facts or PREVIEWS.facts(recipe, page, download=by_hand)
         preview.check_rows(recipe, facts)
@@ -210,7 +210,8 @@ class Summary:
         is_training = queue.running_run() is not None
         facts = PREVIEWS.kept(recipe)
         with suppress(BusyError, ReplacedError):
-            if facts is None and not is_training and not preview.missing_downloads(recipe):
+            missing = preview.missing_downloads(recipe, for_facts=True)
+            if facts is None and not is_training and not missing:
                 facts = PREVIEWS.facts(recipe, page)
             if facts:
                 preview.check_rows(recipe, facts)
