@@ -48,7 +48,7 @@ class LoraRecipe(Section):
     )
     target_modules: Text | Annotated[list[Text], Field(min_length=1)] = Field(
         "all-linear",
-        title=_("Layers with an adapter"),
+        title=_("Adapted layers"),
         description=_(
             "`all-linear`, or a list of module names (a text may name them with commas between)."
         ),
@@ -65,7 +65,7 @@ class LoraRecipe(Section):
     )
     initial_adapter: Text | None = Field(
         None,
-        title=_("Adapter to start from"),
+        title=_("Initial adapter"),
         description=_(
             "A run's folder, or a folder with a PEFT adapter of the same model, rank and "
             "layers; null: a new adapter."

@@ -13,7 +13,6 @@ from jetson_ft import recipe as recipes
 from jetson_ft.hardware import detect
 from jetson_ft.hardware.boards import BOARD_CLASSES
 from jetson_ft.hardware.detect import Device
-from jetson_ft.models import catalog
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs.forecast import forecast_built_in
 
@@ -28,7 +27,6 @@ class RecipeFit:
     peak_memory_bytes: int
     memory_bytes: int  # free for a run
     seconds: float | None  # with loading and comparison; None: this machine's speed is unknown
-    download_bytes: int  # of the model; 0: it is on this machine
     needs_download: bool  # of the model or the rows
 
     def as_json(self) -> dict[str, Any]:
@@ -56,14 +54,13 @@ def _estimate(recipe: Recipe, device: Device, downloaded: set[str]) -> RecipeFit
     peak = plan.peak_memory_bytes if plan else forecast.least_memory_bytes
     verdict: Literal["fits", "tight"] = "fits" if peak < TIGHT * free else "tight"
     seconds = (plan.seconds or 0) + (plan.other_seconds or 0) if plan and flops else None
-    here = recipe.model == "embedded" or recipe.model in downloaded
+    has_model = recipe.model in ("embedded", *downloaded)
     return RecipeFit(
         verdict=verdict if plan else "too_large",
         peak_memory_bytes=peak,
         memory_bytes=free,
         seconds=seconds,
-        download_bytes=0 if here else catalog.MODELS[recipe.model].file_bytes,
-        needs_download=not here or not _has_rows(recipe),
+        needs_download=not has_model or not _has_rows(recipe),
     )
 
 

@@ -224,7 +224,7 @@ function drawField(key) {
     text = document.createElement("p");
     text.className = "mistake";
     text.id = `${place.id}-mistake`;
-    place.append(text);
+    place.insertBefore(text, place.querySelector(":scope > .reset"));
   }
   if (text.textContent !== message) text.textContent = message;
   input?.setAttribute("aria-invalid", "true");

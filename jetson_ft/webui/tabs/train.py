@@ -36,7 +36,7 @@ def build(t: Locale, runs: Path, page: Any, tabs: Any, allowed: AllowedPaths) ->
                     label = escape(t(_("Start over")))
                     HTML(f'<button type="button" id="start-over" hidden>{label}</button>')
             with _decision(2, t(_("Model")), "model"):
-                train_settings.build_model(fields)
+                train_settings.build_model(t, fields)
             with _decision(3, t(_("Data")), "data"):
                 train_data.build(t, runs, allowed, form, fields)
             with _decision(4, t(_("Settings")), "settings"):

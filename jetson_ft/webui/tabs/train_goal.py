@@ -66,8 +66,10 @@ def _card(name: str, model: str, t: Locale) -> dict[str, str]:
     title, _colon, text = (
         t(recipes.summary(recipes.shipped()[name])).replace("：", ": ").partition(": ")
     )
-    parameters = catalog.MODELS[model].dims.parameters / 1e9
-    size = t(_("{model} · {parameters:.1f} B"), model=_short(model), parameters=parameters)
+    size = t(
+        _("{model} · {size:.1f} GB"), model=_short(model),
+        size=catalog.MODELS[model].file_bytes / 1e9,
+    )  # fmt: skip
     return {"name": name, "title": title, "text": text[0].upper() + text[1:], "model": size}
 
 
@@ -94,9 +96,6 @@ def _fit(fit: RecipeFit, t: Locale) -> dict[str, str]:
     badge = t(_VERDICTS[style])
     if fit.needs_download and style != "too_large":
         style, badge = "download", t(_("needs download"))
-        if fit.download_bytes:
-            size = fit.download_bytes / 1e9
-            badge = t(_("needs download · {size:.1f} GB"), size=size)
     memory = t(
         _("{peak:.1f} of {free:.1f} GiB (estimate)"), peak=fit.peak_memory_bytes / 2**30,
         free=fit.memory_bytes / 2**30,

@@ -46,11 +46,13 @@ def components(t: Locale, values: dict[str, Any]) -> dict[str, Any]:
     return {key: _component(key, values[key], t) for key in FIELDS if key != DATA}
 
 
-def build_model(fields: dict[str, Any]) -> None:
+def build_model(t: Locale, fields: dict[str, Any]) -> None:
     """Add the choice of the model and of its weights' format."""
     with gr.Row(elem_classes="fields model"):
         for key in MODEL:
             fields[key].render()
+    model = fields["model"]
+    model.focus(lambda: gr.Dropdown(choices=_models(t)), None, model, show_progress="hidden")
 
 
 def build_settings(t: Locale, fields: dict[str, Any]) -> None:
@@ -108,9 +110,12 @@ def _models(t: Locale) -> list[tuple[str, str]]:
     downloaded = hub.downloaded_models()
     choices = []
     for name, model in catalog.MODELS.items():
-        size = t(_("{size:.1f} GB · {licence}"), size=model.file_bytes / 1e9, licence=model.licence)
-        place = _("on this machine") if name in ("embedded", *downloaded) else _("download")
+        facts = [f"{model.file_bytes / 1e9:.1f} GB", model.licence]
+        if model.gated:
+            facts.append(t(_("terms to accept")))
+        is_here = name in ("embedded", *downloaded)
+        facts.append(t(_("on this machine")) if is_here else t(_("needs download")))
         title = f"{name} ({NAME})" if name == "embedded" else name
-        choices.append((f"{title} · {size} · {t(place)}", name))
+        choices.append((" · ".join([title, *facts]), name))
     others = [name for name in downloaded if name not in catalog.MODELS]
     return [*choices, *((f"{name} · {t(_('on this machine'))}", name) for name in others)]
