@@ -268,16 +268,27 @@ def forecast_models() -> tuple[Recipe, list[ModelForecast]]:
     return job, forecasts
 
 
+def built_in(recipe: Recipe) -> tuple[ModelDims, LengthHistogram, bool] | None:
+    """Return a model's dimensions, its rows' lengths, and whether these were counted for it.
+
+    None where one of them isn't built in.
+    """
+    dims, data = catalog.known_dims(recipe.model), recipe.data.train
+    if dims is None or not isinstance(data, str):
+        return None
+    if counted := lengths.KNOWN_LENGTHS.get((data, recipe.model)):
+        return dims, counted, True
+    scaled = scaled_lengths(data, dims.vocabulary)
+    return (dims, scaled, False) if scaled else None
+
+
 def forecast_built_in(recipe: Recipe, device: Device, flops: float) -> DeviceForecast | None:
     """Plan a recipe by built-in dimensions and lengths alone; None where there are none of them."""
-    dims, data = catalog.known_dims(recipe.model), recipe.data.train
-    rows = None
-    if dims and isinstance(data, str):
-        counted = lengths.KNOWN_LENGTHS.get((data, recipe.model))
-        rows = counted or scaled_lengths(data, dims.vocabulary)
-    if not dims or not rows:
+    known = built_in(recipe)
+    if known is None:
         return None
-    return forecast_device(THIS_MACHINE, recipe, workload_of(recipe, dims, rows), device, flops)
+    workload = workload_of(recipe, known[0], known[1])
+    return forecast_device(THIS_MACHINE, recipe, workload, device, flops)
 
 
 def _largest_format(workload: Workload, device: Device) -> dict[str, Any] | None:

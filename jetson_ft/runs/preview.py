@@ -17,7 +17,7 @@ from jetson_ft import hub
 from jetson_ft.adapter import check_target_modules
 from jetson_ft.child_process import end_with_parent
 from jetson_ft.data import sources
-from jetson_ft.data.lengths import KNOWN_LENGTHS, LengthHistogram
+from jetson_ft.data.lengths import LengthHistogram
 from jetson_ft.data.report import ReadReport, check_dropped
 from jetson_ft.errors import UserError
 from jetson_ft.files import expand_user
@@ -83,13 +83,8 @@ class RecipePlan:
 
 def known_facts(recipe: Recipe) -> RecipeFacts | None:
     """Return the facts that are known without reading a file; None: files must be read."""
-    dims, train = catalog.known_dims(recipe.model), recipe.data.train
-    if dims is None or not isinstance(train, str):
-        return None
-    if known := KNOWN_LENGTHS.get((train, recipe.model)):
-        return RecipeFacts(dims, known, is_estimate=False)
-    scaled = forecast.scaled_lengths(train, dims.vocabulary)
-    return RecipeFacts(dims, scaled, is_estimate=True) if scaled else None
+    known = forecast.built_in(recipe)
+    return RecipeFacts(known[0], known[1], is_estimate=not known[2]) if known else None
 
 
 def missing_downloads(recipe: Recipe, for_facts: bool = False) -> list[str]:
@@ -99,9 +94,10 @@ def missing_downloads(recipe: Recipe, for_facts: bool = False) -> list[str]:
         for_facts: without a model whose dimensions are built in.
     """
     missing = []
-    is_built_in = for_facts and catalog.known_dims(recipe.model) is not None
-    if not is_built_in and files.is_hub_id(recipe.model) and not hub.cached_folder(recipe.model, "model"):
-        missing.append(recipe.model)
+    model = recipe.model
+    is_built_in = for_facts and catalog.known_dims(model) is not None
+    if not is_built_in and files.is_hub_id(model) and not hub.cached_folder(model, "model"):
+        missing.append(model)
     for item in recipe.data.sources():
         repo = "/".join(item.source.split("/")[:2])
         is_local = item.source in sources.BUNDLED or expand_user(item.source).exists()

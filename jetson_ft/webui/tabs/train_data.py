@@ -22,7 +22,6 @@ from jetson_ft.files import expand_user
 from jetson_ft.recipe import SourceRecipe
 from jetson_ft.runs.preview import missing_downloads
 from jetson_ft.webui import uploads
-from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.previews import PREVIEWS, ReplacedError
 from jetson_ft.webui.render import Locale, error_html, render
@@ -36,9 +35,9 @@ NAMES = {
 }
 
 
-def build(t: Locale, runs: Path, allowed: AllowedPaths, form: Form, fields: dict[str, Any]) -> None:
+def build(t: Locale, runs: Path, form: Form, fields: dict[str, Any]) -> None:
     """Add the widgets that choose the rows, and `fields["data.train"]`."""
-    data = Data(t, runs, allowed, form)
+    data = Data(t, runs, form)
     value = text_of(DATA, recipes.load_recipe(FIRST).data.train)
     kind, bundled, chips = data.draw(value)
     fields[DATA] = gr.Textbox(value, visible="hidden", elem_id="field-data-train")
@@ -92,8 +91,8 @@ _KINDS = {"bundled": _("Bundled"), "files": _("My files"), "name": _("Hub or pat
 class Data:
     """What the widgets do."""
 
-    def __init__(self, t: Locale, runs: Path, allowed: AllowedPaths, form: Form) -> None:
-        self.t, self.runs, self.allowed, self.form = t, runs, allowed, form
+    def __init__(self, t: Locale, runs: Path, form: Form) -> None:
+        self.t, self.runs, self.form = t, runs, form
 
     def title(self, name: str) -> str:
         """Return what people call a bundled set, with its number of rows."""

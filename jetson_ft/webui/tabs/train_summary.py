@@ -61,8 +61,8 @@ def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -
           concurrency_limit=4, **quiet)  # fmt: skip
     for button, function in ((by_itself, summary.plan), (by_hand, summary.plan_now)):
         button.click(
-            function, inputs, [plan, outcome, form.marks], trigger_mode="multiple", concurrency_limit=8,
-            **quiet,
+            function, inputs, [plan, outcome, form.marks], trigger_mode="multiple",
+            concurrency_limit=8, **quiet,
         ).then(None, js="() => window.jetsonFt.planned()")  # fmt: skip
     js = "(...values) => window.jetsonFt.withSent(...values)"
     remedy.click(summary.apply, [sent, *inputs], inputs, js=js, **quiet)

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from jetson_ft.errors import UserError
-from jetson_ft.runs.forecast import dry_run, inspect_data, preview_segments
+from jetson_ft.recipe import DataRecipe
+from jetson_ft.runs.forecast import dry_run
+from jetson_ft.runs.inspection import inspect_data, preview_segments
 from jetson_ft.runs.store import Run
 
 
@@ -41,8 +43,8 @@ def test_preview_marks_answers_as_trained(finished: Run, tiny_phi: Path) -> None
     assert whole.startswith("Human:\n问") and "再问" in whole
 
 
-def inspected(path: Path, model: Path, **options: Any) -> Any:
-    return inspect_data([str(path)], str(model), **options)
+def inspected(path: Path, model: Path, samples: int = 3, **settings: Any) -> Any:
+    return inspect_data(DataRecipe(train=str(path), **settings), str(model), samples)
 
 
 def test_inspected_samples_are_evenly_spread(rows_file: Path, tiny_phi: Path) -> None:
