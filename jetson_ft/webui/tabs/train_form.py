@@ -122,6 +122,10 @@ def command_of(recipe: Recipe, name: str) -> str:
     for _round in range(2):
         changes = recipe.diff(recipes.load_recipe(name, sets))
         sets += [f"{key}={text_of(key, value)}" for key, (value, _default) in changes.items()]
+    for text in [*sets]:  # what follows from the others needs no mention
+        others = [other for other in sets if other != text]
+        if recipes.load_recipe(name, others) == recipe:
+            sets = others
     if Path(recipe.output_dir) == Path("runs").absolute():
         sets.remove(f"output_dir={recipe.output_dir}")  # the command's default
     options = [f"--set {quoted(text)}" for text in sets]
