@@ -38,7 +38,7 @@ def build(t: Locale, runs: Path, page: Any, tabs: Any, allowed: AllowedPaths) ->
             with _decision(2, t(_("Model")), "model"):
                 train_settings.build_model(t, fields)
             with _decision(3, t(_("Data")), "data"):
-                train_data.build(t, runs, allowed, form, fields)
+                train_data.build(t, runs, form, fields)
             with _decision(4, t(_("Settings")), "settings"):
                 train_settings.build_settings(t, fields)
         with gr.Column(scale=2, min_width=320, elem_id="summary"):
