@@ -75,7 +75,7 @@ def build_settings(t: Locale, fields: dict[str, Any]) -> None:
 def _key_styles() -> str:
     """Return the rules that show each field's key beside its label."""
     places = "#{0} [data-testid=block-info]::after,#{0} .label-text::after"
-    return "".join(f'{places.format(element_id(key))}{{content:"{key}"}}' for key in FIELDS)
+    return "".join(f'{places.format(element_id(key))}{{content:"{key}"/""}}' for key in FIELDS)
 
 
 def _component(key: str, value: Any, t: Locale) -> Any:
