@@ -62,7 +62,7 @@ def _in_words(text: str, t: Locale) -> Markup:
         key, equals, value = match[1].removeprefix("--set ").partition("=")
         if key in FIELDS:
             label = t(FIELDS[key].title or key)
-            return str(escape(f"{label}: {value}" if equals else label))
+            return f"<b>{escape(f'{label}: {value}' if equals else label)}</b>"
         return f"<code>{escape(match[1])}</code>"
 
     pieces, end = [], 0
