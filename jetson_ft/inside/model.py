@@ -12,6 +12,7 @@ from jetson_ft.data.chat_template import ANSWER, END, Encoded, encode, encode_pr
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.data.long_texts import token_ids
 from jetson_ft.errors import UserError, _
+from jetson_ft.inference.generate import check_embeddings
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,7 @@ def text_ids(loaded: LoadedModel, text: str, limit: int) -> list[int]:
     ids = token_ids(tokenizer, clean(text))
     if not ids:
         raise UserError(_("The text is empty."), fix=_("Write a few words."))
-    return check_length(loaded, start + ids, limit)
+    return check_ids(loaded, start + ids, limit)
 
 
 def prompt_ids(
@@ -87,7 +88,7 @@ def prompt_ids(
     """
     prompt = encode_prompt(loaded.tokenizer, conversation(question, system))
     reply_ids = token_ids(loaded.tokenizer, clean(reply)) if reply else []
-    return check_length(loaded, prompt + reply_ids, limit)
+    return check_ids(loaded, prompt + reply_ids, limit)
 
 
 def answered(
@@ -103,7 +104,7 @@ def answered(
     # Behind the end token some templates write more, of which nothing is trained on.
     length = max(i for i, role in enumerate(encoded.segments) if role in (ANSWER, END)) + 1
     encoded.ids, encoded.segments = encoded.ids[:length], encoded.segments[:length]
-    check_length(loaded, encoded.ids, limit)
+    check_ids(loaded, encoded.ids, limit)
     return encoded
 
 
@@ -118,14 +119,19 @@ def clean(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def check_length(loaded: LoadedModel, ids: list[int], limit: int) -> list[int]:
-    """Return the ids; raise `UserError` if they are more than `limit` or the model's context."""
+def check_ids(loaded: LoadedModel, ids: list[int], limit: int) -> list[int]:
+    """Return the ids if the model can read them.
+
+    Raises:
+        UserError: they are more than `limit` or the model's context, or one has no embedding.
+    """
     limit = min(limit, loaded.context_length)
     if len(ids) > limit:
         raise UserError(
             _("The text has {tokens:,} tokens, and this view shows {limit:,} at most."),
             fix=_("Shorten it."), tokens=len(ids), limit=limit,
         )  # fmt: skip
+    check_embeddings(loaded.model, loaded.tokenizer, max(ids))
     return ids
 
 

@@ -1,0 +1,88 @@
+"""Views by name: options from outside, JSON, quantized bases, and the chat's process."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inspected_models import load_base, with_adapter
+
+from jetson_ft.chat.client import ChatClient
+from jetson_ft.chat.session import ChatSession
+from jetson_ft.errors import UserError
+from jetson_ft.inside.views import VIEWS, compute_view
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tokens": {"text": "你好", "answer": "好"},
+    "attention": {"text": "你好", "layers": [1], "heads": [0]},
+    "attention_example": {"text": "你好", "layer": 1},
+    "next_token": {"text": "你好", "sampling": {"temperature": 1, "repetition_penalty": 2}},
+    "reply": {"text": "你好", "max_new_tokens": 4},
+    "in_context": {"text": "你好", "examples": [["a", "b"]], "answer": "c", "max_new_tokens": 4},
+}
+
+
+def test_every_view_is_tested() -> None:
+    assert list(OPTIONS) == list(VIEWS)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_view_is_plain_json(adapted: ChatSession, view: str) -> None:
+    result = compute_view(adapted, view, OPTIONS[view])
+    text = json.dumps(result, allow_nan=False)
+    # A dictionary's numbers become texts in JSON; nothing else may change.
+    assert json.dumps(json.loads(text)) == text
+    if view != "tokens":
+        assert list(result["sides" if "sides" in result else "nats"]) == ["base", "adapter"]
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_view_of_a_quantized_base(wide: dict[str, ChatSession], quantize: str, view: str) -> None:
+    assert compute_view(wide[quantize], view, OPTIONS[view])
+
+
+@pytest.fixture(scope="module")
+def wide(wide_phi: Path) -> dict[str, ChatSession]:
+    return {name: with_adapter(load_base(wide_phi, name)) for name in ("nf4", "int8")}
+
+
+@pytest.mark.parametrize(
+    ("view", "options", "message"),
+    [
+        ("nothing", {}, "There is no view 'nothing'"),
+        ("tokens", {}, "view tokens doesn't take this value of text: Missing"),
+        ("tokens", {"text": 5}, "this value of text"),
+        ("tokens", {"text": "a", "other": 1}, "this value of other"),
+        ("attention", {"text": "a", "layers": ["x"]}, r"this value of layers\.0"),
+        ("next_token", {"text": "a", "sampling": {"temperature": -1}}, "temperature can't be -1"),
+        ("next_token", {"text": "a", "sampling": {"temperature": "x"}}, r"value of sampling\.temp"),
+        ("in_context", {"text": "a", "examples": [["a"]]}, r"this value of examples\.0\.1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    adapted: ChatSession, view: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        compute_view(adapted, view, options)
+
+
+@pytest.mark.slow
+def test_chats_process_computes_views_between_replies(finished: Any) -> None:
+    client = ChatClient(finished.path.parent)
+    try:
+        for view, options in OPTIONS.items():
+            assert client.view(finished.name, view, options)
+        process = client._process
+        with pytest.raises(UserError, match="The text is empty"):
+            client.view(finished.name, "tokens", {"text": ""})
+        started = time.monotonic()
+        client.view(finished.name, "attention", OPTIONS["attention"])
+        assert time.monotonic() - started < 2 and client._process is process
+        with client._lock, pytest.raises(UserError, match="for another client"):
+            client.view(finished.name, "tokens", {"text": "a"})
+    finally:
+        client.close()
