@@ -95,7 +95,7 @@ class _Recorder:
             raise UserError(
                 _("These are more numbers than a view shows: {tokens:,} tokens, of {layers} layers "
                   "and more."),
-                fix=_("Choose one layer, or shorten the text."),
+                fix=_("Choose fewer layers and heads, or shorten the text."),
                 tokens=size, layers=len(self.recorded) + 1,
             )  # fmt: skip
         maps = {head: _matrix(probs[head], masked) for head in heads}

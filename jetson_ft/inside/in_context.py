@@ -56,7 +56,7 @@ def view_in_context(
     examples: Sequence[tuple[str, str]],
     answer: str | None = None,
     system: str = "",
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 12,
 ) -> InContextView:
     """Return greedy replies to a question with no, one, and all examples before it.
 
