@@ -31,16 +31,21 @@ class ChatRequest:
     system: str = ""
     examples: Sequence[ChatMessage] = ()
     use_adapter: bool = True
+    begun: str = ""  # the beginning of the reply, which is continued
 
 
 @dataclass(frozen=True)
 class ChatReply:
-    """The whole text of a reply so far; only the last one has `tokens` and `seconds`."""
+    """The whole text of a reply so far; only the last one has `tokens` and `seconds`.
+
+    `ended` is False of a reply that is cut off, by `stop` or by the most tokens.
+    """
 
     text: str
     tokens: int | None = None
     seconds: float | None = None
     stopped: bool = False
+    ended: bool = False
 
 
 class ChatClient:
@@ -73,15 +78,14 @@ class ChatClient:
             UserError: another reply is being generated, or the model can't be loaded.
         """
         if not self._lock.acquire(blocking=False):
-            busy = _("Busy: the model is generating a reply for another client.")
-            raise UserError(busy, fix=_("Try again soon."))
+            raise _busy()
         self._client_id = client_id
         try:
-            lives = self._process is not None and self._process.poll() is None
-            with nullcontext() if lives and name == self._loaded else self._load_limit():
+            is_loaded = self._lives() and name == self._loaded
+            with nullcontext() if is_loaded else self._load_limit():
                 self._load(name)
             self._send({"action": "generate", **asdict(request)})
-            text = kind = ""
+            text, kind = request.begun, ""
             try:
                 while kind != "end":
                     message = self._read("delta", "end")
@@ -94,12 +98,24 @@ class ChatClient:
         finally:
             self._lock.release()
 
+    def training_pairs(self, name: str) -> list[tuple[str, str]]:
+        """Return questions with answers from the data of a run; see `training_rows`."""
+        if not self._lock.acquire(blocking=False):
+            raise _busy()
+        try:
+            with nullcontext() if self._lives() else self._load_limit():
+                self._start()
+                self._send({"action": "examples", "name": name})
+                return [(pair[0], pair[1]) for pair in self._read("examples")["pairs"]]
+        finally:
+            self._lock.release()
+
     def stop(self, client_id: str = "") -> None:
         """End the reply that is being generated for this client, or the loading for it.
 
         Files that were downloaded until then stay.
         """
-        if client_id != self._client_id or not self._process or self._process.poll() is not None:
+        if client_id != self._client_id or not self._process or not self._lives():
             return
         if self._loading:
             self._stopped = True
@@ -114,14 +130,21 @@ class ChatClient:
             self._process.wait()
         self._process = None
 
-    def _load(self, name: str) -> None:
-        if self._process is None or self._process.poll() is not None:
+    def _lives(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _start(self) -> None:
+        """Start the process, unless it lives."""
+        if not self._lives():
             self.close()
             self._process = subprocess.Popen(
                 python_module("jetson_ft.chat.server", str(self.root)),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
                 env={**WORKER_ENVIRONMENT, **os.environ},
             )  # fmt: skip
+
+    def _load(self, name: str) -> None:
+        self._start()
         self._loading, self._stopped = True, False
         try:
             self._send({"action": "load", "name": name})
@@ -152,3 +175,8 @@ class ChatClient:
         if self._stopped:
             raise UserError(_("Stopped before the model was loaded."))
         raise UserError(_("The chat's process ended; it may have run out of memory."))
+
+
+def _busy() -> UserError:
+    busy = _("Busy: the model is generating a reply for another client.")
+    return UserError(busy, fix=_("Try again soon."))
