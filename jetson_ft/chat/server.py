@@ -134,13 +134,14 @@ class ChatServer:
         from jetson_ft.chat.gguf_session import GgufSession
 
         is_torch = False
-        for _target, chat in self._chats:
+        self.chat = None
+        while self._chats:
+            chat = self._chats.pop()[1]
             if isinstance(chat, GgufSession):
                 chat.close()
             else:
                 is_torch = True
-        self.chat, chat = None, None
-        self._chats.clear()
+            del chat
         if is_torch:
             import torch
 
