@@ -196,7 +196,7 @@ class ChatTab:
             note = f"{note} · {self.t(text, rate=rate)}"
         if reply.stopped:
             return f"{note} · {self.t(_('stopped'))}"
-        return note if reply.ended else f"{note} · {self.t(_('cut off'))}"
+        return note if reply.ended else f"{note} · {self.t(_('cut short'))}"
 
     def _composer(self, text: str, is_busy: bool = False) -> Any:
         """Return an update of the composer, with Send or Stop."""
