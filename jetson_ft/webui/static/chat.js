@@ -1,5 +1,5 @@
 // The Chat tab: its drawers, the history that this browser keeps, few-shot examples, notes.
-import { download, language } from "./shell.js";
+import { download, language, onTabShown } from "./shell.js";
 
 const HISTORY = "jetson-ft-chats"; // in localStorage, the newest first
 const CURRENT = "jetson-ft-chat"; // in sessionStorage: the id of the conversation of this page
@@ -97,8 +97,6 @@ function open(first, second, _wanted, pane) {
     pending = history().find(({ id }) => id === sessionStorage.getItem(CURRENT)) ?? null;
     shown = pending;
   }
-  setTimeout(fit);
-  setTimeout(showHistory);
   return [first, second, wanted, pane];
 }
 
@@ -143,7 +141,7 @@ function showNotes(messages, pane) {
 // Opens the tab with a model.
 function chatWith(name) {
   sessionStorage.setItem(WANTED, name);
-  byId("chat-tab-button")?.click();
+  location.hash = "chat";
 }
 
 // --- files -----------------------------------------------------------------------------------
@@ -240,6 +238,7 @@ document.addEventListener("keydown", (event) => {
 }, true);
 
 addEventListener("resize", fit);
+onTabShown("chat", () => requestAnimationFrame(() => (fit(), showHistory())));
 
 window.jetsonFt = {
   ...window.jetsonFt, chatWith, chat: { addPairs, form, keep, open, take },

@@ -17,9 +17,7 @@ from jetson_ft.webui.tabs.chat_sampling import build_sliders
 _MAX_LINES = 8  # of the composer; a longer text scrolls
 
 
-def build(
-    t: Locale, runs: Path, client: ChatClient, page: Any, tab: Any, allowed: AllowedPaths
-) -> None:
+def build(t: Locale, runs: Path, client: ChatClient, tab: Any, allowed: AllowedPaths) -> None:
     """Add the tab's components and connect them."""
     chat = ChatTab(t, runs, client, allowed)
     chatbot = partial(
@@ -73,7 +71,6 @@ def build(
         ]  # fmt: skip
         each.change(None, [*models, *panes], js="jetsonFt.chat.keep")
     message.stop(chat.stop)
-    page.unload(chat.stop)
     quiet: Any = {"show_progress": "hidden"}
     for choice in models:
         choice.input(chat.choose, models, [*models, *panes], cancels=answers, **quiet).then(
