@@ -35,11 +35,11 @@ class CompressionMiddleware:
         self._kept: dict[tuple[str, str], tuple[Message, bytes]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        encoding = _encoding(headers.get("accept-encoding", ""))
-        if scope["type"] != "http" or scope["method"] != "GET" or "range" in headers:
+        headers = Headers(scope=scope) if scope["type"] == "http" else None
+        if headers is None or scope["method"] != "GET" or "range" in headers:
             await self.app(scope, receive, send)
             return
+        encoding = _encoding(headers.get("accept-encoding", ""))
         hashed = _HASHED.fullmatch(scope["path"])
         name = (hashed[1] or hashed[0], encoding) if hashed else None
         if name in self._kept:
