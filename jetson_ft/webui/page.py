@@ -128,4 +128,5 @@ def _build(t: Locale, runs: Path, client: ChatClient, allowed: AllowedPaths) -> 
             chat.build(t, runs, client, tab, allowed)
         with gr.Tab(t(_("Device")), id="device", elem_id="device-tab"):
             device.build()
+        page.unload(lambda: None)  # Gradio's script then requests /heartbeat, see `_HEARTBEAT`
     return page

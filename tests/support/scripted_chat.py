@@ -9,11 +9,14 @@ import json
 import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
-SITE = """
+SITE = f"""
 import sys
 
 if "jetson_ft.chat.server" in sys.orig_argv:
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
     import scripted_chat
     scripted_chat.main()
     sys.exit()
@@ -41,8 +44,8 @@ def main() -> None:
     def send(kind: str, **fields: object) -> None:
         print(json.dumps({"kind": kind, **fields}), flush=True)
 
-    def generate(request: dict[str, object], model: str) -> None:
-        text, begun = str(request["text"]), str(request["begun"])
+    def generate(request: dict[str, Any], model: str) -> None:
+        text, begun = request["text"], request["begun"]
         started, words, ended = time.monotonic(), 0, True
         stop.clear()
         if text == "slow":
@@ -54,8 +57,8 @@ def main() -> None:
             words, ended = 3, False
             send("delta", text="the beginning")
         else:
-            turns = len(request["turns"]) // 2  # type: ignore[arg-type]
-            plain = f"{model} answers {text!r} after {turns} turns"
+            turns, examples = (len(request[key]) // 2 for key in ("turns", "examples"))
+            plain = f"{model} answers {text!r} after {turns} turns and {examples} examples"
             send("delta", text=" and the end" if begun else ANSWERS.get(text, plain))
             words = 9
         seconds = max(0.5, time.monotonic() - started)

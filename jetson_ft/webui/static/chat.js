@@ -47,8 +47,9 @@ function keep(first, second, ...messages) {
   const panes = messages.map(plain);
   requestAnimationFrame(() => panes.forEach(showNotes));
   const id = panes[0].length ? (shown?.id ?? Date.now().toString(36)) : null;
+  const isSame = JSON.stringify(shown?.panes) === JSON.stringify(panes); // it was only opened
   const titles = ["chat-first", "chat-second"].map((name) => byId(name)?.querySelector("input")?.value);
-  shown = id && { id, at: Date.now(), models: [first, second], titles, panes };
+  shown = id && { id, at: isSame ? shown.at : Date.now(), models: [first, second], titles, panes };
   clearTimeout(timer);
   timer = setTimeout(save, 300);
 }
@@ -56,7 +57,8 @@ function keep(first, second, ...messages) {
 function save() {
   if (!shown) return sessionStorage.removeItem(CURRENT);
   sessionStorage.setItem(CURRENT, shown.id);
-  storeHistory([shown, ...history().filter(({ id }) => id !== shown.id)]);
+  const others = history().filter(({ id }) => id !== shown.id);
+  storeHistory([shown, ...others].sort((one, other) => other.at - one.at));
   showHistory();
 }
 
@@ -81,6 +83,8 @@ function showHistory() {
 
 // Puts a conversation on the page; without one, an empty page for the same models.
 function load(entry) {
+  clearTimeout(timer);
+  if (shown) save();
   pending = entry ?? { panes: [[], []] };
   shown = entry ?? null;
   byId("chat-load").click();
@@ -206,9 +210,11 @@ const actions = {
   load: (button) => load(history().find(({ id }) => id === button.closest("li").dataset.id)),
   forget: (button) => {
     const gone = button.closest("li").dataset.id;
+    const isShown = gone === shown?.id;
+    if (isShown) shown = null;
     storeHistory(history().filter(({ id }) => id !== gone));
     showHistory();
-    if (gone === shown?.id) load(null);
+    if (isShown) load(null);
   },
   text: () => shown && exportText(),
   json: () => shown && exportJson(),

@@ -55,18 +55,22 @@ class ChatModels:
         Args:
             first: the model that it is compared with.
         """
+        base = _("{model} (base)")
         if name == OWN_BASE:
-            with suppress(UserError):
+            try:
                 resolved = target.resolve_target(self.require(first), self.runs)
-                return self.title(resolved.recipe.model)
-            return self.t(_("Its base model"))
+            except UserError:
+                return self.t(_("Its base model"))
+            model = resolved.recipe.model
+            is_path = not (model == "embedded" or files.is_hub_id(model))
+            return self.t(base, model=Path(model).name) if is_path else self.title(model)
         if name in (BASE, "embedded"):
-            return self.t(_("{model} (base)"), model=embedded.NAME)
+            return self.t(base, model=embedded.NAME)
         if run := self._run(name):
             labels = {str(path): label for label, path in self._exports(run)}
             return labels.get(str(expand_user(name))) or printable(run.title())
         if files.is_hub_id(name):
-            return self.t(_("{model} (base)"), model=name)
+            return self.t(base, model=name)
         return printable(expand_user(name).name) if "/" in name else printable(name)
 
     def starters(self, name: str) -> list[str]:
