@@ -260,11 +260,13 @@ def stream_reply(
     eos_ids: Sequence[int],
     sampling: Sampling,
     should_stop: Callable[[], bool] = lambda: False,
+    begun: Sequence[int] = (),
 ) -> Generator[str, None, Reply]:
     """Yield one reply's text in deltas, as it is generated; return the whole reply at the end.
 
-    Generation runs in a thread, which ends when the iterator is closed, or after a token for which
-    `should_stop` returns True.
+    A reply that has `begun` with some tokens is continued; what is yielded and returned is the
+    rest. Generation runs in a thread, which ends when the iterator is closed, or after a token for
+    which `should_stop` returns True.
     """
     import torch
     from transformers import StoppingCriteriaList, TextIteratorStreamer
@@ -275,7 +277,11 @@ def stream_reply(
         stop = closed or should_stop()
         return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
 
+    prompt = [*prompt, *begun]
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if begun:  # else a tokenizer that drops the space before a first word joins two words
+        streamer.token_cache = list(begun[-1:])
+        streamer.print_len = len(tokenizer.decode(begun[-1:], skip_special_tokens=True))
     options = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([is_done])}
     errors: list[BaseException] = []
     ids: list[int] = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -28,6 +28,7 @@ class LoadedModel(Protocol):
     model: Any
     tokenizer: Any
     has_adapter: bool
+    adapter_name: str  # of the adapter, among those that the model has
     context_length: int  # most tokens of a text
 
 
@@ -49,18 +50,31 @@ def _plain(value: Any) -> Any:
     return value  # a list of numbers can be long: it is not copied
 
 
-def each_side(loaded: LoadedModel, compute: Callable[[], T]) -> dict[str, T]:
-    """Return what `compute` returns for `base`, and for `adapter` where there is one."""
+def sides_of(loaded: LoadedModel) -> list[str]:
+    """Return `base`, and `adapter` where there is one."""
+    return ["base", "adapter"] if loaded.has_adapter else ["base"]
+
+
+@contextmanager
+def use_side(loaded: LoadedModel, side: str) -> Iterator[None]:
+    """Compute with the base or with the adapter within the context, without gradients."""
     import torch
 
-    with (
-        loaded.model.disable_adapter() if loaded.has_adapter else nullcontext(),
-        torch.inference_mode(),
-    ):
-        result = {"base": compute()}
-    if loaded.has_adapter:
-        with torch.inference_mode():
-            result["adapter"] = compute()
+    disabled: Any = nullcontext()
+    if side == "adapter":
+        loaded.model.set_adapter(loaded.adapter_name)
+    elif hasattr(loaded.model, "disable_adapter"):  # a PeftModel
+        disabled = loaded.model.disable_adapter()
+    with disabled, torch.inference_mode():
+        yield
+
+
+def each_side(loaded: LoadedModel, compute: Callable[[], T]) -> dict[str, T]:
+    """Return what `compute` returns for the base, and for the adapter where there is one."""
+    result = {}
+    for side in sides_of(loaded):
+        with use_side(loaded, side):
+            result[side] = compute()
     return result
 
 
