@@ -1,0 +1,1 @@
+"""What a model does inside, computed for people: tokens, attention, the next token, numbers."""
