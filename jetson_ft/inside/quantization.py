@@ -41,14 +41,16 @@ class Quantization:
     rms: float
     max: float
     roundings: list[Rounding]
+    levels: list[float]  # nf4's 16, from -1 to 1; a weight is one of them times its block's scale
+    level_counts: list[int]  # weights at each level
+    scaled_counts: list[int]  # of the weights over their block's largest, in `BINS` from -1 to 1
     block: list[float]  # weights that share a scale in nf4: the first of the matrix
     block_nf4: list[float]  # the same after nf4
-    levels: list[float]  # nf4's levels in this block
     layers: list[str]  # paths of the matrices to choose from
 
     def to_json(self) -> dict[str, Any]:
         """Return the view's data, with numbers of four digits."""
-        return _rounded(asdict(self))
+        return {name: _rounded(value) for name, value in asdict(self).items()}
 
 
 def compute_quantization(base: BaseModelFiles, dims: ModelDims, path: str = "") -> Quantization:
@@ -99,14 +101,27 @@ def read_weight(base: BaseModelFiles, path: str) -> torch.Tensor:
 
 
 def describe_matrix(weight: torch.Tensor, path: str, layers: list[str]) -> Quantization:
-    """Return the histogram, the errors and an example block of a matrix [outputs, inputs]."""
+    """Return the histogram, the errors and an example block of a matrix [outputs, inputs].
+
+    In nf4 each block of 64 weights is divided by its largest magnitude, and each weight becomes the
+    nearest of 16 levels (Dettmers et al. 2023, QLoRA, section 3); the scales are quantized too.
+    """
+    from bitsandbytes import functional
+
     limit = float(weight.abs().flatten().kthvalue(math.ceil(_EDGE * weight.numel())).values) or 1.0
-    nf4, nf4_bytes, levels = _nf4(weight)
+    packed, state = functional.quantize_4bit(
+        weight, blocksize=_BLOCK, quant_type="nf4", compress_statistics=True
+    )
+    nf4 = functional.dequantize_4bit(packed, state)
+    # Scales of one byte, those of 256 blocks in fp32, and their mean.
+    nf4_bytes = sum(
+        tensor.nbytes for tensor in (packed, state.absmax, state.state2.absmax, state.offset)
+    )
+    levels = packed.flatten()  # of two weights in a byte
+    level_counts = (levels >> 4).int().bincount(minlength=16)
+    level_counts += (levels & 15).int().bincount(minlength=16)
+    level_counts[7] -= 2 * levels.numel() - weight.numel()  # level 7 is 0, which fills a last byte
     int8, int8_bytes = _int8(weight)
-    roundings = [
-        _describe_rounding("int8", weight, int8, int8_bytes, limit),
-        _describe_rounding("nf4", weight, nf4, nf4_bytes, limit),
-    ]
     return Quantization(
         path=path,
         shape=(weight.shape[0], weight.shape[1]),
@@ -114,30 +129,24 @@ def describe_matrix(weight: torch.Tensor, path: str, layers: list[str]) -> Quant
         counts=_histogram(weight, limit),
         rms=float(weight.square().mean().sqrt()),
         max=float(weight.abs().max()),
-        roundings=roundings,
+        roundings=[
+            _describe_rounding("int8", weight, int8, int8_bytes, limit),
+            _describe_rounding("nf4", weight, nf4, nf4_bytes, limit),
+        ],
+        levels=state.code.tolist(),
+        level_counts=level_counts.tolist(),
+        scaled_counts=_histogram(_over_largest(weight), 1.0),
         block=weight.flatten()[:_BLOCK].tolist(),
         block_nf4=nf4.flatten()[:_BLOCK].tolist(),
-        levels=levels,
         layers=layers,
     )
 
 
-def _nf4(weight: torch.Tensor) -> tuple[torch.Tensor, int, list[float]]:
-    """Return the matrix after nf4, its stored bytes, and the levels of the first block.
-
-    Each block of 64 weights is divided by its largest magnitude, and each weight becomes the
-    nearest of 16 levels (Dettmers et al. 2023, QLoRA, section 3); the scales are quantized too.
-    """
-    from bitsandbytes import functional
-
-    packed, state = functional.quantize_4bit(
-        weight, blocksize=_BLOCK, quant_type="nf4", compress_statistics=True
-    )
-    restored = functional.dequantize_4bit(packed, state)
-    # Scales of one byte, those of 256 blocks in fp32, and their mean.
-    stored = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes + state.offset.nbytes
-    scale = functional.dequantize_blockwise(state.absmax, state.state2)[0] + state.offset
-    return restored, stored, (state.code * scale).tolist()
+def _over_largest(weight: torch.Tensor) -> torch.Tensor:
+    """Return each weight over the largest magnitude in its block; a last part of a block is cut."""
+    flat = weight.flatten()
+    blocks = flat[: len(flat) // _BLOCK * _BLOCK].view(-1, _BLOCK)
+    return blocks / blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
 
 
 def _int8(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -175,6 +184,6 @@ def _rounded(value: Any) -> Any:
         return float(f"{value:.4g}") if math.isfinite(value) else None
     if isinstance(value, (list, tuple)):
         return [_rounded(each) for each in value]
-    return (
-        {key: _rounded(each) for key, each in value.items()} if isinstance(value, dict) else value
-    )
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return value

@@ -31,11 +31,20 @@ def test_int8_is_a_scale_for_each_row(weight: torch.Tensor) -> None:
 
 def test_nf4_takes_the_nearest_of_16_levels_of_each_block(weight: torch.Tensor) -> None:
     shown = describe_matrix(weight, "w", ["w"])
-    assert len(shown.levels) == 16
-    assert max(shown.levels) == pytest.approx(max(map(abs, shown.block)), rel=0.05)
+    scale = max(map(abs, shown.block_nf4))
+    assert scale == pytest.approx(max(map(abs, shown.block)), rel=0.05)
     for before, after in zip(shown.block, shown.block_nf4, strict=True):
-        nearest = min(shown.levels, key=lambda level: abs(level - before))
-        assert after == pytest.approx(nearest, abs=1e-6)
+        nearest = min(shown.levels, key=lambda level: abs(level * scale - before))
+        assert after == pytest.approx(nearest * scale, abs=1e-6)
+
+
+def test_levels_are_counted_over_the_whole_matrix(weight: torch.Tensor) -> None:
+    shown = describe_matrix(weight, "w", ["w"])
+    assert sum(shown.level_counts) == sum(shown.scaled_counts) == weight.numel()
+    scaled = weight.view(-1, 64) / weight.view(-1, 64).abs().amax(1, keepdim=True)
+    nearest = (scaled.flatten()[:, None] - torch.tensor(shown.levels)).abs().argmin(1)
+    expected = nearest.bincount(minlength=16)
+    assert torch.tensor(shown.level_counts).tolist() == pytest.approx(expected.tolist(), abs=4)
 
 
 def test_errors_histogram_and_ratio_follow_from_the_weights(weight: torch.Tensor) -> None:
