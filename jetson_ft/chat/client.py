@@ -7,7 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class ChatReply:
 
 
 class ChatClient:
-    """One model for all clients of a page; it generates one reply at a time.
+    """One model for all clients of a page; it computes one reply or view at a time.
 
     Args:
         loading: returns a context that is held while a model is loaded; entering it can raise a
@@ -58,8 +58,8 @@ class ChatClient:
         self._load_limit = loading
         self._loaded = ""  # the name of what the process has loaded
         self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()  # held while a reply is generated
-        self._client_id = ""  # of that reply
+        self._lock = threading.Lock()  # held while a reply or a view is computed
+        self._client_id = ""  # of that reply or view
         self._loading = self._stopped = False
 
     def generate(self, name: str, request: ChatRequest, client_id: str = "") -> Iterator[ChatReply]:
@@ -72,14 +72,7 @@ class ChatClient:
         Raises:
             UserError: another reply is being generated, or the model can't be loaded.
         """
-        if not self._lock.acquire(blocking=False):
-            busy = _("Busy: the model is generating a reply for another client.")
-            raise UserError(busy, fix=_("Try again soon."))
-        self._client_id = client_id
-        try:
-            lives = self._process is not None and self._process.poll() is None
-            with nullcontext() if lives and name == self._loaded else self._load_limit():
-                self._load(name)
+        with self._loaded_model(name, client_id):
             self._send({"action": "generate", **asdict(request)})
             text = kind = ""
             try:
@@ -91,6 +84,37 @@ class ChatClient:
             except GeneratorExit:  # reading the next "ready" skips the rest of the reply
                 self.stop(client_id)
                 raise
+
+    def view(
+        self, name: str, view: str, options: dict[str, Any], client_id: str = ""
+    ) -> dict[str, Any]:
+        """Return what `inside.views.compute_view` returns; load the model first if it isn't loaded.
+
+        Args:
+            name: as in `target.resolve_target`.
+            client_id: `stop` with the same one ends the loading.
+
+        Raises:
+            UserError: a reply is being generated, the model can't be loaded, or the options don't
+                fit the view.
+        """
+        with self._loaded_model(name, client_id):
+            self._send({"action": "view", "view": view, "options": options})
+            result: dict[str, Any] = self._read("view")["result"]
+            return result
+
+    @contextmanager
+    def _loaded_model(self, name: str, client_id: str) -> Iterator[None]:
+        """Hold the process, with this model loaded, within the context."""
+        if not self._lock.acquire(blocking=False):
+            busy = _("Busy: the model is working for another client.")
+            raise UserError(busy, fix=_("Try again soon."))
+        self._client_id = client_id
+        try:
+            lives = self._process is not None and self._process.poll() is None
+            with nullcontext() if lives and name == self._loaded else self._load_limit():
+                self._load(name)
+            yield
         finally:
             self._lock.release()
 

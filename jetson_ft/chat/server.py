@@ -1,9 +1,10 @@
 """The process of a page's chat: `python -m jetson_ft.chat.server RUNS_ROOT`.
 
 Each line of standard input is a JSON object: `{"action": "load", "name": …}`,
-`{"action": "generate", …}` with the fields of `client.ChatRequest`, or `{"action": "stop"}`. Each
-line of standard output is one with a `kind`: `ready`, `delta` (`text`), `end` (`tokens`, `seconds`,
-`stopped`), `error` or `unloaded` (both as `UserError.as_json`).
+`{"action": "generate", …}` with the fields of `client.ChatRequest`, `{"action": "view", …}` with
+the arguments of `inside.views.compute_view`, or `{"action": "stop"}`. Each line of standard output
+is one with a `kind`: `ready`, `delta` (`text`), `end` (`tokens`, `seconds`, `stopped`), `view`
+(`result`), `error` or `unloaded` (both as `UserError.as_json`).
 
 The process exits when its input ends (the page has exited), when no request has come for
 `IDLE_SECONDS`, and when a run starts that may need its memory.
@@ -59,10 +60,13 @@ class ChatServer:
             request = self._requests.get()
             self._idle_since = math.inf
             try:
-                if request.pop("action") == "load":
-                    self.load(request["name"])
-                else:
-                    self._generate(**request)
+                match request.pop("action"):
+                    case "load":
+                        self.load(request["name"])
+                    case "view":
+                        self._view(**request)
+                    case _:
+                        self._generate(**request)
             except Exception as error:
                 fix = _("Send the message again; if it fails again, report it.")
                 send("error", **explain_error(error, Message(fix)).as_json())
@@ -119,6 +123,12 @@ class ChatServer:
         tokens = len(chat.tokenizer(reply, add_special_tokens=False)["input_ids"])
         seconds = time.monotonic() - started
         send("end", tokens=tokens, seconds=seconds, stopped=self._stop.is_set())
+
+    def _view(self, view: str, options: dict[str, Any]) -> None:
+        from jetson_ft.inside.views import compute_view
+
+        assert self.chat
+        send("view", result=compute_view(self.chat, view, options))
 
 
 def send(kind: str, **fields: Any) -> None:

@@ -172,6 +172,35 @@ def plan_batches(
     return batches[::-1]
 
 
+def sampling_steps(sampling: Sampling) -> list[tuple[str, Any]]:
+    """Return what changes the logits before a token is chosen, in this order.
+
+    Each step has the name of its setting, and is a function of token ids [rows, tokens] and logits
+    [rows, vocabulary] that returns logits; those of tokens that it cuts are -inf. Of the last
+    step's logits a greedy reply takes the largest; other replies draw from their softmax. Settings
+    without effect have no step.
+    """
+    from transformers import (
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    steps: list[tuple[str, Any]] = []
+    if sampling.repetition_penalty != 1:
+        penalty = float(sampling.repetition_penalty)
+        steps.append(("repetition_penalty", RepetitionPenaltyLogitsProcessor(penalty)))
+    if sampling.temperature > 0:
+        if sampling.temperature != 1:
+            steps.append(("temperature", TemperatureLogitsWarper(float(sampling.temperature))))
+        if sampling.top_k:
+            steps.append(("top_k", TopKLogitsWarper(sampling.top_k)))
+        if sampling.top_p < 1:
+            steps.append(("top_p", TopPLogitsWarper(sampling.top_p)))
+    return steps
+
+
 def _generate(
     model: Any,
     tokenizer: Any,
@@ -195,8 +224,8 @@ def _generate(
             token=tokenizer.convert_ids_to_tokens(int(ids.max())),
         )
     device = embedding.device
-    if sampling.temperature > 0:  # else transformers warns about settings without effect
-        kwargs |= {k: getattr(sampling, k) for k in ("temperature", "top_k", "top_p")}
+    if sampling.temperature > 0:  # all that changes the distribution is in `sampling_steps`
+        kwargs |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     with torch.inference_mode():
         output: torch.Tensor = model.generate(
             input_ids=ids.to(device),
@@ -205,7 +234,8 @@ def _generate(
             pad_token_id=pad,
             use_cache=True,
             max_new_tokens=sampling.max_new_tokens,
-            repetition_penalty=sampling.repetition_penalty,
+            repetition_penalty=1.0,
+            logits_processor=[step for _name, step in sampling_steps(sampling)],
             do_sample=sampling.temperature > 0,
             **kwargs,
         )
