@@ -105,8 +105,9 @@ def open_session(target: ChatTarget) -> ChatSession:
     title = f"{name}{with_adapter} ({weights}, {device.kind})"
     warning = adapter.base_warning(base, adapter_dir) if adapter_dir else None
     return ChatSession(
-        model, tokenizer, adapter_dir is not None, context_length, title, warning=warning
-    )
+        model, tokenizer, adapter_dir is not None, context_length, title, warning=warning,
+        recipe=target.recipe,
+    )  # fmt: skip
 
 
 def _latest_adapter_run(root: Path) -> Run:

@@ -7,10 +7,11 @@ scale · R_b R_aᵀ. The matrix in the layer's full size is never made.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.errors import UserError, _
+from jetson_ft.inside.model import LoadedModel, View, significant
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,7 @@ _ENERGY = 0.9  # share of the sum of squares
 
 
 @dataclass(frozen=True)
-class LayerChange:
+class LayerChange(View):
     """The update of one linear layer."""
 
     path: str
@@ -37,7 +38,7 @@ class LayerChange:
 
 
 @dataclass(frozen=True)
-class AdapterChange:
+class AdapterChange(View):
     """The updates of all layers with an adapter."""
 
     layers: list[LayerChange]
@@ -47,16 +48,10 @@ class AdapterChange:
     is_dora: bool  # the rows' lengths are changed too, which isn't counted
     mean_effective_rank: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the view's data, with numbers of four digits."""
-        layers = []
-        for layer in self.layers:
-            values = {"singular_values": [float(f"{v:.4g}") for v in layer.singular_values]}
-            for name in ("relative_norm", "norm", "effective_rank"):
-                values[name] = float(f"{getattr(layer, name):.4g}")  # type: ignore[assignment]
-            layers.append({**asdict(layer), **values})
-        mean = float(f"{self.mean_effective_rank:.4g}")
-        return {**asdict(self), "layers": layers, "mean_effective_rank": mean}
+
+def view_adapter(loaded: LoadedModel) -> AdapterChange:
+    """Return what the adapter of a loaded model changes."""
+    return compute_adapter_change(loaded.model)
 
 
 def compute_adapter_change(model: Any) -> AdapterChange:
@@ -82,10 +77,10 @@ def compute_adapter_change(model: Any) -> AdapterChange:
                 path=path,
                 layer=numbers[0] if numbers else 0,
                 target=path.rpartition(".")[2],
-                relative_norm=norm / base_norm if base_norm else 0.0,
-                norm=norm,
-                singular_values=values.tolist(),
-                effective_rank=effective_rank(values),
+                relative_norm=significant(norm / base_norm) if base_norm else 0.0,
+                norm=significant(norm),
+                singular_values=[significant(value) for value in values],
+                effective_rank=significant(effective_rank(values)),
                 rank_90=rank_of_energy(values, _ENERGY),
             )
         )
@@ -98,7 +93,9 @@ def compute_adapter_change(model: Any) -> AdapterChange:
         rank=max(change.rank for change in changes),
         scale=scales[0],
         is_dora=is_dora,
-        mean_effective_rank=sum(change.effective_rank for change in changes) / len(changes),
+        mean_effective_rank=significant(
+            sum(change.effective_rank for change in changes) / len(changes)
+        ),
     )
 
 

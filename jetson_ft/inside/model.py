@@ -12,6 +12,7 @@ from jetson_ft.data.chat_template import ANSWER, END, Encoded, encode, encode_pr
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.data.long_texts import token_ids
 from jetson_ft.errors import UserError, _
+from jetson_ft.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ class LoadedModel(Protocol):
     tokenizer: Any
     has_adapter: bool
     context_length: int  # most tokens of a text
+    recipe: Recipe  # names the base model, and has the adapter's settings
 
 
 class View:
@@ -153,3 +155,8 @@ def rounded(values: Any) -> list[Any]:
     listed = array.astype(object)
     listed[np.isnan(array)] = None
     return list(listed.tolist())
+
+
+def significant(value: Any) -> float:
+    """Return a number with four significant digits, as probabilities can be very small."""
+    return float(f"{float(value):.4g}")

@@ -7,11 +7,13 @@ weight matrix.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jetson_ft.data.lengths import LengthHistogram
+from jetson_ft.hardware import detect
 from jetson_ft.hardware.detect import Device
+from jetson_ft.inside.model import LoadedModel, View
 from jetson_ft.models import catalog, files
 from jetson_ft.models.dims import LinearGroup, ModelDims
 from jetson_ft.models.loading import WeightFormat, weight_format
@@ -35,7 +37,7 @@ _MASTER_WEIGHT = 4  # the fp32 copy that 16-bit weights are updated in
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(View):
     """Parameters of one part of the model, and their bytes in each of `FORMATS`."""
 
     name: str  # embedding, attention, mlp, norms, other (biases, convolutions), head
@@ -44,7 +46,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class TrainingMemory:
+class TrainingMemory(View):
     """Peak bytes of one process that trains with micro-batches of `TOKENS`, by part."""
 
     method: str  # full, lora, qlora
@@ -63,11 +65,11 @@ class TrainingMemory:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields and their sum."""
-        return {**asdict(self), "total": self.total}
+        return {**super().to_json(), "total": self.total}
 
 
 @dataclass(frozen=True)
-class Numbers:
+class Numbers(View):
     """What the model's dimensions say about its size."""
 
     model: str
@@ -89,11 +91,10 @@ class Numbers:
     device: str
     device_memory: int  # bytes, those that are free
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the view's data."""
-        lists = {name: [each.to_json() for each in getattr(self, name)]
-                 for name in ("training", "boards")}  # fmt: skip
-        return {**asdict(self), **lists}
+
+def view_numbers(loaded: LoadedModel) -> Numbers:
+    """Return the numbers of a loaded model on this device."""
+    return compute_numbers(loaded.recipe, detect.detect_device())
 
 
 def compute_numbers(recipe: Recipe, device: Device) -> Numbers:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.errors import UserError, _
+from jetson_ft.inside.model import LoadedModel, View, significant
+from jetson_ft.models import catalog, fast_import, files
 from jetson_ft.models.dims import ModelDims
 from jetson_ft.models.files import BaseModelFiles
 
@@ -19,7 +21,7 @@ _EDGE = 0.9999  # share of the weights that the histogram shows; a few are far o
 
 
 @dataclass(frozen=True)
-class Rounding:
+class Rounding(View):
     """A format's effect on a matrix. Errors are those of single weights."""
 
     format: str  # int8, nf4
@@ -31,7 +33,7 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Quantization:
+class Quantization(View):
     """A weight matrix, its histogram, and what each format makes of it."""
 
     path: str  # of the layer in the model
@@ -50,7 +52,13 @@ class Quantization:
 
     def to_json(self) -> dict[str, Any]:
         """Return the view's data, with numbers of four digits."""
-        return {name: _rounded(value) for name, value in asdict(self).items()}
+        return {name: _rounded(value) for name, value in super().to_json().items()}
+
+
+def view_quantization(loaded: LoadedModel, path: str = "") -> Quantization:
+    """Return what quantization does to a weight matrix of a loaded model's base."""
+    base = files.resolve_model(loaded.recipe.model)
+    return compute_quantization(base, catalog.model_dims(base), path)
 
 
 def compute_quantization(base: BaseModelFiles, dims: ModelDims, path: str = "") -> Quantization:
@@ -106,6 +114,7 @@ def describe_matrix(weight: torch.Tensor, path: str, layers: list[str]) -> Quant
     In nf4 each block of 64 weights is divided by its largest magnitude, and each weight becomes the
     nearest of 16 levels (Dettmers et al. 2023, QLoRA, section 3); the scales are quantized too.
     """
+    fast_import.import_libraries()
     from bitsandbytes import functional
 
     limit = float(weight.abs().flatten().kthvalue(math.ceil(_EDGE * weight.numel())).values) or 1.0
@@ -181,7 +190,7 @@ def _histogram(values: torch.Tensor, limit: float) -> list[int]:
 def _rounded(value: Any) -> Any:
     """Return the object with each fraction cut to four digits; None for an infinite one."""
     if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
+        return significant(value) if math.isfinite(value) else None
     if isinstance(value, (list, tuple)):
         return [_rounded(each) for each in value]
     if isinstance(value, dict):

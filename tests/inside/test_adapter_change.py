@@ -69,8 +69,10 @@ def test_change_is_that_of_the_merged_weights(adapted: Any) -> None:
         module = adapted.get_submodule(f"base_model.model.{layer.path}")
         update = module.get_delta_weight("default")
         base = module.get_base_layer().weight
-        assert layer.norm == pytest.approx(float(update.norm()), rel=1e-4)
-        assert layer.relative_norm == pytest.approx(float(update.norm() / base.norm()), rel=1e-4)
+        assert layer.norm == pytest.approx(float(update.detach().norm()), rel=1e-3)
+        assert layer.relative_norm == pytest.approx(
+            float((update.norm() / base.norm()).detach()), rel=1e-3
+        )
         assert 1 <= layer.rank_90 <= 4 and 1 <= layer.effective_rank <= 4
     assert {layer.layer for layer in change.layers} == {0, 1}
     assert set(change.targets) >= {"q_proj", "down_proj"}
