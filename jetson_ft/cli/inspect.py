@@ -209,9 +209,14 @@ def _inspect(
         from jetson_ft.chat.target import open_session, resolve_target
         from jetson_ft.inside.views import compute_view
 
-        session = open_session(resolve_target(model, runs, base, quantize))
+        target = resolve_target(model, runs, base, quantize)
+        session = open_session(target)
         results = {name: compute_view(session, name, options) for name, options in views.items()}
-        return results, session.title
+        if not target.adapter_dir:
+            return results, target.recipe.model
+        folder = target.adapter_dir.resolve()  # a run's is RUN/adapter
+        label = folder.parent.name if folder.name == "adapter" else folder.name
+        return results, f"{target.recipe.model} with {label}"
 
     _show(compute, as_json, html)
 

@@ -82,9 +82,9 @@ _TEXTS = {
     ),
     "show": _("Show"),
     "text": _("Text"),
-    "ids": _("Numbers"),
+    "ids": _("IDs"),
     "bytes": _("Bytes"),
-    "token_id": _("number {id}"),
+    "token_id": _("id {id}"),
     "token_bytes": _("bytes {bytes}"),
     "special": _("control token"),
     "context": _("context"),
@@ -150,7 +150,7 @@ _TEXTS = {
     "steps_title": _("Step by step"),
     "steps_note": _(
         "Each step is the one that generation itself applies. Entropy is the uncertainty of the "
-        "draw: 1 bit is a coin's."
+        "draw: 1 bit is that of a coin."
     ),
     "step_model": _("the model"),
     "step_repetition_penalty": _("repetition penalty"),
@@ -167,7 +167,7 @@ _TEXTS = {
     # A reply
     "nats_of": _("{side}: surprise in nats"),
     "most_different": _("Most different"),
-    "chance_of": _("{side}: {value}, number {rank}"),
+    "chance_of": _("{side}: {value}, rank {rank}"),
     "divergence_of": _("difference {value} bits"),
     "stepped_title": _("The reply"),
     "stepped_note": _(
@@ -208,7 +208,7 @@ _TEXTS = {
     "part_mlp": _("MLP"),
     "part_norms": _("Norms"),
     "part_other": _("Biases and others"),
-    "part_head": _("Head"),
+    "part_head": _("LM head"),
     "weights_title": _("Weights by part and format"),
     "weights_note": _(
         "int8 and nf4 are those of the linear layers, with their scales; embedding, head and "
@@ -249,7 +249,7 @@ _TEXTS = {
     "format": _("Format"),
     "before": _("before"),
     "weight": _("Weight"),
-    "weights_count": _("Weights"),
+    "weights_count": _("Number of weights"),
     "histogram_title": _("{rows} × {columns} weights before and after"),
     "histogram_note": _(
         "Most weights are close to zero. With 4 bits the shape is kept, and each single weight is"
