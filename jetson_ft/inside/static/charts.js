@@ -134,15 +134,24 @@ export function moveHint(root, text, x, y) {
   box.style.top = `${y - area.top - box.offsetHeight - 8}px`;
 }
 
-// Paints again whenever the width of `box` or the colours change.
+const painted = new Set(); // [node, paint] of what has colours that CSS doesn't set
+
+function paintAll() {
+  for (const each of painted) each[0].isConnected ? each[1]() : painted.delete(each);
+}
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paintAll);
+new MutationObserver(paintAll).observe(document.body, { attributeFilter: ["class"] });
+
+// Calls `paint` whenever the theme changes, as long as the node is in the document.
+export const onTheme = (node, paint) => painted.add([node, paint]);
+
+// Calls `paint` with the width of `box` whenever that or the theme changes.
 function repaint(box, paint) {
   let width = 0;
   new ResizeObserver(() => {
     if (box.clientWidth && box.clientWidth !== width) paint((width = box.clientWidth));
   }).observe(box);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => box.isConnected && paint(box.clientWidth));
-  new MutationObserver(() => box.clientWidth && paint(box.clientWidth))
-    .observe(document.body, { attributeFilter: ["class"] });
+  onTheme(box, () => box.clientWidth && paint(box.clientWidth));
 }
 
 function ticks(low, high, wanted) {
@@ -170,7 +179,7 @@ export function plot({ x, series, xLabel, yLabel, describe, steps = false, fill 
       svg.append(shape("line", { class: "grid", x1: left, x2: right, y1: toY(tick), y2: toY(tick) }),
         shape("text", { x: left - 8, y: toY(tick) + 4, "text-anchor": "end" }, short(tick)));
     }
-    for (const tick of ticks(first, last, Math.max(2, Math.floor(width / 90))).filter((tick) => !whole || Number.isInteger(tick))) {
+    for (const tick of ticks(first, last, Math.max(4, Math.floor(width / 90))).filter((tick) => !whole || Number.isInteger(tick))) {
       svg.append(shape("text", { x: toX(tick), y: bottom + 18, "text-anchor": "middle" }, short(tick)));
     }
     svg.append(shape("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),

@@ -1,5 +1,5 @@
 // The views of a text: its tokens, and what each of them attends to.
-import { choice, decode, heatColours, heatLegend, heatMap, legend, make, panel, short, percent, tiles, toggle } from "./charts.js";
+import { choice, decode, heatColours, heatLegend, heatMap, legend, make, onTheme, panel, short, percent, tiles, toggle } from "./charts.js";
 
 // A token's text with spaces and line ends visible, or its bytes where these are no whole characters.
 export const tokenText = (token) => (token.text == null ? `‹${token.bytes}›`
@@ -110,7 +110,7 @@ export function drawAttention(root, data, t, reload) {
   const sides = Object.keys(data.sides), tokens = data.tokens, labels = labelled(tokens);
   const numbered = (index) => `${index}: ${labels[index]}`;
   const layersShown = data.sides[sides[0]].layers.map((each) => each.layer);
-  const state = { kind: "head", layer: layersShown[Math.floor(layersShown.length / 2)], head: "mean" };
+  const state = { layer: layersShown[Math.floor(layersShown.length / 2)], head: "mean" };
   const matrix = (side) => {
     if (state.layer === "rollout") return data.sides[side].rollout;
     const layer = data.sides[side].layers.find((each) => each.layer === state.layer);
@@ -136,7 +136,6 @@ export function drawAttention(root, data, t, reload) {
       },
     });
     maps[side] = map;
-    const colours = make("div");
     const { row: line, nodes } = chips(tokens, { label: t(side), text: (_, index) => labels[index], chosen: showRow });
     flows[side] = (weights) => {
       const colour = heatColours(line);
@@ -148,7 +147,7 @@ export function drawAttention(root, data, t, reload) {
         node.dataset.hint = weight == null ? t("masked_short") : percent(weight);
       });
     };
-    flow.append(make("div", {}, make("p", { class: `side ${side}` }, t(side)), line, colours));
+    flow.append(make("div", {}, make("p", { class: `side ${side}` }, t(side)), line));
     return make("div", {}, make("p", { class: `side ${side}` }, t(side)), map.map);
   });
   const heads = make("div", { class: "thumbnails" }), choices = make("div", { class: "choices" });
@@ -181,6 +180,7 @@ export function drawAttention(root, data, t, reload) {
     make("div", { class: "pair" }, cards)));
   root.append(panel(t("flow_title"), t("flow_note"), readout, flow));
   root.append(panel(t("heads_title"), t("heads_note"), heads));
+  onTheme(root, show);
   requestAnimationFrame(show); // the scale's colours are known once the view is in the document
 }
 
