@@ -13,6 +13,7 @@ from jetson_ft.data.formats import ChatMessage
 from jetson_ft.data.long_texts import token_ids
 from jetson_ft.errors import UserError, _
 from jetson_ft.inference.generate import check_embeddings
+from jetson_ft.recipe import Recipe
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ class LoadedModel(Protocol):
     has_adapter: bool
     adapter_name: str  # of the adapter, among those that the model has
     context_length: int  # most tokens of a text
+    recipe: Recipe  # names the base model, and has the adapter's settings
 
 
 class View:
@@ -173,3 +175,8 @@ def rounded(values: Any) -> list[Any]:
     listed = array.astype(object)
     listed[np.isnan(array)] = None
     return list(listed.tolist())
+
+
+def significant(value: Any) -> float:
+    """Return a number with four significant digits, as probabilities can be very small."""
+    return float(f"{float(value):.4g}")

@@ -18,6 +18,7 @@ from jetson_ft.inside.model import (
     logits_at,
     prompt_ids,
     sides_of,
+    significant,
     text_ids,
     use_side,
 )
@@ -141,22 +142,17 @@ def _next_token(tokenizer: Any, steps: list[tuple[str, torch.Tensor]], top: int)
     candidates = [
         Candidate(
             token,
-            _short(logits[token.id]),
-            _short(own[token.id]),
-            {name: _short(each[token.id]) for name, each in probs.items() if name != "model"},
+            significant(logits[token.id]),
+            significant(own[token.id]),
+            {name: significant(each[token.id]) for name, each in probs.items() if name != "model"},
         )
         for token in describe_tokens(tokenizer, chosen)
     ]
     summaries = []
     for name, each in probs.items():
         entropy = -torch.xlogy(each, each).sum() / torch.tensor(2.0).log()
-        summaries.append(StepSummary(name, int((each > 0).sum()), max(0.0, _short(entropy))))
-    return NextToken(candidates, _short(own[chosen].sum()), summaries, int(last.argmax()))
-
-
-def _short(value: Any) -> float:
-    """Return a number with four significant digits, as probabilities can be very small."""
-    return float(f"{float(value):.4g}")
+        summaries.append(StepSummary(name, int((each > 0).sum()), max(0.0, significant(entropy))))
+    return NextToken(candidates, significant(own[chosen].sum()), summaries, int(last.argmax()))
 
 
 # --- a reply, token by token --------------------------------------------------------------------
@@ -259,11 +255,11 @@ def _choice(
 ) -> TokenChoice:
     best = log_probs.topk(min(top, len(log_probs))).indices.tolist()
     candidates = [
-        Candidate(token, _short(logits[token.id]), _short(log_probs[token.id].exp()), {})
+        Candidate(token, significant(logits[token.id]), significant(log_probs[token.id].exp()), {})
         for token in describe_tokens(tokenizer, best)
     ]
     rank = int((log_probs > log_probs[number]).sum()) + 1
-    return TokenChoice(_short(log_probs[number].exp()), rank, candidates)
+    return TokenChoice(significant(log_probs[number].exp()), rank, candidates)
 
 
 def _divergences(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]:
@@ -275,4 +271,4 @@ def _divergences(first: torch.Tensor, second: torch.Tensor) -> tuple[float, floa
         return max(0.0, float(terms.double().sum() / torch.tensor(2.0).log()))
 
     mean = torch.logaddexp(first, second) - torch.tensor(2.0).log()
-    return _short((kl(first, mean) + kl(second, mean)) / 2), _short(kl(first, second))
+    return significant((kl(first, mean) + kl(second, mean)) / 2), significant(kl(first, second))

@@ -1,4 +1,4 @@
-"""The views that need a loaded model, by name, with their options from outside checked."""
+"""All views of a loaded model, by name, with their options from outside checked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from jetson_ft.errors import UserError, _
-from jetson_ft.inside import attention, in_context, next_token, tokens
+from jetson_ft.inside import (
+    adapter_change,
+    attention,
+    in_context,
+    next_token,
+    numbers,
+    quantization,
+    tokens,
+)
 from jetson_ft.inside.model import LoadedModel, View
 
 VIEWS: dict[str, Callable[..., View]] = {
@@ -18,6 +26,9 @@ VIEWS: dict[str, Callable[..., View]] = {
     "next_token": next_token.view_next_token,
     "reply": next_token.view_reply,
     "in_context": in_context.view_in_context,
+    "numbers": numbers.view_numbers,
+    "quantization": quantization.view_quantization,
+    "adapter": adapter_change.view_adapter,
 }
 
 
