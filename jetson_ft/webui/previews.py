@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from jetson_ft.errors import UserError, _
+from jetson_ft.errors import UserError
 from jetson_ft.files import expand_user
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import preview
@@ -144,7 +144,7 @@ class Previews:
             question.answer.set_result(facts)
         except UserError as error:
             question.answer.set_exception(
-                ReplacedError(_("Replaced.")) if question.is_replaced else error
+                ReplacedError("Replaced.") if question.is_replaced else error
             )
         finally:
             with self._lock:

@@ -66,7 +66,7 @@ def test_recipes_limit_is_the_limit(here: None) -> None:
     plan = preview.plan_recipe(recipe, facts, MACHINE)
     assert plan.limit_bytes == 5 * 10**8 and plan.limit_is_set
     assert plan.forecast.plan is None and plan.peak_bytes > plan.limit_bytes
-    with pytest.raises(UserError, match="its limit is 0.47 GiB"):
+    with pytest.raises(UserError, match=r"its limit is 0\.47 GiB"):
         preview.require_fit(recipe, facts, MACHINE)
 
 

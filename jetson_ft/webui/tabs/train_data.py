@@ -26,7 +26,7 @@ from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.previews import PREVIEWS, ReplacedError
 from jetson_ft.webui.render import Locale, error_html, render
 from jetson_ft.webui.tabs.train_errors import complaint
-from jetson_ft.webui.tabs.train_form import DATA, FIRST, HTML, Form, text_of
+from jetson_ft.webui.tabs.train_form import DATA, FIRST, HTML, Form, as_list, text_of
 
 # What people call the bundled sets.
 NAMES = {
@@ -229,13 +229,14 @@ def sources_of(text: str) -> list[SourceRecipe]:
     Raises:
         RecipeError: it is no source and no list of them.
     """
-    return recipes.parse_recipe("", overrides=[f"data.train={text}"]).data.sources()
+    return recipes.parse_recipe("", overrides=[f"data.train={as_list(text)}"]).data.sources()
 
 
 def as_text(items: Sequence[SourceRecipe]) -> str:
     """Return the value of `data.train` for these sources; of one without a limit its name."""
     names = [item.source if len(item.model_dump()) == 1 else item for item in items]
-    is_plain = len(names) == 1 and isinstance(names[0], str)
-    text = text_of(DATA, names[0] if is_plain else names)
-    # A name that YAML reads as something else, such as `[a].json`, stands in a list.
-    return text if not is_plain or sources_of(text) == items else text_of(DATA, names)
+    if len(names) == 1 and isinstance(names[0], str):
+        with suppress(RecipeError):  # a name that YAML reads as something else, such as a number
+            if sources_of(names[0]) == items:
+                return names[0]
+    return text_of(DATA, names)

@@ -55,7 +55,7 @@ class Form:
             UserError: a path outside the folders that clients may name.
         """
         texts = {key: text_of(key, value) for key, value in zip(self.ORDER, values, strict=True)}
-        texts[DATA] = _as_list(texts[DATA])
+        texts[DATA] = as_list(texts[DATA])
         sets = [f"{key}={text}" for key, text in texts.items()]
         sets.append(f"output_dir={self.runs.absolute()}")
         return self.allowed.require_recipe(recipes.parse_recipe("version: 1\n", "", sets))
@@ -166,7 +166,7 @@ def text_of(key: str, value: Any) -> str:
     return strict_yaml.dump_yaml({"x": value}).partition(":")[2].strip()
 
 
-def _as_list(text: str) -> str:
+def as_list(text: str) -> str:
     """Return names that are separated by commas or line breaks as a YAML list, other text as is."""
     names = [name.strip() for name in re.split("[,，\n]", text) if name.strip()]
     if len(names) < 2 or text.lstrip().startswith("["):
