@@ -169,8 +169,8 @@ class TrainRecipe(Section):
     )
     early_stopping_patience: Count | None = Field(
         3,
-        title=_("Early stopping (evaluations)"),
-        description=_("How many without improvement end the training; null: never."),
+        title=_("Early stopping"),
+        description=_("Evaluations without improvement that end the training; null: never."),
     )
     save_minutes: float = Field(
         10.0,

@@ -166,8 +166,9 @@ function draw() {
     const keys = form.order.filter((key) => form.groups[key] === group.id);
     const count = keys.filter((key) => !same(values[key], chosen.values[key])).length;
     const button = group.querySelector("button");
-    if (count) button.dataset.changed = fill(form.texts.changed, { count });
-    else delete button.dataset.changed;
+    const title = button.querySelector("span");
+    if (count) title.dataset.changed = fill(form.texts.changed, { count });
+    else delete title.dataset.changed;
     button.setAttribute("aria-expanded", isOpen(group));
   }
   const wrong = form.order.filter((key) => mistakes.has(key));
@@ -235,7 +236,7 @@ function drawReset(place, key, changed) {
   let button = place.querySelector(":scope > .reset");
   if (!changed) return button?.remove();
   const base = chosen.values[key];
-  const value = same(base, "") ? form.texts.empty : String(base);
+  const value = same(base, "") ? form.texts.empty : form.texts[base] ?? String(base);
   const label = fill(form.texts.reset, { value });
   if (!button) {
     button = document.createElement("button");

@@ -23,11 +23,11 @@ def build(t: Locale, runs: Path, page: Any, tabs: Any, allowed: AllowedPaths) ->
     # In the order of `Form.ORDER`; `train_data` adds the last.
     fields = train_settings.components(t, form_values(recipes.load_recipe(FIRST)))
     form.marks = gr.Textbox(visible="hidden", elem_id="form-marks")
-    loaded, notice = gr.Textbox(visible="hidden"), HTML(elem_id="form-notice")
     with gr.Row(elem_id="train", equal_height=False):
         with gr.Column(scale=3, min_width=320, elem_id="decisions"):
             with _decision(1, t(_("Goal")), "goal"):
                 name, fits = train_goal.build(t, page)
+                loaded, notice = gr.Textbox(visible="hidden"), HTML(elem_id="form-notice")
                 with gr.Row(elem_classes="links"):
                     upload = gr.UploadButton(
                         t(_("Upload a recipe file …")), file_types=[".yaml", ".yml"], size="sm",

@@ -44,9 +44,11 @@ def build(t: Locale, page: Any) -> tuple[Any, Any]:
                 "attention": _("Fields that need attention: {{count}}"),
                 "changed": _("{{count}} changed"),
                 "empty": _("empty"),
+                "false": _("off"),
                 "kept": _("Kept: your {{data}}."),
                 "loaded": _("The form has the settings of {{title}}."),
                 "reset": _("Reset to {{value}}"),
+                "true": _("on"),
             }.items()
         },
     }

@@ -101,8 +101,12 @@ def _component(key: str, value: Any, t: Locale) -> Any:
 
 
 def _step(value: Any) -> float:
-    """Return by how much an arrow key changes a number: a tenth of its size, or one."""
-    return 10.0 ** math.floor(math.log10(value) - 1) if value and value < 1 else 1
+    """Return by how much an arrow key changes a number: a whole one by one, others by less."""
+    if not isinstance(value, float):
+        return 1
+    if value >= 1:
+        return 0.5
+    return 10.0 ** math.floor(math.log10(value) - 1) if value else 0.05
 
 
 def _models(t: Locale) -> list[tuple[str, str]]:
