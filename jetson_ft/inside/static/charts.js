@@ -51,7 +51,7 @@ export function panel(title, note, ...content) {
 
 // A labelled choice; `options` are pairs of value and text. `change` gets the value.
 export function choice(label, options, value, change) {
-  const select = make("select", { change: () => change(select.value) },
+  const select = make("select", { "aria-label": label, change: () => change(select.value) },
     options.map(([key, text]) => make("option", { value: key, selected: String(key) === String(value) }, text)));
   return make("label", { class: "choice" }, make("span", {}, label), select);
 }
