@@ -31,16 +31,21 @@ class ChatRequest:
     system: str = ""
     examples: Sequence[ChatMessage] = ()
     use_adapter: bool = True
+    begun: str = ""  # the beginning of the reply, which is continued
 
 
 @dataclass(frozen=True)
 class ChatReply:
-    """The whole text of a reply so far; only the last one has `tokens` and `seconds`."""
+    """The whole text of a reply so far; only the last one has `tokens` and `seconds`.
+
+    `ended` is False of a reply that is cut off, by `stop` or by the most tokens.
+    """
 
     text: str
     tokens: int | None = None
     seconds: float | None = None
     stopped: bool = False
+    ended: bool = False
 
 
 class ChatClient:
@@ -72,9 +77,9 @@ class ChatClient:
         Raises:
             UserError: another reply is being generated, or the model can't be loaded.
         """
-        with self._loaded_model(name, client_id):
+        with self._process_with(name, client_id):
             self._send({"action": "generate", **asdict(request)})
-            text = kind = ""
+            text, kind = request.begun, ""
             try:
                 while kind != "end":
                     message = self._read("delta", "end")
@@ -98,22 +103,31 @@ class ChatClient:
             UserError: a reply is being generated, the model can't be loaded, or the options don't
                 fit the view.
         """
-        with self._loaded_model(name, client_id):
+        with self._process_with(name, client_id):
             self._send({"action": "view", "view": view, "options": options})
             result: dict[str, Any] = self._read("view")["result"]
             return result
 
+    def training_pairs(self, name: str) -> list[tuple[str, str]]:
+        """Return questions with answers from the data of a run; see `training_rows`."""
+        with self._process_with(None):
+            self._send({"action": "examples", "name": name})
+            return [(pair[0], pair[1]) for pair in self._read("examples")["pairs"]]
+
     @contextmanager
-    def _loaded_model(self, name: str, client_id: str) -> Iterator[None]:
-        """Hold the process, with this model loaded, within the context."""
+    def _process_with(self, name: str | None, client_id: str = "") -> Iterator[None]:
+        """Hold the process within the context, with this model loaded (None: whatever it has)."""
         if not self._lock.acquire(blocking=False):
             busy = _("Busy: the model is working for another client.")
             raise UserError(busy, fix=_("Try again soon."))
         self._client_id = client_id
         try:
-            lives = self._process is not None and self._process.poll() is None
-            with nullcontext() if lives and name == self._loaded else self._load_limit():
-                self._load(name)
+            is_ready = self._lives() and name in (None, self._loaded)
+            with nullcontext() if is_ready else self._load_limit():
+                if name is None:
+                    self._start()
+                else:
+                    self._load(name)
             yield
         finally:
             self._lock.release()
@@ -123,7 +137,7 @@ class ChatClient:
 
         Files that were downloaded until then stay.
         """
-        if client_id != self._client_id or not self._process or self._process.poll() is not None:
+        if client_id != self._client_id or not self._process or not self._lives():
             return
         if self._loading:
             self._stopped = True
@@ -138,14 +152,21 @@ class ChatClient:
             self._process.wait()
         self._process = None
 
-    def _load(self, name: str) -> None:
-        if self._process is None or self._process.poll() is not None:
+    def _lives(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _start(self) -> None:
+        """Start the process, unless it lives."""
+        if not self._lives():
             self.close()
             self._process = subprocess.Popen(
                 python_module("jetson_ft.chat.server", str(self.root)),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
                 env={**WORKER_ENVIRONMENT, **os.environ},
             )  # fmt: skip
+
+    def _load(self, name: str) -> None:
+        self._start()
         self._loading, self._stopped = True, False
         try:
             self._send({"action": "load", "name": name})

@@ -51,20 +51,22 @@ class AdapterChange(View):
 
 def view_adapter(loaded: LoadedModel) -> AdapterChange:
     """Return what the adapter of a loaded model changes."""
-    return compute_adapter_change(loaded.model)
+    return compute_adapter_change(loaded.model, loaded.adapter_name if loaded.has_adapter else "")
 
 
-def compute_adapter_change(model: Any) -> AdapterChange:
-    """Return what the adapter of a PEFT model changes, in fp32, one layer at a time.
+def compute_adapter_change(model: Any, name: str = "default") -> AdapterChange:
+    """Return what an adapter of a PEFT model changes, in fp32, one layer at a time.
+
+    Args:
+        name: of the adapter, among those that the model has.
 
     Raises:
-        UserError: the model has no adapter.
+        UserError: the model has no such adapter.
     """
     changes, scales, is_dora = [], [], False
     for path, module in model.named_modules():
-        if not getattr(module, "lora_A", None):
+        if name not in getattr(module, "lora_A", ()):
             continue
-        name = next(iter(module.lora_A))
         scales.append(float(module.scaling[name]))
         is_dora = is_dora or bool(getattr(module, "use_dora", {}).get(name))
         values = singular_values(module.lora_B[name].weight, module.lora_A[name].weight, scales[-1])

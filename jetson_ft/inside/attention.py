@@ -95,7 +95,7 @@ class _Recorder:
             raise UserError(
                 _("These are more numbers than a view shows: {tokens:,} tokens, of {layers} layers "
                   "and more."),
-                fix=_("Choose one layer, or shorten the text."),
+                fix=_("Choose fewer layers and heads, or shorten the text."),
                 tokens=size, layers=len(self.recorded) + 1,
             )  # fmt: skip
         maps = {head: _matrix(probs[head], masked) for head in heads}
@@ -227,22 +227,31 @@ def _masked(mask: Any, probs: torch.Tensor) -> torch.Tensor:
     return ~mask if mask.dtype == torch.bool else mask < _MASKED
 
 
-def _output_attentions(model: Any, ids: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Yield each layer's probabilities [heads, tokens, tokens], of families of older design."""
+def _output_attentions(model: Any, ids: Sequence[int]) -> list[torch.Tensor]:
+    """Return each layer's probabilities [heads, tokens, tokens], of families of older design.
+
+    Nothing is returned where they would not be those that the model computes with.
+    """
     import torch
 
     device = model.get_input_embeddings().weight.device
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    config = model.config
+    before = config._attn_implementation
+    # These families don't switch; but this decides whether they get a mask, which other kernels
+    # don't need for causal attention (Falcon's probabilities would not be causal).
+    config._attn_implementation = "eager"
     try:
         result = model(
             input_ids=torch.tensor([ids], device=device), use_cache=False, output_attentions=True
         )  # fmt: skip
     finally:
-        model.set_attn_implementation(before)
-    for probs in getattr(result, "attentions", None) or ():
-        if probs is not None and probs.ndim == 4:
-            yield probs[0]
+        config._attn_implementation = before
+    layers = [
+        probs[0]
+        for probs in getattr(result, "attentions", None) or ()
+        if probs is not None and probs.ndim == 4
+    ]
+    return layers if all(not probs.triu(1).any() for probs in layers) else []
 
 
 # --- one head with its numbers ------------------------------------------------------------------

@@ -15,7 +15,7 @@ from jetson_ft.inside.model import (
     LoadedModel,
     View,
     answered,
-    check_length,
+    check_ids,
     clean,
     conversation,
     each_side,
@@ -56,7 +56,7 @@ def view_in_context(
     examples: Sequence[tuple[str, str]],
     answer: str | None = None,
     system: str = "",
-    max_new_tokens: int = 16,
+    max_new_tokens: int = 12,
 ) -> InContextView:
     """Return greedy replies to a question with no, one, and all examples before it.
 
@@ -79,7 +79,7 @@ def view_in_context(
     ids = [encode_prompt(loaded.tokenizer, messages) for messages in prompts]
     limit = min(max_new_tokens, MAX_REPLY)
     for prompt in ids:
-        check_length(loaded, prompt, min(MAX_TOKENS, loaded.context_length - limit))
+        check_ids(loaded, prompt, min(MAX_TOKENS, loaded.context_length - limit))
     answers = [answered(loaded, each, answer, MAX_TOKENS) for each in prompts] if answer else []
     ends = end_ids(loaded.tokenizer, loaded.model)
 

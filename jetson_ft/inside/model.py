@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -12,6 +12,7 @@ from jetson_ft.data.chat_template import ANSWER, END, Encoded, encode, encode_pr
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.data.long_texts import token_ids
 from jetson_ft.errors import UserError, _
+from jetson_ft.inference.generate import check_embeddings
 from jetson_ft.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class LoadedModel(Protocol):
     model: Any
     tokenizer: Any
     has_adapter: bool
+    adapter_name: str  # of the adapter, among those that the model has
     context_length: int  # most tokens of a text
     recipe: Recipe  # names the base model, and has the adapter's settings
 
@@ -50,18 +52,31 @@ def _plain(value: Any) -> Any:
     return value  # a list of numbers can be long: it is not copied
 
 
-def each_side(loaded: LoadedModel, compute: Callable[[], T]) -> dict[str, T]:
-    """Return what `compute` returns for `base`, and for `adapter` where there is one."""
+def sides_of(loaded: LoadedModel) -> list[str]:
+    """Return `base`, and `adapter` where there is one."""
+    return ["base", "adapter"] if loaded.has_adapter else ["base"]
+
+
+@contextmanager
+def use_side(loaded: LoadedModel, side: str) -> Iterator[None]:
+    """Compute with the base or with the adapter within the context, without gradients."""
     import torch
 
-    with (
-        loaded.model.disable_adapter() if loaded.has_adapter else nullcontext(),
-        torch.inference_mode(),
-    ):
-        result = {"base": compute()}
-    if loaded.has_adapter:
-        with torch.inference_mode():
-            result["adapter"] = compute()
+    disabled: Any = nullcontext()
+    if side == "adapter":
+        loaded.model.set_adapter(loaded.adapter_name)
+    elif hasattr(loaded.model, "disable_adapter"):  # a PeftModel
+        disabled = loaded.model.disable_adapter()
+    with disabled, torch.inference_mode():
+        yield
+
+
+def each_side(loaded: LoadedModel, compute: Callable[[], T]) -> dict[str, T]:
+    """Return what `compute` returns for the base, and for the adapter where there is one."""
+    result = {}
+    for side in sides_of(loaded):
+        with use_side(loaded, side):
+            result[side] = compute()
     return result
 
 
@@ -76,7 +91,7 @@ def text_ids(loaded: LoadedModel, text: str, limit: int) -> list[int]:
     ids = token_ids(tokenizer, clean(text))
     if not ids:
         raise UserError(_("The text is empty."), fix=_("Write a few words."))
-    return check_length(loaded, start + ids, limit)
+    return check_ids(loaded, start + ids, limit)
 
 
 def prompt_ids(
@@ -89,7 +104,7 @@ def prompt_ids(
     """
     prompt = encode_prompt(loaded.tokenizer, conversation(question, system))
     reply_ids = token_ids(loaded.tokenizer, clean(reply)) if reply else []
-    return check_length(loaded, prompt + reply_ids, limit)
+    return check_ids(loaded, prompt + reply_ids, limit)
 
 
 def answered(
@@ -105,7 +120,7 @@ def answered(
     # Behind the end token some templates write more, of which nothing is trained on.
     length = max(i for i, role in enumerate(encoded.segments) if role in (ANSWER, END)) + 1
     encoded.ids, encoded.segments = encoded.ids[:length], encoded.segments[:length]
-    check_length(loaded, encoded.ids, limit)
+    check_ids(loaded, encoded.ids, limit)
     return encoded
 
 
@@ -120,14 +135,19 @@ def clean(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def check_length(loaded: LoadedModel, ids: list[int], limit: int) -> list[int]:
-    """Return the ids; raise `UserError` if they are more than `limit` or the model's context."""
+def check_ids(loaded: LoadedModel, ids: list[int], limit: int) -> list[int]:
+    """Return the ids if the model can read them.
+
+    Raises:
+        UserError: they are more than `limit` or the model's context, or one has no embedding.
+    """
     limit = min(limit, loaded.context_length)
     if len(ids) > limit:
         raise UserError(
             _("The text has {tokens:,} tokens, and this view shows {limit:,} at most."),
             fix=_("Shorten it."), tokens=len(ids), limit=limit,
         )  # fmt: skip
+    check_embeddings(loaded.model, loaded.tokenizer, max(ids))
     return ids
 
 

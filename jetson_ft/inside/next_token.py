@@ -17,8 +17,10 @@ from jetson_ft.inside.model import (
     each_side,
     logits_at,
     prompt_ids,
+    sides_of,
     significant,
     text_ids,
+    use_side,
 )
 from jetson_ft.inside.tokens import Token, describe_tokens
 
@@ -207,14 +209,12 @@ def view_reply(
     Raises:
         UserError: the conversation is too long, or the chat template refuses it.
     """
-    import torch
-
     messages = conversation(text, system)
     if answer is None:
         limit = min(max_new_tokens, MAX_STEPS)
         prompt = prompt_ids(loaded, text, "", system, MAX_TOKENS)
         ends = end_ids(loaded.tokenizer, loaded.model)
-        with torch.inference_mode():
+        with use_side(loaded, sides_of(loaded)[-1]):
             (written,) = generate_replies(loaded.model, loaded.tokenizer, [prompt], ends, limit)
         answer = written.text
     encoded = answered(loaded, messages, answer, MAX_TOKENS)
