@@ -153,7 +153,11 @@ def test_broken_rows_are_counted_with_a_button_that_skips_them(
     path = received(tmp_path, "a.jsonl", '{"question": "q", "answer": "<a>"}\n{broken\n')
     own = {"data.train": path}
     html = html_of(data, *values(tiny_phi, **own))
-    assert "Broken rows: 1. Training would not start." in html and "line 2" in html and "&lt;a&gt;" in html
+    assert (
+        "Broken rows: 1. Training would not start." in html
+        and "line 2" in html
+        and "&lt;a&gt;" in html
+    )
     assert 'data-settings="data.on_invalid: skip">Skip the broken row<' in html
     html = html_of(data, *values(tiny_phi, **own, **{"data.on_invalid": "skip"}))
     assert "which are skipped: 1" in html and "data-settings" not in html
