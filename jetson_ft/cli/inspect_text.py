@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -75,9 +76,10 @@ def print_attention(data: View) -> None:
         layer = each["layers"][len(each["layers"]) // 2]
         show(f"\n{side}, layer {layer['layer']}, mean of all heads", style="bold")
         if len(tokens) <= _MAX_ROWS:
-            width = max(map(len, tokens))
+            width = max(map(cell_len, tokens))  # a Chinese character is two cells wide
             for name, row in zip(tokens, layer["mean"], strict=True):
-                show(f"{name:>{width}} " + "".join(_shade(value) for value in row))
+                space = " " * (width - cell_len(name))
+                show(f"{space}{name} " + "".join(_shade(value) for value in row))
         last = enumerate(layer["mean"][-1])
         top = sorted(((value, place) for place, value in last if value is not None), reverse=True)
         for value, place in top[:_MAX_TOP]:

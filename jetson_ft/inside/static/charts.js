@@ -28,8 +28,11 @@ export function short(value) {
   return String(Number(value.toPrecision(3)));
 }
 
-export const percent = (value) =>
-  value == null ? "–" : `${(100 * value).toFixed(value && value < 0.0995 ? (value < 0.001 ? 2 : 1) : 0)} %`;
+export function percent(value) {
+  if (value == null) return "–";
+  if (value > 0 && value < 0.00005) return "< 0.01 %";
+  return `${(100 * value).toFixed(value >= 0.0995 || !value ? 0 : value >= 0.001 ? 1 : 2)} %`;
+}
 
 export function bytes(value) {
   const units = ["B", "kB", "MB", "GB", "TB"];
@@ -51,7 +54,7 @@ export function panel(title, note, ...content) {
 
 // A labelled choice; `options` are pairs of value and text. `change` gets the value.
 export function choice(label, options, value, change) {
-  const select = make("select", { change: () => change(select.value) },
+  const select = make("select", { "aria-label": label, change: () => change(select.value) },
     options.map(([key, text]) => make("option", { value: key, selected: String(key) === String(value) }, text)));
   return make("label", { class: "choice" }, make("span", {}, label), select);
 }
@@ -285,7 +288,7 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
     };
     context.fillStyle = ink;
     context.textBaseline = "middle";
-    const every = (length) => Math.ceil(13 / length);
+    const every = (length) => Math.ceil(12 / length);
     rows.forEach((text, row) => {
       if (row % every(high)) return;
       context.textAlign = "right";

@@ -1,9 +1,11 @@
 // The views of a text: its tokens, and what each of them attends to.
 import { choice, decode, heatColours, heatLegend, heatMap, legend, make, onTheme, panel, short, percent, tiles, toggle } from "./charts.js";
 
-// A token's text with spaces and line ends visible, or its bytes where these are no whole characters.
-export const tokenText = (token) => (token.text == null ? `‹${token.bytes}›`
-  : token.text.replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "→") || "∅");
+// A token's text with spaces, line ends and control characters visible, or its bytes where these are
+// no whole characters.
+const VISIBLE = { " ": "·", "\n": "↵", "\t": "→" };
+const visible = (character) => VISIBLE[character] ?? `\\u${character.codePointAt(0).toString(16).padStart(4, "0")}`;
+export const tokenText = (token) => (token.text == null ? `‹${token.bytes}›` : token.text.replace(/\s|\p{C}/gu, visible) || "∅");
 
 const SMALL = "₁₂₃₄";
 const isPart = (token) => token.text == null;
