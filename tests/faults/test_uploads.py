@@ -62,7 +62,7 @@ class Page:
         client = PageClient(self.served.base)
         meta = {"_type": "gradio.FileData"}
         file = {"path": path, "orig_name": name, "meta": meta}
-        return str(client.call(client.dependency("store_upload"), [file])[0])
+        return str(client.call(client.dependency("add_files"), [[file], "bundled"])[0])
 
 
 @pytest.fixture(scope="module")
