@@ -130,7 +130,7 @@ class Summary:
         times = [
             ("load", _("Load"), plan.load_seconds),
             ("train", _("Train"), (result.plan.seconds or 0) if result.plan else 0),
-            ("measure", _("Measure"), others - plan.load_seconds),
+            ("measure", _("Evaluate"), others - plan.load_seconds),
         ]
         return render(
             "plan.jinja", self.t, plan=plan, times=times, missing=missing, is_training=is_training,
