@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -63,7 +64,7 @@ def test_a_view_is_answered_and_an_unknown_option_is_refused(
     monkeypatch.chdir(VERSION)  # the run's recipe names its base as `model`
     assert run.recipe().model == "model"
     client = client_of(tmp_path)
-    asked = {"model": RUN, "options": {"text": "你好"}}
+    asked: dict[str, Any] = {"model": RUN, "options": {"text": "你好"}}
     answer = client.post("/inside/attention", json=asked)
     assert answer.status_code == 200 and list(answer.json()["sides"]) == ["base", "adapter"]
     wrong = client.post(
