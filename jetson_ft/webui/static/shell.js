@@ -81,7 +81,8 @@ applyScheme();
 
 // --- tabs -----------------------------------------------------------------------------------
 
-const tabs = () => [...document.querySelectorAll("#tabs [role=tab]")];
+// A tab's own content may have tabs too.
+const tabs = () => [...document.querySelectorAll("#tabs > .tab-wrapper [role=tab]")];
 const tabOf = (button) => button.dataset.tabId;
 
 // Returns the tab that is shown; an empty text while Gradio starts, or where the window is hidden.
