@@ -127,7 +127,8 @@ def _build(t: Locale, runs: Path, client: ChatClient, allowed: AllowedPaths) -> 
                 apply_default_css=False,
             )
         with gr.Tab(t(_("Chat")), id="chat", elem_id="chat-tab") as tab:
-            chat.build(t, runs, client, page, tab, allowed)
+            chat.build(t, runs, client, tab, allowed)
         with gr.Tab(t(_("Device")), id="device", elem_id="device-tab"):
             device.build()
+        page.unload(lambda: None)  # Gradio's script then requests /heartbeat, see `_HEARTBEAT`
     return page
