@@ -1,5 +1,5 @@
 // The Runs tab: polls fragments, swaps changed ones, sends clicks.
-import { language, post } from "./shell.js";
+import { confirmDialog, language, post } from "./shell.js";
 
 const state = {
   chosen: new URLSearchParams(location.search).get("run") || "",
@@ -94,13 +94,12 @@ function choose(name) {
   refresh();
 }
 
-document.addEventListener("click", (event) => {
+document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-choose], [data-do]");
   if (!button) return;
-  if (button.dataset.choose) choose(button.dataset.choose);
-  else if (!button.dataset.sure || confirm(button.dataset.sure)) {
-    act(button);
-  }
+  const { choose: name, sure } = button.dataset;
+  if (name) choose(name);
+  else if (!sure || (await confirmDialog(sure, button.textContent))) act(button);
 });
 document.addEventListener("input", (event) => {
   const form = event.target.closest("form[data-post]");
