@@ -103,9 +103,7 @@ class Fragments:
             read_at, runs = self._listed
             if time.monotonic() - read_at > _CACHE_SECONDS:
                 summaries = [self._monitor.summary(run) for run in store.list_runs(self.root)]
-                waiting = (
-                    queue.waiting() if any(r.state.state == "queued" for r in summaries) else []
-                )
+                waiting = queue.waiting()
                 runs = [Listed(run, _place(run, waiting)) for run in summaries]
                 self._listed = time.monotonic(), runs
             return runs
@@ -183,7 +181,7 @@ class Fragments:
             self.listed,
             lambda listed: run_views.render_view(
                 Locale(language),
-                self._runs(tuple(each.run.name for each in listed)),
+                self._runs([each.run.name for each in listed]),
                 "table",
                 query,
             ),
@@ -265,7 +263,8 @@ class Fragments:
             figures=run_overview.measurements(runs[0]) if view == "overview" else [],
             warnings=newest.warnings if is_current else [],
             reading=None if all(p.is_complete for p in progresses) else reading,
-            charts=run_charts.charts(view, progresses, t), version=sum(p.offset for p in progresses),
+            charts=run_charts.charts(view, progresses, t),
+            version=sum(progress.offset for progress in progresses),
             names=[(colours.get(other.name, 0), other.title) for other, _p, _s in source],
         )  # fmt: skip
 

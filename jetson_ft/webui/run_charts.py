@@ -27,7 +27,7 @@ _CURVES = {
     "watts": (_("Power (W)"), 1.0),
     "temperature": (_("Temperature (°C)"), 1.0),
 }
-_VIEWS = {"overview": ("loss", "heldout_loss")}
+_VIEWS: dict[str, tuple[str, ...]] = {"overview": ("loss", "heldout_loss")}
 _VIEWS["charts"] = tuple(name for name in _CURVES if name not in _VIEWS["overview"])
 _AXES = ("tokens", "seconds")  # curves by which a step is put on another axis
 
