@@ -23,14 +23,15 @@ from starlette.background import BackgroundTask
 
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors
-from jetson_ft.runs import exports, jobs, log_reader, manager, store
-from jetson_ft.webui import after_training
+from jetson_ft.runs import exports, jobs, log_reader, manager, oom, store
+from jetson_ft.webui import after_training, run_charts
 from jetson_ft.webui.cli_json import run_cli_json
 from jetson_ft.webui.fragments import Fragments
 from jetson_ft.webui.limits import BusyError, costly
 from jetson_ft.webui.render import Locale, request_language
 
-Compared = Annotated[tuple[str, ...], Query()]
+Drawn = Annotated[tuple[str, ...], Query()]
+View = Literal["overview", "samples", "settings", "charts", "log", "export"]
 MAX_COMPARED = 6  # runs in one comparison
 NewText = Annotated[str | None, Body()]  # null: unchanged
 
@@ -47,16 +48,40 @@ def router(root: Path) -> APIRouter:
 
     @routes.get("/live/{language}/runs")
     def runs(
-        request: Request, language: str, chosen: str = "", compared: Compared = ()
+        request: Request, language: str, chosen: str = "", drawn: Drawn = (), sort: str = "",
+        filter: str = "", view: Literal["list", "table"] = "list",
+    ) -> Response:  # fmt: skip
+        if view == "table":
+            return _fragment(request, fragments.run_table(language, dict(request.query_params)))
+        return _fragment(request, fragments.run_list(language, chosen, drawn, sort, filter))
+
+    @routes.get("/live/{language}/progress")
+    def progress(request: Request, language: str, watched: Drawn = ()) -> Response:
+        return _fragment(request, fragments.progress(language, watched), "application/json")
+
+    @routes.get("/live/{language}/curves")
+    def curves(
+        request: Request, view: Literal["overview", "charts"], drawn: Drawn = ()
     ) -> Response:
-        return _fragment(request, fragments.run_list(language, chosen, compared))
+        return _fragment(request, fragments.curves(view, drawn), "application/json")
+
+    @routes.get("/live/{language}/runs/{name}/head")
+    def head(request: Request, language: str, name: str, view: View = "overview") -> Response:
+        return _fragment(request, fragments.run_head(language, name, view))
 
     @routes.get("/live/{language}/runs/{name}")
-    def run(request: Request, language: str, name: str, compared: Compared = ()) -> Response:
-        return _fragment(request, fragments.run_detail(language, name, compared))
+    def run(
+        request: Request, language: str, name: str, view: View = "overview", drawn: Drawn = ()
+    ) -> Response:
+        query = dict(request.query_params)
+        return _fragment(request, fragments.run_view(language, name, view, drawn, query))
+
+    @routes.get("/static/chart.js")
+    def chart_library() -> Response:
+        return run_charts.library()
 
     @routes.get("/runs/compare.{kind}")
-    def compare(kind: Literal["html", "md"], run: Compared = ()) -> Response:
+    def compare(kind: Literal["html", "md"], run: Drawn = ()) -> Response:
         paths = [str(store.run_by_name(name, root).path) for name in run[:MAX_COMPARED]]
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "comparison"
@@ -102,6 +127,12 @@ def router(root: Path) -> APIRouter:
         path = after_training.export_file(store.run_by_name(name, root), export, file)
         return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
+    @routes.post("/runs/{name}/resume-smaller")
+    def resume_smaller(name: str) -> Response:
+        run = store.run_by_name(name, root)
+        manager.resume(run, oom.smaller_plan_settings(run))
+        return JSONResponse({"done": True})
+
     @routes.post("/runs/{name}/{action}")
     def act(name: str, action: Literal["stop", "resume", "delete"]) -> Response:
         getattr(manager, action)(store.run_by_name(name, root))
@@ -146,10 +177,10 @@ def error_response(request: Request, error: Exception) -> Response:
     return JSONResponse(texts, 422)
 
 
-def _fragment(request: Request, html: str) -> Response:
-    """Return the HTML, or nothing where the browser has it already."""
-    etag = f'"{hashlib.sha256(html.encode()).hexdigest()[:24]}"'
+def _fragment(request: Request, content: str, media_type: str = "text/html") -> Response:
+    """Return the content, or nothing where the browser has it already."""
+    etag = f'"{hashlib.sha256(content.encode()).hexdigest()[:24]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
     if request.headers.get("if-none-match") == etag:
         return Response(status_code=304, headers=headers)
-    return HTMLResponse(html, headers=headers)
+    return Response(content, headers=headers, media_type=media_type)

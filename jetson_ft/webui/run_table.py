@@ -15,16 +15,11 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.i18n import duration
 from jetson_ft.runs import monitor
 from jetson_ft.runs.monitor import RunSummary
-from jetson_ft.runs.report import card
 from jetson_ft.runs.store import Run
+from jetson_ft.webui import run_texts
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.run_settings import SETTINGS, setting_text
 
-STATES = {
-    "queued": _("queued"), "running": _("running"), "stopping": _("stopping"),
-    "stopped": _("stopped"), "finished": _("finished"), "failed": _("failed"),
-    "damaged": _("damaged"),
-}  # fmt: skip
 _ALWAYS = ("model", "lora.rank", "train.learning_rate")  # shown even where no run differs
 
 
@@ -86,7 +81,7 @@ def render_table(t: Locale, runs: Sequence[Run], query: Mapping[str, str]) -> st
     compared = query.get("compared", "").split("/")
     reported = [row.summary.name for row in rows if row.has_report]
     return render(
-        "runs_table.jinja", t, STATES=STATES, columns=columns, sort=sort, down=is_down,
+        "runs_table.jinja", t, texts=run_texts, columns=columns, sort=sort, down=is_down,
         rows=list(zip(rows, zip(*cells, strict=True), strict=True)), compared=compared,
         comparable=[name for name in compared if name in reported],
     )  # fmt: skip
@@ -102,7 +97,7 @@ def _row(path: Path, _stamp: Any) -> Row:
     with suppress(UserError):
         recipe = run.recipe()
         values |= {key: attrgetter(key)(recipe) for key in SETTINGS}
-        values["model"] = card.public_base(recipe.model).rpartition("/")[2]
+        values["model"] = run_texts.short_model(recipe.model)
     with suppress(UserError):
         report = run.report()
     if report:

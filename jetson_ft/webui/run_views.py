@@ -1,6 +1,6 @@
 """The views of runs on the page: samples, settings, log, export, and the table of all runs.
 
-A view's form (`data-query`) has what the person chose: the page sends its fields as the query.
+A view's form (`data-controls`) has what the person chose: the page sends its fields as the query.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
 // The views of a run and the table of all runs: their forms, and the name edited in place.
+import { refresh } from "./runs.js";
 import { post } from "./shell.js";
 
-const queries = new Map();
-
-// Returns what the form of a view has chosen, as a query.
-export const viewQuery = (view) => queries.get(view) ?? "";
-
-// Takes over a form's fields, and has the view fetched again.
+// Puts a form's fields into the query of its panel, and has the panel fetched again.
 function take(form) {
-  queries.set(form.dataset.query, new URLSearchParams(new FormData(form)).toString());
-  document.dispatchEvent(new CustomEvent("refresh-runs"));
+  const fields = Object.fromEntries(new FormData(form));
+  form.closest("#run-view, #run-table").dataset.query = JSON.stringify(fields);
+  refresh();
 }
 
 // Takes over a filter: what it leaves is shown from the first page on.
@@ -30,16 +27,11 @@ function sort(form, key) {
   set(form, "sort", key);
 }
 
-function tick(form, name, isTicked) {
-  const others = form.elements.compared.value.split("/").filter((each) => each && each !== name);
-  set(form, "compared", (isTicked ? [...others, name] : others).join("/"));
-}
-
 // Puts a form into the place of a run's name.
 function edit(button) {
   const place = button.closest(".run-name");
   place.append(place.querySelector("template").content.cloneNode(true));
-  place.dataset.editing = "";
+  place.dataset.keep = ""; // see morph.js
   const [title] = place.querySelector("form").elements;
   title.focus();
   title.select();
@@ -47,7 +39,7 @@ function edit(button) {
 
 function leave(form) {
   const place = form.closest(".run-name");
-  delete place.dataset.editing;
+  delete place.dataset.keep;
   form.remove();
   place.querySelector("[data-rename]").focus();
 }
@@ -55,21 +47,18 @@ function leave(form) {
 async function rename(form) {
   if (!(await post(form.dataset.run, "about", Object.fromEntries(new FormData(form))))) return;
   leave(form);
-  document.dispatchEvent(new CustomEvent("refresh-runs"));
+  refresh();
 }
 
 const formOf = (element) =>
-  element.closest("#run-view, #run-table")?.querySelector("form[data-query]");
+  element.closest("#run-view, #run-table")?.querySelector("form[data-controls]");
 
 let timer;
 document.addEventListener("input", ({ target }) => {
-  const form = target.closest("form[data-query]");
+  const form = target.closest("form[data-controls]");
   if (!form) return;
   clearTimeout(timer);
   timer = setTimeout(() => filter(form), target.type === "search" ? 250 : 0);
-});
-document.addEventListener("change", ({ target }) => {
-  if (target.dataset.tick) tick(formOf(target), target.dataset.tick, target.checked);
 });
 document.addEventListener("click", ({ target }) => {
   const button = target.closest("[data-set], [data-sort], [data-rename], [data-leave]");
@@ -82,9 +71,9 @@ document.addEventListener("click", ({ target }) => {
 });
 document.addEventListener("submit", (event) => {
   const form = event.target;
-  if (!form.matches("form[data-query], form[data-name]")) return;
+  if (!form.matches("form[data-controls], form[data-name]")) return;
   event.preventDefault();
-  if (form.dataset.query) filter(form);
+  if ("controls" in form.dataset) filter(form);
   else rename(form);
 });
 document.addEventListener("keydown", (event) => {
