@@ -39,8 +39,9 @@ async function swap(id, address) {
   const known = element.childElementCount ? fragments.get(id) : undefined;
   const headers = known?.address === address ? { "If-None-Match": known.etag } : {};
   wanted.set(id, address);
-  const response = await fetch(address, { headers, cache: "no-store" });
-  if (wanted.get(id) !== address) return 0;
+  const response = await fetch(address, { headers, cache: "no-store" }).catch(() => null);
+  document.body.classList.toggle("away", !response); // no server: keep what is shown
+  if (!response || wanted.get(id) !== address) return 0;
   if (response.status !== 200) return response.status;
   const html = await response.text();
   if (wanted.get(id) !== address) return 0;
@@ -58,26 +59,18 @@ function clear(...ids) {
   });
 }
 
-// The parameters of a view that its own controls have set: `data-query` of its panel.
-const viewQuery = () => JSON.parse(byId("run-view").dataset.query || "{}");
+// The parameters that a view's own controls have set: `data-query` of its element, as JSON.
+const ownQuery = (id) => JSON.parse(byId(id).dataset.query || "{}");
 
 export async function refresh() {
   if (!isShown()) return;
   byId("run-page").classList.toggle("as-table", state.table);
   byId("run-table").hidden = !state.table;
   byId("runs-table").setAttribute("aria-pressed", state.table);
-  try {
-    if (state.table) {
-      await swap("run-table", `/live/${language}/runs?${query({ view: "table", ...tableQuery() })}`);
-    } else await refreshRuns();
-    document.body.classList.remove("away");
-  } catch (error) {
-    if (!(error instanceof TypeError)) throw error;
-    document.body.classList.add("away"); // no server: keep what is shown
-  }
+  if (!state.table) return refreshRuns();
+  const table = query({ ...ownQuery("run-table"), view: "table" });
+  return swap("run-table", `/live/${language}/runs?${table}`);
 }
-
-const tableQuery = () => JSON.parse(byId("run-table").dataset.query || "{}");
 
 async function refreshRuns() {
   const listed = query({ chosen: state.chosen, sort: state.sort, filter: state.filter });
@@ -92,7 +85,7 @@ async function refreshRuns() {
   const run = `/live/${language}/runs/${encodeURIComponent(state.chosen)}`;
   const [status, view] = await Promise.all([
     swap("run-head", `${run}/head?view=${state.view}`),
-    swap("run-view", `${run}?${query({ ...viewQuery(), view: state.view })}`),
+    swap("run-view", `${run}?${query({ ...ownQuery("run-view"), view: state.view })}`),
     list,
   ]);
   if (status === 404 || status === 422) { // deleted
@@ -183,11 +176,12 @@ async function submit(form) {
 }
 
 document.addEventListener("click", (event) => {
-  const button = event.target.closest("[data-choose], [data-draw], [data-do], [data-view], #runs-table");
+  const button = event.target.closest("[data-choose], [data-draw], [data-do], [data-view], [data-chat], #runs-table");
   if (!button) return;
   if (button.dataset.choose) choose(button.dataset.choose);
   else if (button.dataset.draw) compare(button.dataset.draw);
   else if (button.dataset.view) show(button.dataset.view);
+  else if (button.dataset.chat) window.jetsonFt.chatWith(button.dataset.chat);
   else if (button.id === "runs-table") {
     state.table = !state.table;
     save();
