@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Body, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, RedirectResponse
+from fastapi.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    StreamingResponse,
+)
 from starlette.background import BackgroundTask
 
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors
-from jetson_ft.runs import exports, jobs, manager, oom, store
+from jetson_ft.runs import exports, jobs, log_reader, manager, oom, store
 from jetson_ft.webui import after_training, run_charts
+from jetson_ft.webui.cli_json import run_cli_json
 from jetson_ft.webui.fragments import Fragments
 from jetson_ft.webui.limits import BusyError, costly
 from jetson_ft.webui.render import Locale, request_language
 
 Drawn = Annotated[tuple[str, ...], Query()]
 View = Literal["overview", "samples", "settings", "charts", "log", "export"]
+MAX_COMPARED = 6  # runs in one comparison
 NewText = Annotated[str | None, Body()]  # null: unchanged
 
 
@@ -70,6 +79,19 @@ def router(root: Path) -> APIRouter:
     @routes.get("/static/chart.js")
     def chart_library() -> Response:
         return run_charts.library()
+
+    @routes.get("/runs/compare.{kind}")
+    def compare(kind: Literal["html", "md"], run: Drawn = ()) -> Response:
+        paths = [str(store.run_by_name(name, root).path) for name in run[:MAX_COMPARED]]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "comparison"
+            option = "--html" if kind == "html" else "--markdown"
+            run_cli_json("compare", *paths, option, str(file), "--json")
+            text = file.read_text("utf-8")
+        if kind == "html":
+            return HTMLResponse(text)
+        name = {"Content-Disposition": 'attachment; filename="comparison.md"'}
+        return Response(text, media_type="text/markdown", headers=name)
 
     @routes.post("/runs/{name}/about")
     def describe(name: str, title: NewText = None, notes: NewText = None) -> Response:
@@ -124,6 +146,14 @@ def router(root: Path) -> APIRouter:
             path = manager.zip_adapter(run, Path(folder.name) / "adapter.zip")
         cleanup = BackgroundTask(folder.cleanup)
         return FileResponse(path, filename=f"{run.name}-adapter.zip", background=cleanup)
+
+    @routes.get("/runs/{name}/log.txt")
+    def log(name: str) -> Response:
+        run = store.run_by_name(name, root)
+        blocks = log_reader.iter_bytes(run.path)
+        first = next(blocks, b"")  # raises here what would end a response that has begun
+        file = {"Content-Disposition": f'attachment; filename="{run.name}-log.txt"'}
+        return StreamingResponse(chain([first], blocks), media_type="text/plain", headers=file)
 
     @routes.get("/runs/{name}/{file}")
     def report(name: str, file: Literal["report.html", "report.md", "report.json"]) -> Response:

@@ -8,8 +8,8 @@ from typing import Any
 from jetson_ft.webui.gradio_import import gr
 
 # In the order in which they are loaded. `shell` is what all tabs share.
-_STYLES = ("shell", "train", "runs", "chat", "device")
-_SCRIPTS = ("shell", "train", "runs", "progress", "chat")
+_STYLES = ("shell", "train", "runs", "run_views", "chat", "device")
+_SCRIPTS = ("shell", "train", "runs", "run_views", "progress", "chat")
 
 # Gradio's variable -> its value, in light and dark alike.
 _VARIABLES = {

@@ -1,12 +1,13 @@
 // The Runs tab: fetches the fragments that are shown, changes what differs, sends clicks.
 import { morph } from "./morph.js";
-import { language, post } from "./shell.js";
+import { confirmDialog, language, post } from "./shell.js";
 
 const MAX_DRAWN = 6; // runs drawn together: the number of colours
 const SECONDS = 2.5; // between two refreshes
 const state = {
   chosen: "", // run
   drawn: [], // runs drawn together, each at the place of its colour; "" is a free colour
+  compared: [], // those of them that a person has chosen to compare
   view: "overview",
   sort: "newest",
   filter: "",
@@ -68,7 +69,7 @@ export async function refresh() {
   byId("run-table").hidden = !state.table;
   byId("runs-table").setAttribute("aria-pressed", state.table);
   if (!state.table) return refreshRuns();
-  const table = query({ ...ownQuery("run-table"), view: "table" });
+  const table = query({ compared: state.compared.join("/"), ...ownQuery("run-table"), view: "table" });
   return swap("run-table", `/live/${language}/runs?${table}`);
 }
 
@@ -119,15 +120,13 @@ function release(name) {
 // colours.
 export function choose(name) {
   if (name !== state.chosen) {
-    if (state.chosen && !state.compared?.includes(state.chosen)) release(state.chosen);
+    if (state.chosen && !state.compared.includes(state.chosen)) release(state.chosen);
     if (!draw(name)) {
       const last = state.drawn.at(-1);
       state.compared = state.compared.filter((other) => other !== last);
       state.drawn[MAX_DRAWN - 1] = name;
     }
     state.chosen = name;
-    const panel = byId("run-view");
-    if (panel) delete panel.dataset.query;
   }
   state.table = false;
   const address = new URL(location.href);
@@ -139,8 +138,9 @@ export function choose(name) {
 
 function compare(name) {
   const compared = new Set(state.compared);
-  if (compared.delete(name)) release(name);
-  else if (draw(name)) compared.add(name);
+  if (!compared.delete(name)) {
+    if (draw(name)) compared.add(name);
+  } else if (name !== state.chosen) release(name);
   state.compared = [...compared];
   save();
   refresh();
@@ -175,7 +175,7 @@ async function submit(form) {
   refresh();
 }
 
-document.addEventListener("click", (event) => {
+document.addEventListener("click", async (event) => {
   const button = event.target.closest("[data-choose], [data-draw], [data-do], [data-view], [data-chat], #runs-table");
   if (!button) return;
   if (button.dataset.choose) choose(button.dataset.choose);
@@ -186,7 +186,7 @@ document.addEventListener("click", (event) => {
     state.table = !state.table;
     save();
     refresh();
-  } else if (!button.dataset.sure || confirm(button.dataset.sure)) act(button);
+  } else if (!button.dataset.sure || (await confirmDialog(button.dataset.sure, button.textContent))) act(button);
 });
 document.addEventListener("submit", (event) => {
   if (!event.target.matches("form[data-post]")) return;
