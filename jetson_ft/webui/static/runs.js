@@ -1,6 +1,6 @@
 // The Runs tab: fetches the fragments that are shown, changes what differs, sends clicks.
 import { morph } from "./morph.js";
-import { confirmDialog, language, post } from "./shell.js";
+import { confirmDialog, language, onTabShown, post, shownTab } from "./shell.js";
 
 const MAX_DRAWN = 6; // runs drawn together: the number of colours
 const SECONDS = 2.5; // between two refreshes
@@ -20,7 +20,7 @@ const wanted = new Map(); // id of an element -> address of the request whose an
 let charts; // the module that draws them, once one is needed
 
 const byId = (id) => document.getElementById(id);
-const isShown = () => !document.hidden && Boolean(byId("run-page")?.checkVisibility());
+const isShown = () => shownTab() === "runs" && byId("run-page") !== null;
 
 function save() {
   sessionStorage.setItem("jetson-ft-runs", JSON.stringify(state));
@@ -214,19 +214,19 @@ document.addEventListener("keydown", (event) => {
   next.focus();
   show(next.dataset.view);
 });
-document.addEventListener("visibilitychange", refresh);
 
-// Gradio makes the tab's content when it is first opened, and hides it with the tab.
+// Gradio makes the tab's content when it is first opened.
 function whenMade() {
   if (!byId("run-page")) return false;
   byId("runs-filter").value = state.filter;
   byId("runs-sort").value = state.sort;
-  new IntersectionObserver(refresh).observe(byId("run-page"));
+  refresh();
   return true;
 }
 const observer = new MutationObserver(() => { if (whenMade()) observer.disconnect(); });
 if (!whenMade()) observer.observe(document.documentElement, { childList: true, subtree: true });
 
 if (asked) choose(asked);
+onTabShown("runs", refresh);
 window.jetsonFt = { ...window.jetsonFt, choose };
 setInterval(refresh, 1000 * SECONDS);
