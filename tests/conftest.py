@@ -14,6 +14,7 @@ import pytest
 from fake_hub import fake_hub
 from fake_programs import fake
 from hypothesis import settings
+from in_browser import browser, chromium
 from light_jobs import light_jobs
 from loaded_phi import phi
 from small_disk import small_disk
@@ -24,6 +25,8 @@ from workbench import finished, light_runs, queued, workbench
 
 __all__ = [
     "bench",
+    "browser",
+    "chromium",
     "fake",
     "fake_hub",
     "finished",

@@ -241,7 +241,7 @@ def summarize(run: Run) -> RunSummary:
     trains = is_current and state.state == "running" and stage == TRAIN
     return RunSummary(
         name=run.name,
-        title=about.get("title") or run.name,
+        title=about.get("title") or run.label,
         state=state,
         faults=tuple(faults),
         is_live=is_live,

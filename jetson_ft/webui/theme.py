@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jetson_ft.webui.gradio_import import gr
+from jetson_ft.webui.render import Locale, render
 
 # In the order in which they are loaded. `shell` is what all tabs share.
 _STYLES = ("shell", "train", "runs", "run_views", "chat", "device")
@@ -107,9 +110,22 @@ def theme() -> Any:
     return look.set(**_VARIABLES, **dark)
 
 
-def head() -> str:
-    """Return what the page's head has: the tokens, then the styles and scripts of the tabs."""
+def head(t: Locale) -> str:
+    """Return what comes first in the page's head: the tokens, and the tabs' styles and scripts."""
     tokens = files("jetson_ft.runs.report").joinpath("tokens.css").read_text("utf-8")
-    styles = [f'<link rel="stylesheet" href="/static/{name}.css">' for name in _STYLES]
-    scripts = [f'<script type="module" src="/static/{name}.js"></script>' for name in _SCRIPTS]
-    return "\n".join([f"<style>{tokens}</style>", *styles, *scripts])
+    styles = [f"{STATIC}/{name}.css" for name in _STYLES]
+    scripts = [f"{STATIC}/{name}.js" for name in _SCRIPTS]
+    return render("head.jinja", t, tokens=tokens, styles=styles, scripts=scripts)
+
+
+def _content_hash(folder: Path) -> str:
+    """Return a hash of a folder's files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+STATIC_FOLDER = Path(__file__).with_name("static")
+# The address of those files changes with them, so that browsers keep them for good.
+STATIC = f"/static/{_content_hash(STATIC_FOLDER)}"

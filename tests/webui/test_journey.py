@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,7 @@ from jetson_ft.runs import jobs, manager
 from jetson_ft.runs.store import Run, list_runs
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.slow(minutes=2),
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (Debian: apt install chromium)"),
-]
+pytestmark = pytest.mark.slow(minutes=2)
 SETTINGS = {
     "data-heldout": "1", "train-max_minutes": "0.5",
     "train-tokens_per_step": "64", "train-learning_rate": "2e-3", "train-eval_every": "5",
@@ -38,15 +33,6 @@ def _stop_all_runs(tmp_path: Path) -> Iterator[None]:
     yield
     for run in list_runs(tmp_path / "runs"):
         manager.stop(run)
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import { language } from "./shell.js";
 const KEY = "jetson-ft-charts";
 const settings = { axis: "step", smoothing: 0.6, ...JSON.parse(sessionStorage.getItem(KEY) || "{}") };
 const ROWS = 30; // of the table of values
+const NOISY = ["loss", "grad_norm", "watts"]; // curves that are smoothed
 let plots = []; // of the view that is shown
 let shown = null; // the part of the x axis, as [from, to]; null: all
 let newest = null; // what was drawn last: { panel, runs, chosen }
@@ -12,13 +13,13 @@ let fetched = { address: "", etag: "", runs: [] };
 let library;
 
 function loadLibrary() {
-  library ??= new Promise((resolve, reject) => {
+  library ??= new Promise((resolve) => {
     const script = document.createElement("script");
     script.src = "/static/chart.js";
     script.onload = () => resolve(window.Chart);
     script.onerror = () => {
       library = undefined; // the next refresh tries again
-      reject(new TypeError("Chart.js can't be loaded"));
+      resolve(null);
     };
     document.head.append(script);
   });
@@ -30,14 +31,15 @@ async function fetchCurves(view, drawn) {
   drawn.forEach((name) => query.append("drawn", name));
   const address = `/live/${language}/curves?${query}`;
   const headers = fetched.address === address ? { "If-None-Match": fetched.etag } : {};
-  const response = await fetch(address, { headers, cache: "no-store" });
-  if (response.ok) fetched = { address, etag: response.headers.get("ETag"), runs: await response.json() };
+  const response = await fetch(address, { headers, cache: "no-store" }).catch(() => null);
+  if (response?.ok) fetched = { address, etag: response.headers.get("ETag"), runs: await response.json() };
   return fetched.runs;
 }
 
-// Draws the charts of a view; `drawn` are the runs at the places of their colours.
+// Draws the charts of a view, or nothing while there is no server; `drawn` are the runs at the places of their colours.
 export async function draw(panel, view, chosen, drawn) {
   const [Chart, runs] = await Promise.all([loadLibrary(), fetchCurves(view, drawn)]);
+  if (!Chart) return;
   const chosenFirst = [...runs].sort((one, other) => (other.name === chosen) - (one.name === chosen));
   if (newest?.chosen !== chosen) shown = null;
   newest = { panel, runs: chosenFirst, chosen };
@@ -135,7 +137,7 @@ class Plot {
         plugins: { legend: { display: false }, tooltip: { enabled: false } },
         scales: { x: { type: "linear", ticks: { maxRotation: 0 } }, y: { type: "linear" } },
       },
-      plugins: [{ id: "cursor", afterDraw: () => this.drawCursor() }],
+      plugins: [{ id: "cursor", afterDraw: (chart) => this.drawCursor(chart) }],
     });
     element.addEventListener("pointermove", (event) => this.move(event));
     element.addEventListener("pointerdown", (event) => this.press(event));
@@ -167,7 +169,7 @@ class Plot {
       };
       const style = { borderColor: stroke, backgroundColor: stroke, borderWidth: 2, pointRadius: 0 };
       const data = points(name);
-      const isSmooth = name === "loss" && settings.smoothing > 0;
+      const isSmooth = NOISY.includes(name) && settings.smoothing > 0;
       if (isSmooth && index === 0) {
         const pale = Chart.helpers.color(stroke).alpha(0.3).rgbString();
         datasets.push({ ...style, data, borderColor: pale, borderWidth: 1, order: 2 });
@@ -200,9 +202,8 @@ class Plot {
   }
 
   // The vertical line and the values at the cursor, and the part that a drag marks.
-  drawCursor() {
-    const { ctx, chartArea: area } = this.chart;
-    const pixel = this.cursor === undefined || this.cursor === null ? null : this.scale.getPixelForValue(this.cursor);
+  drawCursor({ ctx, chartArea: area, scales: { x } }) {
+    const pixel = this.cursor === undefined || this.cursor === null ? null : x.getPixelForValue(this.cursor);
     ctx.save();
     if (this.from !== null && this.to !== undefined) {
       ctx.fillStyle = this.Chart.helpers.color(colour("--focus")).alpha(0.2).rgbString();

@@ -1,12 +1,13 @@
 // The Runs tab: fetches the fragments that are shown, changes what differs, sends clicks.
 import { morph } from "./morph.js";
-import { confirmDialog, language, post } from "./shell.js";
+import { confirmDialog, language, onTabShown, post, shownTab } from "./shell.js";
 
 const MAX_DRAWN = 6; // runs drawn together: the number of colours
 const SECONDS = 2.5; // between two refreshes
 const state = {
   chosen: "", // run
   drawn: [], // runs drawn together, each at the place of its colour; "" is a free colour
+  compared: [], // those of them that a person has chosen to compare
   view: "overview",
   sort: "newest",
   filter: "",
@@ -19,7 +20,7 @@ const wanted = new Map(); // id of an element -> address of the request whose an
 let charts; // the module that draws them, once one is needed
 
 const byId = (id) => document.getElementById(id);
-const isShown = () => !document.hidden && Boolean(byId("run-page")?.checkVisibility());
+const isShown = () => shownTab() === "runs" && byId("run-page") !== null;
 
 function save() {
   sessionStorage.setItem("jetson-ft-runs", JSON.stringify(state));
@@ -39,8 +40,9 @@ async function swap(id, address) {
   const known = element.childElementCount ? fragments.get(id) : undefined;
   const headers = known?.address === address ? { "If-None-Match": known.etag } : {};
   wanted.set(id, address);
-  const response = await fetch(address, { headers, cache: "no-store" });
-  if (wanted.get(id) !== address) return 0;
+  const response = await fetch(address, { headers, cache: "no-store" }).catch(() => null);
+  document.body.classList.toggle("away", !response); // no server: keep what is shown
+  if (!response || wanted.get(id) !== address) return 0;
   if (response.status !== 200) return response.status;
   const html = await response.text();
   if (wanted.get(id) !== address) return 0;
@@ -58,28 +60,18 @@ function clear(...ids) {
   });
 }
 
-// The parameters of a view that its own controls have set: `data-query` of its panel.
-const viewQuery = () => JSON.parse(byId("run-view").dataset.query || "{}");
+// The parameters that a view's own controls have set: `data-query` of its element, as JSON.
+const ownQuery = (id) => JSON.parse(byId(id).dataset.query || "{}");
 
 export async function refresh() {
   if (!isShown()) return;
   byId("run-page").classList.toggle("as-table", state.table);
   byId("run-table").hidden = !state.table;
   byId("runs-table").setAttribute("aria-pressed", state.table);
-  try {
-    if (state.table) {
-      await swap("run-table", `/live/${language}/runs?${query({ view: "table", ...tableQuery() })}`);
-    } else await refreshRuns();
-    document.body.classList.remove("away");
-  } catch (error) {
-    if (!(error instanceof TypeError)) throw error;
-    document.body.classList.add("away"); // no server: keep what is shown
-  }
+  if (!state.table) return refreshRuns();
+  const table = query({ compared: state.compared.join("/"), ...ownQuery("run-table"), view: "table" });
+  return swap("run-table", `/live/${language}/runs?${table}`);
 }
-
-const tableQuery = () => ({
-  compared: (state.compared ?? []).join("/"), ...JSON.parse(byId("run-table").dataset.query || "{}"),
-});
 
 async function refreshRuns() {
   const listed = query({ chosen: state.chosen, sort: state.sort, filter: state.filter });
@@ -94,7 +86,7 @@ async function refreshRuns() {
   const run = `/live/${language}/runs/${encodeURIComponent(state.chosen)}`;
   const [status, view] = await Promise.all([
     swap("run-head", `${run}/head?view=${state.view}`),
-    swap("run-view", `${run}?${query({ ...viewQuery(), view: state.view })}`),
+    swap("run-view", `${run}?${query({ ...ownQuery("run-view"), view: state.view })}`),
     list,
   ]);
   if (status === 404 || status === 422) { // deleted
@@ -128,7 +120,7 @@ function release(name) {
 // colours.
 export function choose(name) {
   if (name !== state.chosen) {
-    if (state.chosen && !state.compared?.includes(state.chosen)) release(state.chosen);
+    if (state.chosen && !state.compared.includes(state.chosen)) release(state.chosen);
     if (!draw(name)) {
       const last = state.drawn.at(-1);
       state.compared = state.compared.filter((other) => other !== last);
@@ -146,10 +138,9 @@ export function choose(name) {
 
 function compare(name) {
   const compared = new Set(state.compared);
-  if (compared.delete(name)) {
-    if (name !== state.chosen) release(name);
-  }
-  else if (draw(name)) compared.add(name);
+  if (!compared.delete(name)) {
+    if (draw(name)) compared.add(name);
+  } else if (name !== state.chosen) release(name);
   state.compared = [...compared];
   save();
   refresh();
@@ -185,11 +176,12 @@ async function submit(form) {
 }
 
 document.addEventListener("click", async (event) => {
-  const button = event.target.closest("[data-choose], [data-draw], [data-do], [data-view], #runs-table");
+  const button = event.target.closest("[data-choose], [data-draw], [data-do], [data-view], [data-chat], #runs-table");
   if (!button) return;
   if (button.dataset.choose) choose(button.dataset.choose);
   else if (button.dataset.draw) compare(button.dataset.draw);
   else if (button.dataset.view) show(button.dataset.view);
+  else if (button.dataset.chat) window.jetsonFt.chatWith(button.dataset.chat);
   else if (button.id === "runs-table") {
     state.table = !state.table;
     save();
@@ -222,19 +214,19 @@ document.addEventListener("keydown", (event) => {
   next.focus();
   show(next.dataset.view);
 });
-document.addEventListener("visibilitychange", refresh);
 
-// Gradio makes the tab's content when it is first opened, and hides it with the tab.
+// Gradio makes the tab's content when it is first opened.
 function whenMade() {
   if (!byId("run-page")) return false;
   byId("runs-filter").value = state.filter;
   byId("runs-sort").value = state.sort;
-  new IntersectionObserver(refresh).observe(byId("run-page"));
+  refresh();
   return true;
 }
 const observer = new MutationObserver(() => { if (whenMade()) observer.disconnect(); });
 if (!whenMade()) observer.observe(document.documentElement, { childList: true, subtree: true });
 
 if (asked) choose(asked);
+onTabShown("runs", refresh);
 window.jetsonFt = { ...window.jetsonFt, choose };
 setInterval(refresh, 1000 * SECONDS);

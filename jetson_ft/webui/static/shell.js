@@ -1,6 +1,10 @@
-// What all tabs share: the language, notices, requests, copying.
+// What all tabs share: the language, the colours, the chosen tab, notices, requests, copying.
 export const language = location.pathname.split("/")[1] || "en";
-document.documentElement.lang = language.replace("_", "-");
+
+// Has a screen reader read a text aloud, such as that a run has finished.
+export function announce(text) {
+  document.getElementById("announcer").textContent = text;
+}
 
 // Shows a notice for some seconds.
 export function toast(text) {
@@ -55,14 +59,131 @@ function copy(button) {
   if (document.execCommand("copy")) button.dataset.copied = ""; // also without HTTPS
 }
 
-function speak(chosen) {
-  document.cookie = `jetson-ft-language=${chosen}; path=/; max-age=31536000; samesite=strict`;
-  location.href = `/${chosen}/${location.search}`;
-}
-
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-language], [data-copy]");
   if (!button) return;
   if ("copy" in button.dataset) copy(button);
   else speak(button.dataset.language);
+});
+
+// --- language and colours -------------------------------------------------------------------
+
+function speak(chosen) {
+  document.cookie = `jetson-ft-language=${chosen}; path=/; max-age=31536000; samesite=strict`;
+  keepScroll();
+  location.href = `/${chosen}/${location.search}${location.hash}`;
+}
+
+const system = matchMedia("(prefers-color-scheme: dark)");
+const schemes = document.querySelectorAll("[name=scheme]");
+
+// Gradio sets its class by the system's scheme when it starts and when that changes.
+function applyScheme() {
+  const chosen = localStorage.getItem("jetson-ft-scheme") || "";
+  const dark = chosen ? chosen === "dark" : system.matches;
+  document.documentElement.style.colorScheme = dark ? "dark" : "light";
+  if (document.body.classList.contains("dark") !== dark) document.body.classList.toggle("dark");
+  schemes.forEach((box) => { box.checked = box.value === chosen; });
+}
+schemes.forEach((box) => box.addEventListener("change", () => {
+  localStorage.setItem("jetson-ft-scheme", box.value);
+  applyScheme();
+}));
+system.addEventListener("change", applyScheme);
+new MutationObserver(applyScheme).observe(document.body, { attributeFilter: ["class"] });
+applyScheme();
+
+// --- tabs -----------------------------------------------------------------------------------
+
+const tabs = () => [...document.querySelectorAll("#tabs [role=tab]")];
+const tabOf = (button) => button.dataset.tabId;
+
+// Returns the tab that is shown; an empty text while Gradio starts, or where the window is hidden.
+// A tab polls only while it is this one.
+export function shownTab() {
+  const button = tabs().find((tab) => tab.ariaSelected === "true");
+  return button && !document.hidden ? tabOf(button) : "";
+}
+
+// Calls a function whenever a tab begins to be shown, also where the window is shown again.
+export function onTabShown(tab, action) {
+  document.addEventListener("tab-shown", (event) => { if (event.detail === tab) action(); });
+  if (shownTab() === tab) action();
+}
+
+let shown = "";
+function noticeTab() {
+  const buttons = tabs();
+  for (const button of buttons) {
+    const tabIndex = button.ariaSelected === "true" ? 0 : -1;
+    if (button.tabIndex !== tabIndex) button.tabIndex = tabIndex;
+  }
+  if (shownTab() === shown) return;
+  shown = shownTab();
+  if (!shown) return;
+  if (location.hash.slice(1) !== shown) history.replaceState(history.state, "", `#${shown}`);
+  document.dispatchEvent(new CustomEvent("tab-shown", { detail: shown }));
+}
+
+// The tab of the address.
+function openTab() {
+  tabs().find((tab) => tabOf(tab) === location.hash.slice(1))?.click();
+}
+
+function moveByKey(event) {
+  const buttons = tabs();
+  const at = buttons.indexOf(event.target);
+  const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: -1 }[event.key];
+  if (at < 0 || to === undefined) return;
+  event.preventDefault();
+  const next = buttons.at(to % buttons.length);
+  next.focus();
+  next.click();
+}
+
+// Gradio draws the tabs when it has started.
+function whenDrawn(action) {
+  const observer = new MutationObserver(() => {
+    if (!tabs().length) return;
+    observer.disconnect();
+    action();
+  });
+  observer.observe(document.querySelector("gradio-app"), { childList: true, subtree: true });
+}
+
+whenDrawn(() => {
+  openTab();
+  const list = document.querySelector("#tabs [role=tablist]");
+  list.addEventListener("keydown", moveByKey);
+  new MutationObserver(noticeTab).observe(list, { attributeFilter: ["aria-selected"], subtree: true });
+  noticeTab();
+  restoreScroll();
+});
+document.addEventListener("visibilitychange", noticeTab);
+addEventListener("hashchange", openTab);
+
+// --- a page's beginning and end -------------------------------------------------------------
+
+function keepScroll() {
+  sessionStorage.setItem("jetson-ft-scroll", `${location.hash} ${scrollY}`);
+}
+
+// What is above arrives piece by piece; a person who scrolls ends this.
+function restoreScroll() {
+  const [hash, y] = (sessionStorage.getItem("jetson-ft-scroll") || "").split(" ");
+  if (hash !== location.hash || !Number(y)) return;
+  const observer = new ResizeObserver(() => scrollTo(0, Number(y)));
+  observer.observe(document.body);
+  const end = () => observer.disconnect();
+  setTimeout(end, 3000);
+  ["wheel", "touchmove", "keydown", "mousedown"].forEach((type) => addEventListener(type, end, { once: true }));
+}
+
+// The session's name is the client's own, which it sends first here.
+const session = () => performance.getEntriesByType("resource")
+  .map(({ name }) => /heartbeat\/(\w+)/.exec(name)?.[1]).find(Boolean);
+
+addEventListener("pagehide", () => {
+  keepScroll();
+  if (session()) navigator.sendBeacon(`/closed/${session()}`);
 });

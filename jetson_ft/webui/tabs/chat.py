@@ -91,7 +91,6 @@ def build(
     undo.click(chat.undo, [base, adapter], [message, base, adapter])
     clear.click(chat.clear, None, [base, adapter, speed], cancels=answers)
     stop.click(chat.stop)
-    page.unload(chat.stop)
     tab.select(chat.open, [name, chosen_by_user, adapter], name)
     name.focus(lambda: gr.Dropdown(choices=chat.choices()), None, name)
     name.input(lambda: True, None, chosen_by_user)
