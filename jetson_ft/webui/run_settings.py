@@ -11,7 +11,7 @@ from typing import Any
 from jetson_ft import recipe as recipes
 from jetson_ft.errors import UserError, _
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs.store import Run
+from jetson_ft.runs.store import Run, short_titles
 from jetson_ft.webui.render import Locale, render
 
 SETTINGS = {
@@ -49,7 +49,7 @@ def render_settings(t: Locale, runs: Sequence[Run], query: Mapping[str, str]) ->
             rows = [row for row in rows if (row.differs if len(chosen) > 1 else row.changed[0])]
         if rows:
             groups[title] = rows
-    titles = [run.title() for run, _recipe in chosen] if len(chosen) > 1 else []
+    titles = short_titles([run for run, _recipe in chosen]) if len(chosen) > 1 else []
     return render("run_settings.jinja", t, groups=groups, titles=titles, only=only)
 
 

@@ -155,7 +155,7 @@ def _cells(t: Locale, column: Column, values: Sequence[Any]) -> list[Cell]:
             continue
         if column.is_setting and repr(value) != usual:
             mark = "differs"
-        elif column.sign and len(known) > 1 and column.sign * value == best:
+        elif column.sign and len({*known}) > 1 and column.sign * value == best:
             mark = "better"
         cells.append(Cell(t(column.text(value)), mark))
     return cells
