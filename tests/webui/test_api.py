@@ -141,6 +141,7 @@ def test_phase_reason_and_warning_are_in_the_pages_language(page: TestClient, ro
     assert "以代码 7 退出，详见 log.txt" in chinese and "缺少 /x/step-3/a；改用" in chinese
     english = shown("en")
     assert "ended with code 7" in english and "is missing; the checkpoint before" in english
+    log = EventLog(run, 2)
     log.emit(PhaseStarted(name="model files"))
     held = locks.lock(run.path / "worker.lock")
     run.write_state("running", attempt=2)
