@@ -25,6 +25,7 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.files import disk_errors
 from jetson_ft.runs import exports, jobs, log_reader, manager, oom, store
 from jetson_ft.webui import after_training, run_charts
+from jetson_ft.webui.changed_items import SentLists
 from jetson_ft.webui.cli_json import run_cli_json
 from jetson_ft.webui.fragments import Fragments
 from jetson_ft.webui.limits import BusyError, costly
@@ -38,7 +39,7 @@ NewText = Annotated[str | None, Body()]  # null: unchanged
 
 def router(root: Path) -> APIRouter:
     """Return the routes for the runs under `root`."""
-    routes, fragments = APIRouter(), Fragments(root)
+    routes, fragments, sent = APIRouter(), Fragments(root), SentLists()
 
     @routes.get("/")
     def home(request: Request) -> Response:
@@ -53,7 +54,8 @@ def router(root: Path) -> APIRouter:
     ) -> Response:  # fmt: skip
         if view == "table":
             return _fragment(request, fragments.run_table(language, dict(request.query_params)))
-        return _fragment(request, fragments.run_list(language, chosen, drawn, sort, filter))
+        html = fragments.run_list(language, chosen, drawn, sort, filter)
+        return _fragment(request, html, sent=sent)
 
     @routes.get("/live/{language}/progress")
     def progress(request: Request, language: str, watched: Drawn = ()) -> Response:
@@ -177,10 +179,19 @@ def error_response(request: Request, error: Exception) -> Response:
     return JSONResponse(texts, 422)
 
 
-def _fragment(request: Request, content: str, media_type: str = "text/html") -> Response:
-    """Return the content, or nothing where the browser has it already."""
+def _fragment(
+    request: Request, content: str, media_type: str = "text/html", sent: SentLists | None = None
+) -> Response:
+    """Return the content, or nothing where the browser has it already.
+
+    Args:
+        sent: for a list: those that were sent before; its unchanged items are left out.
+    """
     etag = f'"{hashlib.sha256(content.encode()).hexdigest()[:24]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
-    if request.headers.get("if-none-match") == etag:
+    known = request.headers.get("if-none-match", "")
+    if known == etag:
         return Response(status_code=304, headers=headers)
+    if sent:
+        content = sent.changes(content, etag, known)
     return Response(content, headers=headers, media_type=media_type)

@@ -23,6 +23,7 @@ from jetson_ft.runs.monitor import RunMonitor, RunProgress, RunSummary
 from jetson_ft.runs.store import Run
 from jetson_ft.webui import run_charts, run_overview, run_texts, run_views
 from jetson_ft.webui.after_training import AfterTraining
+from jetson_ft.webui.changed_items import MARK
 from jetson_ft.webui.render import Locale, render
 
 MAX_DRAWN = 6  # runs drawn together: the number of colours
@@ -93,7 +94,7 @@ class Fragments:
             lambda runs: render(
                 "runs.jinja", Locale(language), runs=runs, chosen=chosen, colours=colours,
                 is_filtered=bool(words), sort=sort, SORTS=SORTS, texts=run_texts,
-                is_full=len(colours) >= MAX_DRAWN,
+                is_full=len(colours) >= MAX_DRAWN, MARK=MARK,
             ),
         )  # fmt: skip
 

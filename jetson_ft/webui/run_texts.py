@@ -62,9 +62,9 @@ def facts(run: RunSummary, t: Locale) -> str:
         facts.append(t(_("r {rank}"), rank=run.rank))
     if run.state.created:
         facts.append(started(run, t))
-    if run.seconds:
+    if run.seconds and run.seconds >= 0.5:
         facts.append(t(rough_duration(run.seconds)))
-    return " · ".join(facts)
+    return " · ".join(fact.replace(" ", "\N{NO-BREAK SPACE}") for fact in facts)
 
 
 def short_model(name: str) -> str:
@@ -95,6 +95,12 @@ def rough_duration(seconds: float) -> Message:
     return Message(_("{hours:.1f} h"), {"hours": seconds / 3600})
 
 
+def steps(run: RunSummary) -> Message:
+    """Return how many steps are made."""
+    text = _("step {step:,} of {total:,}") if run.total_steps else _("step {step:,}")
+    return Message(text, {"step": run.step, "total": run.total_steps})
+
+
 def work(run: RunSummary) -> list[Message]:
     """Return what a live run does now, in parts."""
     if not run.is_live:
@@ -105,9 +111,7 @@ def work(run: RunSummary) -> list[Message]:
     if run.phase == monitor.COOLING:
         parts.append(Message(_("paused until the device has cooled")))
     if run.stage == monitor.TRAIN and run.step:
-        counts = {"step": run.step, "total": run.total_steps}
-        text = _("step {step:,} of {total:,}") if run.total_steps else _("step {step:,}")
-        parts.append(Message(text, counts))
+        parts.append(steps(run))
     elif run.phase:
         parts.append(Message(PHASES.get(run.phase, run.phase)))
     if run.stage == monitor.MEASURE and run.generated:

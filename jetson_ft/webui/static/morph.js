@@ -1,6 +1,7 @@
 // Makes the content of an element equal to HTML by changing only what differs: what stays keeps its
 // focus, selection, scroll position and typed text. Elements are matched by `id`, else by their
-// order. What a person opened (`open`) stays; an element with `data-keep` belongs to a script.
+// order. What a person opened (`open`) stays; an element with `data-keep` belongs to a script; one that
+// comes with `data-same` stays as it is.
 export function morph(element, html) {
   const template = document.createElement("template");
   template.innerHTML = html;
@@ -39,7 +40,7 @@ function morphNode(old, next) {
     if (old.data !== next.data) old.data = next.data;
     return;
   }
-  if ("keep" in old.dataset || old.isEqualNode(next)) return;
+  if ("keep" in old.dataset || "same" in next.dataset || old.isEqualNode(next)) return;
   for (const { name } of [...old.attributes]) {
     if (name !== "open" && !next.hasAttribute(name)) old.removeAttribute(name);
   }

@@ -4,9 +4,14 @@ import { language, toast } from "./shell.js";
 
 const SECONDS = 10;
 const KEY = "jetson-ft-notify";
-const title = document.title;
+const NAME = "jetson-ft";
 let watched = new Set(); // the runs that were live
+let progress = ""; // of the first one
 let timer;
+
+function applyTitle() {
+  if (document.title !== progress + NAME) document.title = progress + NAME;
+}
 
 async function update() {
   clearTimeout(timer);
@@ -22,7 +27,8 @@ async function update() {
   const live = runs.filter((run) => run.is_live);
   const first = live.find((run) => run.share !== null) ?? live.at(-1);
   const part = first && (first.share === null ? first.state : `${Math.round(100 * first.share)} %`);
-  document.title = first ? `${part} · ${title}` : title;
+  progress = first ? `${part} · ` : "";
+  applyTitle();
   runs.filter((run) => !run.is_live && watched.has(run.name)).forEach(notify);
   watched = new Set(live.map((run) => run.name));
   if (live.length) timer = setTimeout(update, 1000 * SECONDS);
@@ -63,4 +69,6 @@ document.addEventListener("fragment", (event) => {
   const isSame = live.length === watched.size && live.every((name) => watched.has(name));
   if (!isSame || (live.length && !timer)) update();
 });
+// Gradio sets the title when it has started.
+new MutationObserver(applyTitle).observe(document.head, { childList: true, characterData: true, subtree: true });
 update();
