@@ -54,16 +54,16 @@ def render_settings(t: Locale, runs: Sequence[Run], query: Mapping[str, str]) ->
 
 
 def _setting_rows(t: Locale, chosen: Sequence[Recipe]) -> list[Setting]:
-    # The default of alpha follows the rank.
-    defaults = [Recipe.model_validate({"lora": {"rank": each.lora.rank}}) for each in chosen]
     rows = []
     for key, field in SETTINGS.items():
         read = attrgetter(key)
         values = [setting_text(t, read(recipe)) for recipe in chosen]
-        default = [setting_text(t, read(recipe)) for recipe in defaults]
-        changed = [value != other for value, other in zip(values, default, strict=True)]
+        defaults = [setting_text(t, read(Recipe()))] * len(chosen)
+        if key == "lora.alpha":  # null, which follows the rank
+            defaults = [setting_text(t, 2.0 * recipe.lora.rank) for recipe in chosen]
+        changed = [value != default for value, default in zip(values, defaults, strict=True)]
         title = t(field.title) if field.title else ""
-        rows.append(Setting(key, title, values, changed, default[0], len({*values}) > 1))
+        rows.append(Setting(key, title, values, changed, defaults[0], len({*values}) > 1))
     return rows
 
 
