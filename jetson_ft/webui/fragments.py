@@ -126,11 +126,12 @@ class Fragments:
         def to_html(source: Any) -> str:
             listed, stage_seconds, _stamp = source
             is_failed = listed.run.state.state in ("failed", monitor.DAMAGED)
-            notes = ""
+            about: dict[str, str] = {}
             with suppress(UserError):
-                notes = run.about().get("notes", "")
+                about = run.about()
             return render(
-                "run.jinja", Locale(language), run=listed.run, listed=listed, notes=notes,
+                "run.jinja", Locale(language), run=listed.run, listed=listed,
+                notes=about.get("notes", ""), given_title=about.get("title", ""),
                 stages=run_texts.stages(listed.run, stage_seconds), texts=run_texts,
                 VIEWS=VIEWS, view=view, has_adapter=run.has_adapter(),
                 has_report=_is_file(run.path / "report.html"),
