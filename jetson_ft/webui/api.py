@@ -57,7 +57,7 @@ def router(root: Path) -> APIRouter:
         html = fragments.run_list(language, chosen, drawn, sort, filter)
         return _fragment(request, html, sent=sent)
 
-    @routes.get("/live/{language}/progress")
+    @routes.get("/progress/{language}")
     def progress(request: Request, language: str, watched: Drawn = ()) -> Response:
         return _fragment(request, fragments.progress(language, watched), "application/json")
 

@@ -35,11 +35,11 @@ class CompressionMiddleware:
         self._kept: dict[tuple[str, str], tuple[Message, bytes]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        encoding = _encoding(headers.get("accept-encoding", ""))
-        if scope["type"] != "http" or scope["method"] != "GET" or "range" in headers:
+        headers = Headers(scope=scope) if scope["type"] == "http" else None
+        if headers is None or scope["method"] != "GET" or "range" in headers:
             await self.app(scope, receive, send)
             return
+        encoding = _encoding(headers.get("accept-encoding", ""))
         hashed = _HASHED.fullmatch(scope["path"])
         name = (hashed[1] or hashed[0], encoding) if hashed else None
         if name in self._kept:
@@ -54,8 +54,8 @@ class CompressionMiddleware:
             if hashed and start["status"] == 200:
                 response_headers["Cache-Control"] = _FOREVER
             if encoding and len(body) >= _MIN_BYTES and "content-encoding" not in response_headers:
-                compressor = {"br": _brotli, "gzip": gzip.compress}[encoding]
-                body = compressor(body)
+                is_brotli = encoding == "br"
+                body = brotli.compress(body, quality=_QUALITY) if is_brotli else gzip.compress(body)
                 response_headers["Content-Encoding"] = encoding
             response_headers.add_vary_header("Accept-Encoding")
             response_headers["Content-Length"] = str(len(body))
@@ -105,8 +105,3 @@ def _encoding(accepted: str) -> str:
     """Return the encoding for an `Accept-Encoding`; empty: none."""
     names = [part.partition(";")[0].strip() for part in accepted.split(",")]
     return next((name for name in ("br", "gzip") if name in names), "")
-
-
-def _brotli(body: bytes) -> bytes:
-    compressed: bytes = brotli.compress(body, quality=_QUALITY)
-    return compressed

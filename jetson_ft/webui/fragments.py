@@ -104,8 +104,7 @@ class Fragments:
             read_at, runs = self._listed
             if time.monotonic() - read_at > _CACHE_SECONDS:
                 summaries = [self._monitor.summary(run) for run in store.list_runs(self.root)]
-                waiting = queue.waiting()
-                runs = [Listed(run, _place(run, waiting)) for run in summaries]
+                runs = _with_places(summaries)
                 self._listed = time.monotonic(), runs
             return runs
 
@@ -118,19 +117,18 @@ class Fragments:
         run = store.run_by_name(name, self.root)
 
         def read() -> Any:
-            summary = self._monitor.summary(run)
-            waiting = queue.waiting() if summary.state.state == "queued" else []
-            listed = Listed(summary, _place(summary, waiting))
+            (listed,) = _with_places([self._monitor.summary(run)])
             return listed, self._progress(run).stage_seconds, monitor.change_stamp(run)
 
         def to_html(source: Any) -> str:
             listed, stage_seconds, _stamp = source
             is_failed = listed.run.state.state in ("failed", monitor.DAMAGED)
-            notes = ""
+            about: dict[str, str] = {}
             with suppress(UserError):
-                notes = run.about().get("notes", "")
+                about = run.about()
             return render(
-                "run.jinja", Locale(language), run=listed.run, listed=listed, notes=notes,
+                "run.jinja", Locale(language), run=listed.run, listed=listed,
+                notes=about.get("notes", ""), given_title=about.get("title", ""),
                 stages=run_texts.stages(listed.run, stage_seconds), texts=run_texts,
                 VIEWS=VIEWS, view=view, has_adapter=run.has_adapter(),
                 has_report=_is_file(run.path / "report.html"),
@@ -275,10 +273,17 @@ def _colours(drawn: Sequence[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(drawn[:MAX_DRAWN]) if name}
 
 
-def _place(run: RunSummary, waiting: Sequence[int]) -> int | None:
-    if run.state.state != "queued":
-        return None
-    return 1 + sum(time < queue.microseconds(run.state.queued) for time in waiting)
+def _with_places(runs: Sequence[RunSummary]) -> list[Listed]:
+    """Return the runs with their places in the queue."""
+    waiting: list[int] = []
+    if any(run.state.state == "queued" for run in runs):
+        with suppress(UserError):  # another user's folder
+            waiting = queue.waiting()
+    return [
+        Listed(run, 1 + sum(since < queue.microseconds(run.state.queued) for since in waiting))
+        if run.state.state == "queued" else Listed(run, None)
+        for run in runs
+    ]  # fmt: skip
 
 
 def _is_file(path: Path) -> bool:

@@ -44,13 +44,14 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
     """Return the page as an ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(api.router(runs))
+    app.include_router(device.router(runs))
     app.add_exception_handler(UserError, api.error_response)
     app.mount(STATIC, StaticFiles(directory=STATIC_FOLDER))
-    client, doctor = ChatClient(runs, costly), device.Doctor(runs)
+    client = ChatClient(runs, costly)
     pages = []
     for language in i18n.languages():
         t = Locale(language)
-        blocks = _build(t, runs, client, doctor, policy.allowed)
+        blocks = _build(t, runs, client, policy.allowed)
         pages.append(blocks)
         blocks.has_launched = True  # Gradio checks the paths in requests only then
         blocks.api_open = False  # no call passes the queue, whose limits it would escape
@@ -111,9 +112,7 @@ class _GradioPage:
         return body
 
 
-def _build(
-    t: Locale, runs: Path, client: ChatClient, doctor: device.Doctor, allowed: AllowedPaths
-) -> Any:
+def _build(t: Locale, runs: Path, client: ChatClient, allowed: AllowedPaths) -> Any:
     """Return the Gradio page in one language: a tab for each task."""
     with (
         gr.Blocks(title="jetson-ft", analytics_enabled=False) as page,
@@ -125,6 +124,6 @@ def _build(
             gr.HTML(render("run_page.jinja", t, SORTS=SORTS), apply_default_css=False)
         with gr.Tab(t(_("Chat")), id="chat", elem_id="chat-tab") as tab:
             chat.build(t, runs, client, page, tab, allowed)
-        with gr.Tab(t(_("Device")), id="device", elem_id="device-tab") as tab:
-            device.build(t, doctor, tab)
+        with gr.Tab(t(_("Device")), id="device", elem_id="device-tab"):
+            device.build()
     return page

@@ -87,9 +87,9 @@ def test_a_run_is_drawn_with_the_compared_runs(page: TestClient, root: Path) -> 
 
 def test_what_live_and_watched_runs_do_is_one_short_answer(page: TestClient, root: Path) -> None:
     make_run(root, "20260101-000000-ended")
-    assert page.get("/live/en/progress").json() == []
+    assert page.get("/progress/en").json() == []
     watched = {"watched": "20260101-000000-ended"}
-    (run,) = page.get("/live/zh_CN/progress", params=watched).json()
+    (run,) = page.get("/progress/zh_CN", params=watched).json()
     assert run == {"name": watched["watched"], "title": "ended", "is_live": False,
                    "share": None, "state": "已完成"}  # fmt: skip
 

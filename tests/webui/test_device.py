@@ -1,81 +1,171 @@
-"""The doctor's findings as the page shows them."""
+"""The Device tab: findings with their fixes, examined once for all pages, and gauges."""
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from boards_in_folders import NANO, NX, FakeMachine
 
+from jetson_ft.errors import UserError
 from jetson_ft.hardware import doctor
-from jetson_ft.hardware.doctor.finding import failure, ok
-from jetson_ft.webui.gradio_import import gr
+from jetson_ft.hardware.doctor.finding import failure, ok, warning
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.tabs import device
-from jetson_ft.webui.tabs.device import Doctor
+from jetson_ft.webui.tabs.device import Doctor, Gauges, fix_parts
 
 FIX = "Flash JetPack 6.2 or 7.2: https://developer.nvidia.com/embedded/jetpack"
-
-
-def test_each_finding_has_its_mark_and_its_fix() -> None:
-    result = doctor.as_json([
-        ok("board.other", "not a Jetson: {name}, {cores} cores", name="<b>", cores=2),
-        failure("jetpack.old", "{l4t}", FIX, l4t="r35"),
-    ])  # fmt: skip
-    english, chinese = (
-        render("findings.jinja", Locale(language), **result) for language in ("en", "zh_CN")
-    )
-    assert "&lt;b&gt;, 2 cores" in english and "<b>," not in english
-    assert 'class="failure"' in english and f"<code>{FIX}</code>" in english
-    assert (
-        "does not work" in english
-        and "<code>请刷写 JetPack 6.2 或 7.2：https://developer.nvidia.com/embedded/jetpack</code>"
-        in chinese
-    )
+ENGLISH, CHINESE = Locale("en"), Locale("zh_CN")
 
 
 @pytest.fixture
-def examinations(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Return the list that each examination is added to; one takes a moment."""
-    results: list[dict[str, Any]] = []
+def examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Return a function that makes the findings those of the next examination."""
+
+    def examine(*findings: Any) -> Doctor:
+        result = doctor.as_json(list(findings))
+        monkeypatch.setattr(device, "run_cli_json", lambda *_: result)
+        made = Doctor(tmp_path)
+        made.examine()
+        made.wait()
+        return made
+
+    return examine
+
+
+def test_failures_and_warnings_come_first_with_their_fixes(examined: Any) -> None:
+    shown = examined(
+        ok("board.other", "not a Jetson: {name}, {cores} cores", name="<b>", cores=2),
+        warning("power.slower", "{mode}; {best} is faster", "sudo nvpmodel -m {id}",
+                mode="15W", best="MAXN", id=2),
+        failure("jetpack.old", "{l4t}", FIX, l4t="r35"),
+    )  # fmt: skip
+    english, chinese = shown.html(ENGLISH), shown.html(CHINESE)
+    assert re.findall(r'<li class="(\w+)"', english) == ["failure", "warning", "ok"]
+    assert "&lt;b&gt;, 2 cores" in english and "<b>," not in english
+    assert "Training does not work here" in english and FIX in english
+    command = '<code>sudo nvpmodel -m 2</code><button class="do" data-copy aria-label='
+    assert command in english
+    assert "请刷写 JetPack 6.2 或 7.2：https://developer.nvidia.com/embedded/jetpack" in chinese
+
+
+@pytest.mark.parametrize(
+    ("fix", "parts"),
+    [
+        ("sudo nvpmodel -q", [("sudo nvpmodel -q", "command")]),
+        ("Run `make clean`, then `x`", [("Run ", "text"), ("make clean", "command"),
+                                        (", then ", "text"), ("x", "code")]),
+        ("`--set a=b c`", [("--set a=b c", "code")]),
+        ("Raise the limit", [("Raise the limit", "text")]),
+    ],
+)  # fmt: skip
+def test_the_commands_of_a_fix_can_be_copied(fix: str, parts: list[tuple[str, str]]) -> None:
+    assert fix_parts(fix) == parts
+
+
+def test_findings_stay_while_the_machine_is_examined_again(
+    examined: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, release = examined(ok("board.other", "this board")), threading.Event()
+
+    def fail(*_: str) -> dict[str, Any]:
+        release.wait(5)
+        raise UserError("No such program.", fix="Install it.")
+
+    monkeypatch.setattr(device, "run_cli_json", fail)
+    shown.examine()
+    html = shown.html(ENGLISH)
+    assert "this board" in html and "data-examining" in html and "Examine again" not in html
+    release.set()
+    shown.wait()
+    html = shown.html(ENGLISH)
+    assert "No such program." in html and "Install it." in html
+    assert "this board" in html and "Examine again" in html
+
+
+def test_all_pages_share_an_examination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
 
     def examine(*_: str) -> dict[str, Any]:
-        time.sleep(0.3)
-        results.append(doctor.as_json([]))
-        return results[-1]
+        nonlocal count
+        count += 1
+        time.sleep(0.2)
+        return doctor.as_json([])
 
     monkeypatch.setattr(device, "run_cli_json", examine)
-    return results
-
-
-def test_the_button_examines_again_and_opening_the_tab_does_not(
-    tmp_path: Path, examinations: list[dict[str, Any]]
-) -> None:
-    with gr.Blocks() as page, gr.Tabs(), gr.Tab() as tab:
-        device.build(Locale("en"), Doctor(tmp_path), tab)
-    opened, clicked = (function.fn for function in page.fns.values())
-    for call, count in ((opened, 1), (opened, 1), (clicked, 2), (clicked, 3), (opened, 3)):
-        call()
-        assert len(examinations) == count
-
-
-def test_concurrent_clicks_share_an_examination(
-    tmp_path: Path, examinations: list[dict[str, Any]]
-) -> None:
-    examined = Doctor(tmp_path)
-    threads = [threading.Thread(target=examined.findings, args=[0.0]) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(examinations) == 1
+    shared = Doctor(tmp_path)
+    for max_age, expected in ((60.0, 1), (0.0, 1)):  # the second, while the first examines
+        shared.examine(max_age)
+        assert shared.html(ENGLISH).count("data-examining") == 1 and count <= expected
+    shared.wait()
+    shared.examine(60.0)
+    shared.wait()
+    assert count == 1, "young enough"
+    shared.examine()
+    shared.wait()
+    assert count == 2
 
 
 @pytest.mark.slow
-def test_the_machine_is_examined_once_for_all_pages(tmp_path: Path) -> None:
-    examined = Doctor(tmp_path)
-    result = examined.findings()
-    assert {"memory", "torch", "bitsandbytes"} <= {check["name"] for check in result["checks"]}
-    assert examined.findings() is result
+def test_this_machine_is_examined(tmp_path: Path) -> None:
+    real = Doctor(tmp_path)
+    real.examine()
+    real.wait()
+    assert all(f">{name}</span>" in real.html(ENGLISH) for name in ("Memory", "PyTorch", "Disk"))
+
+
+# --- gauges -----------------------------------------------------------------------------------
+
+
+def test_a_board_has_all_gauges_with_their_limits(tmp_path: Path) -> None:
+    gauges = Gauges(FakeMachine(tmp_path, NX).root).read()
+    shown = {gauge.title: (gauge.value, gauge.percent, ENGLISH(gauge.limit)) for gauge in gauges}
+    assert shown["Power"] == ("15.0 W", pytest.approx(99.7, abs=0.1), "15 W")
+    assert shown["Temperature"] == ("62 °C", pytest.approx(63.1, abs=0.1), "slower from 99 °C")
+    assert shown["GPU"] == ("97 % · 1015 MHz", 97, "100 %")
+    assert {"Memory", "Processor"} <= shown.keys()
+    html = render("gauges.jinja", CHINESE, gauges=gauges)
+    assert html.count('role="meter"') >= 4 and "99 °C 起降频" in html
+
+
+def test_a_value_without_a_known_limit_has_no_bar(tmp_path: Path) -> None:
+    gauges = Gauges(FakeMachine(tmp_path, NANO).root).read()  # whose mode has no limit of power
+    (power,) = [gauge for gauge in gauges if gauge.title == "Power"]
+    assert power.percent is None
+    assert "meter" not in render("gauges.jinja", ENGLISH, gauges=[power])
+
+
+@pytest.mark.parametrize(("percent", "level"), [(50, ""), (86, "high"), (97, "full"), (None, "")])
+def test_a_gauge_near_its_limit_is_marked(percent: float | None, level: str) -> None:
+    assert device.Gauge("Memory", "1 GiB", percent).level == level
+    assert device.Gauge("GPU", "99 %", percent, is_load=True).level == ""
+
+
+def test_the_sensors_are_read_once_a_second_and_closed_when_nothing_shows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    class Counted(device.Telemetry):
+        def read(self) -> Any:
+            read.append("read")
+            return super().read()
+
+        def close(self) -> None:
+            read.append("close")
+            super().close()
+
+    monkeypatch.setattr(device, "Telemetry", Counted)
+    monkeypatch.setattr(device, "_IDLE_SECONDS", 0.2)
+    gauges = Gauges(tmp_path)
+    assert gauges.read() == gauges.read() and read == ["read"]
+    time.sleep(0.5)
+    assert read == ["read", "close"]
+    monkeypatch.setattr(device, "_READ_SECONDS", 0.0)
+    assert gauges.read()
+    gauges.close()
+    assert read == ["read", "close", "read", "close"]

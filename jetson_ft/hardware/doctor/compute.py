@@ -34,7 +34,7 @@ def examine(machine: Machine) -> Iterator[Finding]:
         try:
             import torch
         except Exception as error:
-            fix = _("sudo apt install libopenblas0, then {reinstall}")
+            fix = _("`sudo apt install libopenblas0`, then `{reinstall}`")
             text, line = _("can't be loaded: {error}"), _error_line(error)
             yield failure("torch.broken", text, fix, error=line, reinstall=_REINSTALL)
             return
@@ -85,7 +85,7 @@ def _unusable_gpu(torch: Any) -> Finding:
         torch.cuda.init()
     except Exception as exception:
         error = _error_line(exception)
-    fix = _("See the lines on device files and JetPack above; then {reinstall}")
+    fix = _("See the lines on device files and JetPack above; then `{reinstall}`")
     text = _("can't be used: {error}")
     return failure("gpu.unusable", text, fix, error=error, reinstall=_REINSTALL)
 
@@ -140,7 +140,7 @@ def _bitsandbytes(torch: Any, device: str, machine: Machine) -> Finding:
         return warning("bitsandbytes.broken", text, fix, **values)
     build = _REINSTALL if _has_jetpack_7(machine) else _BUILD_BITSANDBYTES.format(**values)
     values["build"] = build
-    fix = _("Recipes without `quantize` work as they are. For 4 bits: {build}")
+    fix = _("Recipes without `quantize` work as they are. For 4 bits: `{build}`")
     return warning("bitsandbytes.broken_on_board", text, fix, **values)
 
 

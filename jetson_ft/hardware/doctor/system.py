@@ -63,7 +63,7 @@ def _software(machine: Machine) -> Iterator[Finding]:
     l4t = jetpack.read_l4t(machine.root)
     if l4t is None:
         text = _("unknown: /etc/nv_tegra_release can't be read")
-        fix = _("In a container: docker run -v /etc/nv_tegra_release:/etc/nv_tegra_release:ro …")
+        fix = _("In a container: `docker run -v /etc/nv_tegra_release:/etc/nv_tegra_release:ro …`")
         yield warning("jetpack.unknown", text, fix)
         return
     values = {"l4t": str(l4t), "jetpack": l4t.jetpack or "?"}
@@ -111,8 +111,8 @@ def _power(machine: Machine) -> Iterator[Finding]:
 def _access(machine: Machine) -> Finding:
     if not (machine.root / detect.JETSON_MEMORY_NODE).exists():
         node = f"/{detect.JETSON_MEMORY_NODE}"
-        fix = _("In a container: docker run --runtime nvidia …; else reinstall NVIDIA's drivers: "
-                "sudo apt install --reinstall nvidia-l4t-core nvidia-l4t-cuda")  # fmt: skip
+        fix = _("In a container: `docker run --runtime nvidia …`; else reinstall NVIDIA's drivers: "
+                "`sudo apt install --reinstall nvidia-l4t-core nvidia-l4t-cuda`")  # fmt: skip
         return failure("access.missing", _("{node} not found"), fix, node=node)
     for node in detect.JETSON_NODES:
         path = machine.root / node
@@ -122,8 +122,10 @@ def _access(machine: Machine) -> Finding:
             except KeyError:  # in a container, a group that only the host has a name for
                 group = str(path.stat().st_gid)
             text = _("{node} can't be read: it is for the group {group}")
-            fix = _("sudo usermod -aG video,render $USER, then log in again "
-                    "(in a container: docker run --group-add $(stat -c %g {node}) …)")  # fmt: skip
+            fix = _(
+                "`sudo usermod -aG video,render $USER`, then log in again "
+                "(in a container: `docker run --group-add $(stat -c %g {node}) …`)"
+            )
             return failure("access.denied", text, fix, node=f"/{node}", group=group)
     return ok("access.readable", _("those of the GPU can be read"))
 
@@ -214,7 +216,7 @@ def _sensors(machine: Machine) -> Iterator[Finding]:
         yield ok("sensors.read", _("{source}: {values}"), source=source, values=", ".join(known))
     elif machine.board:
         text = _("power and temperature can't be read; reports will have no energy")
-        fix = _("In a container: docker run -v /usr/bin/tegrastats:/usr/bin/tegrastats:ro …")
+        fix = _("In a container: `docker run -v /usr/bin/tegrastats:/usr/bin/tegrastats:ro …`")
         yield warning("sensors.none", text, fix)
     else:
         text = _("memory only ({source}); power and temperature can't be measured here")
@@ -222,8 +224,8 @@ def _sensors(machine: Machine) -> Iterator[Finding]:
     if (machine.root / "run/jtop.sock").exists() and source != "jtop":
         version = detect.package_version("jetson-stats") or "–"
         text = _("its service doesn't answer jetson-stats {version}; {source} is used instead")
-        fix = _("The service and .venv need the same version (jtop --version): "
-                ".venv/bin/pip install jetson-stats==VERSION")  # fmt: skip
+        fix = _("The service and .venv need the same version (`jtop --version`): "
+                "`.venv/bin/pip install jetson-stats==VERSION`")  # fmt: skip
         yield warning("jtop.no_answer", text, fix, version=version, source=source)
 
 
@@ -247,5 +249,5 @@ def _hub() -> Finding:
     if hub.reachable():
         return ok("hub.reachable", _("{address} answers"), address=address)
     text = _("{address} doesn't answer; the embedded model, local and downloaded files work")
-    fix = _("Use a mirror: export HF_ENDPOINT=https://…")
+    fix = _("Use a mirror: `export HF_ENDPOINT=https://…`")
     return warning("hub.unreachable", text, fix, address=address)

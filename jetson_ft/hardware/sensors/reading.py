@@ -11,7 +11,7 @@ _TOTALS = (
 )  # fmt: skip
 # A sensor that is off reads -256; other values outside this range are errors too.
 _LOWEST, _HIGHEST = -60.0, 200.0
-_THROTTLES_AT = 99.0  # where the firmware of an Orin lowers the clocks; at 104.5 it shuts down
+THROTTLES_AT = 99.0  # where the firmware of an Orin lowers the clocks; at 104.5 it shuts down
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Reading:
     @property
     def throttled(self) -> bool:
         """Whether the clocks are lowered because of heat."""
-        return bool(self.alerts) or self.temperatures.get("tj", 0.0) >= _THROTTLES_AT
+        return bool(self.alerts) or self.temperatures.get("tj", 0.0) >= THROTTLES_AT
 
 
 Readings = Generator[Reading, None, None]  # of one source; closed, it releases what it started

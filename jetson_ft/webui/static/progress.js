@@ -19,7 +19,7 @@ async function update() {
   const query = new URLSearchParams([...watched].map((name) => ["watched", name]));
   let runs;
   try {
-    runs = await (await fetch(`/live/${language}/progress?${query}`, { cache: "no-store" })).json();
+    runs = await (await fetch(`/progress/${language}?${query}`, { cache: "no-store" })).json();
   } catch { // no server
     timer = setTimeout(update, 1000 * SECONDS);
     return;

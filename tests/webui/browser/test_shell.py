@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import pytest
@@ -9,9 +11,171 @@ from in_browser import TABS, choose_tab, open_tab
 from served import Served
 
 pytestmark = pytest.mark.slow
+SELECTED = "document.querySelector('#tabs [aria-selected=true]')?.dataset.tabId"
+DARK = "document.body.classList.contains('dark')"
+COLOUR = "getComputedStyle(document.body).backgroundColor"
 
 
-def test_every_tab_opens(page: Any, served: Served) -> None:
+def wait_for_tab(page: Any, tab: str) -> None:
+    page.wait_for_function(f"{SELECTED} === '{tab}'")
+
+
+# --- tabs -------------------------------------------------------------------------------------
+
+
+def test_the_tab_is_kept_over_a_reload_and_a_change_of_language(page: Any, served: Served) -> None:
+    open_tab(page, served, "runs")
+    assert re.search(r"/en/(\?.*)?#runs$", page.url)
+    page.reload()
+    wait_for_tab(page, "runs")
+    page.get_by_role("button", name="简体中文").click()
+    page.wait_for_url("**/zh_CN/**#runs")
+    wait_for_tab(page, "runs")
+    page.goto(f"{served.base}/zh_CN/#device")  # a link within the page
+    wait_for_tab(page, "device")
+
+
+def test_arrow_keys_move_between_tabs(page: Any, served: Served) -> None:
     open_tab(page, served)
+    page.get_by_role("tab").first.focus()
+    for key, tab in (
+        ("ArrowRight", "runs"), ("End", TABS[-1]), ("ArrowRight", "train"),
+        ("ArrowLeft", TABS[-1]), ("Home", "train"),
+    ):  # fmt: skip
+        page.keyboard.press(key)
+        wait_for_tab(page, tab)
+        assert page.evaluate("document.activeElement.dataset.tabId") == tab
+    page.keyboard.press("Shift+Tab")  # one stop for all tabs, as WAI-ARIA has it
+    assert page.evaluate("document.activeElement.role") != "tab"
+    (panel,) = page.get_by_role("tabpanel").all()
+    chosen = page.locator("[role=tab][aria-selected=true]")
+    assert chosen.get_attribute("aria-controls") == panel.get_attribute("id")
+    chosen.focus()
+    assert chosen.evaluate("tab => getComputedStyle(tab).outlineWidth") == "2px"
+
+
+def test_the_place_on_a_page_is_kept_over_a_reload(page: Any, served: Served) -> None:
+    page.set_viewport_size({"width": 390, "height": 500})
+    open_tab(page, served)
+    page.get_by_role("tabpanel").get_by_role("button").first.wait_for()
+    page.wait_for_function("document.body.scrollHeight > 900")
+    page.evaluate("scrollTo(0, 300)")
+    page.reload()
+    page.wait_for_function("scrollY === 300")
+
+
+def test_only_the_shown_tab_polls(page: Any, served: Served) -> None:
+    """With the other tab, or with the window in the background, nothing is requested."""
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    open_tab(page, served, "device")
+    with page.expect_request("**/gauges"), page.expect_request("**/device"):
+        pass
+    choose_tab(page, "train")
+    page.wait_for_timeout(500)
+    requests.clear()
+    page.wait_for_timeout(3000)
+    assert [url for url in requests if "/live/" in url] == []
+
+
+# --- colours and language -----------------------------------------------------------------------
+
+
+def test_the_chosen_colours_hold_against_the_systems(page: Any, served: Served) -> None:
+    page.emulate_media(color_scheme="light")
+    open_tab(page, served)
+    light = page.evaluate(COLOUR)
+    page.get_by_role("radio", name="Dark").check()
+    dark = page.evaluate(COLOUR)
+    assert dark != light and page.evaluate(DARK)
+    page.emulate_media(color_scheme="dark")
+    page.emulate_media(color_scheme="light")
+    page.reload()
+    wait_for_tab(page, "train")
+    assert page.evaluate(DARK) and page.evaluate(COLOUR) == dark
+    assert page.get_by_role("radio", name="Dark").is_checked()
+    page.get_by_role("radio", name="As the system").check()
+    assert page.evaluate(COLOUR) == light
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(DARK)
+
+
+@pytest.mark.parametrize(
+    ("browsers", "language", "text", "other"),
+    [("en-GB", "zh_CN", "点击上传", "Click to Upload"), ("zh-CN", "en", "Click to Upload", "点击上传")],
+)  # fmt: skip
+def test_gradios_own_texts_are_in_the_pages_language(
+    browser: Any, served: Served, browsers: str, language: str, text: str, other: str
+) -> None:
+    page = browser.new_page(locale=browsers)
+    open_tab(page, served, language=language)
+    page.get_by_text(text).first.wait_for()
+    assert page.get_by_text(other).count() == 0
+    assert page.evaluate("document.documentElement.lang") == language.replace("_", "-")
+
+
+# --- network ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", ["en", "zh_CN"])
+def test_no_request_leaves_the_machine(page: Any, served: Served, language: str) -> None:
+    hosts: set[str] = set()
+    failed: list[str] = []
+    page.on(
+        "request", lambda request: hosts.add(re.sub(r"(\w+://[^/]*|\w+:).*", r"\1", request.url))
+    )
+    page.on("response", lambda response: response.ok or failed.append(response.url))
+    open_tab(page, served, language=language)
     for tab in TABS:
         choose_tab(page, tab)
+        page.wait_for_timeout(300)
+    assert hosts - {"data:", "blob:"} == {served.base}
+    assert failed == []
+
+
+def test_twelve_pages_load_and_answer(browser: Any, served: Served) -> None:
+    """HTTP/1.1 has six connections to a host, which a stream for each page would use up."""
+    context = browser.new_context(locale="en-GB")
+    for number in range(12):
+        page = context.new_page()
+        page.goto(f"{served.base}/en/#{'runs' if number % 2 else 'device'}")
+        page.locator("#run-detail h2, #device-findings h2").first.wait_for(timeout=5000)
+
+
+def test_the_first_load_is_small_quick_and_does_not_shift(browser: Any, served: Served) -> None:
+    page = browser.new_page(viewport={"width": 1440, "height": 900}, locale="en-GB")
+    network = page.context.new_cdp_session(page)
+    network.send("Network.enable")
+    bytes_received: list[float] = []
+    network.on(
+        "Network.loadingFinished", lambda event: bytes_received.append(event["encodedDataLength"])
+    )
+    page.add_init_script(
+        "window.shift = 0; new PerformanceObserver(list => list.getEntries().forEach("
+        "entry => { shift += entry.hadRecentInput ? 0 : entry.value }))"
+        ".observe({ type: 'layout-shift', buffered: true })"
+    )
+    page.goto(f"{served.base}/en/")
+    started = time.monotonic() - page.evaluate("performance.now()") / 1000
+    answered = page.evaluate("performance.getEntriesByType('navigation')[0].responseStart") / 1000
+    page.get_by_role("button", name="Start", exact=True).wait_for()
+    usable_after = time.monotonic() - started - answered
+    page.wait_for_timeout(2000)
+    assert sum(bytes_received) < 500_000
+    assert page.evaluate("shift") < 0.1
+    assert usable_after < 2.0
+
+
+def test_a_second_load_fetches_the_document_alone(page: Any, served: Served) -> None:
+    open_tab(page, served)
+    page.wait_for_timeout(500)
+    fetched: list[str] = []
+    page.on("response", lambda response: fetched.append(response.url))
+    page.goto(f"{served.base}/en/?again=1")
+    choose_tab(page, "train")
+    from_server = [
+        url for url in fetched
+        if ("/assets/" in url or "/static/" in url)
+        and not page.evaluate(f"performance.getEntriesByName({url!r})[0]?.transferSize === 0")
+    ]  # fmt: skip
+    assert from_server == []
