@@ -36,7 +36,8 @@ def runs(tmp_path: Path) -> list[Run]:
 
 def view(runs: list[Run], name: str, language: str = "en", **query: str) -> str:
     """Return a view with single spaces."""
-    return " ".join(render_view(Locale(language), runs, name, query).split())
+    html = render_view(Locale(language), runs, name, query).replace("<wbr>", "")
+    return " ".join(html.split())
 
 
 def edit_recipe(run: Run, old: str, new: str) -> None:
