@@ -18,7 +18,7 @@ from jetson_ft.inference import metrics
 from jetson_ft.inference.probes import summarize_probes
 from jetson_ft.runs import heldout
 from jetson_ft.runs.report import figures
-from jetson_ft.runs.store import Run
+from jetson_ft.runs.store import Run, short_titles
 
 _SAMPLES = 5
 
@@ -75,10 +75,8 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     rows = [heldout.read_rows(run) for run in runs]
     identities = [[(row["sha256"], row["reference"]) for row in each] for each in rows]
     comparable = [bool(each) and each == identities[0] for each in identities]
-    names = [run.title() for run in runs]
-    if len(set(names)) < len(names):
-        names = [run.name for run in runs]
-    first, notes = names[0], []
+    names, notes = short_titles(runs), []
+    first = names[0]
     if not rows[0]:
         notes.append(f"{first} has no heldout.json: nothing can be compared with it row by row.")
     for name, own, same in list(zip(names, rows, comparable, strict=True))[1:]:

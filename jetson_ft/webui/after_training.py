@@ -25,10 +25,10 @@ from jetson_ft.runs.store import Run
 # their q8_0 may not pass the check.
 CHOICES = {
     _("For Ollama and llama.cpp"): {
-        "gguf-f16": (_("GGUF f16"), _("the same answers")),
-        "gguf-q8_0": (_("GGUF q8_0"), _("half the size of f16, nearly the same answers")),
-        "gguf-q4_k_m": (_("GGUF q4_k_m"), _("less than a third of f16, small loss")),
-        "gguf-q4_0": (_("GGUF q4_0"), _("less than a third of f16, for old readers")),
+        "gguf-f16": ("GGUF f16", _("the same answers")),
+        "gguf-q8_0": ("GGUF q8_0", _("half the size of f16, nearly the same answers")),
+        "gguf-q4_k_m": ("GGUF q4_k_m", _("less than a third of f16, small loss")),
+        "gguf-q4_0": ("GGUF q4_0", _("less than a third of f16, for old readers")),
         "lora": (_("Adapter as GGUF"), _("small; used beside a GGUF of the base")),
     },
     _("For transformers and vLLM"): {

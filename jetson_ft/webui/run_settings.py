@@ -11,7 +11,7 @@ from typing import Any
 from jetson_ft import recipe as recipes
 from jetson_ft.errors import UserError, _
 from jetson_ft.recipe import Recipe
-from jetson_ft.runs.store import Run
+from jetson_ft.runs.store import Run, short_titles
 from jetson_ft.webui.render import Locale, render
 
 SETTINGS = {
@@ -49,21 +49,21 @@ def render_settings(t: Locale, runs: Sequence[Run], query: Mapping[str, str]) ->
             rows = [row for row in rows if (row.differs if len(chosen) > 1 else row.changed[0])]
         if rows:
             groups[title] = rows
-    titles = [run.title() for run, _recipe in chosen] if len(chosen) > 1 else []
+    titles = short_titles([run for run, _recipe in chosen]) if len(chosen) > 1 else []
     return render("run_settings.jinja", t, groups=groups, titles=titles, only=only)
 
 
 def _setting_rows(t: Locale, chosen: Sequence[Recipe]) -> list[Setting]:
-    # The default of alpha follows the rank.
-    defaults = [Recipe.model_validate({"lora": {"rank": each.lora.rank}}) for each in chosen]
     rows = []
     for key, field in SETTINGS.items():
         read = attrgetter(key)
         values = [setting_text(t, read(recipe)) for recipe in chosen]
-        default = [setting_text(t, read(recipe)) for recipe in defaults]
-        changed = [value != other for value, other in zip(values, default, strict=True)]
+        defaults = [setting_text(t, read(Recipe()))] * len(chosen)
+        if key == "lora.alpha":  # null, which follows the rank
+            defaults = [setting_text(t, 2.0 * recipe.lora.rank) for recipe in chosen]
+        changed = [value != default for value, default in zip(values, defaults, strict=True)]
         title = t(field.title) if field.title else ""
-        rows.append(Setting(key, title, values, changed, default[0], len({*values}) > 1))
+        rows.append(Setting(key, title, values, changed, defaults[0], len({*values}) > 1))
     return rows
 
 

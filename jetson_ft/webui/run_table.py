@@ -40,6 +40,7 @@ class Column:
     title: str
     text: Callable[[Any], str | Message]
     is_setting: bool = False
+    is_text: bool = False
     sign: int = 0  # 1: a higher value is better, -1: a lower one, 0: neither
 
 
@@ -52,16 +53,16 @@ class Cell:
 
 
 _RESULTS = (
-    Column("rows", _("Rows"), "{:,.0f}".format),
-    Column("seconds", _("Time"), duration),
-    Column("tokens", _("Tokens"), "{:,.0f}".format),
-    Column("speed", _("Tokens/s"), "{:,.0f}".format),
-    Column("memory", _("Memory (GiB)"), "{:.2f}".format),
     Column("loss_before", _("Loss before"), "{:.3f}".format),
     Column("loss", _("Held-out loss"), "{:.3f}".format, sign=-1),
     Column("bits_per_char", _("Bits per character"), "{:.3f}".format, sign=-1),
     Column("chrf", "chrF", "{:.1f}".format, sign=1),
     Column("probes", _("General questions"), "{:.0%}".format, sign=1),
+    Column("rows", _("Rows"), "{:,.0f}".format),
+    Column("seconds", _("Time"), duration),
+    Column("tokens", _("Tokens"), "{:,.0f}".format),
+    Column("speed", _("Tokens/s"), "{:,.0f}".format),
+    Column("memory", _("Memory (GiB)"), "{:.2f}".format),
 )
 
 
@@ -120,10 +121,11 @@ def _columns(t: Locale, rows: Sequence[Row]) -> list[Column]:
     """Return the columns: settings in which runs differ and a few more, then the results."""
     settings = []
     for key, field in SETTINGS.items():
-        values = {repr(row.values.get(key)) for row in rows if "model" in row.values}
-        if key in _ALWAYS or len(values) > 1:
+        values = [row.values.get(key) for row in rows if "model" in row.values]
+        if key in _ALWAYS or len({*map(repr, values)}) > 1:
             title = field.title or key.rpartition(".")[2]
-            settings.append(Column(key, title, partial(setting_text, t), is_setting=True))
+            is_text = any(isinstance(value, str | list) for value in values)
+            settings.append(Column(key, title, partial(setting_text, t), True, is_text))
     return [*settings, *_RESULTS]
 
 
@@ -153,7 +155,7 @@ def _cells(t: Locale, column: Column, values: Sequence[Any]) -> list[Cell]:
             continue
         if column.is_setting and repr(value) != usual:
             mark = "differs"
-        elif column.sign and len(known) > 1 and column.sign * value == best:
+        elif column.sign and len({*known}) > 1 and column.sign * value == best:
             mark = "better"
         cells.append(Cell(t(column.text(value)), mark))
     return cells

@@ -15,7 +15,7 @@ from jetson_ft.errors import Message, UserError, _
 from jetson_ft.runs import jobs, log_reader, monitor
 from jetson_ft.runs.contents import DamagedRun
 from jetson_ft.runs.report import summary
-from jetson_ft.runs.store import Run
+from jetson_ft.runs.store import Run, short_titles
 from jetson_ft.webui import after_training
 from jetson_ft.webui.after_training import AfterTraining
 from jetson_ft.webui.render import Locale, error_html, render
@@ -63,11 +63,10 @@ class Reply:
 
 
 def _samples(t: Locale, runs: Sequence[Run], query: Mapping[str, str]) -> str:
-    report = _report(runs[0])
-    reports = [(runs[0].title(), report)] if report else []
-    if report:
-        others = ((run.title(), _report(run)) for run in runs[1:])
-        reports += [(title, other) for title, other in others if other]
+    report, titles = _report(runs[0]), short_titles(runs)
+    others = [(title, _report(run)) for title, run in zip(titles[1:], runs[1:], strict=True)]
+    reports = [(titles[0], report)] if report else []
+    reports += [(title, other) for title, other in others if other]
     try:
         samples = _sample_rows(reports) if report else []
     except (LookupError, TypeError, AttributeError, ValueError) as error:  # edited by hand

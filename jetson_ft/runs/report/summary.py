@@ -20,7 +20,7 @@ from jetson_ft.runs.contents import SCHEMA, DamagedRun
 from jetson_ft.runs.curve import Curve
 from jetson_ft.runs.event_reader import iter_events
 from jetson_ft.runs.report import chart, figures
-from jetson_ft.runs.store import Run
+from jetson_ft.runs.store import Run, short_titles
 
 if TYPE_CHECKING:
     from jetson_ft.training.planner import Plan
@@ -67,7 +67,7 @@ def retitle_report(run: Run) -> None:
 
 def _write_readable(run: Run, report: dict[str, Any]) -> None:
     """Write `report.md` and `report.html`, whose heading is the run's title."""
-    title, created = run.title(), (run.path / "report.json").stat().st_mtime
+    (title,), created = short_titles([run]), (run.path / "report.json").stat().st_mtime
     html = render_html(title, report, run.iter_events(Step, Evaluated), created, run.name)
     write_atomic(run.path / "report.md", render_markdown(title, report))
     write_atomic(run.path / "report.html", html)

@@ -27,20 +27,18 @@ function sort(form, key) {
   set(form, "sort", key);
 }
 
-// Puts a form into the place of a run's name.
+// Shows the form of a run's name and notes in their place; `data-keep`: see morph.js.
 function edit(button) {
   const place = button.closest(".run-name");
-  place.append(place.querySelector("template").content.cloneNode(true));
-  place.dataset.keep = ""; // see morph.js
-  const [title] = place.querySelector("form").elements;
-  title.focus();
-  title.select();
+  const form = place.querySelector("form");
+  form.reset();
+  place.dataset.keep = "";
+  form.elements.title.select();
 }
 
 function leave(form) {
   const place = form.closest(".run-name");
   delete place.dataset.keep;
-  form.remove();
   place.querySelector("[data-rename]").focus();
 }
 
@@ -61,10 +59,12 @@ document.addEventListener("input", ({ target }) => {
   timer = setTimeout(() => filter(form), target.type === "search" ? 250 : 0);
 });
 document.addEventListener("click", ({ target }) => {
-  const button = target.closest("[data-set], [data-sort], [data-rename], [data-leave]");
+  const button = target.closest("[data-set], [data-sort], [data-rename], [data-leave], [data-choose]");
   if (!button) return;
   const { set: name, sort: key } = button.dataset;
-  if (name) set(formOf(button), name, button.value);
+  if (button.dataset.choose) { // another run takes the place of the one that is edited
+    document.querySelector(".run-name[data-keep]")?.removeAttribute("data-keep");
+  } else if (name) set(formOf(button), name, button.value);
   else if (key) sort(formOf(button), key);
   else if ("rename" in button.dataset) edit(button);
   else leave(button.form);
