@@ -41,6 +41,11 @@ def router(root: Path) -> APIRouter:
     """Return the routes for the runs under `root`."""
     routes, fragments, sent = APIRouter(), Fragments(root), SentLists()
 
+    def done() -> Response:
+        """Respond to an action, which the fragments show from now on."""
+        fragments.expire()
+        return JSONResponse({"done": True})
+
     @routes.get("/")
     def home(request: Request) -> Response:
         language = request_language(request.url.path, request.headers)
@@ -98,7 +103,7 @@ def router(root: Path) -> APIRouter:
     @routes.post("/runs/{name}/about")
     def describe(name: str, title: NewText = None, notes: NewText = None) -> Response:
         manager.set_title_and_notes(store.run_by_name(name, root), title, notes)
-        return JSONResponse({"done": True})
+        return done()
 
     @routes.post("/runs/{name}/export")
     def export(
@@ -106,23 +111,23 @@ def router(root: Path) -> APIRouter:
     ) -> Response:
         run = store.run_by_name(name, root)
         jobs.start(run, "export", after_training.export_arguments(run, choice, unchecked))
-        return JSONResponse({"done": True})
+        return done()
 
     @routes.post("/runs/{name}/serve")
     def serve(name: str) -> Response:
         run = store.run_by_name(name, root)
         jobs.start(run, "serve", after_training.serve_arguments(run))
-        return JSONResponse({"done": True})
+        return done()
 
     @routes.post("/runs/{name}/jobs/{job}/stop")
     def stop_job(name: str, job: Literal["export", "serve"]) -> Response:
         jobs.stop(store.run_by_name(name, root), job)
-        return JSONResponse({"done": True})
+        return done()
 
     @routes.post("/runs/{name}/exports/{export}/delete")
     def delete_export(name: str, export: str) -> Response:
         exports.delete_export(store.run_by_name(name, root), export)
-        return JSONResponse({"done": True})
+        return done()
 
     @routes.get("/runs/{name}/exports/{export}/{file}")
     def export_file(name: str, export: str, file: str) -> Response:
@@ -133,12 +138,12 @@ def router(root: Path) -> APIRouter:
     def resume_smaller(name: str) -> Response:
         run = store.run_by_name(name, root)
         manager.resume(run, oom.smaller_plan_settings(run))
-        return JSONResponse({"done": True})
+        return done()
 
     @routes.post("/runs/{name}/{action}")
     def act(name: str, action: Literal["stop", "resume", "delete"]) -> Response:
         getattr(manager, action)(store.run_by_name(name, root))
-        return JSONResponse({"done": True})
+        return done()
 
     @routes.get("/runs/{name}/adapter.zip")
     def adapter(name: str) -> Response:

@@ -196,6 +196,14 @@ class Fragments:
             lambda source: run_charts.as_json(view, source, colours),
         )
 
+    def expire(self) -> None:
+        """Have all sources read again, after an action of a client has changed a run."""
+        with self._listing:
+            self._listed = (-math.inf, [])
+        with self._lock:
+            for cached in self._cache.values():
+                cached.read_at = -math.inf
+
     def progress(self, language: str, watched: tuple[str, ...]) -> str:
         """Return what the live runs and the watched ones do, as JSON; for the page's title."""
         t = Locale(language)

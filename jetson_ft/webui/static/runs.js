@@ -89,11 +89,11 @@ async function refreshRuns() {
     swap("run-view", `${run}?${query({ ...ownQuery("run-view"), view: state.view })}`),
     list,
   ]);
-  if (status === 404 || status === 422) { // deleted
+  if (status === 404 || status === 422) { // deleted; the next refresh shows another one
     clear("run-head", "run-view");
     release(state.chosen);
     state.chosen = "";
-    return refresh();
+    return;
   }
   byId("run-view").setAttribute("aria-labelledby", `view-${state.view}`);
   if (view === 200 && byId("run-view").querySelector(".plot")) {
