@@ -37,9 +37,25 @@ export function download(name, text, type = "application/json") {
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
 
-// Copies the text before the button; it stays marked.
+// Asks in a dialog; returns whether its second button, named by `action`, was pressed. The dialog
+// is in the head (templates/head.jinja); the browser gives the focus back when it closes.
+export function confirmDialog(text, action) {
+  const dialog = document.getElementById("confirm");
+  dialog.querySelector("p").textContent = text;
+  dialog.querySelector("[value=yes]").textContent = action;
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+  });
+}
+
+// Copies the text of the element that the button names, or that is before it; it stays marked.
 function copy(button) {
-  getSelection().selectAllChildren(button.previousElementSibling);
+  const { copy: named } = button.dataset;
+  getSelection().selectAllChildren(
+    named ? document.querySelector(named) : button.previousElementSibling,
+  );
   if (!document.execCommand("copy")) return; // which works without HTTPS too
   button.dataset.copied = "";
   announce(document.getElementById("announcer").dataset.copied);
