@@ -84,6 +84,7 @@ async function refreshRuns() {
     return;
   }
   const run = `/live/${language}/runs/${encodeURIComponent(state.chosen)}`;
+  byId("run-view").setAttribute("aria-labelledby", `view-${state.view}`);
   const [status, view] = await Promise.all([
     swap("run-head", `${run}/head?view=${state.view}`),
     swap("run-view", `${run}?${query({ ...ownQuery("run-view"), view: state.view })}`),
@@ -95,7 +96,6 @@ async function refreshRuns() {
     state.chosen = "";
     return;
   }
-  byId("run-view").setAttribute("aria-labelledby", `view-${state.view}`);
   if (view === 200 && byId("run-view").querySelector(".plot")) {
     charts ??= import("./charts.js");
     await (await charts).draw(byId("run-view"), state.view, state.chosen, state.drawn);
