@@ -60,18 +60,17 @@ def open_runs(browser: Any, served: Served) -> Any:
 
 
 def start_run(page: Any, rows: Path) -> None:
-    """Upload the data, open both previews, and start."""
+    """Upload the data, wait for rows and plan, which appear by themselves, and start."""
     page.locator("#upload input[type=file]").set_input_files(rows)
     sync_api.expect(
         page.locator("#field-data-train input, #field-data-train textarea")
     ).to_have_value(re.compile(r"uploads/.*mine\.json$"))
-    page.get_by_text("All settings").click()
+    for group in ("data", "training", "evaluation"):
+        page.locator(f"#group-{group} > button").click()
     for field, value in SETTINGS.items():
         page.locator(f"#field-{field}").locator("input, textarea").fill(value)
-    page.get_by_role("button", name="Look at the data").click()
-    sync_api.expect(page.locator("pre.tokens mark").first).to_contain_text("蓝光", timeout=TIMEOUT)
-    page.get_by_role("button", name="What will happen?").click()
-    sync_api.expect(page.locator(".bar.memory")).to_be_visible(timeout=TIMEOUT)
+    sync_api.expect(page.locator("#data-rows")).to_contain_text("蓝光", timeout=TIMEOUT)
+    sync_api.expect(page.locator("#plan")).to_contain_text("GiB", timeout=TIMEOUT)
     page.get_by_role("button", name="Start", exact=True).click()
 
 
