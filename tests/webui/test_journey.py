@@ -61,6 +61,7 @@ def open_runs(browser: Any, served: Served) -> Any:
 
 def start_run(page: Any, rows: Path) -> None:
     """Upload the data, wait for rows and plan, which appear by themselves, and start."""
+    page.locator("#data-kind label", has_text="My files").click()
     page.locator("#upload input[type=file]").set_input_files(rows)
     sync_api.expect(
         page.locator("#field-data-train input, #field-data-train textarea")

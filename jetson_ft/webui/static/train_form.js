@@ -26,7 +26,7 @@ function hasOwnData() {
 }
 
 // Gradio sets a field's value only as the result of an event: `formApply` is that of a hidden button.
-function setFields(changes) {
+export function setFields(changes) {
   pending = { ...pending, ...changes };
   document.getElementById("form-apply").click();
 }

@@ -1,18 +1,16 @@
 // The Train tab's rows, plan, and settings that a button applies.
+import { setFields } from "./train_form.js";
+
 const PLAN_DELAY = 1000; // ms after the last change
 let planTimer = 0;
 let plansAsked = 0;
-let sent = ""; // for the next event of a hidden button
-
-function click(id) {
-  document.getElementById(id).click();
-}
+let sent = ""; // what a person did with the list of sources
 
 function askPlan(button) {
   clearTimeout(planTimer);
   planTimer = 0;
   plansAsked += 1;
-  click(button);
+  document.getElementById(button).click();
 }
 
 function planSoon() {
@@ -26,10 +24,16 @@ function planned() {
   if (!plansAsked && !planTimer) delete document.body.dataset.plan;
 }
 
-// Clicks a hidden button; its event passes the text to the server in the place of its first input.
-function send(id, text) {
-  sent = text;
-  click(id);
+// Sets the fields of `KEY: VALUE, KEY: VALUE`.
+function applySettings(settings) {
+  const pairs = settings.split(", ").map((part) => part.split(": "));
+  setFields(Object.fromEntries(pairs.map(([key, value]) => [key, isNaN(value) ? value : +value])));
+}
+
+// Clicks a hidden button; `withSent` puts the text into the place of its first input.
+function changeSources(action) {
+  sent = JSON.stringify(action);
+  document.getElementById("data-action").click();
 }
 
 function turnRows(section, by) {
@@ -47,12 +51,12 @@ document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (!button) return;
   const { settings, plan, sourceRemove, rowsTurn } = button.dataset;
-  if (settings) send("apply-settings", settings);
+  if (settings) applySettings(settings);
   else if (plan !== undefined) {
     document.body.dataset.plan = "stale";
     askPlan("plan-by-hand");
   } else if (sourceRemove !== undefined) {
-    send("data-action", JSON.stringify({ do: "remove", source: +sourceRemove }));
+    changeSources({ do: "remove", source: +sourceRemove });
   } else if (rowsTurn) turnRows(button.closest(".rows"), +rowsTurn);
 });
 
@@ -60,7 +64,7 @@ document.addEventListener("change", (event) => {
   const { sourceShare, rowsTokens } = event.target.dataset;
   if (sourceShare !== undefined) {
     const percent = event.target.value;
-    send("data-action", JSON.stringify({ do: "share", source: +sourceShare, percent }));
+    changeSources({ do: "share", source: +sourceShare, percent });
   } else if (rowsTokens !== undefined) {
     const shown = event.target.checked;
     for (const sample of event.target.closest(".rows").querySelectorAll(".sample")) {
@@ -70,6 +74,6 @@ document.addEventListener("change", (event) => {
   }
 });
 
-window.jetsonFt = Object.assign(window.jetsonFt ?? {}, {
-  planSoon, planned, withSent: (_first, ...others) => [sent, ...others],
-});
+window.jetsonFt = {
+  ...window.jetsonFt, planSoon, planned, withSent: (_first, ...others) => [sent, ...others],
+};

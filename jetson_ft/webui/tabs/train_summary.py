@@ -22,7 +22,7 @@ from jetson_ft.webui.limits import BusyError
 from jetson_ft.webui.previews import PREVIEWS, ReplacedError
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.tabs.train_errors import complaint, is_settings, remedy_title
-from jetson_ft.webui.tabs.train_form import FIELDS, HTML, Form, command_of
+from jetson_ft.webui.tabs.train_form import HTML, Form, command_of
 
 # The parts of the predicted memory, as people call them; those of the program itself are one.
 PARTS = {
@@ -47,8 +47,6 @@ def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -
     # In the request, unlike a `gr.State`: the same request sent twice has the same ticket.
     ticket = gr.Textbox(lambda: uuid.uuid4().hex, visible="hidden")
     started = gr.Textbox(visible="hidden")
-    sent = gr.Textbox(visible="hidden")  # its value comes from static/train_side.js
-    remedy = gr.Button(visible="hidden", elem_id="apply-settings")
     by_itself = gr.Button(visible="hidden", elem_id="plan-by-itself")
     by_hand = gr.Button(visible="hidden", elem_id="plan-by-hand")
 
@@ -64,8 +62,6 @@ def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -
             function, inputs, [plan, outcome, form.marks], trigger_mode="multiple",
             concurrency_limit=8, **quiet,
         ).then(None, js="() => window.jetsonFt.planned()")  # fmt: skip
-    js = "(...values) => window.jetsonFt.withSent(...values)"
-    remedy.click(summary.apply, [sent, *inputs], inputs, js=js, **quiet)
     start.click(
         summary.start, [ticket, name, *inputs], [outcome, started, ticket, form.marks],
         concurrency_limit=4, show_progress="minimal", show_progress_on=outcome,
@@ -145,21 +141,6 @@ class Summary:
                 if is_settings(entry["settings"])
             ],
         )  # fmt: skip
-
-    def apply(self, settings: str, *values: Any) -> list[Any]:
-        """Return updates of the fields that `KEY: VALUE, KEY: VALUE` sets."""
-        pairs = [part.partition(": ")[::2] for part in settings.split(", ")]
-        try:
-            if any(key not in FIELDS for key, _value in pairs):
-                raise RecipeError([], "")
-            recipe = recipes.parse_recipe("", "", [f"{key}={value}" for key, value in pairs])
-        except RecipeError:  # made by hand
-            return [gr.skip()] * len(values)
-        updates, keys = self.form.updates(recipe), {key for key, _value in pairs}
-        return [
-            update if key in keys else gr.skip()
-            for key, update in zip(self.form.ORDER, updates, strict=True)
-        ]
 
     # --- the command ---------------------------------------------------------------------------
 
