@@ -7,7 +7,7 @@ import os
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class ChatReply:
 
 
 class ChatClient:
-    """One model for all clients of a page; it generates one reply at a time.
+    """One model for all clients of a page; it computes one reply or view at a time.
 
     Args:
         loading: returns a context that is held while a model is loaded; entering it can raise a
@@ -63,8 +63,8 @@ class ChatClient:
         self._load_limit = loading
         self._loaded = ""  # the name of what the process has loaded
         self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()  # held while a reply is generated
-        self._client_id = ""  # of that reply
+        self._lock = threading.Lock()  # held while a reply or a view is computed
+        self._client_id = ""  # of that reply or view
         self._loading = self._stopped = False
 
     def generate(self, name: str, request: ChatRequest, client_id: str = "") -> Iterator[ChatReply]:
@@ -77,13 +77,7 @@ class ChatClient:
         Raises:
             UserError: another reply is being generated, or the model can't be loaded.
         """
-        if not self._lock.acquire(blocking=False):
-            raise _busy()
-        self._client_id = client_id
-        try:
-            is_loaded = self._lives() and name == self._loaded
-            with nullcontext() if is_loaded else self._load_limit():
-                self._load(name)
+        with self._process_with(name, client_id):
             self._send({"action": "generate", **asdict(request)})
             text, kind = request.begun, ""
             try:
@@ -95,18 +89,46 @@ class ChatClient:
             except GeneratorExit:  # reading the next "ready" skips the rest of the reply
                 self.stop(client_id)
                 raise
-        finally:
-            self._lock.release()
+
+    def view(
+        self, name: str, view: str, options: dict[str, Any], client_id: str = ""
+    ) -> dict[str, Any]:
+        """Return what `inside.views.compute_view` returns; load the model first if it isn't loaded.
+
+        Args:
+            name: as in `target.resolve_target`.
+            client_id: `stop` with the same one ends the loading.
+
+        Raises:
+            UserError: a reply is being generated, the model can't be loaded, or the options don't
+                fit the view.
+        """
+        with self._process_with(name, client_id):
+            self._send({"action": "view", "view": view, "options": options})
+            result: dict[str, Any] = self._read("view")["result"]
+            return result
 
     def training_pairs(self, name: str) -> list[tuple[str, str]]:
         """Return questions with answers from the data of a run; see `training_rows`."""
+        with self._process_with(None):
+            self._send({"action": "examples", "name": name})
+            return [(pair[0], pair[1]) for pair in self._read("examples")["pairs"]]
+
+    @contextmanager
+    def _process_with(self, name: str | None, client_id: str = "") -> Iterator[None]:
+        """Hold the process within the context, with this model loaded (None: whatever it has)."""
         if not self._lock.acquire(blocking=False):
-            raise _busy()
+            busy = _("Busy: the model is working for another client.")
+            raise UserError(busy, fix=_("Try again soon."))
+        self._client_id = client_id
         try:
-            with nullcontext() if self._lives() else self._load_limit():
-                self._start()
-                self._send({"action": "examples", "name": name})
-                return [(pair[0], pair[1]) for pair in self._read("examples")["pairs"]]
+            is_ready = self._lives() and name in (None, self._loaded)
+            with nullcontext() if is_ready else self._load_limit():
+                if name is None:
+                    self._start()
+                else:
+                    self._load(name)
+            yield
         finally:
             self._lock.release()
 
@@ -175,8 +197,3 @@ class ChatClient:
         if self._stopped:
             raise UserError(_("Stopped before the model was loaded."))
         raise UserError(_("The chat's process ended; it may have run out of memory."))
-
-
-def _busy() -> UserError:
-    busy = _("Busy: the model is generating a reply for another client.")
-    return UserError(busy, fix=_("Try again soon."))

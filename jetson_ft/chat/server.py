@@ -1,9 +1,10 @@
 """The process of a page's chat: `python -m jetson_ft.chat.server RUNS_ROOT`.
 
 Each line of standard input is a JSON object: `{"action": "load", "name": …}`,
-`{"action": "generate", …}` with the fields of `client.ChatRequest`, `{"action": "examples",
-"name": …}`, or `{"action": "stop"}`. Each line of standard output is one with a `kind`: `ready`,
-`delta` (`text`), `end` (`tokens`, `seconds`, `ended`, `stopped`), `examples` (`pairs`), `error` or
+`{"action": "generate", …}` with the fields of `client.ChatRequest`, `{"action": "view", …}` with
+the arguments of `inside.views.compute_view`, `{"action": "examples", "name": …}`, or
+`{"action": "stop"}`. Each line of standard output is one with a `kind`: `ready`, `delta` (`text`),
+`end` (`tokens`, `seconds`, `ended`, `stopped`), `view` (`result`), `examples` (`pairs`), `error` or
 `unloaded` (both as `UserError.as_json`).
 
 The process exits when its input ends (the page has exited), when no request has come for
@@ -66,6 +67,7 @@ class ChatServer:
             try:
                 actions: dict[str, Callable[..., None]] = {
                     "load": self.load, "generate": self._generate, "examples": self._examples,
+                    "view": self._view,
                 }  # fmt: skip
                 actions[request.pop("action")](**request)
             except Exception as error:
@@ -175,6 +177,18 @@ class ChatServer:
         from jetson_ft.chat.training_rows import training_pairs
 
         send("examples", pairs=training_pairs(name, self.root))
+
+    def _view(self, view: str, options: dict[str, Any]) -> None:
+        from jetson_ft.chat.gguf_session import GgufSession
+        from jetson_ft.inside.views import compute_view
+
+        assert self.chat
+        if isinstance(self.chat, GgufSession):
+            raise UserError(
+                _("llama.cpp computes this model, and shows nothing of its inside."),
+                fix=_("Choose the base or the run that the file was made of."),
+            )
+        send("view", result=compute_view(self.chat, view, options))
 
 
 def send(kind: str, **fields: Any) -> None:

@@ -18,6 +18,7 @@ from jetson_ft.data.layouts import detect_layout, to_conversation
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors
 from jetson_ft.inference.generate import Reply, Sampling, stream_reply
+from jetson_ft.recipe import Recipe
 
 DEFAULT_SAMPLING = Sampling()
 
@@ -45,6 +46,7 @@ class ChatSession:
         examples: few-shot turns before the conversation.
         turns: questions and answers so far.
         warning: what a person should know about the model.
+        recipe: names the base model, and has the adapter's settings.
     """
 
     model: Any = field(repr=False)
@@ -57,6 +59,7 @@ class ChatSession:
     examples: list[ChatMessage] = field(default_factory=list)
     turns: list[ChatMessage] = field(default_factory=list)
     warning: Message | None = None
+    recipe: Recipe = field(default_factory=Recipe)
 
     def ask(
         self, text: str, sampling: Sampling = DEFAULT_SAMPLING, use_adapter: bool = True

@@ -119,7 +119,7 @@ def open_session(target: ChatTarget, loaded: Any = None) -> ChatSession:
     warning = adapter.base_warning(base, adapter_dir) if adapter_dir else None
     return ChatSession(
         model, tokenizer, adapter_dir is not None, context_length, title, adapter_name,
-        warning=warning,
+        warning=warning, recipe=target.recipe,
     )  # fmt: skip
 
 
