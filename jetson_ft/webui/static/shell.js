@@ -40,7 +40,9 @@ export function download(name, text, type = "application/json") {
 // Copies the text before the button; it stays marked.
 function copy(button) {
   getSelection().selectAllChildren(button.previousElementSibling);
-  if (document.execCommand("copy")) button.dataset.copied = ""; // also without HTTPS
+  if (!document.execCommand("copy")) return; // which works without HTTPS too
+  button.dataset.copied = "";
+  announce(document.getElementById("announcer").dataset.copied);
 }
 
 document.addEventListener("click", (event) => {
