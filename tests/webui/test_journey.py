@@ -119,18 +119,24 @@ def test_from_an_empty_folder_to_a_downloaded_adapter(
     sync_api.expect(page.locator("#run-detail .plot canvas").first).to_be_visible()
 
     choose(page, "Chat")
-    page.get_by_label("Base and adapter side by side").check()
+    page.get_by_label("Compare with").click()
+    page.get_by_role("option", name="(base)").first.click()
+    sync_api.expect(page.locator("#chat-b")).to_be_visible()
+    page.get_by_role("button", name="Settings").click()
     page.locator("#chat-max_new_tokens input[type=number]").fill("4")
-    box = page.get_by_placeholder("Ask something")
+    page.keyboard.press("Escape")
+    box = page.get_by_role("textbox", name="Message")
     box.fill("天空为什么是蓝色的？")
     box.press("Enter")
-    sync_api.expect(page.locator(".message.bot")).to_have_count(2, timeout=TIMEOUT)
+    answered = page.locator("#chat .bot-row[data-note*=tokens]")
+    sync_api.expect(answered).to_have_count(2, timeout=TIMEOUT)
+    page.get_by_role("button", name="History").click()
     with page.expect_download() as download:
-        page.get_by_role("button", name="Transcript").click()
-    transcript = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
-    assert transcript["model"] == the_run(tmp_path).name
-    assert [turn["role"] for turn in transcript["base"]] == ["user", "assistant"]
-    assert transcript["adapter"][0]["content"] == "天空为什么是蓝色的？"
+        page.get_by_role("button", name="JSON").click()
+    conversation = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert conversation["models"] == [the_run(tmp_path).name, "own-base"]
+    (turn,) = conversation["turns"]
+    assert turn["question"] == "天空为什么是蓝色的？" and len(turn["answers"]) == 2
 
     page.get_by_role("button", name="简体中文").click()
     choose(page, "任务")
