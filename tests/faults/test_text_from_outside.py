@@ -35,7 +35,7 @@ from jetson_ft.runs.event_log import EventLog
 from jetson_ft.webui import api, previews
 from jetson_ft.webui.fragments import VIEWS
 from jetson_ft.webui.render import Locale, error_html, render
-from jetson_ft.webui.tabs import train_form, train_summary
+from jetson_ft.webui.tabs import device, train_form, train_summary
 from jetson_ft.webui.tabs.train_errors import complaint
 
 # Moves the cursor, rings, sets a title, has C1's CSI, reverses, hides, is half a surrogate pair.
@@ -239,7 +239,9 @@ def test_templates_and_errors_of_the_page_escape_their_values() -> None:
     source = {"name": evil, "read": read, "rows": 1, "tokens": 1, "repeated": 0}
     htmls = [
         error_html(UserError("{x}", evil, evil.replace("{", ""), x=evil), t),
-        render("findings.jinja", t, works=True, checks=[check]),
+        render("findings.jinja", t, works=True, checks=[check], fix_parts=device.fix_parts),
+        render("findings.jinja", t, error=UserError("{x}", x=evil), checks=[]),
+        render("gauges.jinja", t, gauges=[device.Gauge(evil, evil, 1.0, evil)]),
         render("rows.jinja", t, report={
             "sources": [source, source], "tokens": tokens, "max_length": 9,
             "conversations": [[{"role": evil, "content": evil, "tool_calls": evil}]],
