@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
 import pytest
 from in_browser import TABS, choose_tab, open_tab
 from served import Served
+
+from jetson_ft.hardware.detect import usable_cores
 
 pytestmark = pytest.mark.slow
 SELECTED = "document.querySelector('#tabs [aria-selected=true]')?.dataset.tabId"
@@ -182,12 +185,10 @@ def first_load(browser: Any, served: Served) -> tuple[float, float, float]:
 
 
 def test_the_first_load_is_small_quick_and_does_not_shift(browser: Any, served: Served) -> None:
-    loads = [first_load(browser, served)]
-    while loads[-1][2] > 2.0 and len(loads) < 4:  # other tests share the machine
-        loads.append(first_load(browser, served))
-    received, shift, seconds = zip(*loads, strict=True)
-    assert max(received) < 500_000 and max(shift) < 0.1
-    assert min(seconds) < 2.0
+    received, shift, seconds = first_load(browser, served)
+    assert received < 500_000 and shift < 0.1
+    others = max(1.0, os.getloadavg()[0] / usable_cores())  # which share the processor
+    assert seconds < 2.0 * others
 
 
 def test_a_second_load_fetches_the_document_alone(page: Any, served: Served) -> None:
