@@ -18,6 +18,7 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.webui import api
 from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.compression import CompressionMiddleware, changed
+from jetson_ft.webui.fragments import SORTS
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.limits import costly
 from jetson_ft.webui.render import Locale, render
@@ -126,10 +127,7 @@ def _build(t: Locale, runs: Path, client: ChatClient, allowed: AllowedPaths) -> 
         with gr.Tab(t(_("Train")), id="train", elem_id="train-tab"):
             train.build(t, runs, page, tabs, allowed)
         with gr.Tab(t(_("Runs")), id="runs", elem_id="runs-tab"):
-            gr.HTML(
-                '<div id="run-page"><div id="run-list"></div><div id="run-detail"></div></div>',
-                apply_default_css=False,
-            )
+            gr.HTML(render("run_page.jinja", t, SORTS=SORTS), apply_default_css=False)
         with gr.Tab(t(_("Chat")), id="chat", elem_id="chat-tab") as tab:
             chat.build(t, runs, client, tab, allowed)
         with gr.Tab(t(_("Inside")), id="inside", elem_id="inside-tab"):

@@ -10,8 +10,8 @@ from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, render
 
 # In the order in which they are loaded. `shell` is what all tabs share.
-_STYLES = ("shell", "train", "runs", "chat", "inside", "device")
-_SCRIPTS = ("shell", "train", "runs", "chat", "inside", "device")
+_STYLES = ("shell", "train", "train_side", "runs", "run_views", "chat", "inside", "device")
+_SCRIPTS = ("shell", "train", "runs", "run_views", "progress", "chat", "inside", "device")
 
 # Gradio's variable -> its value, in light and dark alike.
 _VARIABLES = {
