@@ -80,7 +80,8 @@ def router(runs: Path, client: ChatClient, allowed: AllowedPaths) -> APIRouter:
         models = ChatModels(t, runs, allowed)
         html = render(
             "inside.jinja", t, panels=PANELS, labels=_LABELS, models=models.choices(),
-            chosen=models.newest(), sliders=SLIDERS, sampling=DEFAULT_SAMPLING, slider_labels=SLIDER_LABELS,
+            chosen=models.newest(), sliders=SLIDERS, slider_labels=SLIDER_LABELS,
+            sampling=DEFAULT_SAMPLING,
             texts=json.dumps(texts, ensure_ascii=False),
         )  # fmt: skip
         return HTMLResponse(html)
