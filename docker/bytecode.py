@@ -10,7 +10,7 @@ from importlib import import_module
 
 MODULES = [
     "jetson_ft.runs.pipeline", "jetson_ft.runs.supervisor", "jetson_ft.runs.job_process",
-    "jetson_ft.chat.server",
+    "jetson_ft.chat.server", "jetson_ft.inside.views",
     "jetson_ft.webui.page", "jetson_ft.webui.api", "jetson_ft.cli.follow",
     "bitsandbytes", "datasets", "peft", "uvicorn",
     "transformers.models.llama.modeling_llama", "transformers.models.phi.modeling_phi",

@@ -145,8 +145,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return dict(read_json(config_file))
 
 
-def load_adapter(model: Any, base: BaseModelFiles, folder: Path) -> PeftModel:
+def load_adapter(
+    model: Any, base: BaseModelFiles, folder: Path, name: str = "default"
+) -> PeftModel:
     """Attach a saved adapter to the model, in evaluation mode.
+
+    A model that has adapters already gets another one; `name` tells them apart.
 
     Raises:
         UserError: no adapter, a pickled one, or one trained for another base.
@@ -158,7 +162,10 @@ def load_adapter(model: Any, base: BaseModelFiles, folder: Path) -> PeftModel:
     check_base(base, folder)
     try:
         _check_trained_tokens(model, base, folder, config)
-        return PeftModel.from_pretrained(model, folder).eval()
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, folder, name).eval()
+        model.load_adapter(str(folder), name)
+        return model.eval()
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(
             _("The adapter doesn't fit the model {model}, or is damaged: {error}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from jetson_ft.data.json_rows import parse_json
 from jetson_ft.data.layouts import detect_layout, to_conversation
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import disk_errors
-from jetson_ft.inference.generate import Sampling, stream_reply
+from jetson_ft.inference.generate import Reply, Sampling, stream_reply
+from jetson_ft.recipe import Recipe
 
 DEFAULT_SAMPLING = Sampling()
 
@@ -36,13 +37,16 @@ class ChatSession:
             print(delta, end="")
 
     Args:
-        model: a causal language model, or one with a PEFT adapter.
+        model: a causal language model, or one with PEFT adapters.
+        has_adapter: whether replies can be those of an adapter, `adapter_name`. Without one they
+            are the base's, also where other conversations have loaded adapters into the model.
         context_length: most tokens of prompt and reply together.
         title: name of the model and adapter, for people.
         system: the system message; may be empty.
         examples: few-shot turns before the conversation.
         turns: questions and answers so far.
         warning: what a person should know about the model.
+        recipe: names the base model, and has the adapter's settings.
     """
 
     model: Any = field(repr=False)
@@ -50,10 +54,12 @@ class ChatSession:
     has_adapter: bool
     context_length: int
     title: str = ""
+    adapter_name: str = "default"
     system: str = ""
     examples: list[ChatMessage] = field(default_factory=list)
     turns: list[ChatMessage] = field(default_factory=list)
     warning: Message | None = None
+    recipe: Recipe = field(default_factory=Recipe)
 
     def ask(
         self, text: str, sampling: Sampling = DEFAULT_SAMPLING, use_adapter: bool = True
@@ -69,12 +75,14 @@ class ChatSession:
         sampling: Sampling = DEFAULT_SAMPLING,
         use_adapter: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[str]:
+        begun: str = "",
+    ) -> Generator[str, None, Reply]:
         """Yield the answer to `text` in deltas; the turns do not change (see `add_turn`).
 
-        The answer ends where the model's context is full.
+        The answer ends where the model's context is full. It is returned at the end.
 
         Args:
+            begun: the beginning of the answer, which is continued; the rest is yielded.
             use_adapter: False: the base model answers.
             should_stop: called after each token, and while the chat template is rendered; True
                 ends the answer.
@@ -93,27 +101,27 @@ class ChatSession:
                 prompt = encode_prompt(self.tokenizer, self.messages(text))
                 ends = end_ids(self.tokenizer, self.model)
         except _ReplyStopped:
-            return
-        left = self.context_length - len(prompt)
+            return Reply("", ended=False, tokens=0)
+        begun_ids: list[int] = self.tokenizer(begun, add_special_tokens=False)["input_ids"]
+        left = self.context_length - len(prompt) - len(begun_ids)
         if left < 1:
-            raise UserError(
-                _("The conversation has {tokens:,} tokens, and the model reads {limit:,} at most."),
-                fix=_("/reset begins a new one; a shorter message or fewer examples help too."),
-                tokens=len(prompt), limit=self.context_length,
-            )  # fmt: skip
+            raise context_full(len(prompt) + len(begun_ids), self.context_length)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, left))
-        base_only = self.has_adapter and not use_adapter
-        with self.model.disable_adapter() if base_only else nullcontext():
-            yield from stream_reply(self.model, self.tokenizer, prompt, ends, sampling, should_stop)
+        disabled: Any = nullcontext()
+        if self.has_adapter and use_adapter:
+            self.model.set_adapter(self.adapter_name)
+        elif hasattr(self.model, "disable_adapter"):  # a PeftModel
+            disabled = self.model.disable_adapter()
+        with disabled:
+            return (
+                yield from stream_reply(
+                    self.model, self.tokenizer, prompt, ends, sampling, should_stop, begun_ids
+                )
+            )
 
     def messages(self, text: str) -> list[ChatMessage]:
         """Return the prompt for `text`: system message, examples, turns, then `text`."""
-        system = [ChatMessage(role="system", content=self.system)] if self.system else []
-        question = ChatMessage(role="user", content=text)
-        messages = [each.copy() for each in (*system, *self.examples, *self.turns, question)]
-        for message in messages:  # a page can send half of a surrogate pair, which has no bytes
-            message["content"] = message["content"].encode(errors="replace").decode()
-        return messages
+        return prompt_messages(self, text)
 
     def add_turn(self, text: str, answer: str) -> None:
         """Add a question and its answer to the turns."""
@@ -121,6 +129,26 @@ class ChatSession:
             ChatMessage(role="user", content=text),
             ChatMessage(role="assistant", content=answer.strip()),
         ]
+
+
+def prompt_messages(chat: Any, text: str) -> list[ChatMessage]:
+    """Return the prompt for `text` in a chat: system message, examples, turns, then `text`."""
+    system = [ChatMessage(role="system", content=chat.system)] if chat.system else []
+    question = ChatMessage(role="user", content=text)
+    messages = [each.copy() for each in (*system, *chat.examples, *chat.turns, question)]
+    for message in messages:  # a page can send half of a surrogate pair, which has no bytes
+        message["content"] = message["content"].encode(errors="replace").decode()
+    return messages
+
+
+def context_full(tokens: int, limit: int) -> UserError:
+    """Return the error of a conversation that leaves no token for a reply."""
+    return UserError(
+        _("The conversation has {tokens:,} tokens, and the model reads {limit:,} at most."),
+        fix=_("Begin a new chat (in a terminal: /reset), or send a shorter message or fewer "
+              "examples."),
+        tokens=tokens, limit=limit,
+    )  # fmt: skip
 
 
 def read_examples(path: Path) -> list[ChatMessage]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from jetson_ft import adapter
 from jetson_ft.chat import memory_guard
@@ -70,8 +70,17 @@ def resolve_target(
     return ChatTarget(recipe.model_copy(update=changes), adapter_dir, mtime_ns, named_in)
 
 
-def open_session(target: ChatTarget) -> ChatSession:
+def shares_base(first: ChatTarget, second: ChatTarget) -> bool:
+    """Return whether both have the same base in the same format."""
+    keys = ("model", "quantize", "double_quantize", "precision")
+    return all(getattr(first.recipe, key) == getattr(second.recipe, key) for key in keys)
+
+
+def open_session(target: ChatTarget, loaded: Any = None) -> ChatSession:
     """Load the target's model, and return a chat with it.
+
+    Args:
+        loaded: the base in memory, perhaps with other adapters; None: it is loaded.
 
     Raises:
         UserError: a file is missing, the adapter is for another base, or memory is short.
@@ -87,7 +96,8 @@ def open_session(target: ChatTarget) -> ChatSession:
             fix = Message(_("Name the adapter's base model with `--model NAME`."))
             where = Message(_("{name}, named in {file}"), values)
             raise error.with_fix(fix, where=where) from error
-    memory_guard.require_memory(name, weights, device)
+    if loaded is None:
+        memory_guard.require_memory(name, weights, device)
     base = files.resolve_model(name)
     if adapter_dir:
         adapter.read_adapter_config(adapter_dir)
@@ -95,18 +105,22 @@ def open_session(target: ChatTarget) -> ChatSession:
     tokenizer = (
         adapter.load_tokenizer(base, adapter_dir) if adapter_dir else loading.load_tokenizer(base)
     )
-    model = loading.load_model(base, weights, device.kind)
+    model = loading.load_model(base, weights, device.kind) if loaded is None else loaded
     vocabulary = len(model.get_input_embeddings().weight)
     loading.check_vocabulary(tokenizer, vocabulary, base, adapter_dir)
+    adapter_name = "default"
     if adapter_dir:
-        model = adapter.load_adapter(model, base, adapter_dir)
+        taken = getattr(model, "peft_config", {})
+        adapter_name = next(n for n in map("adapter{}".format, range(99)) if n not in taken)
+        model = adapter.load_adapter(model, base, adapter_dir, adapter_name)
     context_length = positions.max_positions(model.config) or _UNKNOWN_CONTEXT
     with_adapter = f" with {adapter_dir}" if adapter_dir else ""
     title = f"{name}{with_adapter} ({weights}, {device.kind})"
     warning = adapter.base_warning(base, adapter_dir) if adapter_dir else None
     return ChatSession(
-        model, tokenizer, adapter_dir is not None, context_length, title, warning=warning
-    )
+        model, tokenizer, adapter_dir is not None, context_length, title, adapter_name,
+        warning=warning, recipe=target.recipe,
+    )  # fmt: skip
 
 
 def _latest_adapter_run(root: Path) -> Run:

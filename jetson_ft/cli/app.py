@@ -22,6 +22,7 @@ from jetson_ft.cli import (
     doctor,
     evaluate,
     export,
+    inspect,
     models,
     push,
     recipe,
@@ -79,7 +80,9 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate.evaluate)
-for group, name in ((data.app, "data"), (recipe.app, "recipe"), (runs.app, "runs")):
+for group, name in (
+    (data.app, "data"), (inspect.app, "inspect"), (recipe.app, "recipe"), (runs.app, "runs"),
+):  # fmt: skip
     app.add_typer(group, name=name)
 
 

@@ -48,6 +48,7 @@ _KNOWN_ENDS = {
     "<eos>", "<turn|>",
 }  # fmt: skip
 _POLL_SECONDS = 0.5
+_KV_BYTES = 2  # of a number in llama.cpp's KV cache
 
 
 def convert_model(
@@ -262,3 +263,28 @@ def _explain_failure(output: str, code: int, out: Path) -> UserError:
         _("Export with `--format merged`, or report this error."),
         error=lines[-1][:500] if lines else f"exit code {code}",
     )  # fmt: skip
+
+
+def read_limits(path: Path) -> tuple[int, int]:
+    """Return the tokens that a GGUF file's model reads, and the bytes of one in the KV cache."""
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(path).fields
+        prefix = fields["general.architecture"].contents()
+        values = {
+            key.removeprefix(f"{prefix}."): item.contents()
+            for key, item in fields.items() if key.startswith(f"{prefix}.")
+        }  # fmt: skip
+        heads = values["attention.head_count"]
+        kv_heads = values.get("attention.head_count_kv", heads)
+        layers = int(values["block_count"])
+        total_heads = sum(kv_heads) if isinstance(kv_heads, list) else layers * int(kv_heads)
+        most_heads = max(heads) if isinstance(heads, list) else int(heads)
+        width = int(values.get("attention.key_length", values["embedding_length"] // most_heads))
+        return int(values["context_length"]), 2 * _KV_BYTES * total_heads * width
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise UserError(
+            _("This is no GGUF file of a language model, or it is damaged."), str(path),
+            _("Export it again."),
+        ) from error  # fmt: skip

@@ -172,6 +172,45 @@ def plan_batches(
     return batches[::-1]
 
 
+def sampling_steps(sampling: Sampling) -> list[tuple[str, Any]]:
+    """Return what changes the logits before a token is chosen, in this order.
+
+    Each step has the name of its setting, and is a function of token ids [rows, tokens] and logits
+    [rows, vocabulary] that returns logits; those of tokens that it cuts are -inf. Of the last
+    step's logits a greedy reply takes the largest; other replies draw from their softmax. Settings
+    without effect have no step.
+    """
+    from transformers import (
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    steps: list[tuple[str, Any]] = []
+    if sampling.repetition_penalty != 1:
+        penalty = float(sampling.repetition_penalty)
+        steps.append(("repetition_penalty", RepetitionPenaltyLogitsProcessor(penalty)))
+    if sampling.temperature > 0:
+        if sampling.temperature != 1:
+            steps.append(("temperature", TemperatureLogitsWarper(float(sampling.temperature))))
+        if sampling.top_k:
+            steps.append(("top_k", TopKLogitsWarper(sampling.top_k)))
+        if sampling.top_p < 1:
+            steps.append(("top_p", TopPLogitsWarper(sampling.top_p)))
+    return steps
+
+
+def check_embeddings(model: Any, tokenizer: Any, last: int) -> None:
+    """Raise `UserError` if the model has no embedding for `last`, the largest id of a text."""
+    if last >= len(model.get_input_embeddings().weight):
+        raise UserError(
+            _("The text has a token that the model has no embedding for: {token}."),
+            fix=_("Write it in another way."),
+            token=tokenizer.convert_ids_to_tokens(last),
+        )
+
+
 def _generate(
     model: Any,
     tokenizer: Any,
@@ -187,16 +226,10 @@ def _generate(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    embedding = model.get_input_embeddings().weight
-    if int(ids.max()) >= len(embedding):
-        raise UserError(
-            _("The text has a token that the model has no embedding for: {token}."),
-            fix=_("Write it in another way."),
-            token=tokenizer.convert_ids_to_tokens(int(ids.max())),
-        )
-    device = embedding.device
-    if sampling.temperature > 0:  # else transformers warns about settings without effect
-        kwargs |= {k: getattr(sampling, k) for k in ("temperature", "top_k", "top_p")}
+    check_embeddings(model, tokenizer, int(ids.max()))
+    device = model.get_input_embeddings().weight.device
+    if sampling.temperature > 0:  # all that changes the distribution is in `sampling_steps`
+        kwargs |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     with torch.inference_mode():
         output: torch.Tensor = model.generate(
             input_ids=ids.to(device),
@@ -205,7 +238,8 @@ def _generate(
             pad_token_id=pad,
             use_cache=True,
             max_new_tokens=sampling.max_new_tokens,
-            repetition_penalty=sampling.repetition_penalty,
+            repetition_penalty=1.0,
+            logits_processor=[step for _name, step in sampling_steps(sampling)],
             do_sample=sampling.temperature > 0,
             **kwargs,
         )
@@ -226,11 +260,13 @@ def stream_reply(
     eos_ids: Sequence[int],
     sampling: Sampling,
     should_stop: Callable[[], bool] = lambda: False,
+    begun: Sequence[int] = (),
 ) -> Generator[str, None, Reply]:
     """Yield one reply's text in deltas, as it is generated; return the whole reply at the end.
 
-    Generation runs in a thread, which ends when the iterator is closed, or after a token for which
-    `should_stop` returns True.
+    A reply that has `begun` with some tokens is continued; what is yielded and returned is the
+    rest. Generation runs in a thread, which ends when the iterator is closed, or after a token for
+    which `should_stop` returns True.
     """
     import torch
     from transformers import StoppingCriteriaList, TextIteratorStreamer
@@ -241,7 +277,11 @@ def stream_reply(
         stop = closed or should_stop()
         return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
 
+    prompt = [*prompt, *begun]
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if begun:  # else a tokenizer that drops the space before a first word joins two words
+        streamer.token_cache = list(begun[-1:])
+        streamer.print_len = len(tokenizer.decode(begun[-1:], skip_special_tokens=True))
     options = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([is_done])}
     errors: list[BaseException] = []
     ids: list[int] = []

@@ -40,7 +40,6 @@ _TOKENIZER_FILES = (
     "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
 _PROCESS_BYTES = 400 * 2**20  # of llama.cpp's server, without weights and KV cache
-_KV_BYTES = 2  # of a number in its KV cache
 _LABEL = re.compile(r"\d{8}-\d{6}-(.+)")  # of a run's name
 
 Report = Callable[[str], None]  # shows a line of progress
@@ -304,37 +303,12 @@ def _export(run: Run, kind: str, settings: EngineSettings, report: Report) -> Pa
 def _llama(
     models: list[ServedModel], file: Path, loras: dict[str, Path], settings: EngineSettings
 ) -> Serving:
-    context, kv_bytes = _read_limits(file)
+    context, kv_bytes = gguf.read_limits(file)
     context = min(context, settings.context)
     sizes = [path.stat().st_size for path in (file, *loras.values())]
     _require_memory(sum(sizes) + kv_bytes * context * settings.parallel + _PROCESS_BYTES)
     process = LlamaServer(file, loras, n_ctx=context, n_parallel=settings.parallel)
     return Serving(models, process, context)
-
-
-def _read_limits(path: Path) -> tuple[int, int]:
-    """Return the tokens that a GGUF file's model reads, and the bytes of one in the KV cache."""
-    from gguf import GGUFReader
-
-    try:
-        fields = GGUFReader(path).fields
-        prefix = fields["general.architecture"].contents()
-        values = {
-            key.removeprefix(f"{prefix}."): item.contents()
-            for key, item in fields.items() if key.startswith(f"{prefix}.")
-        }  # fmt: skip
-        heads = values["attention.head_count"]
-        kv_heads = values.get("attention.head_count_kv", heads)
-        layers = int(values["block_count"])
-        total_heads = sum(kv_heads) if isinstance(kv_heads, list) else layers * int(kv_heads)
-        most_heads = max(heads) if isinstance(heads, list) else int(heads)
-        width = int(values.get("attention.key_length", values["embedding_length"] // most_heads))
-        return int(values["context_length"]), 2 * _KV_BYTES * total_heads * width
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise UserError(
-            _("This is no GGUF file of a language model, or it is damaged."), str(path),
-            _("Export it again."),
-        ) from error  # fmt: skip
 
 
 def _transformers(

@@ -24,7 +24,7 @@ from jetson_ft.data.tokenize import token_counts
 from jetson_ft.hardware.detect import Device
 from jetson_ft.kernels.families import head_chunk_rows, saved_tensors
 from jetson_ft.models import catalog
-from jetson_ft.models.dims import Coverage, ModelDims
+from jetson_ft.models.dims import Coverage, LinearGroup, ModelDims
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, check_vocabulary
 from jetson_ft.recipe import LoraRecipe, Recipe, TrainRecipe
@@ -231,16 +231,18 @@ def process_bytes(device: Device) -> int:
 
 def weight_bytes(dims: ModelDims, weights: WeightFormat) -> int:
     """Return the bytes of the frozen weights; most linear layers below the head are quantized."""
-    number = weights.bytes_per_number
-    linear = dims.quantized_parameters
-    rest = number * (dims.parameters - linear)
-    if weights.quantize == "int8":  # and an fp32 scale for each row
-        scales = (layer.count * layer.outputs for layer in dims.linears if layer.is_quantized)
-        return rest + linear + 4 * sum(scales)
-    if weights.quantize == "nf4":
+    rest = weights.bytes_per_number * (dims.parameters - dims.linear_parameters)
+    return rest + sum(linear_bytes(group, weights) for group in dims.linears)
+
+
+def linear_bytes(group: LinearGroup, weights: WeightFormat) -> int:
+    """Return the bytes of a group of linear layers, with the scales of its quantized weights."""
+    if weights.quantize == "int8" and group.is_quantized:  # and an fp32 scale for each row
+        return group.parameters + 4 * group.count * group.outputs
+    if weights.quantize == "nf4" and group.is_quantized:
         scale = 1 + 4 / _NF4_SUPER_BLOCK if weights.double_quantize else 4
-        return rest + math.ceil(linear * (0.5 + scale / _NF4_BLOCK))
-    return rest + number * linear
+        return math.ceil(group.parameters * (0.5 + scale / _NF4_BLOCK))
+    return weights.bytes_per_number * group.parameters
 
 
 def layer_bytes(workload: Workload, attention_outputs_kept: int) -> int:

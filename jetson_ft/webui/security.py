@@ -48,7 +48,10 @@ _OPEN_REQUESTS = 200  # of one address at any time, streams and websockets inclu
 _GUESSES = 10, 0.2  # of the token
 _UPLOAD = re.compile(r"/\w+/gradio_api/upload/?")
 _HEADERS = {
-    "Content-Security-Policy": "frame-ancestors 'self'",
+    # A model's answer is shown as markdown: its images and styles must not reach other machines.
+    # Gradio's scripts are inline, and evaluate the events' `js`.
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'",
     "X-Frame-Options": "SAMEORIGIN",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "same-origin",  # `request_language` reads the page's own

@@ -184,7 +184,7 @@ def test_runs_of_different_bases_are_refused(finished: Run, tmp_path: Path) -> N
 
 
 def test_limits_are_read_from_the_file(tiny_gguf: Path) -> None:
-    context, kv_bytes = models._read_limits(tiny_gguf)
+    context, kv_bytes = gguf.read_limits(tiny_gguf)
     assert (context, kv_bytes) == (512, 2 * 2 * 32)  # keys and values, of fp16, of one layer
     assert prepare(str(tiny_gguf), root=Path()).context == SETTINGS.context
 

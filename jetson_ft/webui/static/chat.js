@@ -1,14 +1,251 @@
-// The Chat tab.
-import { download } from "./shell.js";
+// The Chat tab: its drawers, the history that this browser keeps, few-shot examples, notes.
+import { download, language, onTabShown } from "./shell.js";
 
-// Downloads both conversations.
-function transcript(model, base, adapter) {
-  const text = (content) =>
-    typeof content === "string" ? content : content.map((part) => part.text ?? "").join("");
-  const plain = (turns) =>
-    (turns ?? []).map(({ role, content }) => ({ role, content: text(content) }));
-  const conversation = { model, base: plain(base), adapter: plain(adapter) };
-  download("conversation.json", JSON.stringify(conversation, null, 2));
+const HISTORY = "jetson-ft-chats"; // in localStorage, the newest first
+const CURRENT = "jetson-ft-chat"; // in sessionStorage: the id of the conversation of this page
+const WANTED = "jetson-ft-chat-with"; // there too: the model that a link to this tab names
+const MOST = 100; // conversations that are kept
+const byId = (id) => document.getElementById(id);
+
+let shown = null; // the conversation on the page
+let pending = null; // what `take` puts there next
+let timer = 0;
+
+// --- history --------------------------------------------------------------------------------
+
+function history() {
+  try {
+    return JSON.parse(localStorage.getItem(HISTORY)) ?? [];
+  } catch {
+    return []; // blocked by the browser, or damaged
+  }
 }
 
-window.jetsonFt = { ...window.jetsonFt, transcript };
+// Stores the conversations; drops the oldest where the browser has no room.
+function storeHistory(list) {
+  for (let count = Math.min(list.length, MOST); count >= 0; count--) {
+    try {
+      localStorage.setItem(HISTORY, JSON.stringify(list.slice(0, count)));
+      return;
+    } catch {
+      // the next round stores one less
+    }
+  }
+}
+
+const textOf = (content) =>
+  typeof content === "string" ? content : content.map((part) => part.text ?? "").join("");
+
+// Returns a pane's messages with their text alone.
+const plain = (messages) =>
+  (messages ?? []).map(({ role, content, metadata, options }) => ({
+    role, content: [{ type: "text", text: textOf(content) }], metadata, options,
+  }));
+
+// Remembers what the page shows, after each change of a pane.
+function keep(first, second, ...messages) {
+  const panes = messages.map(plain);
+  requestAnimationFrame(() => panes.forEach(showNotes));
+  const id = panes[0].length ? (shown?.id ?? Date.now().toString(36)) : null;
+  const isSame = JSON.stringify(shown?.panes) === JSON.stringify(panes); // it was only opened
+  const titles = ["chat-first", "chat-second"].map((name) => byId(name)?.querySelector("input")?.value);
+  shown = id && { id, at: isSame ? shown.at : Date.now(), models: [first, second], titles, panes };
+  clearTimeout(timer);
+  timer = setTimeout(save, 300);
+}
+
+function save() {
+  if (!shown) return sessionStorage.removeItem(CURRENT);
+  sessionStorage.setItem(CURRENT, shown.id);
+  const others = history().filter(({ id }) => id !== shown.id);
+  storeHistory([shown, ...others].sort((one, other) => other.at - one.at));
+  showHistory();
+}
+
+function showHistory() {
+  const home = byId("chat-history");
+  if (!home) return;
+  const rows = history().map((entry) => {
+    const row = home.querySelector("template").content.cloneNode(true).firstElementChild;
+    const [load] = row.children;
+    const day = new Date(entry.at).toLocaleDateString(language.replace("_", "-"));
+    const title = document.createElement("span");
+    title.textContent = textOf(entry.panes[0][0].content);
+    const about = document.createElement("small");
+    about.textContent = [day, ...entry.titles.slice(0, entry.models[1] ? 2 : 1)].join(" · ");
+    load.append(title, about);
+    load.toggleAttribute("aria-current", entry.id === shown?.id);
+    row.dataset.id = entry.id;
+    return row;
+  });
+  home.querySelector("ol").replaceChildren(...rows);
+}
+
+// Puts a conversation on the page; without one, an empty page for the same models.
+function load(entry) {
+  clearTimeout(timer);
+  if (shown) save();
+  pending = entry ?? { panes: [[], []] };
+  shown = entry ?? null;
+  byId("chat-load").click();
+}
+
+// --- what Gradio's events call ---------------------------------------------------------------
+
+// Before the tab is opened: the model that a link names, the conversation before a reload.
+function open(first, second, _wanted, pane) {
+  const wanted = sessionStorage.getItem(WANTED) ?? "";
+  sessionStorage.removeItem(WANTED);
+  if (wanted) pending = { panes: [[], []] };
+  else if (!pane?.length) {
+    pending = history().find(({ id }) => id === sessionStorage.getItem(CURRENT)) ?? null;
+    shown = pending;
+  }
+  return [first, second, wanted, pane];
+}
+
+// Returns the models and panes to show.
+function take(first, second, ...panes) {
+  const next = pending;
+  pending = null;
+  return next ? [...(next.models ?? [first, second]), ...next.panes] : [first, second, ...panes];
+}
+
+// Returns the values of a request, with the examples of the drawer.
+function form(...values) {
+  const EXAMPLES = 6;
+  values[EXAMPLES] = [...document.querySelectorAll("#chat-examples li")]
+    .map((row) => [...row.querySelectorAll("textarea")].map(({ value }) => value.trim()))
+    .filter((pair) => pair.some(Boolean))
+    .map(([instruction, output]) => JSON.stringify({ instruction, output }))
+    .join("\n");
+  return values;
+}
+
+function addPairs(text) {
+  JSON.parse(text || "[]").forEach((pair) => addPair(...pair));
+}
+
+function addPair(question = "", answer = "") {
+  const home = byId("chat-examples");
+  const row = home.querySelector("template").content.cloneNode(true).firstElementChild;
+  const fields = row.querySelectorAll("textarea");
+  [fields[0].value, fields[1].value] = [question, answer];
+  home.querySelector("ol").append(row);
+  return fields[0];
+}
+
+// Writes the notes ("40 tokens · 12/s") under the answers of a pane.
+function showNotes(messages, pane) {
+  const rows = byId(["chat-a", "chat-b"][pane])?.querySelectorAll(".bot-row") ?? [];
+  const answers = messages.filter(({ role }) => role === "assistant");
+  rows.forEach((row, number) => (row.dataset.note = answers[number]?.metadata?.log ?? ""));
+}
+
+// Opens the tab with a model.
+function chatWith(name) {
+  sessionStorage.setItem(WANTED, name);
+  location.hash = "chat";
+}
+
+// --- files -----------------------------------------------------------------------------------
+
+// Returns the turns: a question with the answer of each model.
+function turns({ panes, models }) {
+  const count = models[1] ? 2 : 1;
+  const result = [];
+  panes.slice(0, count).forEach((messages, pane) => {
+    let number = -1;
+    for (const { role, content } of messages) {
+      if (role === "user") {
+        result[++number] ??= { question: textOf(content), answers: Array(count).fill("") };
+      } else if (number >= 0) result[number].answers[pane] = textOf(content);
+    }
+  });
+  return result;
+}
+
+function exportText() {
+  const titles = shown.titles.slice(0, shown.models[1] ? 2 : 1);
+  const parts = turns(shown).map(({ question, answers }) =>
+    [`> ${question.replaceAll("\n", "\n> ")}`, ...answers.map((text, i) => `[${titles[i]}]\n${text}`)]
+      .join("\n\n"));
+  download("conversation.txt", parts.join("\n\n---\n\n") + "\n", "text/plain");
+}
+
+function exportJson() {
+  const models = shown.models.filter(Boolean);
+  const titles = shown.titles.slice(0, models.length);
+  download("conversation.json", JSON.stringify({ models, titles, turns: turns(shown) }, null, 2));
+}
+
+// --- the page --------------------------------------------------------------------------------
+
+// Tells the style sheet where the tab begins, so that it fills the rest of the window.
+function fit() {
+  const top = byId("chat")?.offsetParent && byId("chat").getBoundingClientRect().top + scrollY;
+  if (top) document.documentElement.style.setProperty("--chat-top", `${Math.round(top)}px`);
+}
+
+// Opens a drawer, or closes the open one.
+function openDrawer(name) {
+  const chat = byId("chat");
+  const before = chat.dataset.drawer ?? "";
+  chat.dataset.drawer = before === name ? "" : name;
+  for (const button of chat.querySelectorAll("[data-chat][aria-expanded]")) {
+    button.setAttribute("aria-expanded", button.dataset.chat === chat.dataset.drawer);
+  }
+  const opener = chat.querySelector(`[data-chat="${before}"][aria-expanded]`);
+  if (!chat.dataset.drawer && before) opener?.focus();
+  else byId(`chat-${name}`)?.querySelector("button")?.focus();
+}
+
+const actions = {
+  new: () => load(null),
+  history: () => (showHistory(), openDrawer("history")),
+  settings: () => openDrawer("settings"),
+  close: () => openDrawer(byId("chat").dataset.drawer),
+  add: () => addPair().focus(),
+  remove: (button) => button.closest("li").remove(),
+  load: (button) => load(history().find(({ id }) => id === button.closest("li").dataset.id)),
+  forget: (button) => {
+    const gone = button.closest("li").dataset.id;
+    const isShown = gone === shown?.id;
+    if (isShown) shown = null;
+    storeHistory(history().filter(({ id }) => id !== gone));
+    showHistory();
+    if (isShown) load(null);
+  },
+  text: () => shown && exportText(),
+  json: () => shown && exportJson(),
+};
+
+document.addEventListener("click", ({ target }) => {
+  const button = target.closest("[data-chat]");
+  if (button) actions[button.dataset.chat](button);
+  const pane = target.closest("[data-chat-pane]");
+  if (!pane) return;
+  byId("chat").dataset.pane = pane.dataset.chatPane;
+  for (const each of document.querySelectorAll("[data-chat-pane]")) {
+    each.setAttribute("aria-pressed", each === pane);
+  }
+});
+
+// A form in a model's answer is text: it sends nothing.
+document.addEventListener("submit", (event) => {
+  if (event.target.closest(".prose")) event.preventDefault();
+}, true);
+
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && byId("chat")?.dataset.drawer) actions.close();
+  // An input method confirms a word by Enter, which must not send the message.
+  const isComposing = event.isComposing || event.keyCode === 229;
+  if (isComposing && event.target.closest?.("#chat")) event.stopPropagation();
+}, true);
+
+addEventListener("resize", fit);
+onTabShown("chat", () => requestAnimationFrame(() => (fit(), showHistory())));
+
+window.jetsonFt = {
+  ...window.jetsonFt, chatWith, chat: { addPairs, form, keep, open, take },
+};

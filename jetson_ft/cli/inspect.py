@@ -1,0 +1,241 @@
+"""`jetson-ft inspect`: what a model does inside, in the terminal, as JSON, or as one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from jetson_ft.cli import inspect_text
+from jetson_ft.cli.output import RUNS, JsonOption, RunsOption, json_errors, print_json, show
+from jetson_ft.files import expand_user
+from jetson_ft.inference.generate import Sampling
+
+app = typer.Typer(
+    help="Show what a model does inside: tokens, attention, the next token, sizes, the adapter.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+_SENTENCE = "The cat sat on the mat because it was tired. 猫坐在垫子上，因为它累了。"
+_QUESTION = "中国的首都是哪里？"
+
+TargetArgument = Annotated[
+    str,
+    Argument(metavar="MODEL", help="A run, `latest`, an adapter's folder, `base` or a model."),
+]
+TextArgument = Annotated[str, Argument(metavar="TEXT")]
+AnswerOption = Annotated[str | None, Option(help="The answer to the text.")]
+SystemOption = Annotated[str, Option(help="System message.")]
+HtmlOption = Annotated[
+    Path | None, Option("--html", metavar="FILE", help="Write a page that loads nothing else.")
+]
+BaseOption = Annotated[str | None, Option("--model", help="Base model; by default the run's.")]
+QuantizeOption = Annotated[str | None, Option(help="none, int8 or nf4.")]
+Options = dict[str, Any]  # of a view
+_EXAMPLES = [("Japan", "Tokyo"), ("Italy", "Rome"), ("China", "Beijing")]
+_SAMPLING: dict[str, Any] = {f.name: Option(help=f.metadata["help"]) for f in fields(Sampling)}
+
+
+@app.command()
+def tokens(
+    model: TargetArgument = "latest",
+    text: TextArgument = _SENTENCE,
+    answer: AnswerOption = None,
+    system: SystemOption = "",
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+    base: BaseOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """A text as tokens, with their numbers and bytes; with --answer, what is trained on."""
+    options = {"text": text, "answer": answer, "system": system}
+    _inspect({"tokens": options}, model, base, None, runs, as_json, html)
+
+
+@app.command()
+def attention(
+    model: TargetArgument = "latest",
+    text: TextArgument = _SENTENCE,
+    layer: Annotated[int | None, Option(min=0, help="One layer; by default all.")] = None,
+    head: Annotated[int, Option(min=0, help="Head of the example by numbers.")] = 0,
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+    base: BaseOption = None,
+    quantize: QuantizeOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """How much each token attends to each other, by layer and head; one head by numbers."""
+    views: dict[str, Options] = {
+        "attention": {"text": text, "layers": None if layer is None else [layer]},
+        "attention_example": {"text": text, "layer": layer or 0, "head": head},
+    }
+    _inspect(views, model, base, quantize, runs, as_json, html)
+
+
+@app.command("next")
+def next_token(
+    model: TargetArgument = "latest",
+    text: TextArgument = _QUESTION,
+    reply: Annotated[str, Option(help="The start of the reply.")] = "",
+    system: SystemOption = "",
+    plain: Annotated[bool, Option("--plain", help="Continue the text; no chat template.")] = False,
+    top: Annotated[int, Option(min=1, max=100, help="Number of tokens to show.")] = 20,
+    temperature: Annotated[float, _SAMPLING["temperature"]] = 0.7,
+    top_k: Annotated[int, _SAMPLING["top_k"]] = 12,
+    top_p: Annotated[float, _SAMPLING["top_p"]] = 0.9,
+    repetition_penalty: Annotated[float, _SAMPLING["repetition_penalty"]] = 1.0,
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+    base: BaseOption = None,
+    quantize: QuantizeOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """The likeliest next tokens, and what temperature, top-k and top-p make of them."""
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+    )
+    options = {"text": text, "reply": reply, "system": system, "use_template": not plain}
+    options |= {"top": top, "sampling": sampling}
+    _inspect({"next_token": options}, model, base, quantize, runs, as_json, html)
+
+
+@app.command()
+def reply(
+    model: TargetArgument = "latest",
+    text: TextArgument = _QUESTION,
+    answer: AnswerOption = None,
+    system: SystemOption = "",
+    max_new_tokens: Annotated[int, Option(min=1, max=128, help="Longest reply.")] = 32,
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+    base: BaseOption = None,
+    quantize: QuantizeOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """A reply token by token: how likely base and adapter find each, where they differ most."""
+    options = {"text": text, "answer": answer, "system": system, "max_new_tokens": max_new_tokens}
+    _inspect({"reply": options}, model, base, quantize, runs, as_json, html)
+
+
+@app.command("in-context")
+def in_context(
+    model: TargetArgument = "latest",
+    text: TextArgument = "France",
+    examples: Annotated[
+        Path | None, Option(help="Few-shot examples, a JSON file; by default three capitals.")
+    ] = None,
+    answer: AnswerOption = None,
+    system: SystemOption = "",
+    max_new_tokens: Annotated[int, Option(min=1, max=128, help="Longest reply.")] = 24,
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+    base: BaseOption = None,
+    quantize: QuantizeOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """The reply with no, one and several examples before the question, of base and adapter."""
+    from jetson_ft.chat.session import read_examples
+
+    pairs = _EXAMPLES
+    if examples:
+        texts = [turn["content"] for turn in read_examples(expand_user(str(examples)))]
+        pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    options: Options = {"text": text, "examples": pairs, "answer": answer, "system": system}
+    options |= {"max_new_tokens": max_new_tokens}
+    _inspect({"in_context": options}, model, base, quantize, runs, as_json, html)
+
+
+@app.command()
+def numbers(
+    model: TargetArgument = "latest",
+    matrix: Annotated[str, Option(help="Weight matrix to quantize; by default one midway.")] = "",
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+    base: BaseOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Parameters and bytes by part and format, memory of training, one matrix quantized."""
+    from jetson_ft import hub
+    from jetson_ft.chat.target import resolve_target
+    from jetson_ft.hardware.detect import detect_device
+    from jetson_ft.inside.numbers import compute_numbers
+    from jetson_ft.inside.quantization import compute_quantization
+    from jetson_ft.models import catalog, files
+
+    def compute() -> tuple[dict[str, Any], str]:
+        recipe = resolve_target(model, runs, base).recipe
+        views = {"numbers": compute_numbers(recipe, detect_device()).to_json()}
+        # Of a model on the Hub, what isn't here is downloaded only where a matrix is named.
+        here = not files.is_hub_id(recipe.model) or recipe.model in hub.downloaded_models()
+        weights = files.resolve_model(recipe.model) if matrix or here else None
+        if weights and (matrix or not weights.gguf_file):  # one of a GGUF can't be read alone
+            dims = catalog.model_dims(weights)
+            views["quantization"] = compute_quantization(weights, dims, matrix).to_json()
+        return views, recipe.model
+
+    _show(compute, as_json, html)
+
+
+@app.command()
+def adapter(
+    model: TargetArgument = "latest",
+    as_json: JsonOption = False,
+    html: HtmlOption = None,
+    base: BaseOption = None,
+    quantize: QuantizeOption = None,
+    runs: RunsOption = RUNS,
+) -> None:
+    """Which layers the adapter changed most, and how many directions each change needs."""
+    _inspect({"adapter": {}}, model, base, quantize, runs, as_json, html)
+
+
+def _inspect(
+    views: Mapping[str, Options],
+    model: str,
+    base: str | None,
+    quantize: str | None,
+    runs: Path,
+    as_json: bool,
+    html: Path | None,
+) -> None:
+    """Load a model, compute views of it with their options, and show them."""
+
+    def compute() -> tuple[dict[str, Any], str]:
+        from jetson_ft.chat.target import open_session, resolve_target
+        from jetson_ft.inside.views import compute_view
+
+        target = resolve_target(model, runs, base, quantize)
+        session = open_session(target)
+        results = {name: compute_view(session, name, options) for name, options in views.items()}
+        if not target.adapter_dir:
+            return results, target.recipe.model
+        folder = target.adapter_dir.resolve()  # a run's is RUN/adapter
+        label = folder.parent.name if folder.name == "adapter" else folder.name
+        return results, f"{target.recipe.model} with {label}"
+
+    _show(compute, as_json, html)
+
+
+def _show(
+    compute: Callable[[], tuple[dict[str, Any], str]], as_json: bool, html: Path | None
+) -> None:
+    """Print the views that `compute` returns, with the model's title, or write them to a page."""
+    with json_errors(as_json):
+        views, title = compute()
+        if html:
+            from jetson_ft.inside.page import write_page
+
+            write_page(expand_user(str(html)), views, title)
+    if as_json:
+        print_json({"schema": 1, "model": title, "views": views})
+        return
+    show(title, style="bold")
+    for name, data in views.items():
+        inspect_text.PRINTERS[name](data)
+    if html:
+        show(f"written: {html}")
