@@ -25,6 +25,7 @@ from jetson_ft.webui import run_charts, run_overview, run_texts, run_views
 from jetson_ft.webui.after_training import AfterTraining
 from jetson_ft.webui.changed_items import MARK
 from jetson_ft.webui.render import Locale, render
+from jetson_ft.webui.run_table import render_table
 
 MAX_DRAWN = 6  # runs drawn together: the number of colours
 _CACHE_SECONDS = 1.0
@@ -178,10 +179,9 @@ class Fragments:
         return self._cached(
             ("table", language, *sorted(query.items())),
             self.listed,
-            lambda listed: run_views.render_view(
+            lambda listed: render_table(
                 Locale(language),
-                self._runs([each.run.name for each in listed]),
-                "table",
+                [(Run(self.root / each.run.name), each.run) for each in listed],
                 query,
             ),
         )

@@ -28,8 +28,8 @@ class Row:
     """What the table shows of a run: values by the columns' keys, without those not known."""
 
     summary: RunSummary
-    has_report: bool
     values: dict[str, Any]
+    has_report: bool
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,16 @@ _RESULTS = (
 )
 
 
-def render_table(t: Locale, runs: Sequence[Run], query: Mapping[str, str]) -> str:
+def render_table(
+    t: Locale, runs: Sequence[tuple[Run, RunSummary]], query: Mapping[str, str]
+) -> str:
     """Return the table of runs.
 
     Args:
         query: `sort` (a column's key), `down` (1: the largest first), and `compared`, the names of
             the runs that are ticked, with slashes between; any text.
     """
-    rows = [_row(run.path, tuple(monitor.change_stamp(run))) for run in runs]
+    rows = [_row(run, summary) for run, summary in runs]
     columns = _columns(t, rows)
     sort, is_down = query.get("sort", ""), query.get("down") == "1"
     if sort in ("title", *(column.key for column in columns)):
@@ -88,12 +90,20 @@ def render_table(t: Locale, runs: Sequence[Run], query: Mapping[str, str]) -> st
     )  # fmt: skip
 
 
+def _row(run: Run, summary: RunSummary) -> Row:
+    values, has_report = _values(run.path, tuple(monitor.change_stamp(run)))
+    newest = {} if summary.heldout_loss is None else {"loss": summary.heldout_loss}
+    return Row(summary, newest | values, has_report)
+
+
 @lru_cache(1024)
-def _row(path: Path, _stamp: Any) -> Row:
-    """Return a run's row by its files as they are at a `monitor.change_stamp`."""
-    run = Run(path)
-    summary = monitor.summarize(run)
-    values: dict[str, Any] = {"loss": summary.heldout_loss}
+def _values(path: Path, _stamp: Any) -> tuple[dict[str, Any], bool]:
+    """Return a run's values, and whether it has a report; what can't be used is left out.
+
+    Args:
+        _stamp: `monitor.change_stamp` of the run, with which its files are read again.
+    """
+    run, values = Run(path), dict[str, Any]()
     report: dict[str, Any] | None = None
     with suppress(UserError):
         recipe = run.recipe()
@@ -114,7 +124,7 @@ def _row(path: Path, _stamp: Any) -> Row:
         }  # fmt: skip
         with suppress(LookupError, TypeError, ValueError):  # not checked when the file is read
             values["rows"] = int(report["data"]["train"]["rows"])
-    return Row(summary, report is not None, {k: v for k, v in values.items() if v is not None})
+    return {k: v for k, v in values.items() if v is not None}, report is not None
 
 
 def _columns(t: Locale, rows: Sequence[Row]) -> list[Column]:

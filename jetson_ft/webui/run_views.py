@@ -1,4 +1,4 @@
-"""The views of runs on the page: samples, settings, log, export, and the table of all runs.
+"""The views of a run on the page: samples, settings, log and export.
 
 A view's form (`data-controls`) has what the person chose: the page sends its fields as the query.
 """
@@ -20,7 +20,6 @@ from jetson_ft.webui import after_training
 from jetson_ft.webui.after_training import AfterTraining
 from jetson_ft.webui.render import Locale, error_html, render
 from jetson_ft.webui.run_settings import render_settings
-from jetson_ft.webui.run_table import render_table
 
 _PAGE_SAMPLES = 10
 _LOG_BYTES = (1 << 16, 1 << 18, 1 << 20)  # shown of a log: at first, and after each `earlier`
@@ -36,13 +35,12 @@ def render_view(t: Locale, runs: Sequence[Run], view: str, query: Mapping[str, s
     """Return the HTML of a run's view; what is damaged is named in its place.
 
     Args:
-        runs: the run, then those that it is compared with; all runs for the table.
-        view: `samples`, `settings`, `log`, `export` or `table`.
+        runs: the run, then those that it is compared with.
+        view: `samples`, `settings`, `log` or `export`.
         query: the fields of the view's form; any text.
     """
     views: dict[str, Callable[[Locale, Sequence[Run], Mapping[str, str]], str]] = {
         "samples": _samples, "settings": render_settings, "log": _log, "export": _export,
-        "table": render_table,
     }  # fmt: skip
     try:
         return views[view](t, runs, query)

@@ -14,11 +14,12 @@ from starlette.testclient import TestClient
 
 from jetson_ft.errors import Message, UserError
 from jetson_ft.events import Warned
-from jetson_ft.runs import manager
+from jetson_ft.runs import manager, monitor
 from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.store import Run
 from jetson_ft.webui import api
 from jetson_ft.webui.render import Locale
+from jetson_ft.webui.run_table import render_table
 from jetson_ft.webui.run_views import render_view
 
 NAMES = ("20260101-000000-first", "20260102-000000-second", "20260103-000000-third")
@@ -35,8 +36,13 @@ def runs(tmp_path: Path) -> list[Run]:
 
 
 def view(runs: list[Run], name: str, language: str = "en", **query: str) -> str:
-    """Return a view with single spaces."""
-    return " ".join(render_view(Locale(language), runs, name, query).split())
+    """Return a view, or the table, with single spaces."""
+    t = Locale(language)
+    if name == "table":
+        html = render_table(t, [(run, monitor.summarize(run)) for run in runs], query)
+    else:
+        html = render_view(t, runs, name, query).replace("<wbr>", "")
+    return " ".join(html.split())
 
 
 def edit_recipe(run: Run, old: str, new: str) -> None:
