@@ -10,8 +10,8 @@ from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, render
 
 # In the order in which they are loaded. `shell` is what all tabs share.
-_STYLES = ("shell", "train", "runs", "run_views", "chat", "device")
-_SCRIPTS = ("shell", "train", "runs", "run_views", "progress", "chat", "device")
+_STYLES = ("shell", "train", "train_side", "runs", "chat", "device", "run_views")
+_SCRIPTS = ("shell", "train", "runs", "chat", "device", "run_views", "progress")
 
 # Gradio's variable -> its value, in light and dark alike.
 _VARIABLES = {

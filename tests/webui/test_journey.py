@@ -60,18 +60,18 @@ def open_runs(browser: Any, served: Served) -> Any:
 
 
 def start_run(page: Any, rows: Path) -> None:
-    """Upload the data, open both previews, and start."""
+    """Upload the data, wait for rows and plan, which appear by themselves, and start."""
+    page.locator("#data-kind label", has_text="My files").click()
     page.locator("#upload input[type=file]").set_input_files(rows)
     sync_api.expect(
         page.locator("#field-data-train input, #field-data-train textarea")
     ).to_have_value(re.compile(r"uploads/.*mine\.json$"))
-    page.get_by_text("All settings").click()
+    for group in ("data", "training", "evaluation"):
+        page.locator(f"#group-{group} > button").click()
     for field, value in SETTINGS.items():
         page.locator(f"#field-{field}").locator("input, textarea").fill(value)
-    page.get_by_role("button", name="Look at the data").click()
-    sync_api.expect(page.locator("pre.tokens mark").first).to_contain_text("蓝光", timeout=TIMEOUT)
-    page.get_by_role("button", name="What will happen?").click()
-    sync_api.expect(page.locator(".bar.memory")).to_be_visible(timeout=TIMEOUT)
+    sync_api.expect(page.locator("#data-rows")).to_contain_text("蓝光", timeout=TIMEOUT)
+    sync_api.expect(page.locator("#plan")).to_contain_text("GiB", timeout=TIMEOUT)
     page.get_by_role("button", name="Start", exact=True).click()
 
 
@@ -119,18 +119,24 @@ def test_from_an_empty_folder_to_a_downloaded_adapter(
     sync_api.expect(page.locator("#run-detail .plot canvas").first).to_be_visible()
 
     choose(page, "Chat")
-    page.get_by_label("Base and adapter side by side").check()
+    page.get_by_label("Compare with").click()
+    page.get_by_role("option", name="(base)").first.click()
+    sync_api.expect(page.locator("#chat-b")).to_be_visible()
+    page.get_by_role("button", name="Settings").click()
     page.locator("#chat-max_new_tokens input[type=number]").fill("4")
-    box = page.get_by_placeholder("Ask something")
+    page.keyboard.press("Escape")
+    box = page.get_by_role("textbox", name="Message")
     box.fill("天空为什么是蓝色的？")
     box.press("Enter")
-    sync_api.expect(page.locator(".message.bot")).to_have_count(2, timeout=TIMEOUT)
+    answered = page.locator("#chat .bot-row[data-note*=tokens]")
+    sync_api.expect(answered).to_have_count(2, timeout=TIMEOUT)
+    page.get_by_role("button", name="History").click()
     with page.expect_download() as download:
-        page.get_by_role("button", name="Transcript").click()
-    transcript = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
-    assert transcript["model"] == the_run(tmp_path).name
-    assert [turn["role"] for turn in transcript["base"]] == ["user", "assistant"]
-    assert transcript["adapter"][0]["content"] == "天空为什么是蓝色的？"
+        page.get_by_role("button", name="JSON").click()
+    conversation = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert conversation["models"] == [the_run(tmp_path).name, "own-base"]
+    (turn,) = conversation["turns"]
+    assert turn["question"] == "天空为什么是蓝色的？" and len(turn["answers"]) == 2
 
     page.get_by_role("button", name="简体中文").click()
     choose(page, "任务")

@@ -154,7 +154,8 @@ class Plot {
 
   draw(runs, axis, words) {
     const { Chart, chart } = this;
-    const name = this.element.closest("[data-chart]").dataset.chart;
+    const figure = this.element.closest("[data-chart]");
+    const [name, caption] = [figure.dataset.chart, figure.querySelector("figcaption").textContent];
     const [ink, line] = [colour("--soft"), colour("--line")];
     this.axis = axis;
     this.words = words;
@@ -174,7 +175,7 @@ class Plot {
         const pale = Chart.helpers.color(stroke).alpha(0.3).rgbString();
         datasets.push({ ...style, data, borderColor: pale, borderWidth: 1, order: 2 });
       }
-      const label = runs.length > 1 ? run.title : (words[name] ?? "");
+      const label = runs.length > 1 ? run.title : (words[name] ?? caption);
       datasets.push({ ...style, data: isSmooth ? smooth(data, settings.smoothing) : data, order: 1 });
       if (data.length === 1) datasets.at(-1).pointRadius = 3;
       if (data.length) this.curves.push({ label, stroke, points: data, drawn: datasets.at(-1).data });

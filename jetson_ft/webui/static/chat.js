@@ -243,8 +243,17 @@ document.addEventListener("keydown", (event) => {
   if (isComposing && event.target.closest?.("#chat")) event.stopPropagation();
 }, true);
 
+// Gradio calls its buttons of questions to begin with a list, which may have no buttons.
+const relabel = new MutationObserver(() => {
+  for (const list of document.querySelectorAll("#chat-panes .examples[role=list]")) list.role = "group";
+});
+
 addEventListener("resize", fit);
-onTabShown("chat", () => requestAnimationFrame(() => (fit(), showHistory())));
+onTabShown("chat", () => requestAnimationFrame(() => {
+  fit();
+  showHistory();
+  relabel.observe(byId("chat-panes"), { childList: true, subtree: true });
+}));
 
 window.jetsonFt = {
   ...window.jetsonFt, chatWith, chat: { addPairs, form, keep, open, take },

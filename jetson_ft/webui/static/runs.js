@@ -84,6 +84,7 @@ async function refreshRuns() {
     return;
   }
   const run = `/live/${language}/runs/${encodeURIComponent(state.chosen)}`;
+  byId("run-view").setAttribute("aria-labelledby", `view-${state.view}`);
   const [status, view] = await Promise.all([
     swap("run-head", `${run}/head?view=${state.view}`),
     swap("run-view", `${run}?${query({ ...ownQuery("run-view"), view: state.view })}`),
@@ -91,11 +92,9 @@ async function refreshRuns() {
   ]);
   if (status === 404 || status === 422) { // deleted; the next refresh shows another one
     clear("run-head", "run-view");
-    release(state.chosen);
-    state.chosen = "";
+    forget(state.chosen);
     return;
   }
-  byId("run-view").setAttribute("aria-labelledby", `view-${state.view}`);
   if (view === 200 && byId("run-view").querySelector(".plot")) {
     charts ??= import("./charts.js");
     await (await charts).draw(byId("run-view"), state.view, state.chosen, state.drawn);
@@ -114,6 +113,14 @@ function draw(name) {
 
 function release(name) {
   state.drawn = state.drawn.map((drawn) => (drawn === name ? "" : drawn));
+}
+
+// Removes what is known of a run that is deleted.
+function forget(name) {
+  release(name);
+  state.compared = state.compared.filter((other) => other !== name);
+  if (state.chosen === name) state.chosen = "";
+  save();
 }
 
 // Shows a run. The one before it stays drawn only where it was compared; all others keep their
@@ -162,10 +169,7 @@ async function act(button) {
   const { run, do: action } = button.dataset;
   button.disabled = true;
   if (!(await post(run, action))) button.disabled = false;
-  else if (action === "delete" && state.chosen === run) {
-    release(run);
-    state.chosen = "";
-  }
+  else if (action === "delete") forget(run);
   refresh();
 }
 

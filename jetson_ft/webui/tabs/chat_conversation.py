@@ -63,9 +63,7 @@ class ChatTab:
         title = self.models.title(first)
         note = ""
         if self.models.are_alternating(first, second):
-            note = self.t(
-                _("Two base models take turns in memory: each answer first loads its model.")
-            )
+            note = self.t(_("These two take turns in memory: each answer first loads its model."))
         return (
             gr.Chatbot(label=title, examples=starters),
             gr.Chatbot(label=self.models.title(second, first), visible=second != NONE),
