@@ -243,4 +243,4 @@ def _pane_of(event: gr.EventData) -> int:
 
 
 def _status(text: str) -> str:
-    return f"<p>{escape(text)}</p>" if text else ""
+    return f'<p role="status">{escape(text)}</p>' if text else ""
