@@ -115,6 +115,7 @@ export function hints(root) {
   const box = make("div", { class: "hint", hidden: true });
   root.append(box);
   const show = (event) => {
+    if (event.target.closest?.(".plot, .heat")) return; // these place it themselves
     const target = event.target.closest?.("[data-hint]");
     if (!target || !root.contains(target)) return void (box.hidden = true);
     const area = target.getBoundingClientRect();
@@ -336,7 +337,12 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
     if (isHere || row < 0 || column < 0 || row >= rows.length || column >= columns.length) return;
     mark(row, column);
     moved?.(row, column);
+    const area = canvas.getBoundingClientRect(), { left, top, cell, high } = geometry;
+    moveHint(box.closest(".inside"), readout.textContent, area.left + left + cell * (column + 0.5), area.top + top + high * row);
   };
+  const leave = () => moveHint(box.closest(".inside"), "");
+  canvas.addEventListener("pointerleave", leave);
+  canvas.addEventListener("blur", leave);
   const cellAt = (event) => {
     const area = canvas.getBoundingClientRect();
     return [Math.floor((event.clientY - area.top - geometry.top) / geometry.high),
