@@ -103,6 +103,10 @@ _TEXTS = {
     "query_token": _("token that attends (query)"),
     "key_token": _("token attended to (key)"),
     "rollout": _("all layers (rollout)"),
+    "rollout_note": _(
+        "The maps of all layers multiplied: how much of each token reaches the top. Over many "
+        "layers nearly all comes from the first token, so the scale is that of the others."
+    ),
     "head_mean": _("mean of all heads"),
     "masked": _("{to} is masked for {from}: it comes later."),
     "masked_short": _("masked"),

@@ -259,7 +259,8 @@ export function heatLegend(label, max, format, root) {
     make("div", {}, [0, 0.25, 0.5, 0.75, 1].map((share) => make("span", {}, format(at(share))))));
 }
 
-// A map of `rows` x `columns` (labels); `value(row, column)` is a number, or null where masked.
+// A map of `rows` x `columns` (labels); `value(row, column)` is a number, or null where masked. `max`
+// is the value of the scale's end, or a function of it.
 export function heatMap({ rows, columns, value, max, format, describe, root = false, rowTitle = "", columnTitle = "", maxCell = 30, slanted = true, pick = null, moved = null }) {
   const readout = make("p", { class: "readout", "aria-live": "polite" }, " ");
   const canvas = make("canvas", { tabindex: 0, role: "application", "aria-label": `${rowTitle} × ${columnTitle}` });
@@ -281,6 +282,7 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
     context.scale(ratio, ratio);
     context.font = font;
     geometry = { left, top, cell, high };
+    const limit = typeof max === "function" ? max() : max;
     const colour = heatColours(box), ink = style.color;
     const fit = (text, room) => {
       if (context.measureText(text).width <= room) return text;
@@ -317,7 +319,7 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
         context.stroke(); context.restore();
         return;
       }
-      const share = max ? shown / max : 0;
+      const share = shown / (limit || 1);
       [context.fillStyle] = colour(root ? Math.sqrt(Math.max(0, share)) : share);
       context.fillRect(x, y, cell - gap, high - gap);
     }));

@@ -128,7 +128,7 @@ export function drawAttention(root, data, t, reload) {
   };
   const cards = sides.map((side) => {
     const map = heatMap({
-      rows: labels, columns: labels, value: (r, c) => matrix(side)[r][c], max: 1, root: true, format: percent,
+      rows: labels, columns: labels, value: (r, c) => matrix(side)[r][c], max: () => state.max, root: true, format: percent,
       rowTitle: t("query_token"), columnTitle: t("key_token"), maxCell: 26,
       describe: (r, c, text) => (text == null ? t("masked", { from: numbered(r), to: numbered(c) })
         : t("attention_of", { from: numbered(r), to: numbered(c), value: text })),
@@ -145,7 +145,7 @@ export function drawAttention(root, data, t, reload) {
         const weight = weights[index];
         node.classList.toggle("masked", weight == null);
         node.classList.toggle("current", index === row);
-        [node.style.background, node.style.color] = weight == null ? ["", ""] : colour(Math.sqrt(weight));
+        [node.style.background, node.style.color] = weight == null ? ["", ""] : colour(Math.sqrt(weight / state.max));
         node.dataset.hint = weight == null ? t("masked_short") : percent(weight);
       });
     };
@@ -153,18 +153,24 @@ export function drawAttention(root, data, t, reload) {
     return make("div", {}, make("p", { class: `side ${side}` }, t(side)), map.map);
   });
   const heads = make("div", { class: "thumbnails" }), choices = make("div", { class: "choices" });
+  const headPanel = panel(t("heads_title"), t("heads_note"), heads), key = make("div", { class: "keys" }), note = make("p", { class: "note" });
   const show = () => {
     const layers = Object.keys(data.heads).map(Number).filter((layer) => reload || layersShown.includes(layer));
-    const headCount = data.heads[state.layer] ?? 0;
-    choices.replaceChildren(
+    const headCount = data.heads[state.layer] ?? 0, isRollout = state.layer === "rollout";
+    // Over many layers nearly all of it comes from the first token: the scale is that of the others.
+    state.max = isRollout ? Math.max(...sides.flatMap((side) => data.sides[side].rollout.flatMap((row) => row.slice(1)))) || 1 : 1;
+    note.textContent = isRollout ? t("rollout_note") : "";
+    key.replaceChildren(heatLegend(t("probability"), state.max, percent, true), legend([["masked-key", t("masked_short")]]));
+    headPanel.hidden = isRollout;
+    choices.replaceChildren(...[
       choice(t("layer"), [...layers.map((layer) => [layer, String(layer)]), ["rollout", t("rollout")]], state.layer, (value) => {
         state.layer = value === "rollout" ? value : Number(value);
         if (value !== "rollout" && !layersShown.includes(state.layer)) return reload({ layer: state.layer });
         if (!data.heads[state.layer]) state.head = "mean";
         show();
       }),
-      state.layer === "rollout" ? null : choice(t("head"), [["mean", t("head_mean")], ...Array.from({ length: headCount }, (_, head) => [head, String(head)])],
-        state.head, (value) => { state.head = value; show(); }));
+      isRollout ? null : choice(t("head"), [["mean", t("head_mean")], ...Array.from({ length: headCount }, (_, head) => [head, String(head)])],
+        state.head, (value) => { state.head = value; show(); })].filter(Boolean));
     for (const side of sides) maps[side].update();
     showRow(row);
     drawThumbnails();
@@ -177,11 +183,10 @@ export function drawAttention(root, data, t, reload) {
       return button;
     }));
   };
-  root.append(panel(t("map_title"), t("map_note"), choices,
-    make("div", { class: "keys" }, heatLegend(t("probability"), 1, percent, true), legend([["masked-key", t("masked_short")]])),
+  root.append(panel(t("map_title"), t("map_note"), choices, note, key,
     make("div", { class: "pair" }, cards)));
   root.append(panel(t("flow_title"), t("flow_note"), readout, flow));
-  root.append(panel(t("heads_title"), t("heads_note"), heads));
+  root.append(headPanel);
   onTheme(root, show);
   requestAnimationFrame(show); // the scale's colours are known once the view is in the document
 }
