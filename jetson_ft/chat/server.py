@@ -128,6 +128,8 @@ class ChatServer:
         if len(others) == _MAX_CHATS:
             del self._chats[0]
             if others[0].has_adapter:
+                if chat.has_adapter:  # PEFT warns where an active adapter is deleted
+                    chat.model.set_adapter(chat.adapter_name)
                 chat.model.delete_adapter(others[0].adapter_name)
         return chat
 

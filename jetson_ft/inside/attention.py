@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.errors import UserError, _
-from jetson_ft.inside.model import LoadedModel, View, each_side, rounded, text_ids
+from jetson_ft.inside.model import LoadedModel, View, each_side, logits_at, rounded, text_ids
 from jetson_ft.inside.tokens import Token, describe_tokens
 
 if TYPE_CHECKING:
@@ -62,22 +62,27 @@ class AttentionView(View):
 
 @dataclass
 class _Recorder:
-    """Keeps what a view shows of each layer's probabilities.
+    """What a view shows of one side, collected layer by layer.
 
-    `rollout` is attention rollout: the product over the layers of the mean of the heads, to equal
+    `rollout` is attention rollout: the product over the layers of the heads' mean, mixed in equal
     parts with the identity, which stands for the residual connection (Abnar and Zuidema,
     Quantifying Attention Flow in Transformers, 2020).
     """
 
-    layers: Sequence[int] | None
+    layers: Sequence[int] | None  # to show; None: all
     heads: Sequence[int] | None
-    sides: int
+    sides: int  # of the view, which share `MAX_VALUES`
     head_counts: dict[int, int] = field(default_factory=dict)
     recorded: list[LayerAttention] = field(default_factory=list)
     rollout: torch.Tensor | None = None
     _values: int = 0
 
     def add(self, layer: int, probs: torch.Tensor, masked: torch.Tensor) -> None:
+        """Add a layer's probabilities [heads, tokens, tokens]; `masked` is bool [tokens, tokens].
+
+        Raises:
+            UserError: there is no such head, or the view would have too many numbers.
+        """
         import torch
 
         count, size = len(probs), probs.shape[-1]
@@ -103,6 +108,7 @@ class _Recorder:
 
 
 def _matrix(probs: torch.Tensor, masked: torch.Tensor) -> Matrix:
+    """Return probabilities [tokens, tokens] as lists, with None where they are masked."""
     return rounded(probs.float().masked_fill(masked, float("nan")))
 
 
@@ -164,6 +170,7 @@ def _check_layers(layers: Sequence[int] | None, head_counts: dict[int, int]) -> 
 
 
 def _check_head(head: int, layer: int, count: int) -> None:
+    """Raise `UserError` if the layer, of `count` heads, has no such head."""
     if not 0 <= head < count:
         raise UserError(
             _("There is no head {head}: layer {layer} has heads 0 to {last}."),
@@ -173,11 +180,8 @@ def _check_head(head: int, layer: int, count: int) -> None:
 
 def run_recorded(model: Any, ids: Sequence[int], record: Callable[[Tensors], None]) -> None:
     """Run the model on a text, and call `record` with the attention of each layer."""
-    import torch
-
-    device = model.get_input_embeddings().weight.device
     with _recorded_attention(model, record):
-        model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+        logits_at(model, ids, [len(ids) - 1])
 
 
 @contextmanager
@@ -280,7 +284,9 @@ class HeadExample(View):
     scaled: list[float | None]
     softmax: list[float | None]
     probabilities: list[float | None]
-    difference: float  # the largest between the last two; not small with biases or sinks
+    # The largest between the last two: rounding, up to 0.01 where the model computes in 16 bits.
+    # It is more where the family adds biases of positions, or sinks.
+    difference: float
     output: list[float]  # sum of the values, weighted by the probabilities: [head_dim]
     tokens: list[HeadVectors]  # the token that attends, and another one
 

@@ -111,7 +111,7 @@ def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes]:
         if number in added or piece is None:
             content = added[number].content if number in added else ""
             result.append(content.encode())
-        elif is_byte_level:
+        elif is_byte_level and byte_of.keys() >= set(piece):  # a vocabulary can have other pieces
             result.append(bytes(byte_of[character] for character in piece))
         elif piece.startswith("<0x") and piece.endswith(">") and len(piece) == 6:
             result.append(bytes([int(piece[3:5], 16)]))  # SentencePiece's byte tokens

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from html import escape
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -20,7 +21,8 @@ _TEMPLATES = Environment(
     loader=PackageLoader("jetson_ft.webui"), autoescape=True, finalize=printable_value,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-_TEMPLATES.globals |= {"joined": joined, "duration": i18n.duration}
+_TOKENS = files("jetson_ft.runs.report").joinpath("tokens.css").read_text("utf-8")
+_TEMPLATES.globals |= {"joined": joined, "duration": i18n.duration, "tokens": _TOKENS}
 _TEMPLATES.filters["message"] = Message.from_json
 
 

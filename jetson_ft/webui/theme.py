@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +111,9 @@ def theme() -> Any:
 
 def head(t: Locale) -> str:
     """Return what comes first in the page's head: the tokens, and the tabs' styles and scripts."""
-    tokens = files("jetson_ft.runs.report").joinpath("tokens.css").read_text("utf-8")
     styles = [f"{STATIC}/{name}.css" for name in _STYLES]
     scripts = [f"{STATIC}/{name}.js" for name in _SCRIPTS]
-    return render("head.jinja", t, tokens=tokens, styles=styles, scripts=scripts)
+    return render("head.jinja", t, styles=styles, scripts=scripts)
 
 
 def _content_hash(folder: Path) -> str:

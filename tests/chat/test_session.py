@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from jetson_ft.chat.session import ChatSession, parse_examples, read_examples
+from jetson_ft.data.chat_template import encode_prompt, end_ids
 from jetson_ft.errors import UserError
-from jetson_ft.inference.generate import Sampling
+from jetson_ft.inference.generate import Sampling, stream_reply
 
 SHORT = Sampling(max_new_tokens=8)
 
@@ -70,8 +71,6 @@ def test_conversation_longer_than_the_context_is_refused(chat: ChatSession) -> N
 
 @pytest.mark.parametrize("left", [1, SHORT.max_new_tokens - 1, SHORT.max_new_tokens, 100])
 def test_reply_ends_where_the_context_does(chat: ChatSession, left: int) -> None:
-    from jetson_ft.data.chat_template import encode_prompt
-
     length = len(encode_prompt(chat.tokenizer, chat.messages("你好")))
     chat.context_length = length + left
     expected = Sampling(max_new_tokens=min(left, SHORT.max_new_tokens))
@@ -88,6 +87,28 @@ def test_half_a_surrogate_pair_is_replaced(chat: ChatSession) -> None:
     assert reply_to(chat, "a\udfff")
     assert [m["content"] for m in chat.messages("a\udfff")] == ["?", "?", "b", "a?"]
     assert chat.turns[0]["content"] == "\ud800", "the session itself stays as it is"
+
+
+def test_a_reply_that_was_begun_is_continued(chat: ChatSession) -> None:
+    prompt = encode_prompt(chat.tokenizer, chat.messages("你好"))
+    begun = chat.tokenizer("等于", add_special_tokens=False)["input_ids"]
+    ends = end_ids(chat.tokenizer, chat.model)
+    expected = "".join(stream_reply(chat.model, chat.tokenizer, prompt + begun, ends, SHORT))
+    assert "".join(chat.reply("你好", SHORT, begun="等于")) == expected != reply_to(chat, "你好")
+    chat.context_length = len(prompt) + len(begun)
+    with pytest.raises(UserError, match=f"has {chat.context_length} tokens"):
+        next(chat.reply("你好", SHORT, begun="等于"))
+
+
+def test_the_whole_reply_is_returned_with_its_tokens(chat: ChatSession) -> None:
+    stream, deltas = chat.reply("你好", SHORT), []
+    while True:
+        try:
+            deltas.append(next(stream))
+        except StopIteration as end:
+            reply = end.value
+            break
+    assert reply.text == "".join(deltas).strip() and reply.tokens == 8 and not reply.ended
 
 
 # --- examples ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from loaded_phi import LoadedModel
 
 from jetson_ft.errors import UserError
+from jetson_ft.inference import generate
 from jetson_ft.inference.generate import (
     Reply,
     Sampling,
@@ -52,6 +53,32 @@ def test_a_stream_returns_the_reply_with_its_tokens(phi: Any) -> None:
     for text in TEXTS:
         list(whole(text))
     assert returned == replies_to(phi, TEXTS)
+
+
+def test_a_continued_reply_keeps_the_space_between_its_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tokenizers of SentencePiece drop the space before the first word that they decode."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+
+    def generate_b(*args: Any, streamer: Any, **_: Any) -> Any:
+        import torch
+
+        prompt = torch.tensor([[*args[2][0], 1]])
+        streamer.put(prompt[:, :-1])
+        streamer.put(prompt[0, -1:])
+        streamer.end()
+        return prompt
+
+    monkeypatch.setattr(generate, "_generate", generate_b)
+    for begun, text in (([], "b"), ([0], " b")):
+        stream = stream_reply(None, tokenizer, [0], [2], GREEDY, begun=begun)
+        assert "".join(stream) == text
 
 
 def test_batch_gives_the_same_replies_as_single_prompts(phi: Any) -> None:

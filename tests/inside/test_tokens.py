@@ -67,6 +67,12 @@ def test_bytes_of_the_tokens_are_those_of_the_text(tokenizer: Any, text: str) ->
         assert token.text is None or token.text.encode() == part
 
 
+def test_piece_that_is_written_in_no_bytes_is_its_own_text() -> None:
+    tokenizer = make_tokenizer(None)
+    tokenizer.convert_ids_to_tokens = lambda number: "漢a"
+    assert token_bytes(tokenizer, [9]) == ["漢a".encode()]
+
+
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30))
 def test_tokens_of_the_scripts_add_up(text: str) -> None:
     view = view_tokens(loaded_with(MERGED), text)

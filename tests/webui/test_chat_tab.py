@@ -1,4 +1,4 @@
-"""The chat tab: the models it offers, its conversations."""
+"""The chat tab: what its buttons do, with a scripted chat client."""
 
 from __future__ import annotations
 
@@ -7,108 +7,306 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from run_folders import make_run
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jetson_ft.chat.client import ChatClient, ChatReply
+from jetson_ft.chat.client import ChatClient, ChatReply, ChatRequest
 from jetson_ft.errors import UserError
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
-from jetson_ft.webui.tabs.chat import _SLIDERS, BASE, ChatTab
+from jetson_ft.webui.tabs.chat_conversation import ChatTab
+from jetson_ft.webui.tabs.chat_models import BASE, NONE, OWN_BASE
+from jetson_ft.webui.tabs.chat_sampling import (
+    PRESETS,
+    SLIDERS,
+    matching_preset,
+    preset_values,
+    read_sampling,
+)
+from jetson_ft.webui.tabs.chat_turns import Turn, align, dialogue, read_turns, show_turns
 
-TURNS = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
-
-
-def tab(root: Path) -> ChatTab:
-    return ChatTab(Locale("en"), root, ChatClient(root))
-
-
-def value(update: Any) -> Any:
-    return update.value if hasattr(update, "value") else update["value"]
-
-
-def test_the_newest_adapter_is_chosen_until_the_user_chooses(tmp_path: Path) -> None:
-    chat = tab(tmp_path)
-    assert value(chat.open(BASE, False, [])) == BASE
-    for name in ("20260101-000000-old", "20260102-000000-new"):
-        make_run(tmp_path, name).adapter.mkdir()
-    make_run(tmp_path, "20260103-000000-no-adapter-yet")
-    assert value(chat.open(BASE, False, [])) == "20260102-000000-new"
-    assert value(chat.open(BASE, True, [])) == BASE
-    assert value(chat.open(BASE, False, TURNS)) == BASE, "a conversation is not interrupted"
-    assert value(chat.open("a-deleted-one", True, TURNS)) == "20260102-000000-new"
-    folder = str(tmp_path / "20260101-000000-old" / "adapter")
-    (Path(folder) / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
-    for typed in ("microsoft/phi-1_5", "latest", folder):
-        assert value(chat.open(typed, True, [])) == typed
-
-
-def test_a_conversation_is_titled_base_or_adapter(tmp_path: Path) -> None:
-    chat = tab(tmp_path)
-    assert [chat.title(name) for name in (BASE, "o/n", "a-run")] == ["Base", "Base", "Adapter"]
-    request: Any = SimpleNamespace(session_hash="me")
-    base, adapter, _ = chat.choose(request, "o/n")
-    assert base == [] and adapter.label == "Base" and not adapter.value
-
-
-def test_undo_removes_the_last_message_and_its_answers() -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
-             {"role": "user", "content": [{"type": "text", "text": "c"}]}]  # fmt: skip
-    assert ChatTab.undo([], turns) == ("c", [], turns[:2])
-    assert ChatTab.undo([], []) == ("", [], [])
-    assert ChatTab.undo(TURNS, turns) == ("c", TURNS, turns[:2]), (
-        "the base's last message is another"
-    )
-    assert ChatTab.undo(TURNS, TURNS) == ("hello", [], [])
+REQUEST: Any = SimpleNamespace(session_hash="me")
+DEFAULTS = [option.default for option in SLIDERS]
 
 
 class Scripted:
-    """A chat client with fixed answers; without any it raises."""
+    """A chat client with fixed replies to each call; a call without any raises."""
 
-    def __init__(self, *answers: ChatReply) -> None:
-        self.answers, self.calls = answers, 0
+    def __init__(self, *calls: list[ChatReply]) -> None:
+        self.calls, self.requests = list(calls), list[tuple[str, ChatRequest]]()
 
-    def generate(self, *_: Any) -> Any:
-        self.calls += 1
-        if not self.answers:
+    def generate(self, name: str, request: ChatRequest, client_id: str) -> Any:
+        self.requests.append((name, request))
+        if not self.calls:
             raise UserError("Busy.")
-        yield from self.answers
+        yield from self.calls.pop(0)
 
 
-def last(chat: ChatTab, method: str, side: bool, text: str, base: Any, adapter: Any) -> Any:
-    """Return the last outputs: message, the base's and the adapter's conversation."""
-    request: Any = SimpleNamespace(session_hash="me")
-    settings = ("", "", "", *(option.default for option in _SLIDERS))
-    outputs = list(getattr(chat, method)(request, "a-run", side, text, base, adapter, *settings))
-    return outputs[-1][:3]
+def reply(text: str, stopped: bool = False, ended: bool = True) -> list[ChatReply]:
+    return [ChatReply(text[:1]), ChatReply(text, 12, 1.0, stopped, ended)]
 
 
-def test_a_failed_answer_keeps_message_and_conversations(tmp_path: Path) -> None:
-    chat = tab(tmp_path)
-    chat.client = Scripted()  # type: ignore[assignment]
-    assert last(chat, "send", True, "more", TURNS, TURNS) == ("more", TURNS, TURNS)
-    assert last(chat, "again", True, "", TURNS, TURNS) == ("hello", TURNS, TURNS)
+def messages(*turns: Turn) -> Any:
+    return show_turns(Locale("en"), turns)
 
 
-def test_an_error_in_the_examples_names_their_field(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def value(update: Any) -> Any:
+    return update["value"] if isinstance(update, dict) else update.value
+
+
+class Page:
+    """What a page shows, as the events of a tab change it."""
+
+    def __init__(self, root: Path, *calls: list[ChatReply], second: str = NONE) -> None:
+        self.client = Scripted(*calls)
+        self.tab = ChatTab(Locale("en"), root, ChatClient(root))
+        self.tab.client = self.client  # type: ignore[assignment]
+        self.first, self.second, self.text = "a-run", second, ""
+        self.panes: list[Any] = [[], []]
+        self.examples = ""
+        self.outputs: list[Any] = []
+
+    def press(self, method: str, event: Any = None) -> None:
+        form = (self.first, self.second, self.text, *self.panes, "", self.examples, "", *DEFAULTS)
+        events = [event] if event else []
+        self.outputs = list(getattr(self.tab, method)(REQUEST, *events, *form))
+        composer, *self.panes, _status = self.outputs[-1]
+        self.text = value(composer)
+
+    def send(self, text: str) -> None:
+        self.text = text
+        self.press("send")
+
+    def turns(self) -> list[list[tuple[str, str]]]:
+        return [[(t.question, t.answer) for t in read_turns(pane)] for pane in self.panes]
+
+
+@pytest.fixture(autouse=True)
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    shown: list[str] = []
+    monkeypatch.setattr(gr, "Warning", lambda text, **_: shown.append(text))
+    return shown
+
+
+def event(pane: int, **fields: Any) -> Any:
+    return SimpleNamespace(target=SimpleNamespace(elem_id=("chat-a", "chat-b")[pane]), **fields)
+
+
+# --- turns --------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(), st.text(), st.booleans())))
+def test_turns_are_read_as_they_are_shown(values: list[Any]) -> None:
+    turns = [Turn(question, answer, note if answer else "", is_cut and bool(answer))
+             for question, answer, note, is_cut in values]  # fmt: skip
+    read = read_turns(messages(*turns))
+    assert [(t.question, t.answer, t.is_cut) for t in read] == [
+        (t.question, t.answer, t.is_cut) for t in turns
+    ]
+    assert [t.note for t in read if t.answer] == [t.note for t in turns if t.answer]
+
+
+def test_code_keeps_its_indentation() -> None:
+    code = "    if x:\n        return 1"
+    (_question, answer) = messages(Turn("q", code))
+    shown = gr.Chatbot().postprocess([answer])
+    assert shown.root[0].content[0].text == code
+
+
+def test_files_in_a_request_are_dropped() -> None:
+    file = {"type": "file", "file": {"path": "/etc/passwd"}, "alt_text": "x"}
+    request = [{"role": "user", "content": [{"type": "text", "text": "a"}, file]},
+               {"role": "assistant", "content": file},
+               {"role": "system", "content": "s"}]  # fmt: skip
+    assert read_turns(request) == [Turn("a")]
+    assert "passwd" not in str(show_turns(Locale("en"), read_turns(request)))
+
+
+def test_only_the_last_answer_can_be_continued() -> None:
+    shown = messages(Turn("a", "b", "n", True), Turn("c", "d", "n", True))
+    assert [bool(message.get("options")) for message in shown] == [False, False, False, True]
+    assert not messages(Turn("a", "b"))[-1].get("options")
+    (_question, missing) = messages(Turn("a"))
+    assert missing["options"][0]["label"] == "Answer"
+    assert missing["metadata"]["log"] == "not answered"
+
+
+def test_unanswered_questions_are_no_part_of_the_prompt() -> None:
+    assert dialogue([Turn("a"), Turn("b", "c")]) == [
+        {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"},
+    ]  # fmt: skip
+
+
+def test_panes_are_aligned_by_their_questions() -> None:
+    turns = [Turn("a", "1"), Turn("b", "2"), Turn("c", "3")]
+    assert align(turns, ["a", "x"]) == [Turn("a", "1"), Turn("x")]
+    assert align([], ["a"]) == [Turn("a")]
+
+
+# --- buttons ------------------------------------------------------------------------------------
+
+
+def test_two_models_answer_the_question_in_their_own_conversations(tmp_path: Path) -> None:
+    page = Page(
+        tmp_path, reply("A1"), reply("B1"), reply("A2"), reply("B2"), second="another-run"
+    )  # fmt: skip
+    page.send("one")
+    page.send(" two ")
+    assert page.turns() == [[("one", "A1"), ("two", "A2")], [("one", "B1"), ("two", "B2")]]
+    names = [name for name, _request in page.client.requests]
+    assert names == ["a-run", "another-run"] * 2
+    last = page.client.requests[-1][1]
+    assert [turn["content"] for turn in last.turns] == ["one", "B1"] and last.text == "two"
+    assert page.text == "" and read_turns(page.panes[0])[1].note == "12 tokens · 12/s"
+
+
+def test_the_own_base_is_the_same_model_without_its_adapter(tmp_path: Path) -> None:
+    page = Page(tmp_path, reply("A"), reply("B"), second=OWN_BASE)
+    page.send("q")
+    asked = [(name, request.use_adapter) for name, request in page.client.requests]
+    assert asked == [("a-run", True), ("a-run", False)]
+
+
+def test_after_a_stop_both_panes_have_the_same_questions(tmp_path: Path) -> None:
+    page = Page(tmp_path, reply("A", stopped=True, ended=False), second="b")
+    page.send("q")
+    assert page.turns() == [[("q", "A")], [("q", "")]]
+    assert read_turns(page.panes[0])[0].note.endswith("stopped")
+    page.client.calls = [reply("B")]
+    page.press("proceed", event(1))
+    assert page.turns() == [[("q", "A")], [("q", "B")]]
+
+
+def test_a_cut_answer_is_continued(tmp_path: Path) -> None:
+    page = Page(tmp_path, reply("be", ended=False))
+    page.send("q")
+    assert read_turns(page.panes[0])[0].note == "12 tokens · 12/s · cut short"
+    page.client.calls = [reply("begun")]
+    page.press("proceed", event(0))
+    assert page.client.requests[-1][1].begun == "be"
+    assert page.turns()[0] == [("q", "begun")] and not read_turns(page.panes[0])[0].is_cut
+
+
+def test_an_edited_question_replaces_what_followed_in_both_panes(tmp_path: Path) -> None:
+    page = Page(tmp_path, reply("A"), reply("B"), second="b")
+    page.panes = [messages(Turn("a", "1"), Turn("b", "2")), messages(Turn("a", "3"), Turn("b", ""))]
+    page.press("edit", event(1, index=0, value="x"))
+    assert page.turns() == [[("x", "A")], [("x", "B")]]
+    page.client.calls = [reply("A"), reply("B")]
+    page.panes = [messages(Turn("a", "1"), Turn("b", "2"))] * 2
+    page.press("edit", event(0, index=[2, 0], value="y"))
+    assert page.turns() == [[("a", "1"), ("y", "A")], [("a", "1"), ("y", "B")]]
+
+
+def test_retry_answers_in_its_pane_alone(tmp_path: Path) -> None:
+    page = Page(tmp_path, reply("new"), second="b")
+    page.panes = [
+        messages(Turn("a", "1"), Turn("b", "2")),
+        messages(Turn("a", "3"), Turn("b", "4")),
+    ]
+    page.press("retry", event(1, index=2))
+    assert page.turns() == [[("a", "1"), ("b", "2")], [("a", "3"), ("b", "new")]]
+    assert page.client.requests[0][1].begun == ""
+
+
+def test_a_starter_begins_the_conversation(tmp_path: Path) -> None:
+    page = Page(tmp_path, reply("A"))
+    page.press("start", event(0, value={"text": "why?"}))
+    assert page.turns()[0] == [("why?", "A")]
+
+
+def test_a_failed_answer_keeps_message_and_conversations(
+    tmp_path: Path, warnings: list[str]
 ) -> None:
-    warnings: list[str] = []
-    monkeypatch.setattr(gr, "Warning", lambda text, **_: warnings.append(text))
-    settings = ("", "[{", "", *(option.default for option in _SLIDERS))
+    page = Page(tmp_path, second="b")
+    page.panes = [messages(Turn("a", "1")), messages(Turn("a", "3"))]
+    page.send("more")
+    assert page.text == "more" and page.turns() == [[("a", "1")], [("a", "3")]]
+    assert warnings == ["Busy."]
+    page.client.calls = [reply("A")]  # the second model fails
+    page.send("more")
+    assert page.text == "" and page.turns()[0][1] == ("more", "A")
+    assert page.turns()[1][1] == ("more", ""), "what was answered is kept"
+
+
+def test_while_an_answer_is_generated_stop_is_in_the_place_of_send(tmp_path: Path) -> None:
+    page = Page(tmp_path, reply("A"))
+    page.send("q")
+    buttons = [(bool(output[0].submit_btn), bool(output[0].stop_btn)) for output in page.outputs]
+    assert buttons == [(False, True)] * (len(buttons) - 1) + [(True, False)]
+
+
+def test_an_empty_message_is_not_sent(tmp_path: Path) -> None:
+    page = Page(tmp_path)
+    page.send("  \n")
+    assert not page.client.requests
+
+
+def test_an_error_in_the_examples_names_their_field(tmp_path: Path, warnings: list[str]) -> None:
     for language, words in (("en", ("Few-shot examples", "not valid JSON")),
                             ("zh_CN", ("示例", "不是有效的 JSON"))):  # fmt: skip
-        chat = ChatTab(Locale(language), tmp_path, ChatClient(tmp_path))
-        request: Any = SimpleNamespace(session_hash="me")
-        (*_, last) = chat.send(request, "a-run", False, "hello", [], [], *settings)
-        assert last == ("hello", [], [], "")
+        page = Page(tmp_path)
+        page.tab.t = Locale(language)
+        page.examples = "[{"
+        page.send("hello")
+        assert page.text == "hello" and not page.client.requests
         assert all(word in warnings[-1] for word in words), warnings
         assert "/tmp" not in warnings[-1]
 
 
-def test_after_a_stopped_base_the_adapter_does_not_answer(tmp_path: Path) -> None:
-    chat = tab(tmp_path)
-    for stopped, calls in ((False, 2), (True, 1)):
-        chat.client = Scripted(ChatReply("hi", 1, 1.0, stopped))  # type: ignore[assignment]
-        text, base, adapter = last(chat, "again", True, "", TURNS, TURNS)
-        assert (text, base, chat.client.calls) == ("", TURNS, calls)  # type: ignore[attr-defined]
-        assert adapter == ([] if stopped else TURNS)
+def test_values_of_calls_by_hand_fail_plainly(tmp_path: Path, warnings: list[str]) -> None:
+    page = Page(tmp_path)
+    form = (None, None, None, None, None, None, None, "x", *DEFAULTS)
+    assert list(page.tab.send(REQUEST, *form))[-1][1:3] == ([], [])
+    list(page.tab.send(REQUEST, None, None, "q", *form[3:]))
+    assert "whole number" in warnings[-1]
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
+def test_presets_and_sliders_match() -> None:
+    for name, (_label, sampling) in PRESETS.items():
+        values = preset_values(name)
+        assert matching_preset(*values) == name
+        assert read_sampling("", [sampling.max_new_tokens, *values]) == sampling
+    assert matching_preset(1.9, *preset_values("precise")[1:]) is None
+    assert read_sampling("7", DEFAULTS).seed == 7
+    assert read_sampling("", DEFAULTS) == PRESETS["precise"][1]
+    with pytest.raises(UserError, match="whole number"):
+        read_sampling("-1", DEFAULTS)
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+def test_the_newest_adapter_is_chosen_until_the_user_chooses(tmp_path: Path) -> None:
+    from run_folders import make_run
+
+    def opened(first: Any, wanted: str = "", pane: Any = ()) -> tuple[Any, Any]:
+        updates = tab.open(first, NONE, wanted, list(pane))
+        return value(updates[0]), value(updates[1])
+
+    tab = ChatTab(Locale("en"), tmp_path, ChatClient(tmp_path))
+    assert opened(None) == (BASE, NONE)
+    for name in ("20260101-000000-old", "20260102-000000-new"):
+        make_run(tmp_path, name).adapter.mkdir()
+    make_run(tmp_path, "20260103-000000-no-adapter-yet")
+    assert opened(None)[0] == "20260102-000000-new"
+    assert opened(BASE)[0] == BASE
+    assert opened("a-deleted-one")[0] == "20260102-000000-new"
+    assert opened("a-deleted-one", pane=[1])[0] == "a-deleted-one", "a conversation is kept"
+    assert opened(BASE, "20260101-000000-old")[0] == "20260101-000000-old"
+    folder = str(tmp_path / "20260101-000000-old" / "adapter")
+    (Path(folder) / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    for typed in ("microsoft/phi-1_5", "latest", folder):
+        assert opened(typed)[0] == typed
+
+
+def test_another_model_begins_another_conversation(tmp_path: Path) -> None:
+    tab = ChatTab(Locale("en"), tmp_path, ChatClient(tmp_path))
+    for first, second, compared in (("o/n", "o/n", NONE), ("o/n", OWN_BASE, NONE),
+                                    ("o/n", BASE, BASE)):  # fmt: skip
+        updates = tab.choose(REQUEST, first, second)
+        assert value(updates[0]) == first and value(updates[1]) == compared
+        assert updates[2:] == ([], [])

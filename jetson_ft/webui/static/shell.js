@@ -146,6 +146,21 @@ whenDrawn(() => {
 document.addEventListener("visibilitychange", noticeTab);
 addEventListener("hashchange", openTab);
 
+// --- what Gradio draws against WAI-ARIA ------------------------------------------------------
+
+// Selector -> the attribute that is wrong there.
+const WRONG = {
+  ".examples[role=list]": "role", // its children are buttons, not list items
+};
+let checking = 0;
+new MutationObserver(() => {
+  checking ||= requestAnimationFrame(() => {
+    checking = 0;
+    for (const [selector, attribute] of Object.entries(WRONG))
+      document.querySelectorAll(selector).forEach((element) => element.removeAttribute(attribute));
+  });
+}).observe(document.querySelector("gradio-app"), { childList: true, subtree: true });
+
 // --- a page's beginning and end -------------------------------------------------------------
 
 function keepScroll() {

@@ -51,7 +51,11 @@ class ChatTab:
         """Return updates of both lists of models, which may have changed on the disk."""
         second = self._compared(first, second)
         compared = self.models.compared_choices(first)
-        return gr.Dropdown(self.models.choices(), value=first), gr.Dropdown(compared, value=second)
+        choices = self.models.choices()
+        return (
+            gr.Dropdown(choices, value=first, allow_custom_value=True),
+            gr.Dropdown(compared, value=second, allow_custom_value=True),
+        )
 
     def present(self, first: str, second: str) -> tuple[Any, Any, str]:
         """Return updates of the panes' titles and of the status line; conversations stay."""
@@ -94,7 +98,7 @@ class ChatTab:
         """Yield the outputs while the answers to the composer's text are generated."""
         page = _Form(*form)
         if not page.text.strip():
-            yield page.text, page.messages[0], page.messages[1], ""
+            yield self._composer(page.text), *page.messages, ""
             return
         yield from self._ask(request, page, len(page.turns[0]), page.text.strip())
 

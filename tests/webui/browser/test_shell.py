@@ -102,8 +102,11 @@ def test_the_chosen_colours_hold_against_the_systems(page: Any, served: Served) 
 
 @pytest.mark.parametrize(
     ("browsers", "language", "text", "other"),
-    [("en-GB", "zh_CN", "点击上传", "Click to Upload"), ("zh-CN", "en", "Click to Upload", "点击上传")],
-)  # fmt: skip
+    [
+        ("en-GB", "zh_CN", "点击上传", "Click to Upload"),
+        ("zh-CN", "en", "Click to Upload", "点击上传"),
+    ],
+)
 def test_gradios_own_texts_are_in_the_pages_language(
     browser: Any, served: Served, browsers: str, language: str, text: str, other: str
 ) -> None:
@@ -133,10 +136,19 @@ def test_no_request_leaves_the_machine(page: Any, served: Served, language: str)
     assert failed == []
 
 
-def test_twelve_pages_load_and_answer(browser: Any, served: Served) -> None:
+def test_a_page_reports_its_end(page: Any, served: Served) -> None:
+    with page.expect_request("**/heartbeat/*") as heartbeat:
+        open_tab(page, served)
+    session = heartbeat.value.url.rpartition("/")[2]
+    with page.expect_response(f"**/closed/{session}") as response:
+        page.evaluate("dispatchEvent(new Event('pagehide'))")
+    assert response.value.status == 204
+
+
+def test_eight_pages_load_and_answer(browser: Any, served: Served) -> None:
     """HTTP/1.1 has six connections to a host, which a stream for each page would use up."""
     context = browser.new_context(locale="en-GB")
-    for number in range(12):
+    for number in range(8):
         page = context.new_page()
         page.goto(f"{served.base}/en/#{'runs' if number % 2 else 'device'}")
         page.locator("#run-detail h2, #device-findings h2").first.wait_for(timeout=5000)
