@@ -25,7 +25,7 @@ app = typer.Typer(
 
 TargetArgument = Annotated[
     str,
-    Argument(metavar="MODEL", help="A run, `latest`, an adapter's folder, `base` or a model."),
+    Argument(metavar="TARGET", help="A run, `latest`, an adapter's folder, `base` or a model."),
 ]
 TextArgument = Annotated[str, Argument(metavar="TEXT")]
 AnswerOption = Annotated[str | None, Option(help="The answer to the text.")]

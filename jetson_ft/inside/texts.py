@@ -109,6 +109,13 @@ _TEXTS = {
     "query_token": _("token that attends (query)"),
     "key_token": _("token attended to (key)"),
     "rollout": _("all layers (rollout)"),
+    "rollout_note": _(
+        "The maps of all layers multiplied: how much of each token reaches the top. Over many "
+        "layers nearly all comes from the first token, which is left out: the shares are of the "
+        "rest."
+    ),
+    "left_out": _("{token} is left out."),
+    "masked_or_first": _("masked, or the first token"),
     "head_mean": _("mean of all heads"),
     "masked": _("{to} is masked for {from}: it comes later."),
     "masked_short": _("masked"),
