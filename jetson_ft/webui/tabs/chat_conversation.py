@@ -154,9 +154,10 @@ class ChatTab:
         try:
             sampling = read_sampling(page.seed, page.sliders)
             few_shot = parse_examples(page.examples, self.t(_("Few-shot examples")))
-            names = [(self.models.require(page.first), True), (page.second, True)]
-            if page.second == OWN_BASE:
-                names[1] = page.first, False
+            first = self.models.require(page.first)
+            names = [(first, True), (first, False)]  # the latter of the own base
+            if page.second not in (NONE, OWN_BASE):
+                names[1] = self.models.require(page.second), True
             for number in numbers:
                 *before, turn = panes[number]
                 name, use_adapter = names[number]
@@ -169,9 +170,7 @@ class ChatTab:
                 loading = self.t(_("Loading {model} …"), model=title)
                 yield outputs(loading, self._composer(None, is_busy=True))
                 reply, shown_at = None, -math.inf
-                for reply in self.client.generate(
-                    self.models.require(name), chat, str(request.session_hash)
-                ):
+                for reply in self.client.generate(name, chat, str(request.session_hash)):
                     has_begun = True
                     turn.answer = printable(reply.text)
                     if time.monotonic() - shown_at < _SHOW_SECONDS:
