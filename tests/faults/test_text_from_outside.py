@@ -33,8 +33,9 @@ from jetson_ft.recipe import strict_yaml
 from jetson_ft.runs import store
 from jetson_ft.runs.event_log import EventLog
 from jetson_ft.webui import api, previews
+from jetson_ft.webui.fragments import VIEWS
 from jetson_ft.webui.render import Locale, error_html, render
-from jetson_ft.webui.tabs import train_form, train_summary
+from jetson_ft.webui.tabs import device, train_form, train_summary
 from jetson_ft.webui.tabs.train_errors import complaint
 
 # Moves the cursor, rings, sets a title, has C1's CSI, reverses, hides, is half a surrogate pair.
@@ -203,13 +204,14 @@ def test_page_escapes_all_texts_of_a_run(page: TestClient, tmp_path: Path) -> No
     run = hostile_run(tmp_path)
     other = hostile_run(tmp_path / "other")
     other.path.rename(tmp_path / "20260102-000000-b")
-    for address in (
-        "/live/en/runs", f"/live/en/runs/{run.name}", f"/live/zh_CN/runs/{run.name}",
-        f"/live/en/runs/{run.name}?compared=20260102-000000-b",
-    ):  # fmt: skip
-        html = page.get(address).text
-        assert_harmless(html)
-        assert SHOWN in html and "&lt;b&gt;" in html and "d\\x0d<b>" not in html
+    drawn = f"drawn={run.name}&drawn=20260102-000000-b"
+    views = [f"?view={view}&{drawn}" for view in VIEWS]
+    for address in ("", *(f"/{run.name}{rest}" for rest in ("/head", *views)), "?view=table"):
+        for language in ("en", "zh_CN"):
+            html = page.get(f"/live/{language}/runs{address}").text
+            assert_harmless(html)
+            if address in ("", f"/{run.name}/head"):
+                assert SHOWN in html and "&lt;b&gt;" in html and "d\\x0d<b>" not in html
     refused = page.post("/runs/%1b%5B2J%E2%80%AE/stop")
     assert refused.status_code == 422
     assert_harmless("".join(refused.json().values()))
@@ -237,7 +239,9 @@ def test_templates_and_errors_of_the_page_escape_their_values() -> None:
     source = {"name": evil, "read": read, "rows": 1, "tokens": 1, "repeated": 0}
     htmls = [
         error_html(UserError("{x}", evil, evil.replace("{", ""), x=evil), t),
-        render("findings.jinja", t, works=True, checks=[check]),
+        render("findings.jinja", t, works=True, checks=[check], fix_parts=device.fix_parts),
+        render("findings.jinja", t, error=UserError("{x}", x=evil), checks=[]),
+        render("gauges.jinja", t, gauges=[device.Gauge(evil, evil, 1.0, evil)]),
         render("rows.jinja", t, report={
             "sources": [source, source], "tokens": tokens, "max_length": 9,
             "conversations": [[{"role": evil, "content": evil, "tool_calls": evil}]],

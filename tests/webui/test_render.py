@@ -51,7 +51,7 @@ def test_a_response_has_the_language_of_its_page(
 def test_texts_messages_and_errors_are_put_into_the_language() -> None:
     t = Locale("zh_CN")
     assert t.tag == "zh-CN"
-    assert t("step {step}", step=3) == t(Message("step {step}", {"step": 3})) == "第 3 步"
+    assert t("step {step:,}", step=3) == t(Message("step {step:,}", {"step": 3})) == "第 3 步"
     assert t(UserError("File not found.")) == "没有这个文件。"
     assert t(duration(3725)) == "1 小时 02 分"
 
@@ -65,7 +65,7 @@ def test_a_language_without_catalogue_becomes_english(language: str) -> None:
 def test_report_without_a_comparison_is_linked(tmp_path: Path) -> None:
     run = make_run(tmp_path, "uncompared")
     link = f'href="/runs/{run.name}/report.html"'
-    assert link not in Fragments(tmp_path).run_detail("en", run.name, ())
+    assert link not in Fragments(tmp_path).run_head("en", run.name, "overview")
     (run.path / "report.json").write_text(json.dumps({"eval": None}))
     (run.path / "report.html").write_text("<p>")
-    assert link in Fragments(tmp_path).run_detail("en", run.name, ())
+    assert link in Fragments(tmp_path).run_head("en", run.name, "overview")
