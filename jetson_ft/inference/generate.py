@@ -91,6 +91,7 @@ class Reply:
     text: str
     ended: bool  # by an end token, not by the length limit
     tokens: int = 0  # generated, without the end token
+    ids: tuple[int, ...] = field(default=(), compare=False)  # generated, with the end token
 
 
 def generate_replies(
@@ -250,7 +251,7 @@ def _decode_reply(tokenizer: Any, ids: list[int], eos_ids: Sequence[int]) -> Rep
     """Return the reply up to the first end token, without a last character cut in half."""
     length = next((place for place, token in enumerate(ids) if token in eos_ids), len(ids))
     text = str(tokenizer.decode(ids[:length], skip_special_tokens=True)).rstrip("\ufffd").strip()
-    return Reply(text, ended=length < len(ids), tokens=length)
+    return Reply(text, ended=length < len(ids), tokens=length, ids=tuple(ids[: length + 1]))
 
 
 def stream_reply(

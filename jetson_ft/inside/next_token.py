@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2048  # of a prompt
 MAX_STEPS = 128  # tokens of a reply that is stepped through
 MAX_TOP = 100  # tokens of a distribution that are shown
-DEFAULT_SAMPLING = Sampling()
+# Settings that reshape and cut the distribution, to show what each of them does.
+DEFAULT_SAMPLING = Sampling(temperature=0.7, top_k=12, top_p=0.9, repetition_penalty=1.0)
 
 
 @dataclass(frozen=True)
@@ -209,17 +210,20 @@ def view_reply(
     Raises:
         UserError: the conversation is too long, or the chat template refuses it.
     """
-    messages = conversation(text, system)
     if answer is None:
         limit = min(max_new_tokens, MAX_STEPS)
-        prompt = prompt_ids(loaded, text, "", system, MAX_TOKENS)
+        prompt = prompt_ids(
+            loaded, text, "", system, min(MAX_TOKENS, loaded.context_length - limit)
+        )
         ends = end_ids(loaded.tokenizer, loaded.model)
         with use_side(loaded, sides_of(loaded)[-1]):
-            (written,) = generate_replies(loaded.model, loaded.tokenizer, [prompt], ends, limit)
-        answer = written.text
-    encoded = answered(loaded, messages, answer, MAX_TOKENS)
-    ids = encoded.ids
-    places = [i for i, role in enumerate(encoded.segments) if role in (ANSWER, END)]
+            (reply,) = generate_replies(loaded.model, loaded.tokenizer, [prompt], ends, limit)
+        ids = [*prompt, *reply.ids]
+        places = list(range(len(prompt), len(ids)))
+    else:
+        encoded = answered(loaded, conversation(text, system), answer, MAX_TOKENS)
+        ids = encoded.ids
+        places = [i for i, role in enumerate(encoded.segments) if role in (ANSWER, END)]
     if len(places) > MAX_STEPS:
         raise UserError(
             _("The reply has {tokens:,} tokens, and this view shows {limit:,} at most."),

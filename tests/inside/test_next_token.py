@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jetson_ft.chat.session import ChatSession
-from jetson_ft.data.chat_template import encode, encode_prompt, end_ids
+from jetson_ft.data.chat_template import encode, encode_prompt
 from jetson_ft.errors import UserError
 from jetson_ft.inference import generate
 from jetson_ft.inference.generate import Sampling
@@ -160,13 +160,27 @@ def test_reply_is_predicted_token_by_token(adapted: ChatSession) -> None:
     assert view.nats["base"] == pytest.approx(float(nats), rel=1e-3)
 
 
-def test_reply_without_text_is_the_greedy_one_of_the_adapter(adapted: ChatSession) -> None:
-    view = view_reply(adapted, "1+1", max_new_tokens=9)
-    ends = end_ids(adapted.tokenizer, adapted.model)
-    prompts = [prompt_of(adapted, "1+1")]
-    (reply,) = generate.generate_replies(adapted.model, adapted.tokenizer, prompts, ends, 9)
-    content = b"".join(bytes.fromhex(s.token.bytes) for s in view.steps if not s.token.is_special)
-    assert content.decode() == reply.text != ""
+@pytest.mark.parametrize("question", ["你好", "1+1"])
+def test_reply_without_text_is_the_greedy_one_of_the_adapter(
+    adapted: ChatSession, question: str
+) -> None:
+    view = view_reply(adapted, question, max_new_tokens=9)
+    assert len(view.steps) == 9
+    assert [step.sides["adapter"].rank for step in view.steps] == [1] * 9
+    assert [step.sides["base"].rank for step in view.steps] != [1] * 9
+    short = replace(adapted, context_length=len(view.prompt) + 5)
+    assert len(view_reply(short, question, max_new_tokens=5).steps) == 5
+    with pytest.raises(UserError, match="this view shows"):
+        view_reply(short, question, max_new_tokens=6)
+
+
+def test_greedy_reply_ends_with_its_end_token(
+    adapted: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    third = view_reply(adapted, "你好", max_new_tokens=9).steps[2].token.id
+    monkeypatch.setattr(adapted.model.generation_config, "eos_token_id", [third])
+    view = view_reply(adapted, "你好", max_new_tokens=9)
+    assert view.steps[-1].token.id == third and len(view.steps) <= 3
 
 
 def test_reply_of_a_base_has_no_divergence_and_long_ones_are_refused(llama: ChatSession) -> None:
