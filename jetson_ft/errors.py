@@ -152,11 +152,19 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a recipe: the dotted key it belongs to, its line (0: none), the text."""
+    """One mistake in a recipe.
+
+    Args:
+        key: the dotted key it belongs to; may be empty.
+        line: in the file; 0: none.
+        message: the text, with the key in it.
+        reason: the text without the key, for a form that shows it at the key's field.
+    """
 
     key: str
     line: int
     message: Message
+    reason: Message | None = None
 
     def as_message(self) -> Message:
         """Return the text with the line in front, where there is one."""

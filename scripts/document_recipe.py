@@ -15,13 +15,13 @@ BEGIN, END = "<!-- keys: made by scripts/document_recipe.py -->\n", "<!-- end of
 
 
 def key_table() -> str:
-    """Return a Markdown table with a row for each key: name, type, default, meaning."""
-    lines = ["| key | values | default | meaning |", "|---|---|---|---|"]
+    """Return a Markdown table with a row for each key: its name on the page, type, default, meaning."""
+    lines = ["| key | name | values | default | meaning |", "|---|---|---|---|---|"]
     for name, field in recipe.fields().items():
         values = str(recipe.type_name(field.annotation)).replace("|", "\\|")
         default = field.default if isinstance(field.default, str) else json.dumps(field.default)
         help_text = field.description.replace("|", "\\|")
-        lines.append(f"| `{name}` | {values} | `{default}` | {help_text} |")
+        lines.append(f"| `{name}` | {field.title} | {values} | `{default}` | {help_text} |")
     return "\n".join(lines) + "\n"
 
 

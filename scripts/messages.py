@@ -1,6 +1,7 @@
 """Update the catalogues `jetson_ft/i18n/*.po` from the texts marked in the source.
 
-Texts are marked with `_("…")` in Python and with `t("…")` or `_("…")` in Jinja templates. With
+Texts are marked with `_("…")` in Python and with `t("…")` or `_("…")` in Jinja templates; the first
+lines of the shipped recipes are texts too. With
 `--check`, write nothing and fail where a catalogue's texts are not those of the source, lack a
 translation, or have other fields than their translation.
 """
@@ -14,6 +15,8 @@ from string import Formatter
 from babel.messages.catalog import Catalog
 from babel.messages.extract import extract_from_dir
 from babel.messages.pofile import read_po, write_po
+
+from jetson_ft import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "jetson_ft"
@@ -44,6 +47,8 @@ def extract() -> Catalog:
         PACKAGE, [("**.jinja", "jinja2")], keywords={"t": None, "_": None}
     ):
         template.add(text, locations=[(f"jetson_ft/{name}", line)])
+    for path in recipe.shipped().values():
+        template.add(recipe.summary(path), locations=[(f"recipes/{path.name}", 1)])
     return template
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -37,12 +38,18 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Format, invalid rows and lengths of the data, and rows as tokenized."""
-    from jetson_ft.runs.forecast import inspect_data
+    from jetson_ft.recipe import parse_recipe
+    from jetson_ft.runs.inspection import inspect_data
 
+    quoted = (name if name[:1] == "{" else json.dumps(name, ensure_ascii=False) for name in paths)
+    settings = [
+        f"train=[{', '.join(quoted)}]", f"max_length={max_length}", f"format={layout}",
+        f"encoding={encoding}", *(f"columns.{text}" for text in column),
+    ]  # fmt: skip
     with json_errors(as_json):
-        inspection = inspect_data(
-            paths, model, max_length, samples, layout, encoding, column, chat_template
-        )
+        data = parse_recipe("", overrides=[f"data.{text}" for text in settings]).data
+        data.chat_template = chat_template
+        inspection = inspect_data(data, model, samples)
     if as_json:
         print_json(asdict(inspection))
         return

@@ -14,15 +14,14 @@ from jetson_ft.cli import inspect_text
 from jetson_ft.cli.output import RUNS, JsonOption, RunsOption, json_errors, print_json, show
 from jetson_ft.files import expand_user
 from jetson_ft.inference.generate import Sampling
+from jetson_ft.inside.next_token import DEFAULT_SAMPLING
+from jetson_ft.inside.texts import CAPITALS, CAPITALS_QUESTION, QUESTION, SENTENCE
 
 app = typer.Typer(
     help="Show what a model does inside: tokens, attention, the next token, sizes, the adapter.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-_SENTENCE = "The cat sat on the mat because it was tired. 猫坐在垫子上，因为它累了。"
-_QUESTION = "中国的首都是哪里？"
 
 TargetArgument = Annotated[
     str,
@@ -37,14 +36,13 @@ HtmlOption = Annotated[
 BaseOption = Annotated[str | None, Option("--model", help="Base model; by default the run's.")]
 QuantizeOption = Annotated[str | None, Option(help="none, int8 or nf4.")]
 Options = dict[str, Any]  # of a view
-_EXAMPLES = [("Japan", "Tokyo"), ("Italy", "Rome"), ("China", "Beijing")]
 _SAMPLING: dict[str, Any] = {f.name: Option(help=f.metadata["help"]) for f in fields(Sampling)}
 
 
 @app.command()
 def tokens(
     model: TargetArgument = "latest",
-    text: TextArgument = _SENTENCE,
+    text: TextArgument = SENTENCE,
     answer: AnswerOption = None,
     system: SystemOption = "",
     as_json: JsonOption = False,
@@ -60,7 +58,7 @@ def tokens(
 @app.command()
 def attention(
     model: TargetArgument = "latest",
-    text: TextArgument = _SENTENCE,
+    text: TextArgument = SENTENCE,
     layer: Annotated[int | None, Option(min=0, help="One layer; by default all.")] = None,
     head: Annotated[int, Option(min=0, help="Head of the example by numbers.")] = 0,
     as_json: JsonOption = False,
@@ -72,7 +70,7 @@ def attention(
     """How much each token attends to each other, by layer and head; one head by numbers."""
     views: dict[str, Options] = {
         "attention": {"text": text, "layers": None if layer is None else [layer]},
-        "attention_example": {"text": text, "layer": layer or 0, "head": head},
+        "attention_example": {"text": text, "layer": layer, "head": head},
     }
     _inspect(views, model, base, quantize, runs, as_json, html)
 
@@ -80,15 +78,17 @@ def attention(
 @app.command("next")
 def next_token(
     model: TargetArgument = "latest",
-    text: TextArgument = _QUESTION,
+    text: TextArgument = QUESTION,
     reply: Annotated[str, Option(help="The start of the reply.")] = "",
     system: SystemOption = "",
     plain: Annotated[bool, Option("--plain", help="Continue the text; no chat template.")] = False,
     top: Annotated[int, Option(min=1, max=100, help="Number of tokens to show.")] = 20,
-    temperature: Annotated[float, _SAMPLING["temperature"]] = 0.7,
-    top_k: Annotated[int, _SAMPLING["top_k"]] = 12,
-    top_p: Annotated[float, _SAMPLING["top_p"]] = 0.9,
-    repetition_penalty: Annotated[float, _SAMPLING["repetition_penalty"]] = 1.0,
+    temperature: Annotated[float, _SAMPLING["temperature"]] = DEFAULT_SAMPLING.temperature,
+    top_k: Annotated[int, _SAMPLING["top_k"]] = DEFAULT_SAMPLING.top_k,
+    top_p: Annotated[float, _SAMPLING["top_p"]] = DEFAULT_SAMPLING.top_p,
+    repetition_penalty: Annotated[
+        float, _SAMPLING["repetition_penalty"]
+    ] = DEFAULT_SAMPLING.repetition_penalty,
     as_json: JsonOption = False,
     html: HtmlOption = None,
     base: BaseOption = None,
@@ -107,7 +107,7 @@ def next_token(
 @app.command()
 def reply(
     model: TargetArgument = "latest",
-    text: TextArgument = _QUESTION,
+    text: TextArgument = QUESTION,
     answer: AnswerOption = None,
     system: SystemOption = "",
     max_new_tokens: Annotated[int, Option(min=1, max=128, help="Longest reply.")] = 32,
@@ -125,7 +125,7 @@ def reply(
 @app.command("in-context")
 def in_context(
     model: TargetArgument = "latest",
-    text: TextArgument = "France",
+    text: TextArgument = CAPITALS_QUESTION,
     examples: Annotated[
         Path | None, Option(help="Few-shot examples, a JSON file; by default three capitals.")
     ] = None,
@@ -141,7 +141,7 @@ def in_context(
     """The reply with no, one and several examples before the question, of base and adapter."""
     from jetson_ft.chat.session import read_examples
 
-    pairs = _EXAMPLES
+    pairs = CAPITALS
     if examples:
         texts = [turn["content"] for turn in read_examples(expand_user(str(examples)))]
         pairs = list(zip(texts[::2], texts[1::2], strict=True))

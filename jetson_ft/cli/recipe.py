@@ -26,7 +26,7 @@ def list_shipped() -> None:
     from jetson_ft import recipe as recipes
 
     for name, path in recipes.shipped().items():
-        output.show(f"{name:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+        output.show(f"{name:20} {recipes.summary(path)}")
 
 
 @app.command()

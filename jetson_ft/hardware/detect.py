@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -10,9 +11,12 @@ import time
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from jetson_ft.errors import UserError
+from jetson_ft.files import cache_root, read_json, write_json
 from jetson_ft.hardware import cgroup, jetpack
 from jetson_ft.hardware.sensors.sysfs import read_text
 
@@ -156,8 +160,38 @@ def detect_device() -> Device:
     )
 
 
+def estimate_device(root: Path = Path("/")) -> Device:
+    """Return this machine as its system and its driver describe it; torch isn't imported.
+
+    It has a GPU where the driver shows one, whether or not the installed torch can use it.
+    """
+    device = detect_cpu()
+    if any((root / node).exists() for node in _JETSON_GPU_NODES):
+        name = device.board or device.name
+        return replace(device, kind="cuda", name=name, integrated=True, fast_bf16=True)
+    if not has_nvidia_driver(root):
+        return device
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+        major, _minor = pynvml.nvmlDeviceGetCudaComputeCapability(gpu)
+        name = str(pynvml.nvmlDeviceGetName(gpu))
+    except pynvml.NVMLError:  # a driver without its library, or without its GPU
+        return device
+    return replace(
+        device, kind="cuda", name=name, memory_total=memory.total,
+        memory_available=memory.free, fast_bf16=major >= 8, memory_limited=False,
+    )  # fmt: skip
+
+
 def measure_flops(kind: str, precision: str) -> float:
-    """Return FLOP/s of dense matrix products: the best of a quarter of a second."""
+    """Return FLOP/s of dense matrix products: the best of a quarter of a second.
+
+    `remembered_flops` returns the result to processes without torch.
+    """
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -171,4 +205,24 @@ def measure_flops(kind: str, precision: str) -> float:
         if kind == "cuda":
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - before)
-    return 2.0 * size**3 / best
+    flops = 2.0 * size**3 / best
+    with contextlib.suppress(UserError, OSError):  # it is for estimates only
+        write_json(_flops_file(), {**_all_remembered(), f"{kind} {precision}": flops})
+    return flops
+
+
+def remembered_flops(kind: str, precision: str) -> float | None:
+    """Return the FLOP/s that `measure_flops` last measured on this machine; None: never."""
+    flops = _all_remembered().get(f"{kind} {precision}")
+    return flops if isinstance(flops, float) and flops > 0 else None
+
+
+def _flops_file() -> Path:
+    return cache_root() / "flops.json"
+
+
+def _all_remembered() -> dict[str, Any]:
+    with contextlib.suppress(UserError):
+        if isinstance(flops := read_json(_flops_file()), dict):
+            return flops
+    return {}

@@ -312,7 +312,7 @@ class AttentionExample(View):
 def view_attention_example(
     loaded: LoadedModel,
     text: str,
-    layer: int = 0,
+    layer: int | None = None,
     head: int = 0,
     position: int | None = None,
     other: int | None = None,
@@ -320,6 +320,7 @@ def view_attention_example(
     """Return one head's attention from one token, as numbers that can be checked by hand.
 
     Args:
+        layer: None: the middle one.
         position: the token that attends; None: the last.
         other: a second token; None: the one that the base attends to most, besides the first.
 
@@ -328,6 +329,8 @@ def view_attention_example(
             family has no attention interface.
     """
     ids = text_ids(loaded, text, MAX_TOKENS)
+    if layer is None:
+        layer = loaded.model.config.get_text_config().num_hidden_layers // 2
     position = len(ids) - 1 if position is None else position
     for place in (position, other or 0):
         if not 0 <= place < len(ids):

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2048  # of a prompt
 MAX_STEPS = 128  # tokens of a reply that is stepped through
 MAX_TOP = 100  # tokens of a distribution that are shown
-DEFAULT_SAMPLING = Sampling()
+# Settings that reshape and cut the distribution, to show what each of them does.
+DEFAULT_SAMPLING = Sampling(temperature=0.7, top_k=12, top_p=0.9, repetition_penalty=1.0)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 from jetson_ft.errors import Message, Problem, RecipeError, UserError, _
 from jetson_ft.files import disk_errors, refuse_special
 from jetson_ft.recipe import strict_yaml
-from jetson_ft.recipe.schema import Recipe, SourceRecipe, fields, type_name
+from jetson_ft.recipe.data_schema import SourceRecipe
+from jetson_ft.recipe.schema import Recipe, fields, type_name
 
 
 def load_recipe(source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -50,6 +51,12 @@ def shipped() -> dict[str, Path]:
     inside = package / "recipes"
     folder = inside if inside.is_dir() else package.parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def summary(path: Path) -> str:
+    """Return a recipe's first line, a comment: its title, a colon, and what it does."""
+    with disk_errors(path), open(path, encoding="utf-8") as file:
+        return file.readline().lstrip("# ").rstrip()
 
 
 def parse_recipe(text: str, where: str = "", overrides: Iterable[str] = ()) -> Recipe:
@@ -188,8 +195,10 @@ def _as_problem(details: Any, lines: dict[strict_yaml.KeyPath, int]) -> Problem:
     key = _dotted(path)
     line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), 0)
     if details["type"] != "extra_forbidden":
-        message = Message(_("`{key}`: {reason}"), {"key": key, "reason": _reason(details)})
-        return Problem(key, line, message if line else Message(_OVERRIDE, {"problem": message}))
+        reason = _reason(details)
+        message = Message(_("`{key}`: {reason}"), {"key": key, "reason": reason})
+        message = message if line else Message(_OVERRIDE, {"problem": message})
+        return Problem(key, line, message, reason)
     if isinstance(path[-2] if len(path) > 1 else "", int):  # of a list item
         names = SourceRecipe.model_fields
         near = difflib.get_close_matches(path[-1], names, 1)

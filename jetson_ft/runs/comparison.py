@@ -18,7 +18,7 @@ from jetson_ft.inference import metrics
 from jetson_ft.inference.probes import summarize_probes
 from jetson_ft.runs import heldout
 from jetson_ft.runs.report import figures
-from jetson_ft.runs.store import Run
+from jetson_ft.runs.store import Run, short_titles
 
 _SAMPLES = 5
 
@@ -75,14 +75,15 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     rows = [heldout.read_rows(run) for run in runs]
     identities = [[(row["sha256"], row["reference"]) for row in each] for each in rows]
     comparable = [bool(each) and each == identities[0] for each in identities]
-    first, notes = runs[0].name, []
+    names, notes = short_titles(runs), []
+    first = names[0]
     if not rows[0]:
         notes.append(f"{first} has no heldout.json: nothing can be compared with it row by row.")
-    for run, own, same in list(zip(runs, rows, comparable, strict=True))[1:]:
+    for name, own, same in list(zip(names, rows, comparable, strict=True))[1:]:
         if rows[0] and not own:
-            notes.append(f"{run.name} has no heldout.json: it can't be compared row by row.")
+            notes.append(f"{name} has no heldout.json: it can't be compared row by row.")
         elif rows[0] and not same:
-            notes.append(f"{run.name} was measured on other held-out rows than {first}: "
+            notes.append(f"{name} was measured on other held-out rows than {first}: "
                          "no differences.")  # fmt: skip
     sections = [
         Section("Settings that differ", _settings(runs)),
@@ -91,7 +92,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
         Section("General questions", _probes(reports)),
     ]
     return Comparison(
-        [run.name for run in runs], [section for section in sections if section.rows],
+        names, [section for section in sections if section.rows],
         _samples(reports), notes,
     )  # fmt: skip
 
@@ -127,7 +128,8 @@ def _training(reports: Sequence[dict[str, Any]]) -> list[tuple[str, list[Cell]]]
         ("energy", lambda t: _unit(t.get("energy_joules"), ",.0f", "J")),
         ("energy per token", lambda t: _unit(t.get("joules_per_token"), ".3g", "J")),
     )
-    return [(name, [Cell(show(train)) for train in trains]) for name, show in shown]
+    rows = [(name, [show(train) for train in trains]) for name, show in shown]
+    return [(name, [Cell(text) for text in texts]) for name, texts in rows if {*texts} != {"–"}]
 
 
 def _unit(value: float | None, number: str, unit: str) -> str:

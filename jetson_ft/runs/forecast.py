@@ -5,20 +5,14 @@ Memory and time are predicted for this machine and for every known board.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import groupby
 from typing import Any
 
 from jetson_ft import hub
 from jetson_ft.adapter import check_target_modules
 from jetson_ft.data import lengths, sources, split, tokenize
-from jetson_ft.data.chat_template import CONTEXT, encode
-from jetson_ft.data.formats import TEXT, ChatMessage
 from jetson_ft.data.lengths import LengthHistogram
-from jetson_ft.data.prepare import count_tokens, prepare_rows
+from jetson_ft.data.prepare import prepare_rows
 from jetson_ft.data.template_files import read_template
 from jetson_ft.errors import Message, UserError, _, messages_as_json
 from jetson_ft.hardware import boards, detect
@@ -27,7 +21,7 @@ from jetson_ft.models import catalog, files, loading, positions
 from jetson_ft.models.dims import Coverage, ModelDims
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import WeightFormat, weight_format
-from jetson_ft.recipe import Recipe, parse_recipe
+from jetson_ft.recipe import Recipe
 from jetson_ft.runs import disk
 from jetson_ft.training import memory, planner
 from jetson_ft.training.batches import plan_steps
@@ -35,9 +29,7 @@ from jetson_ft.training.cost_model import COST_MODELS, Workload, describe_worklo
 from jetson_ft.training.planner import Plan
 
 THIS_MACHINE = "this machine"
-_ANY_WEIGHTS = WeightFormat("bf16")  # `_forecast` puts the device's own in its place
-
-PreviewSegments = list[tuple[str, bool]]  # text, and whether it is trained on
+_ANY_WEIGHTS = WeightFormat("bf16")  # `forecast_device` puts the device's own in its place
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,7 @@ def forecast_recipe(recipe: Recipe, board: str | None = None) -> Forecast:
     for entry in entries:
         device = entry.device()
         flops = entry.flops(device.precision(recipe.precision))
-        devices.append(_forecast(entry.name, recipe, workload, device, flops))
+        devices.append(forecast_device(entry.name, recipe, workload, device, flops))
     efficiency = COST_MODELS["cuda"].efficiency[2]
     assumptions = [
         f"Boards reach {efficiency:.0%} of their FP16 peak in training (assumed).",
@@ -99,10 +91,10 @@ def forecast_here(recipe: Recipe, workload: Workload) -> DeviceForecast:
     """Return the forecast for this machine; its FLOP/s are measured for a moment."""
     device = detect.detect_device()
     flops = detect.measure_flops(device.kind, device.precision(recipe.precision))
-    return _forecast(THIS_MACHINE, recipe, workload, memory.with_own_memory(device), flops)
+    return forecast_device(THIS_MACHINE, recipe, workload, memory.with_own_memory(device), flops)
 
 
-def _forecast(
+def forecast_device(
     name: str, recipe: Recipe, workload: Workload, device: Device, flops: float
 ) -> DeviceForecast:
     workload = replace(workload, weights=weight_format(recipe, device))
@@ -146,16 +138,16 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
         read_template(data.chat_template)  # also where no row is rendered
     if known:
         source = f"built-in lengths of {train}, {known.rows:,} rows; no file was read"
-        return _workload(recipe, dims, known), [model_source, f"rows: {source}"]
-    scaled = _scaled_lengths(train, dims.vocabulary)
+        return workload_of(recipe, dims, known), [model_source, f"rows: {source}"]
+    scaled = scaled_lengths(train, dims.vocabulary)
     accuracy = lengths.accuracy_of_estimate(dims.vocabulary)
     if base is None and (train == "bundled" or not scaled):
-        base = _files_here(recipe.model)
+        base = files_here(recipe.model)
     has_tokenizer = base and (base.gguf_file or files.has_tokenizer(base.folder))
     # A known data set on the Hub is large: it is neither downloaded nor tokenized for a prediction.
     if scaled and not (has_tokenizer and train == "bundled"):
         source = f"built-in lengths of {train} for another tokenizer, converted"
-        return _workload(recipe, dims, scaled), [model_source, f"rows: {source} ({accuracy})"]
+        return workload_of(recipe, dims, scaled), [model_source, f"rows: {source} ({accuracy})"]
     try:
         if base and has_tokenizer:
             rows = prepare_rows(data, loading.load_tokenizer(base, data.chat_template))
@@ -180,7 +172,7 @@ def _describe(recipe: Recipe) -> tuple[Workload, list[str]]:
     return workload, [model_source, f"rows: {source}"]
 
 
-def _files_here(model: str) -> BaseModelFiles | None:
+def files_here(model: str) -> BaseModelFiles | None:
     """Return a known model's files as far as they are on this machine."""
     if model == "embedded":
         return files.resolve_model(model)
@@ -194,7 +186,7 @@ def _files_of_unknown_model(model: str) -> BaseModelFiles:
         return files.resolve_model(model, weights=False)
     except UserError as error:
         if error.__cause__ is not None and files.is_hub_id(model):  # of the Hub's client
-            base = _files_here(model)
+            base = files_here(model)
             if base and (base.folder / "config.json").is_file():
                 return base
         fix = _("`jetson-ft models` lists the models that are planned without their files.")
@@ -204,7 +196,7 @@ def _files_of_unknown_model(model: str) -> BaseModelFiles:
         raise error.with_fix(*fixes) from error
 
 
-def _scaled_lengths(train: str, vocabulary: int) -> LengthHistogram | None:
+def scaled_lengths(train: str, vocabulary: int) -> LengthHistogram | None:
     """Return the known lengths of a data set for a tokenizer with that vocabulary, or None."""
     for (name, model), histogram in lengths.KNOWN_LENGTHS.items():
         if name == train:
@@ -213,7 +205,7 @@ def _scaled_lengths(train: str, vocabulary: int) -> LengthHistogram | None:
     return None
 
 
-def _workload(recipe: Recipe, dims: ModelDims, known: LengthHistogram) -> Workload:
+def workload_of(recipe: Recipe, dims: ModelDims, known: LengthHistogram) -> Workload:
     """Return the workload of training on a source with known lengths, some rows of it held out.
 
     The number of rows in a held-out file is an estimate. All rows above the length limit count as
@@ -258,9 +250,9 @@ def forecast_models() -> tuple[Recipe, list[ModelForecast]]:
     job = Recipe.model_validate({"data": {"train": "llamafactory/alpaca_zh", "max_length": 1024}})
     forecasts = []
     for name, model in catalog.MODELS.items():
-        known = _scaled_lengths(job.data.train_names(), model.dims.vocabulary)
+        known = scaled_lengths(job.data.train_names(), model.dims.vocabulary)
         assert known is not None
-        workload = _workload(job, model.dims, known)
+        workload = workload_of(job, model.dims, known)
         forecast = ModelForecast(
             name=name,
             parameters=model.dims.parameters,
@@ -276,6 +268,29 @@ def forecast_models() -> tuple[Recipe, list[ModelForecast]]:
     return job, forecasts
 
 
+def built_in(recipe: Recipe) -> tuple[ModelDims, LengthHistogram, bool] | None:
+    """Return a model's dimensions, its rows' lengths, and whether these were counted for it.
+
+    None where one of them isn't built in.
+    """
+    dims, data = catalog.known_dims(recipe.model), recipe.data.train
+    if dims is None or not isinstance(data, str):
+        return None
+    if counted := lengths.KNOWN_LENGTHS.get((data, recipe.model)):
+        return dims, counted, True
+    scaled = scaled_lengths(data, dims.vocabulary)
+    return (dims, scaled, False) if scaled else None
+
+
+def forecast_built_in(recipe: Recipe, device: Device, flops: float) -> DeviceForecast | None:
+    """Plan a recipe by built-in dimensions and lengths alone; None where there are none of them."""
+    known = built_in(recipe)
+    if known is None:
+        return None
+    workload = workload_of(recipe, known[0], known[1])
+    return forecast_device(THIS_MACHINE, recipe, workload, device, flops)
+
+
 def _largest_format(workload: Workload, device: Device) -> dict[str, Any] | None:
     """Return the first weight format that fits of bf16, int8 and nf4."""
     budget = planner.memory_budget(workload, device)
@@ -288,7 +303,7 @@ def _largest_format(workload: Workload, device: Device) -> dict[str, Any] | None
     return None
 
 
-# --- dry run and inspection -------------------------------------------------------------------
+# --- dry run ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -336,84 +351,3 @@ def dry_run(recipe: Recipe) -> DryRun:
         ),
         warning=warning,
     )
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """The report of reading the sources of rows, and some rows as a model reads them."""
-
-    sources: list[dict[str, Any]]  # `data.split.SourcePart`
-    model: str
-    max_length: int
-    tokens: dict[str, Any]
-    previews: list[PreviewSegments]
-
-
-def inspect_data(
-    names: list[str],
-    model: str = "embedded",
-    max_length: int = 1024,
-    samples: int = 3,
-    layout: str = "auto",
-    encoding: str = "auto",
-    columns: Iterable[str] = (),
-    chat_template: str | None = None,
-) -> Inspection:
-    """Read and tokenize every row; unusable ones are counted, not refused.
-
-    Args:
-        names: sources, as `data.train` lists them; a mapping as YAML.
-        model: the one whose tokenizer is used.
-        max_length: tokens at which a row is truncated.
-        samples: number of rows to preview, evenly spread.
-        columns: settings of `data.columns`, such as `question=title`.
-        chat_template: as in a recipe's `data.chat_template`.
-    """
-    quoted = (name if name[:1] == "{" else json.dumps(name, ensure_ascii=False) for name in names)
-    settings = [
-        f"train=[{', '.join(quoted)}]", f"format={layout}", f"encoding={encoding}",
-        "on_invalid=skip", *(f"columns.{text}" for text in columns),
-    ]  # fmt: skip
-    data = parse_recipe("", overrides=[f"data.{text}" for text in settings]).data
-    taken = split.read_training(data)
-    parts = [source.part for source in taken]
-    rows = split.join_rows(taken)
-    base = files.resolve_model(model, weights=False)
-    tokenizer = loading.load_tokenizer(base, chat_template)
-    keys = [part.read.cache_key for part in parts], [str(item) for item in data.sources()]
-    encoded, token_report = tokenize.tokenize_rows(
-        rows, json.dumps(keys), tokenizer, max_length, on_invalid="skip",
-        source=data.train_names(), place=partial(split.row_place, parts=parts),
-    )  # fmt: skip
-    count_tokens(encoded, parts)
-    kept = set(encoded["row"])
-    usable = [index for index, number in enumerate(rows["row"]) if number in kept]
-    samples = min(samples, len(usable))
-    chosen = [rows[usable[number * len(usable) // samples]] for number in range(samples)]
-    return Inspection(
-        sources=[asdict(part) for part in parts],
-        model=model,
-        max_length=max_length,
-        tokens=asdict(token_report),
-        previews=[
-            preview_segments(tokenizer, row["messages"], row.get("tools") or "", max_length)
-            for row in chosen
-        ],
-    )
-
-
-def preview_segments(
-    tokenizer: Any, messages: list[ChatMessage], tools: str = "", max_length: int | None = None
-) -> PreviewSegments:
-    """Return a row as the model reads it: stretches of text, trained on or context.
-
-    Args:
-        max_length: tokens after which a document ends; None: no limit.
-    """
-    encoded = encode(tokenizer, messages, tools)
-    limit = max_length if messages[0]["role"] == TEXT else None
-    tokens = list(zip(encoded.ids, encoded.segments, strict=True))[:limit]
-    return [
-        (tokenizer.decode([token for token, _segment in group]), is_trained)
-        for is_trained, group in groupby(tokens, key=lambda pair: pair[1] != CONTEXT)
-    ]

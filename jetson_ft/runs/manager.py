@@ -61,6 +61,7 @@ from jetson_ft.runs.contents import SCHEMA, DamagedRun, open_file
 from jetson_ft.runs.exit_status import ExitStatus
 from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import DistributedConfig
+from jetson_ft.runs.report import summary
 from jetson_ft.runs.restarts import newest_step
 from jetson_ft.runs.store import ENDED_STATES, LIVE_STATES, Run
 
@@ -361,7 +362,7 @@ def resumable_runs(root: Path) -> list[Run]:
 
 
 def set_title_and_notes(run: Run, title: str | None = None, notes: str | None = None) -> None:
-    """Write the run's title and notes; None keeps the old."""
+    """Write the run's title and notes; None keeps the old. The reports take the new title."""
     try:
         about: dict[str, Any] = run.about()
     except DamagedRun:  # these texts replace the damaged ones
@@ -375,6 +376,8 @@ def set_title_and_notes(run: Run, title: str | None = None, notes: str | None = 
         if text is not None:
             about[key] = printable(text.strip())
     write_json(run.path / "about.json", {"schema": SCHEMA, **about})
+    if title is not None:
+        summary.retitle_report(run)
 
 
 def delete(run: Run) -> None:

@@ -31,11 +31,14 @@ from jetson_ft.runs.store import LIVE_STATES, Run, State
 T = TypeVar("T")
 # The fields that can be drawn, by kind of event.
 CURVES: dict[type[Event], tuple[str, ...]] = {
-    events.Step: ("loss", "lr", "grad_norm", "tokens_per_second", "memory"),
+    events.Step: ("loss", "lr", "grad_norm", "tokens_per_second", "memory", "tokens"),
     events.Evaluated: ("heldout_loss",),
     events.Sensors: ("watts", "temperature"),
 }
 COOLING, DAMAGED = "cooling", "damaged"
+PREPARE, TRAIN, MEASURE, DONE = STAGES = ("prepare", "train", "measure", "done")
+# Phase -> its stage; all others prepare.
+_STAGE_OF_PHASE = {"training": TRAIN, "comparison": MEASURE, "report": MEASURE}
 _SHOWN_FILES = (
     "state.json", "recipe.yaml", "events.jsonl", "about.json", "plan.json", "data.json",
     "processes.json", "log.txt", "report.json", "adapter",
@@ -52,6 +55,8 @@ class RunProgress:
 
     curves: defaultdict[str, Curve] = field(default_factory=lambda: defaultdict(Curve))
     phase: str = ""  # started and not ended; `COOLING` while training pauses to cool
+    stage: str = PREPARE  # of the newest phase
+    stage_seconds: dict[str, float] = field(default_factory=dict)  # of the attempt's ended phases
     attempt: int = 0  # of the newest event
     warnings: list[events.Warned] = field(default_factory=list)  # of the attempt, distinct
     offset: int = 0  # bytes of the events that are read
@@ -61,8 +66,10 @@ class RunProgress:
 
     def snapshot(self) -> RunProgress:
         """Return a copy that `update` doesn't change."""
-        curves, warnings, last = copy.deepcopy(self.curves), [*self.warnings], {**self._last}
-        return replace(self, curves=curves, warnings=warnings, _last=last)
+        return replace(
+            self, curves=copy.deepcopy(self.curves), stage_seconds={**self.stage_seconds},
+            warnings=[*self.warnings], _last={**self._last},
+        )  # fmt: skip
 
     def last(self, kind: type[E]) -> E | None:
         """Return the newest event of one kind."""
@@ -75,11 +82,20 @@ class RunProgress:
         if event.attempt != self.attempt:
             self.attempt = event.attempt
             self.warnings.clear()
+            self.stage_seconds.clear()
+            self._last.pop(events.Generated, None)
         if isinstance(event, events.PhaseStarted | events.PhaseEnded):
+            self.stage = _STAGE_OF_PHASE.get(event.name, PREPARE)
             self.phase = event.name if isinstance(event, events.PhaseStarted) else ""
             self._last.pop(events.Download, None)
+            if isinstance(event, events.PhaseEnded):
+                spent = self.stage_seconds.get(self.stage, 0.0)
+                self.stage_seconds[self.stage] = spent + event.seconds
         elif isinstance(event, events.Paused | events.PauseEnded):
             self.phase = COOLING if isinstance(event, events.Paused) else "training"
+        elif isinstance(event, events.Step | events.Generated):  # the phase began long ago
+            self.phase = "training" if isinstance(event, events.Step) else "comparison"
+            self.stage = _STAGE_OF_PHASE[self.phase]
         elif isinstance(event, events.Warned):
             is_new = event.message not in [warned.message for warned in self.warnings]
             if is_new and len(self.warnings) < _MAX_WARNINGS:
@@ -90,6 +106,8 @@ class RunProgress:
                 value = getattr(event, name)
                 if isinstance(value, int | float):
                     self.curves[name].add(step, value)
+        if isinstance(event, events.Step) and event.tokens_per_second > 0:
+            self.curves["seconds"].add(event.step, event.tokens / event.tokens_per_second)
 
 
 class _Followed:
@@ -162,13 +180,26 @@ class RunSummary:
     state: State  # `damaged` if it isn't known
     faults: tuple[UserError, ...] = ()  # of the run's files
     is_live: bool = False  # processes of it live, or may live
+    model: str = ""  # of the recipe
+    rank: int | None = None
+    rows: int | None = None  # trained on; None until they are read
+    stage: str = PREPARE  # one of `STAGES`; of a run that has not finished, the one it is or was in
+    seconds: float | None = None  # of training so far, over all attempts
     step: int = 0
     total_steps: int | None = None
     seconds_left: float | None = None
     loss: float | None = None
-    heldout_loss: float | None = None
+    heldout_loss: float | None = None  # of the adapter, else the newest one
     phase: str = ""
     download: events.Download | None = None  # while one goes on
+    generated: events.Generated | None = None  # progress of the comparison
+
+    @property
+    def share(self) -> float | None:
+        """Share of the training steps made; None while the run does not train, or is not known."""
+        if not (self.is_live and self.stage == TRAIN and self.total_steps):
+            return None
+        return min(1.0, self.step / self.total_steps)
 
 
 def summarize(run: Run) -> RunSummary:
@@ -186,33 +217,54 @@ def summarize(run: Run) -> RunSummary:
             faults.append(error)
             return otherwise
 
-    def check_report() -> None:
-        if os.path.lexists(run.path / "report.json"):
-            run.report()
+    def read_report() -> dict[str, Any] | None:
+        return run.report() if os.path.lexists(run.path / "report.json") else None
 
     state = attempt(run.state, State(DAMAGED))
     about: dict[str, str] = attempt(run.about, {})
     progress = attempt(lambda: read_progress(run), RunProgress())
     locks = [attempt(partial(run.is_locked, name), False) for name in ("worker", "supervisor")]
+    recipe, data = attempt(run.recipe, None), attempt(run.last_data, None)
+    report = attempt(read_report, None)
     checks: tuple[Callable[[], object], ...] = (
-        run.recipe, run.plan, run.last_data, check_report,
-        lambda: processes.read_distributed_config(run), lambda: log_tail(run.path, 1),
+        run.plan, lambda: processes.read_distributed_config(run), lambda: log_tail(run.path, 1),
     )  # fmt: skip
     for check in checks:  # what the summary doesn't show
         attempt(check, None)
+    is_live = any(locks) if state.state == DAMAGED else state.state in LIVE_STATES
+    is_current = progress.attempt == state.attempt
     step, evaluated = progress.last(events.Step), progress.last(events.Evaluated)
-    figures = ("step", "total_steps", "seconds_left", "loss")
+    heldout_loss = evaluated.heldout_loss if evaluated else None
+    if report and report["eval"]:
+        heldout_loss = report["eval"]["after"]["loss"]
+    stage = progress.stage if is_current else PREPARE
+    trains = is_current and state.state == "running" and stage == TRAIN
     return RunSummary(
         name=run.name,
-        title=about.get("title") or run.name,
+        title=about.get("title") or run.label,
         state=state,
         faults=tuple(faults),
-        is_live=any(locks) if state.state == DAMAGED else state.state in LIVE_STATES,
-        heldout_loss=evaluated.heldout_loss if evaluated else None,
-        phase=progress.phase,
-        download=progress.last(events.Download),
-        **({name: getattr(step, name) for name in figures} if step else {}),
+        is_live=is_live,
+        model=recipe.model if recipe else "",
+        rank=recipe.lora.rank if recipe else None,
+        rows=_trained_rows(data),
+        stage=DONE if state.state == "finished" else stage,
+        seconds=step.tokens / step.tokens_per_second if step and step.tokens_per_second else None,
+        step=step.step if step else 0,
+        total_steps=step.total_steps if step else None,
+        seconds_left=step.seconds_left if step and trains else None,
+        loss=step.loss if step else None,
+        heldout_loss=heldout_loss,
+        phase=progress.phase if is_current else "",
+        download=progress.last(events.Download) if is_current else None,
+        generated=progress.last(events.Generated) if is_current else None,
     )
+
+
+def _trained_rows(data: dict[str, Any] | None) -> int | None:
+    """Return the number of training rows by `data.json`; None: not known."""
+    rows = data["train"].get("rows") if data and isinstance(data.get("train"), dict) else None
+    return rows if isinstance(rows, int) else None
 
 
 def read_progress(run: Run) -> RunProgress:

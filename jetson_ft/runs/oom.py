@@ -47,6 +47,12 @@ _TAIL_BYTES = 1 << 18  # of the events, to find what the run was doing
 # Phases, by their names in events, whose memory a smaller plan lowers.
 _PLANNED_PHASES = ("sharding", "training", "comparison")
 _DESCRIBED = {"smaller", "micro_batch_tokens", "checkpointing", "peak_memory_bytes"}  # of a plan
+_CONTINUE_WITH_LESS = _(
+    "`jetson-ft train --resume {path} --set train.max_memory_gb={limit:g}` continues from the "
+    "last checkpoint with {plan}; with `train.on_oom: shrink` a run does so by itself, once. "
+    "Or close other programs, or start a new run with a lower data.max_length or lora.rank, "
+    "or with quantize: nf4."
+)
 
 
 class OutOfMemory(UserError):
@@ -168,13 +174,19 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
             write_json(run.path / "plan.json", {**plan, "memory_limit_gb": limit})
             fix = _("It starts again from the last checkpoint, once, with {plan}.")
             return OutOfMemory(described, where, Message(fix, values), retry=True)
-    fix = _(
-        "`jetson-ft train --resume {path} --set train.max_memory_gb={limit:g}` continues from the "
-        "last checkpoint with {plan}; with `train.on_oom: shrink` a run does so by itself, once. "
-        "Or close other programs, or start a new run with a lower data.max_length or lora.rank, "
-        "or with quantize: nf4."
-    )
-    return OutOfMemory(described, where, Message(fix, values))
+    return OutOfMemory(described, where, Message(_CONTINUE_WITH_LESS, values))
+
+
+def smaller_plan_settings(run: Run) -> list[str]:
+    """Return the settings with which a run that ran out of memory continues with less.
+
+    Empty where its last attempt failed for another reason, or no plan takes less.
+    """
+    with suppress(DamagedRun, KeyError, TypeError):
+        failure = run.last_event(Failed)
+        if failure and failure.messages["fix"]["template"] == _CONTINUE_WITH_LESS:
+            return [f"train.max_memory_gb={run.plan()['smaller']['memory_limit_gb']:g}"]
+    return []
 
 
 def _last_phase(run: Run) -> tuple[str, int | None]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from jetson_ft.errors import UserError
 from jetson_ft.files import cache_dir, disk_errors
 from jetson_ft.runs.locks import lock, try_lock
+
+
+def microseconds(seconds: float) -> int:
+    """Return a time since 1970 as tickets are named by it."""
+    return int(seconds * 1e6)
 
 
 class QueueTicket:
@@ -20,7 +26,7 @@ class QueueTicket:
 
     def __init__(self, since: float) -> None:
         self._folder = cache_dir("queue")
-        self._name = f"{int(since * 1e6):020d}-{uuid.uuid4().hex}"
+        self._name = f"{microseconds(since):020d}-{uuid.uuid4().hex}"
         # Locked before it is visible: one without a lock is taken for a dead process's.
         hidden = self._folder / f".{self._name}"
         self._ticket = lock(hidden)
@@ -62,6 +68,16 @@ class QueueTicket:
                 continue
             path.unlink(missing_ok=True)  # its owner died waiting
         return False
+
+
+def waiting() -> list[int]:
+    """Return the times of request of all that wait for the slot, in microseconds since 1970."""
+    times = []
+    for path in cache_dir("queue").glob("[0-9]*-*"):
+        with suppress(OSError, ValueError), open(path, "rb") as file:
+            if not try_lock(file, shared=True):  # else its owner died waiting
+                times.append(int(path.name.partition("-")[0]))
+    return times
 
 
 def running_run() -> Path | None:

@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -385,6 +385,12 @@ def find_run(name: str, root: Path) -> Run:
         name=name,
         names=", ".join(run.name for run in runs[:5]),
     )
+
+
+def short_titles(runs: Sequence[Run]) -> list[str]:
+    """Return the runs' titles, labels in the place of names; their names if two are equal."""
+    titles = [run.label if run.title() == run.name else run.title() for run in runs]
+    return titles if len(set(titles)) == len(runs) else [run.name for run in runs]
 
 
 def run_of_ticket(ticket: str, root: Path) -> Run | None:

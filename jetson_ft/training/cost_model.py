@@ -306,20 +306,32 @@ def predict_seconds(workload: Workload, kind: str, flops: float, checkpointing: 
     `kind` is the device's, `flops` its rate for matrix products in FLOP/s. `max_minutes` bounds the
     training steps, as in a run.
     """
-    costs, train, heldout = COST_MODELS[kind], workload.train, workload.heldout_tokens
-    weights = workload.weights
-    share = costs.efficiency[weights.bytes_per_number] * costs.quantized[weights.quantize]
-    rate = flops * share
-    speed = rate / flops_per_token(workload, checkpointing)
-    tokens = tokens_to_train(workload)
-    if train.max_minutes:
-        tokens = min(tokens, 60 * train.max_minutes * speed)
-    size = workload.tokens_in_step
-    steps = max(1, round(tokens / size))
-    every = batches.choose_eval_every(train, [round(size)] * steps, round(heldout), steps)
+    heldout = workload.heldout_tokens
+    rate = _rate(workload, kind, flops)
+    tokens, steps = predict_tokens(workload, kind, flops, checkpointing)
+    sizes = [round(workload.tokens_in_step)] * steps
+    every = batches.choose_eval_every(workload.train, sizes, round(heldout), steps)
     evaluations = 1 + math.ceil(steps / every)  # before training, at intervals, at the end
     forward = _flops(workload, linear=1, lora=1, attention=1, head=1)
-    return tokens / speed + evaluations * heldout * forward / rate
+    seconds = tokens * flops_per_token(workload, checkpointing) / rate
+    return seconds + evaluations * heldout * forward / rate
+
+
+def predict_tokens(
+    workload: Workload, kind: str, flops: float, checkpointing: bool
+) -> tuple[float, int]:
+    """Return the tokens to train on and the steps, as far as `max_minutes` allows."""
+    tokens = tokens_to_train(workload)
+    if workload.train.max_minutes:
+        speed = _rate(workload, kind, flops) / flops_per_token(workload, checkpointing)
+        tokens = min(tokens, 60 * workload.train.max_minutes * speed)
+    return tokens, max(1, round(tokens / workload.tokens_in_step))
+
+
+def _rate(workload: Workload, kind: str, flops: float) -> float:
+    """Return the FLOP/s that training reaches."""
+    costs, weights = COST_MODELS[kind], workload.weights
+    return flops * costs.efficiency[weights.bytes_per_number] * costs.quantized[weights.quantize]
 
 
 def predict_other_seconds(workload: Workload, kind: str, flops: float) -> float:
@@ -329,16 +341,19 @@ def predict_other_seconds(workload: Workload, kind: str, flops: float) -> float:
     as `STEP_COST` tokens of a prompt, and one token for each reply (`inference.generate`). The
     probes are answered by both.
     """
-    weights = workload.weights
-    whole = weight_bytes(workload.dims, weights)
-    loading = _START_SECONDS + whole / _LOAD_BYTES_PER_SECOND
-    costs, rows = COST_MODELS[kind], workload.heldout_rows
+    rows = workload.heldout_rows
     batches_of_replies = math.ceil(rows / MAX_REPLY_BATCH)
     generated = workload.reply_tokens * (rows + STEP_COST * batches_of_replies)
-    share = costs.efficiency[weights.bytes_per_number] * costs.quantized[weights.quantize]
     forward = _flops(workload, linear=1, lora=1, attention=1, head=1)
     tokens = 2 * (workload.heldout_tokens + generated + _PROBE_TOKENS)
-    return loading + tokens * forward / (flops * share * _REPLY_EFFICIENCY)
+    seconds = tokens * forward / (_rate(workload, kind, flops) * _REPLY_EFFICIENCY)
+    return predict_load_seconds(workload) + seconds
+
+
+def predict_load_seconds(workload: Workload) -> float:
+    """Return the time from the start of the process until the model is loaded."""
+    whole = weight_bytes(workload.dims, workload.weights)
+    return _START_SECONDS + whole / _LOAD_BYTES_PER_SECOND
 
 
 def tokens_to_train(workload: Workload) -> float:

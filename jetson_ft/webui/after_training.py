@@ -20,16 +20,22 @@ from jetson_ft.runs import exports, jobs, monitor
 from jetson_ft.runs.jobs import Job, Progress
 from jetson_ft.runs.store import Run
 
-# Name of an export -> its line in the form. The first one is the form's default: f16 gives the same
-# answers as the adapter. Small models lose more by rounding: their q8_0 may not pass the check.
+# Group of the form -> exports by name, each with its title and what it is for. The first one is
+# chosen at first: f16 gives the same answers as the adapter. Small models lose more by rounding:
+# their q8_0 may not pass the check.
 CHOICES = {
-    "gguf-f16": _("GGUF f16 – the same answers"),
-    "gguf-q8_0": _("GGUF q8_0 – half the size of f16, nearly the same answers"),
-    "gguf-q4_k_m": _("GGUF q4_k_m – less than a third of f16, small loss"),
-    "gguf-q4_0": _("GGUF q4_0 – less than a third of f16, for old readers"),
-    "merged": _("Merged model (safetensors) – for transformers and vLLM"),
-    "lora": _("Adapter alone as GGUF – beside a GGUF of the base"),
+    _("For Ollama and llama.cpp"): {
+        "gguf-f16": ("GGUF f16", _("the same answers")),
+        "gguf-q8_0": ("GGUF q8_0", _("half the size of f16, nearly the same answers")),
+        "gguf-q4_k_m": ("GGUF q4_k_m", _("less than a third of f16, small loss")),
+        "gguf-q4_0": ("GGUF q4_0", _("less than a third of f16, for old readers")),
+        "lora": (_("Adapter as GGUF"), _("small; used beside a GGUF of the base")),
+    },
+    _("For transformers and vLLM"): {
+        "merged": (_("Merged model"), _("safetensors of base and adapter together")),
+    },
 }
+_TITLES = {name: title for group in CHOICES.values() for name, (title, _use) in group.items()}
 _LOG_BYTES = 4000
 _MAX_TEXT = 100  # characters of the name of a part of the work
 _FIRST_PORT, _LAST_PORT = 8000, 8099
@@ -83,14 +89,14 @@ def export_arguments(run: Run, choice: str, unchecked: bool = False) -> list[str
     """Return the arguments of `jetson-ft` that make an export.
 
     Args:
-        choice: a key of `CHOICES`.
+        choice: the name of an export in `CHOICES`.
         unchecked: keep the result without comparing it with the adapter.
 
     Raises:
         UserError: it is none.
     """
-    if choice not in CHOICES:
-        raise UserError(_("Choose one of: {names}."), "choice", names=", ".join(CHOICES))
+    if choice not in _TITLES:
+        raise UserError(_("Choose one of: {names}."), "choice", names=", ".join(_TITLES))
     kind, _dash, file_type = choice.partition("-")
     quantize = ["--quantize", file_type] if file_type else []
     check = ["--no-check"] if unchecked else []
@@ -189,6 +195,12 @@ def describe_check(export: dict[str, Any]) -> tuple[Message, bool]:
         if parts:
             return joined(parts, " · "), True
     return Message(_("not checked")), False
+
+
+def describe_name(export: dict[str, Any]) -> str:
+    """Return an export's title in the form, else its name; a template."""
+    name = str(export["name"])
+    return _TITLES.get(name, name.replace("{", "(").replace("}", ")"))
 
 
 def ollama_command(run: Run, export: dict[str, Any]) -> str:

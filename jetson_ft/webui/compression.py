@@ -23,7 +23,7 @@ _MIN_BYTES, _MAX_BYTES = 1000, 2**22  # what fits into one packet gains nothing
 _QUALITY = 5
 # The paths of these files hold a hash of their content (`theme.STATIC`). Gradio sends each
 # language's page the same ones.
-_HASHED = re.compile(r"/\w+(/assets/.+)|/static/[0-9a-f]{16}/.+")
+_HASHED = re.compile(r"/\w+(/assets/.+)|/static/(inside-)?[0-9a-f]{16}/.+")
 _FOREVER = "private, max-age=31536000, immutable"
 
 

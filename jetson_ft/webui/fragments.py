@@ -11,94 +11,213 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jetson_ft.errors import UserError, _
-from jetson_ft.events import PHASES, Evaluated, Step
-from jetson_ft.runs import jobs, monitor, store
-from jetson_ft.runs.monitor import RunMonitor, RunProgress, RunSummary
-from jetson_ft.runs.report import chart, figures
-from jetson_ft.runs.store import Run
-from jetson_ft.webui import after_training
-from jetson_ft.webui.after_training import AfterTraining
-from jetson_ft.webui.render import Locale, render
+import orjson
 
-_MAX_COMPARED = 5  # runs drawn with the chosen one: the number of colours
-_LOG_BYTES = 4000
+from jetson_ft.errors import UserError, _
+from jetson_ft.runs import exit_status, monitor, oom, queue, store
+from jetson_ft.runs.monitor import RunMonitor, RunProgress, RunSummary
+from jetson_ft.runs.store import Run
+from jetson_ft.webui import run_charts, run_overview, run_texts, run_views
+from jetson_ft.webui.after_training import AfterTraining
+from jetson_ft.webui.changed_items import MARK
+from jetson_ft.webui.render import Locale, render
+from jetson_ft.webui.run_table import render_table
+
+MAX_DRAWN = 6  # runs drawn together: the number of colours
 _CACHE_SECONDS = 1.0
-_STATES = {
-    "queued": _("queued"), "running": _("running"), "stopping": _("stopping"),
-    "stopped": _("stopped"), "finished": _("finished"), "failed": _("failed"),
-    "damaged": _("damaged"),
+VIEWS = {
+    "overview": _("Overview"), "samples": _("Samples"), "settings": _("Settings"),
+    "charts": _("Charts"), "log": _("Log"), "export": _("Export"),
 }  # fmt: skip
-# Curve -> its title, and the unit that its values are divided by.
-_CHARTS = {
-    "lr": (_("Learning rate"), 1.0),
-    "grad_norm": (_("Gradient norm"), 1.0),
-    "tokens_per_second": (_("Tokens per second"), 1.0),
-    "memory": (_("Peak memory (GiB)"), 2.0**30),
-    "watts": (_("Power (W)"), 1.0),
-    "temperature": (_("Temperature (°C)"), 1.0),
-}
+SORTS: dict[str, tuple[str, Callable[[RunSummary], Any]]] = {
+    "newest": (_("Newest first"), lambda run: 0),  # as `store.list_runs` has them
+    "name": (_("Name"), lambda run: (run.title.casefold(), run.name)),
+    "loss": (_("Held-out loss"), lambda run: math.inf if run.heldout_loss is None
+             else run.heldout_loss),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A run in the list: its summary and its place in the queue, from 1; None: not queued."""
+
+    run: RunSummary
+    place: int | None
 
 
 class _Cached:
-    """A fragment: its source, its HTML, when it was last wanted and its source read (monotonic)."""
+    """A fragment: its source, its content, when it was last wanted, its source read (monotonic)."""
 
     def __init__(self) -> None:
-        self.lock, self.html = threading.Lock(), ""
+        self.lock, self.content = threading.Lock(), ""
         self.wanted_at = self.read_at = -math.inf
         self.source: Any = None
 
 
 class Fragments:
-    """Render fragments of the runs under `root`."""
+    """Render fragments of the runs under `root`.
+
+    `drawn` names the runs that are drawn together, each at the place of its colour; an empty name
+    is a free colour.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self._monitor = RunMonitor()
         self._cache: dict[Any, _Cached] = {}
         self._lock = threading.Lock()  # of `_cache`; held for no reading and no rendering
+        self._listed: tuple[float, list[Listed]] = (-math.inf, [])
+        self._listing = threading.Lock()
 
-    def run_list(self, language: str, chosen: str, compared: tuple[str, ...]) -> str:
-        """Return the list of all runs, newest first."""
-        compared = compared[:_MAX_COMPARED]
+    def run_list(
+        self, language: str, chosen: str, drawn: tuple[str, ...], sort: str = "", text: str = ""
+    ) -> str:
+        """Return the list of the runs that contain `text`, in the order `sort` (of `SORTS`)."""
+        colours = _colours(drawn)
+        words = text.casefold().split()
+        order = SORTS.get(sort, SORTS["newest"])[1]
+
+        def matches(listed: Listed) -> bool:
+            run = listed.run
+            texts = f"{run.title} {run.name} {run.model} {run.state.state}".casefold()
+            return all(word in texts for word in words)
+
+        def read() -> list[Listed]:
+            return sorted(filter(matches, self.listed()), key=lambda listed: order(listed.run))
+
         return self._cached(
-            ("list", language, chosen, compared),
-            lambda: [self._monitor.summary(run) for run in store.list_runs(self.root)],
+            ("list", language, chosen, tuple(colours), sort, text),
+            read,
             lambda runs: render(
-                "runs.jinja", Locale(language), runs=runs, chosen=chosen, compared=compared,
-                STATES=_STATES,
+                "runs.jinja", Locale(language), runs=runs, chosen=chosen, colours=colours,
+                is_filtered=bool(words), sort=sort, SORTS=SORTS, texts=run_texts,
+                is_full=len(colours) >= MAX_DRAWN, MARK=MARK,
             ),
         )  # fmt: skip
 
-    def run_detail(self, language: str, name: str, compared: tuple[str, ...]) -> str:
-        """Return one run's page, the curves of others drawn with its own.
+    def listed(self) -> list[Listed]:
+        """Return all runs, newest first; read at most once per second."""
+        with self._listing:
+            read_at, runs = self._listed
+            if time.monotonic() - read_at > _CACHE_SECONDS:
+                summaries = [self._monitor.summary(run) for run in store.list_runs(self.root)]
+                runs = _with_places(summaries)
+                self._listed = time.monotonic(), runs
+            return runs
+
+    def run_head(self, language: str, name: str, view: str) -> str:
+        """Return the head of one run's page: title, actions, stages and the list of views.
 
         Raises:
             UserError: the run does not exist.
         """
-        runs = [store.run_by_name(name, self.root)]
-        for other in compared[:_MAX_COMPARED]:
-            with suppress(UserError):  # deleted since it was chosen
-                runs.append(store.run_by_name(other, self.root))
-        return self._cached(
-            ("detail", language, *(run.name for run in runs)),
-            # The stamp changes with what the rendering reads by itself: notes, log, report.
-            lambda: (
-                [
+        run = store.run_by_name(name, self.root)
+
+        def read() -> Any:
+            (listed,) = _with_places([self._monitor.summary(run)])
+            return listed, self._progress(run).stage_seconds, monitor.change_stamp(run)
+
+        def to_html(source: Any) -> str:
+            listed, stage_seconds, _stamp = source
+            is_failed = listed.run.state.state in ("failed", monitor.DAMAGED)
+            about: dict[str, str] = {}
+            with suppress(UserError):
+                about = run.about()
+            return render(
+                "run.jinja", Locale(language), run=listed.run, listed=listed,
+                notes=about.get("notes", ""), given_title=about.get("title", ""),
+                stages=run_texts.stages(listed.run, stage_seconds), texts=run_texts,
+                VIEWS=VIEWS, view=view, has_adapter=run.has_adapter(),
+                has_report=_is_file(run.path / "report.html"),
+                error=_last_error(run) if is_failed else None,
+                has_smaller_plan=is_failed and bool(oom.smaller_plan_settings(run)),
+            )  # fmt: skip
+
+        return self._cached(("head", language, run.name, view), read, to_html)
+
+    def run_view(
+        self, language: str, name: str, view: str, drawn: tuple[str, ...], query: dict[str, str]
+    ) -> str:
+        """Return one view of a run (of `VIEWS`); where it compares, with the other drawn runs.
+
+        Args:
+            query: what the view itself takes from the address, such as a page's number.
+
+        Raises:
+            UserError: the run does not exist.
+        """
+        chosen = store.run_by_name(name, self.root)
+        colours = _colours(drawn)
+        others = [run for run in self._runs(drawn) if run.name != name]
+        runs, t = [chosen, *others], Locale(language)
+        key = ("view", language, view, *(run.name for run in runs), *colours.values())
+        if view in ("overview", "charts"):
+            return self._cached(
+                key,
+                # The stamp changes with what the rendering reads by itself: the report.
+                lambda: [
                     (self._monitor.summary(run), self._progress(run), monitor.change_stamp(run))
                     for run in runs
-                ]
-                + [AfterTraining.read(runs[0])]
+                ],
+                lambda source: self._drawn(t, view, runs, source, colours),
+            )
+        return self._cached(
+            (*key, *sorted(query.items())),
+            lambda: (
+                [(self._monitor.summary(run), monitor.change_stamp(run)) for run in runs],
+                AfterTraining.read(chosen) if view == "export" else None,
             ),
-            lambda source: self._detail(Locale(language), runs[0], source[:-1], source[-1]),
+            lambda _source: run_views.render_view(t, runs, view, query),
         )
 
-    def _cached(self, key: Any, read: Callable[[], Any], to_html: Callable[[Any], str]) -> str:
-        """Return HTML: `read` its source at most once per second, `to_html` it when it changed.
+    def run_table(self, language: str, query: dict[str, str]) -> str:
+        """Return the table of all runs."""
+        return self._cached(
+            ("table", language, *sorted(query.items())),
+            self.listed,
+            lambda listed: render_table(
+                Locale(language),
+                [(Run(self.root / each.run.name), each.run) for each in listed],
+                query,
+            ),
+        )
+
+    def curves(self, view: str, drawn: tuple[str, ...]) -> str:
+        """Return the curves of the drawn runs that a view draws, as JSON."""
+        runs = self._runs(drawn)
+        colours = _colours(drawn)
+        return self._cached(
+            ("curves", view, *((run.name, colours[run.name]) for run in runs)),
+            lambda: [(self._monitor.summary(run), self._progress(run)) for run in runs],
+            lambda source: run_charts.as_json(view, source, colours),
+        )
+
+    def expire(self) -> None:
+        """Have all sources read again, after an action of a client has changed a run."""
+        with self._listing:
+            self._listed = (-math.inf, [])
+        with self._lock:
+            for cached in self._cache.values():
+                cached.read_at = -math.inf
+
+    def progress(self, language: str, watched: tuple[str, ...]) -> str:
+        """Return what the live runs and the watched ones do, as JSON; for the page's title."""
+        t = Locale(language)
+        runs = [listed.run for listed in self.listed()]
+        content = [
+            {"name": run.name, "title": run.title, "is_live": run.is_live,
+             "share": run.share, "state": t(run_texts.state(run))}
+            for run in runs
+            if run.is_live or run.name in watched
+        ]  # fmt: skip
+        return orjson.dumps(content).decode()
+
+    def _cached(self, key: Any, read: Callable[[], Any], to_content: Callable[[Any], str]) -> str:
+        """Return content: `read` its source at most once per second, render it when it changed.
 
         Requests for the same fragment wait for each other, and for no other one.
         """
@@ -111,9 +230,17 @@ class Fragments:
             if time.monotonic() - cached.read_at > _CACHE_SECONDS:
                 source = read()
                 if source != cached.source:
-                    cached.html = to_html(source)
+                    cached.content = to_content(source)
                 cached.source, cached.read_at = source, time.monotonic()
-            return cached.html
+            return cached.content
+
+    def _runs(self, names: Sequence[str]) -> list[Run]:
+        """Return the runs of these names, without those that have been deleted since."""
+        runs = []
+        for name in filter(None, names):
+            with suppress(UserError):
+                runs.append(store.run_by_name(name, self.root))
+        return runs
 
     def _progress(self, run: Run) -> RunProgress:
         try:
@@ -121,76 +248,59 @@ class Fragments:
         except UserError:  # which is one of the summary's faults
             return RunProgress()
 
-    def _detail(
+    def _drawn(
         self,
         t: Locale,
-        run: Run,
+        view: str,
+        runs: Sequence[Run],
         source: Sequence[tuple[RunSummary, RunProgress, Any]],
-        after: AfterTraining | None,
+        colours: dict[str, int],
     ) -> str:
+        """Return the overview or the charts of the first run, drawn with the others."""
         summary, newest, _stamp = source[0]
         progresses = [progress for _summary, progress, _stamp in source]
         reading = sum(p.offset for p in progresses) / max(1, sum(p.size for p in progresses))
         if not newest.is_complete:
             with suppress(UserError):
-                newest = monitor.read_progress(run)
+                newest = monitor.read_progress(runs[0])
         is_current = newest.attempt == summary.state.attempt
-        log, notes, has_report = "", "", False
-        with suppress(OSError):  # a folder of someone else
-            has_report = (run.path / "report.html").is_file()
-        with suppress(UserError):
-            log = monitor.log_tail(run.path, _LOG_BYTES)
-        with suppress(UserError):
-            notes = run.about().get("notes", "")
         return render(
-            "run.jinja", t, STATES=_STATES,
-            run=summary, step=newest.last(Step), evaluated=newest.last(Evaluated),
+            "run_overview.jinja" if view == "overview" else "run_charts.jinja", t, run=summary,
+            tiles=run_overview.tiles(runs[0], summary, newest) if view == "overview" else [],
+            figures=run_overview.measurements(runs[0]) if view == "overview" else [],
             warnings=newest.warnings if is_current else [],
-            names=[other.title for other, _progress, _stamp in source[1:]],
-            phase=PHASES.get(summary.phase, summary.phase),
             reading=None if all(p.is_complete for p in progresses) else reading,
-            losses=_loss_chart(progresses), charts=_charts(progresses), figures=_figures(run),
-            has_report=has_report, has_adapter=run.has_adapter(),
-            log=log, notes=notes, after=after, CHOICES=after_training.CHOICES,
-            describe_progress=after_training.describe_progress, error_of=jobs.error_of,
-            describe_check=after_training.describe_check, size_text=after_training.size_text,
-            ollama_command=partial(after_training.ollama_command, run),
-            describe_server=after_training.describe_server,
-            is_in_container=after_training.is_in_container(),
+            charts=run_charts.charts(view, progresses, t),
+            version=sum(progress.offset for progress in progresses),
+            names=[(colours.get(other.name, 0), other.title) for other, _p, _s in source],
         )  # fmt: skip
 
 
-def _loss_chart(progresses: Sequence[RunProgress]) -> str:
-    """Draw the losses: each step's of the first run, the running mean and held-out loss of all."""
-    series: list[tuple[str, chart.Points]] = []
-    for number, progress in enumerate(progresses):
-        train, heldout = (
-            progress.curves[name].points() if name in progress.curves else []
-            for name in ("loss", "heldout_loss")
-        )
-        if number == 0:
-            series.append(("raw", train))
-        series += [(f"train c{number}", chart.smoothed(train)), (f"heldout c{number}", heldout)]
-    return chart.panel("loss", [(style, points) for style, points in series if points])
+def _colours(drawn: Sequence[str]) -> dict[str, int]:
+    """Return the number of each drawn run's colour."""
+    return {name: number for number, name in enumerate(drawn[:MAX_DRAWN]) if name}
 
 
-def _charts(progresses: Sequence[RunProgress]) -> dict[str, str]:
-    """Return the other charts by title, without those that have no values."""
-    charts = {}
-    for name, (title, unit) in _CHARTS.items():
-        series = [
-            (f"c{number}", [(x, y / unit) for x, y in progress.curves[name].points()])
-            for number, progress in enumerate(progresses)
-            if name in progress.curves
-        ]
-        if svg := chart.panel(name, series, chart.SMALL):
-            charts[title] = svg
-    return charts
+def _with_places(runs: Sequence[RunSummary]) -> list[Listed]:
+    """Return the runs with their places in the queue."""
+    waiting: list[int] = []
+    if any(run.state.state == "queued" for run in runs):
+        with suppress(UserError):  # another user's folder
+            waiting = queue.waiting()
+    return [
+        Listed(run, 1 + sum(since < queue.microseconds(run.state.queued) for since in waiting))
+        if run.state.state == "queued" else Listed(run, None)
+        for run in runs
+    ]  # fmt: skip
 
 
-def _figures(run: Run) -> list[dict[str, Any]]:
-    """Return the rows of base against adapter; empty unless the run is finished."""
-    try:
-        return figures.metric_rows(run.report())
-    except UserError:
-        return []
+def _is_file(path: Path) -> bool:
+    with suppress(OSError):  # a folder of someone else
+        return path.is_file()
+    return False
+
+
+def _last_error(run: Run) -> UserError | None:
+    with suppress(UserError):
+        return exit_status.last_error(run)
+    return None

@@ -18,12 +18,13 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.webui import api
 from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.compression import CompressionMiddleware, changed
+from jetson_ft.webui.fragments import SORTS
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.limits import costly
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.security import AccessMiddleware, AccessPolicy
-from jetson_ft.webui.tabs import chat, device, train
-from jetson_ft.webui.theme import STATIC, STATIC_FOLDER, head, theme
+from jetson_ft.webui.tabs import chat, device, inside, train
+from jetson_ft.webui.theme import STATIC, STATIC_FOLDER, content_hash, head, theme
 
 _MAX_QUEUED = 32  # calls of Gradio that wait, each with up to a megabyte; others get 503
 
@@ -33,6 +34,8 @@ _GRADIO_ROUTES = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|(assets|static|svelte)/.+)"
     r"|/gradio_api/(queue/(join|data)|cancel|reset|upload|upload_progress|app_id|startup-events)"
 )
+# The script of the Inside tab, and its style.
+_DRAWING = f"/static/inside-{content_hash(inside.DRAWING_FOLDER)}"
 # Gradio's stream from each open page, to notice when it is closed. A browser opens six connections
 # to a host, so the seventh page would wait for ever: the page reports its end instead (shell.js).
 _HEARTBEAT = re.compile(r"/gradio_api/heartbeat/\w+")
@@ -46,7 +49,9 @@ def make_app(runs: Path, policy: AccessPolicy) -> Any:
     app.include_router(device.router(runs))
     app.add_exception_handler(UserError, api.error_response)
     app.mount(STATIC, StaticFiles(directory=STATIC_FOLDER))
+    app.mount(_DRAWING, StaticFiles(directory=inside.DRAWING_FOLDER))
     client = ChatClient(runs, costly)
+    app.include_router(inside.router(runs, client, policy.allowed))
     pages = []
     for language in i18n.languages():
         t = Locale(language)
@@ -122,12 +127,11 @@ def _build(t: Locale, runs: Path, client: ChatClient, allowed: AllowedPaths) -> 
         with gr.Tab(t(_("Train")), id="train", elem_id="train-tab"):
             train.build(t, runs, page, tabs, allowed)
         with gr.Tab(t(_("Runs")), id="runs", elem_id="runs-tab"):
-            gr.HTML(
-                '<div id="run-page"><div id="run-list"></div><div id="run-detail"></div></div>',
-                apply_default_css=False,
-            )
+            gr.HTML(render("run_page.jinja", t, SORTS=SORTS), apply_default_css=False)
         with gr.Tab(t(_("Chat")), id="chat", elem_id="chat-tab") as tab:
             chat.build(t, runs, client, tab, allowed)
+        with gr.Tab(t(_("Inside")), id="inside", elem_id="inside-tab"):
+            inside.build(_DRAWING)
         with gr.Tab(t(_("Device")), id="device", elem_id="device-tab"):
             device.build()
         page.unload(lambda: None)  # Gradio's script then requests /heartbeat, see `_HEARTBEAT`

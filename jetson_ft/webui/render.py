@@ -10,12 +10,14 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from starlette.requests import cookie_parser
 
 from jetson_ft import i18n
 from jetson_ft.errors import Message, UserError, joined
 from jetson_ft.files import printable, printable_value
 
+_CODE = re.compile(r"`([^`\n]+)`")
 _PAGE = re.compile(r"/(?:live/)?(\w+)/")
 _TEMPLATES = Environment(
     loader=PackageLoader("jetson_ft.webui"), autoescape=True, finalize=printable_value,
@@ -24,6 +26,14 @@ _TEMPLATES = Environment(
 _TOKENS = files("jetson_ft.runs.report").joinpath("tokens.css").read_text("utf-8")
 _TEMPLATES.globals |= {"joined": joined, "duration": i18n.duration, "tokens": _TOKENS}
 _TEMPLATES.filters["message"] = Message.from_json
+
+
+def _with_code(text: str) -> Markup:
+    """Return a text as HTML, what stands between backticks as code."""
+    return Markup(_CODE.sub(r"<code>\1</code>", escape(text)))  # noqa: S704 - escaped
+
+
+_TEMPLATES.filters["code"] = _with_code
 
 
 class Locale:

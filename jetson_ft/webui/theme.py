@@ -10,8 +10,8 @@ from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, render
 
 # In the order in which they are loaded. `shell` is what all tabs share.
-_STYLES = ("shell", "train", "runs", "chat", "device")
-_SCRIPTS = ("shell", "train", "runs", "chat", "device")
+_STYLES = ("shell", "train", "train_side", "runs", "run_views", "chat", "inside", "device")
+_SCRIPTS = ("shell", "train", "runs", "run_views", "progress", "chat", "inside", "device")
 
 # Gradio's variable -> its value, in light and dark alike.
 _VARIABLES = {
@@ -116,7 +116,7 @@ def head(t: Locale) -> str:
     return render("head.jinja", t, styles=styles, scripts=scripts)
 
 
-def _content_hash(folder: Path) -> str:
+def content_hash(folder: Path) -> str:
     """Return a hash of a folder's files."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
@@ -126,4 +126,4 @@ def _content_hash(folder: Path) -> str:
 
 STATIC_FOLDER = Path(__file__).with_name("static")
 # The address of those files changes with them, so that browsers keep them for good.
-STATIC = f"/static/{_content_hash(STATIC_FOLDER)}"
+STATIC = f"/static/{content_hash(STATIC_FOLDER)}"

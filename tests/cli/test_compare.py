@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def test_comparison_is_printed_and_written(
     printed = capsys.readouterr().out
     assert "Held-out rows" in printed and "General questions" in printed and "1. 第" in printed
     assert f"written: {page}" in printed
+    compare(["one", "two"], as_json=True, runs=tmp_path)
+    assert json.loads(capsys.readouterr().out)["names"] == ["one", "two"]
     assert "<h2>Held-out rows</h2>" in page.read_text() and "## Training" in text.read_text()
 
 

@@ -15,7 +15,7 @@ from jetson_ft.errors import Message, UserError
 from jetson_ft.models.files import BaseModelFiles
 from jetson_ft.models.loading import load_tokenizer
 from jetson_ft.recipe import DataRecipe
-from jetson_ft.runs.forecast import inspect_data
+from jetson_ft.runs.inspection import inspect_data
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_new_version_of_the_row_cache_tokenizes_again(
 
     def from_cache() -> list[bool]:
         rows = prepare_rows(data, tokenizer).report
-        inspection = inspect_data([data.train], str(tiny_llama))
+        inspection = inspect_data(DataRecipe(train=data.train), str(tiny_llama))
         return [part["from_cache"] for part in (rows["train"], rows["heldout"], inspection.tokens)]
 
     assert from_cache() == [False] * 3

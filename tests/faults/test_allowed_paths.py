@@ -13,6 +13,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from jetson_ft.errors import UserError
 from jetson_ft.webui import server
 from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.render import Locale
-from jetson_ft.webui.tabs import train
+from jetson_ft.webui.tabs import train_data, train_form, train_summary
 
 CANARY = "canary5d1f0c"
 COMMAND = get_command(app)  # once, as Typer takes a third of a second
@@ -201,13 +202,17 @@ def test_no_text_around_a_secret_shows_it(
 def test_page_does_not_show_it_either(tmp_path: Path, tiny_phi: Path) -> None:
     """With the processes that the page starts."""
     (tmp_path / "runs").mkdir()
-    form = train.Form(Locale("en"), tmp_path / "runs", AllowedPaths())
+    form = train_form.Form(Locale("en"), tmp_path / "runs", AllowedPaths())
+    summary = train_summary.Summary(Locale("en"), form)
+    data = train_data.Data(Locale("en"), tmp_path / "runs", form)
     secret = tmp_path / "shadow"
     secret.write_text(f"root:{CANARY}:1\n")
-    shown = train._form_values(recipes.load_recipe("quickstart-zh", [f"model={tiny_phi}"]))
+    shown = train_form.form_values(recipes.load_recipe("quickstart-zh", [f"model={tiny_phi}"]))
     shown["data.train"] = str(secret)
-    values = [shown[key] for key in train._ORDER]
-    for outcome in (form.inspect(*values), form.plan(*values), form.load(str(secret))):
+    values = [shown[key] for key in form.ORDER]
+    request = SimpleNamespace(session_hash="one")
+    _reading, rows = data.fetch_rows(request, *values)
+    for outcome in (rows, summary.plan_now(request, *values), form.load(str(secret))):
         assert str(secret) in str(outcome) and CANARY not in str(outcome)
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from program import invoke
 from program import run as run_program
 from run_folders import make_run
+from run_page import run_page
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
@@ -30,7 +31,7 @@ from jetson_ft.recipe import Recipe
 from jetson_ft.runs import manager, monitor, store
 from jetson_ft.runs.store import Run
 from jetson_ft.webui import api
-from jetson_ft.webui.fragments import Fragments
+from jetson_ft.webui.fragments import VIEWS, Fragments
 
 pytestmark = pytest.mark.promise(58)
 
@@ -130,12 +131,15 @@ def assert_shown_and_deleted(root: Path, fault: str) -> None:
     assert "finished" in invoke("runs", "show", GOOD, "--runs", root)
     page = page_of(root)
     html = page.get("/live/en/runs").text
-    assert html.count('class="pill damaged"') == 1 and html.count('data-run="') == 2
-    detail = page.get(f"/live/en/runs/{BAD}", params={"compared": GOOD})
-    assert detail.status_code == 200 and 'data-do="delete"' in detail.text
-    assert 'class="pill damaged"' in detail.text
-    neighbour = page.get(f"/live/en/runs/{GOOD}", params={"compared": BAD})
-    assert neighbour.status_code == 200 and 'class="pill damaged"' not in neighbour.text
+    assert html.count("damaged:") == 1 and html.count('data-choose="') == 2
+    head = page.get(f"/live/en/runs/{BAD}/head").text
+    assert 'data-do="delete"' in head and '<div class="fault"' in head
+    assert '<div class="fault"' not in page.get(f"/live/en/runs/{GOOD}/head").text
+    for name in (BAD, GOOD):
+        for view in VIEWS:
+            drawn = {"view": view, "drawn": [BAD, GOOD]}
+            assert page.get(f"/live/en/runs/{name}", params=drawn).status_code == 200
+    assert page.get("/live/en/runs", params={"view": "table"}).status_code == 200
     assert [run.name for run in store.runs_with_adapter(root)] == [BAD, GOOD]
     assert manager.resumable_runs(root) == []
     invoke("runs", "stop", BAD, "--runs", root)
@@ -246,7 +250,7 @@ def test_a_run_in_another_ones_hands_hides_no_other(root: Path) -> None:
         assert f"{name}: state.json is damaged: it can't be read (Permission denied)" in listed
     assert GOOD in listed and f"{GOOD}: " not in listed
     assert "recipe.yaml is damaged: it can't be read" in shown
-    assert html.count('class="pill damaged"') == 2 and html.count('class="pill finished"') == 2
+    assert html.count('class="state damaged"') == 2 and html.count('class="state finished"') == 2
 
 
 def in_fork_as_nobody(root: Path, name: str) -> list[str]:
@@ -296,7 +300,8 @@ def test_a_run_without_a_state_is_shown_and_resumed(
         assert f"{run.name}: state.json is damaged" in invoke(
             "runs", "list", "--runs", light_runs.root
         )
-        assert 'data-do="resume"' in Fragments(light_runs.root).run_detail("en", run.name, ())
+        page = Fragments(light_runs.root)
+        assert 'data-do="resume"' in page.run_head("en", run.name, "overview")
         manager.resume(run)
         light_runs.worker(run)
         assert run.state().attempt == before + 1
@@ -309,7 +314,7 @@ def test_a_live_run_with_a_damaged_state_is_stopped_and_recorded(light_runs: Any
     light_runs.worker(run)
     light_runs.wait(run, "running")
     (run.path / "state.json").write_text("{")
-    assert 'data-do="stop"' in Fragments(light_runs.root).run_detail("en", run.name, ())
+    assert 'data-do="stop"' in Fragments(light_runs.root).run_head("en", run.name, "overview")
     with pytest.raises(UserError, match="is running"):
         manager.delete(run)
     assert "damaged, stop requested" in invoke("runs", "stop", run.path)
@@ -418,8 +423,8 @@ def test_any_content_leaves_all_doors_open(
     fragments = Fragments(shared_root)
     try:
         html = fragments.run_list("zh_CN", "", ())
-        html += fragments.run_detail("zh_CN", bad.name, (GOOD,))
-        html += fragments.run_detail("en", GOOD, (bad.name,))
+        html += run_page(fragments, "zh_CN", bad.name, GOOD)
+        html += run_page(fragments, "en", GOOD, bad.name)
         html.encode()
         assert monitor.summarize(Run(shared_root / GOOD)).faults == ()
         invoke("runs", "list", "--runs", shared_root)

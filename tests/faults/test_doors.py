@@ -19,10 +19,10 @@ from starlette.testclient import TestClient
 
 from jetson_ft.chat.client import ChatClient
 from jetson_ft.errors import UserError
-from jetson_ft.webui import page, security
+from jetson_ft.webui import page, previews, security
 from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.security import AccessPolicy
-from jetson_ft.webui.tabs import device, train
+from jetson_ft.webui.tabs import device, train_summary
 
 CANARY = "canary-5d1f0c"
 HOME = "http://127.0.0.1:7860"
@@ -104,10 +104,10 @@ def visitor(
             assert CANARY not in argument
         raise UserError("No process here.")
 
-    monkeypatch.setattr(train, "run_cli_json", refuse)
+    monkeypatch.setattr(previews, "run_json", refuse)
     monkeypatch.setattr(device, "run_cli_json", refuse)
     monkeypatch.setattr(ChatClient, "generate", refuse)
-    monkeypatch.setattr(train.manager, "launch", refuse)
+    monkeypatch.setattr(train_summary.manager, "launch", refuse)
     monkeypatch.setattr(security, "_REQUESTS", (10**6, 1.0))  # more than a browser makes
     runs = tmp_path / "runs"
     app = page.make_app(runs, AccessPolicy("secret", allowed=AllowedPaths((runs,))))

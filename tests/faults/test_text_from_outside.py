@@ -7,14 +7,14 @@ import json
 import os
 import pty
 import re
-import shlex
 import subprocess
 import sys
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import program
 import pytest
 from fastapi import FastAPI
 from hypothesis import given
@@ -32,9 +32,11 @@ from jetson_ft.files import printable, quoted
 from jetson_ft.recipe import strict_yaml
 from jetson_ft.runs import store
 from jetson_ft.runs.event_log import EventLog
-from jetson_ft.webui import api
+from jetson_ft.webui import api, previews
+from jetson_ft.webui.fragments import VIEWS
 from jetson_ft.webui.render import Locale, error_html, render
-from jetson_ft.webui.tabs import train
+from jetson_ft.webui.tabs import device, train_form, train_summary
+from jetson_ft.webui.tabs.train_errors import complaint
 
 # Moves the cursor, rings, sets a title, has C1's CSI, reverses, hides, is half a surrogate pair.
 EVIL = "a\x1b[2J\x07\x1b]0;b\x07\x9b31m\u202ec\u2066\u061c\u200f\ufeff\U000e0041\u2028d\r"
@@ -202,13 +204,14 @@ def test_page_escapes_all_texts_of_a_run(page: TestClient, tmp_path: Path) -> No
     run = hostile_run(tmp_path)
     other = hostile_run(tmp_path / "other")
     other.path.rename(tmp_path / "20260102-000000-b")
-    for address in (
-        "/live/en/runs", f"/live/en/runs/{run.name}", f"/live/zh_CN/runs/{run.name}",
-        f"/live/en/runs/{run.name}?compared=20260102-000000-b",
-    ):  # fmt: skip
-        html = page.get(address).text
-        assert_harmless(html)
-        assert SHOWN in html and "&lt;b&gt;" in html and "d\\x0d<b>" not in html
+    drawn = f"drawn={run.name}&drawn=20260102-000000-b"
+    views = [f"?view={view}&{drawn}" for view in VIEWS]
+    for address in ("", *(f"/{run.name}{rest}" for rest in ("/head", *views)), "?view=table"):
+        for language in ("en", "zh_CN"):
+            html = page.get(f"/live/{language}/runs{address}").text
+            assert_harmless(html)
+            if address in ("", f"/{run.name}/head"):
+                assert SHOWN in html and "&lt;b&gt;" in html and "d\\x0d<b>" not in html
     refused = page.post("/runs/%1b%5B2J%E2%80%AE/stop")
     assert refused.status_code == 422
     assert_harmless("".join(refused.json().values()))
@@ -225,7 +228,7 @@ def test_templates_and_errors_of_the_page_escape_their_values() -> None:
         "messages": {key: message.as_json() for key in ("title", "text", "fix")},
     }
     read = {
-        "rows_read": 1, "rows_kept": 1, "layout": evil, "encoding": evil, "unread": [evil],
+        "rows_read": 2, "rows_kept": 1, "layout": evil, "encoding": evil, "unread": [evil],
         "dropped": {"x": {"count": 1, "message": message.as_json(), "places": [message.as_json()]}},
         "duplicates": 0,
     }  # fmt: skip
@@ -236,9 +239,17 @@ def test_templates_and_errors_of_the_page_escape_their_values() -> None:
     source = {"name": evil, "read": read, "rows": 1, "tokens": 1, "repeated": 0}
     htmls = [
         error_html(UserError("{x}", evil, evil.replace("{", ""), x=evil), t),
-        render("findings.jinja", t, works=True, checks=[check]),
-        render("inspection.jinja", t, sources=[source, source], tokens=tokens, max_length=9,
-               previews=[[(evil, True), (evil, False)]]),
+        render("findings.jinja", t, works=True, checks=[check], fix_parts=device.fix_parts),
+        render("findings.jinja", t, error=UserError("{x}", x=evil), checks=[]),
+        render("gauges.jinja", t, gauges=[device.Gauge(evil, evil, 1.0, evil)]),
+        render("rows.jinja", t, report={
+            "sources": [source, source], "tokens": tokens, "max_length": 9,
+            "conversations": [[{"role": evil, "content": evil, "tool_calls": evil}]],
+            "previews": [[(evil, True), (evil, False)]],
+        }),
+        render("rows.jinja", t, missing=[evil]),
+        render("command.jinja", t, command=evil, yaml=evil),
+        complaint(UserError("`{x}`", evil, "`--set lora.rank={x}` `{x}`", x=evil), t, Path("/")),
     ]  # fmt: skip
     for html in htmls:
         assert_harmless(html)
@@ -284,70 +295,61 @@ def test_reports_escape_rows_replies_and_names() -> None:
 HOSTILE = ["-rf", "--debug", "--help", "-", "--", "-h", "--set=model=x", "--runs=/tmp"]
 
 
+REQUEST = SimpleNamespace(session_hash="one")
+
+
+def plan(runs: Path, **changed: Any) -> str:
+    """Return the plan's HTML for the form of a page with these values."""
+    shown = train_form.form_values(recipes.load_recipe("quickstart-zh")) | changed
+    summary = train_summary.Summary(Locale("en"), train_form.Form(Locale("en"), runs))
+    return str(summary.plan_now(REQUEST, *(shown[key] for key in train_form.Form.ORDER))[0])
+
+
 @pytest.mark.promise(47)
 def test_form_passes_values_and_never_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a real parser of the command line reads from what the page passes."""
-    from jetson_ft.cli import data
+    """A process that reads the rows gets its recipe on standard input."""
+    passed: list[tuple[Any, ...]] = []
 
-    passed: list[tuple[str, ...]] = []
-    monkeypatch.setattr(train, "run_cli_json", lambda *words: passed.append(words) or {"error": 1})
-    monkeypatch.setattr(train, "render", lambda *_, **__: "")
-    form = train.Form(Locale("en"), tmp_path)
-    shown = train._form_values(recipes.load_recipe("quickstart-zh"))
+    def run_json(_module: str, *words: str, text: str = "", **_options: Any) -> Any:
+        passed.append((words, text))
+        raise UserError("No process here.")
+
+    monkeypatch.setattr(previews, "run_json", run_json)
     for value in HOSTILE:
-        changed = {
-            **shown, "data.train": value, "model": value, "data.encoding": "auto",
-            "data.chat_template": value, "data.columns.question": value,
-            "data.columns.answer": value,
-        }  # fmt: skip
-        count = len(passed)
-        form.inspect(*(changed.get(key) for key in train._ORDER))
-        if len(passed) == count:
-            assert value == "-"  # a list in YAML, which the form refuses
+        names = ("data.train", "model", "data.chat_template", "data.columns.question")
+        plan(tmp_path, **dict.fromkeys(names, value))
+        if value == "-":
+            assert not passed  # a list in YAML, which the form refuses
             continue
-        seen: dict[str, Any] = {}
-        monkeypatch.setattr(
-            "jetson_ft.runs.forecast.inspect_data",
-            lambda *values, seen=seen: seen.update(values=values) or (_ for _ in ()).throw(
-                UserError("read")
-            ),
-        )  # fmt: skip
-        words = passed[-1]
-        program.invoke(*words, exit_code=1)
-        paths, model, *_others, columns, template = seen["values"]
-        assert paths == [value] and model == value and template == value
-        assert sorted(columns) == [f"answer={value}", f"question={value}"]
-    assert data  # imported, so that the patch is used
+        words, text = passed.pop()
+        recipe = recipes.parse_recipe(text)
+        assert words == () and recipe.model == recipe.data.train == value
+        assert recipe.data.chat_template == recipe.data.columns.question == value
 
 
 @pytest.mark.slow(minutes=0.2)
 @pytest.mark.promise(47)
-def test_real_commands_read_hostile_names_as_names(tmp_path: Path) -> None:
-    form = train.Form(Locale("en"), tmp_path / "runs")
-    shown = train._form_values(recipes.load_recipe("quickstart-zh"))
-    for key, fault in (("data.train", "Data file not found"), ("model", "")):
-        outcome, *_ = form.inspect(*({**shown, key: "--help"}[each] for each in train._ORDER))
-        assert "complaint" in outcome and fault in outcome and "--help" in outcome
-        assert "Usage" not in outcome and "no object" not in outcome
+def test_real_processes_read_hostile_names_as_names(tmp_path: Path) -> None:
+    for key, fault in (("data.train", "Data file not found"), ("model", "Model not found")):
+        html = plan(tmp_path / "runs", **{key: "--help"})
+        assert "complaint" in html and fault in html and "--help" in html
+        assert "Usage" not in html and "no object" not in html
 
 
 @pytest.mark.promise(47)
 @pytest.mark.promise(46)
 @pytest.mark.parametrize("name", [*HOSTILE, "a b", "$(id)", "`id`", "'; id", EVIL, "中 文"])
-def test_command_to_copy_has_names_as_one_word(tmp_path: Path, name: str) -> None:
-    if "/" in name:
-        return
-    (tmp_path / name).write_text("version: 1\n") if name not in ("-", "--") else None
-    path = tmp_path / name
-    recipe = recipes.parse_recipe("version: 1\n", "", [])
-    if path.exists():
-        command = train.command_of(recipe, str(path))
-        words = shell_words(command.replace("\\\n", " "))
-        assert words[:3] == ["jetson-ft", "train", str(path)]
+def test_command_to_copy_has_names_as_one_word(name: str) -> None:
     assert_harmless(quoted(name))
     assert shell_words(f"printf %s {quoted(name)}")[2:] == [name]
+    with suppress(UserError):  # a name with control characters, or a list
+        recipe = recipes.parse_recipe("", "", [f"data.train={name}"])
+        command = train_form.command_of(recipe, "quickstart-zh")
+        words = shell_words(command.replace("\\\n", " "))
+        assert words[:3] == ["jetson-ft", "train", "quickstart-zh"]
+        assert words[words.index(f"data.train={name}") - 1] == "--set"
 
 
 def shell_words(command: str) -> list[str]:
@@ -356,14 +358,3 @@ def shell_words(command: str) -> list[str]:
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     done = subprocess.run(["bash", "-c", script], capture_output=True, check=True, env=environment)
     return done.stdout.decode().split("\0")[:-1]
-
-
-@pytest.mark.promise(47)
-def test_recipe_whose_name_begins_with_a_dash_is_a_file_of_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("-rf", "--help"):
-        Path(name).write_text("version: 1\n")
-        command = train.command_of(recipes.load_recipe(name), name)
-        assert shlex.split(command.replace("\\\n", ""))[2] == f"./{name}"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from program import invoke, main_in_fork
+from run_page import run_page
 from typer.testing import CliRunner
 from workbench import Workbench
 
@@ -68,9 +69,9 @@ def test_runs_are_on_the_page(version: Path, language: str) -> None:
     assert "damaged" not in listed and "损坏" not in listed
     for name in ("finished", "stopped"):
         assert f"标题 {name}" in listed
-        page = fragments.run_detail(language, name, ())
-        assert f"标题 {name}" in page and "<svg" in page
-    assert "report" in fragments.run_detail(language, "finished", ())
+        page = run_page(fragments, language, name)
+        assert f"标题 {name}" in page and 'class="plot"' in page
+    assert "report.html" in run_page(fragments, language, "finished")
 
 
 def test_stopped_run_is_resumed_to_its_end(workbench: Workbench, version: Path) -> None:

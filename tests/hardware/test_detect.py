@@ -198,3 +198,45 @@ def test_available_memory_applies_below_the_limit(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cgroup, "memory_limit", lambda: cgroup.MemoryLimit(6 << 30, 5 << 30))
     device = detect.detect_device()
     assert (device.memory_total, device.memory_available) == (6 << 30, 3 << 30)
+
+
+# --- without torch -----------------------------------------------------------------------------
+
+
+def test_a_machine_without_a_driver_is_estimated_as_its_processor(tmp_path: Path) -> None:
+    assert detect.estimate_device(tmp_path).kind == "cpu"
+
+
+def test_a_board_is_estimated_with_its_gpu(tmp_path: Path) -> None:
+    (tmp_path / "dev" / "nvgpu" / "igpu0").mkdir(parents=True)
+    (tmp_path / "dev" / "nvgpu" / "igpu0" / "ctrl").touch()
+    device = detect.estimate_device(tmp_path)
+    assert (device.kind, device.integrated, device.fast_bf16) == ("cuda", True, True)
+    assert device.memory_total == detect.detect_cpu().memory_total
+
+
+def test_a_gpus_memory_is_its_drivers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import pynvml
+
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidia0").touch()
+    assert detect.estimate_device(tmp_path).kind in ("cpu", "cuda")  # here without a driver
+    memory = type("Memory", (), {"total": 24 * 2**30, "free": 20 * 2**30})
+    for name, value in {
+        "Init": None, "DeviceGetHandleByIndex": 1, "DeviceGetMemoryInfo": memory,
+        "DeviceGetCudaComputeCapability": (7, 5), "DeviceGetName": "T4",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(pynvml, f"nvml{name}", lambda *_, value=value: value)
+    device = detect.estimate_device(tmp_path)
+    assert (device.kind, device.name, device.fast_bf16) == ("cuda", "T4", False)
+    assert device.memory_available == 20 * 2**30 and not device.integrated
+
+
+def test_a_measured_speed_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path))
+    assert detect.remembered_flops("cpu", "fp32") is None
+    assert detect.measure_flops("cpu", "fp32") == detect.remembered_flops("cpu", "fp32")
+    assert detect.remembered_flops("cpu", "bf16") is None
+    for broken in ("[]", "{", '{"cpu fp32": "x"}', '{"cpu fp32": -1.0}'):
+        (tmp_path / "flops.json").write_text(broken)
+        assert detect.remembered_flops("cpu", "fp32") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,9 +199,16 @@ def test_json_schema_refuses_unknown_keys() -> None:
     assert not _accepts(SCHEMA, {"lora": {"x": 1}}, SCHEMA)
 
 
-def test_every_key_has_help() -> None:
-    texts = [field.description for field in recipes.fields().values()]
-    assert all(len(text) > 15 and text.endswith(".") for text in texts)
+def test_every_key_has_a_name_for_people_and_help() -> None:
+    for key, field in recipes.fields().items():
+        assert field.title and field.title != key and "_" not in field.title
+        assert len(field.description) > 15 and field.description.endswith(".")
+
+
+@pytest.mark.parametrize("path", recipes.shipped().values(), ids=list(recipes.shipped()))
+def test_a_shipped_recipe_begins_with_its_title_and_what_it_does(path: Path) -> None:
+    title, text = recipes.summary(path).split(": ", maxsplit=1)
+    assert 3 < len(title) < 30 and text.endswith(".")
 
 
 @pytest.mark.parametrize(

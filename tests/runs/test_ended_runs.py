@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_folders import copy_finished
 
 from jetson_ft.errors import UserError
 from jetson_ft.runs import manager, store
@@ -24,6 +25,22 @@ def test_describe_changes_title_or_notes_alone(light_runs: Any) -> None:
     }
     with pytest.raises(UserError, match="The title has 101 characters"):
         manager.set_title_and_notes(run, title="x" * 101)
+
+
+def test_reports_take_a_new_title(tmp_path: Path) -> None:
+    run = copy_finished(tmp_path, "20260101-000000-first")
+    report = (run.path / "report.json").read_bytes()
+    manager.set_title_and_notes(run, "<b>better")
+    html = (run.path / "report.html").read_text()
+    assert "<h1>&lt;b&gt;better</h1>" in html and f">{run.name}</div>" in html
+    assert (run.path / "report.md").read_text().startswith("# <b>better\n")
+    assert (run.path / "report.json").read_bytes() == report
+    manager.set_title_and_notes(run, "")
+    assert "<h1>first</h1>" in (run.path / "report.html").read_text()
+    for damaged in (b"{", report.replace(b'"versions"', b'"renamed"')):
+        (run.path / "report.json").write_bytes(damaged)
+        manager.set_title_and_notes(run, "later")
+        assert run.title() == "later" and "<h1>first</h1>" in (run.path / "report.html").read_text()
 
 
 def test_delete_removes_an_ended_run_and_refuses_a_live_one(light_runs: Any) -> None:

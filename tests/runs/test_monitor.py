@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_folders import evaluated_event, step_event
+from run_folders import copy_finished, evaluated_event, step_event
 
 from jetson_ft.errors import Message
-from jetson_ft.events import PhaseStarted, Warned
-from jetson_ft.runs import manager
+from jetson_ft.events import Generated, PhaseEnded, PhaseStarted, Warned
+from jetson_ft.runs import locks, manager
 from jetson_ft.runs.curve import Curve
 from jetson_ft.runs.event_log import EventLog
 from jetson_ft.runs.monitor import RunMonitor
@@ -136,9 +136,58 @@ def test_summary_has_the_newest_figures(run: Run) -> None:
     for number in range(1, 2000):
         log.emit(step_event(number, loss=3.0))
     summary = RunMonitor().summary(run)
-    assert (summary.name, summary.title, summary.state.state) == (run.name, run.name, "finished")
-    assert (summary.step, summary.total_steps, summary.seconds_left) == (1999, 100, 65.0)
-    assert summary.loss == 3.0
+    assert (summary.name, summary.title) == (run.name, "quickstart")
+    assert (summary.state.state, summary.stage) == ("finished", "done")
+    assert (summary.step, summary.total_steps, summary.seconds_left) == (1999, 100, None)
+    assert (summary.loss, summary.model, summary.rank, summary.rows) == (3.0, "embedded", 16, None)
+    assert summary.seconds == pytest.approx(10 / 180)
+
+
+def test_summary_names_the_stage_of_a_live_run(run: Run) -> None:
+    log, held = EventLog(run, 2), locks.lock(run.path / "worker.lock")
+    run.write_state("running", attempt=2)
+
+    def stage() -> tuple[str, float | None, float | None]:
+        summary = RunMonitor().summary(run)
+        return summary.stage, summary.share, summary.seconds_left
+
+    EventLog(run, 1).emit(step_event(50))  # of an attempt before
+    assert stage() == ("prepare", None, None)
+    log.emit(PhaseStarted(name="training"))
+    log.emit(step_event(60))
+    assert stage() == ("train", 0.6, 65.0)
+    run.write_state("stopping")
+    assert stage() == ("train", 0.6, None), "the time left is of a run that goes on"
+    run.write_state("running")
+    log.emit(step_event(100))
+    log.emit(PhaseEnded(name="training", seconds=9.0))
+    log.emit(PhaseStarted(name="comparison"))
+    log.emit(Generated(side="after", done=3, total=7))
+    assert stage() == ("measure", None, None), "it is not 100 % done"
+    assert held
+    held.close()
+
+
+def test_training_of_which_the_tail_has_no_beginning_is_recognised(run: Run) -> None:
+    run.write_state("stopped")
+    EventLog(run, 1).emit(step_event(60))
+    assert RunMonitor().summary(run).stage == "train"
+
+
+def test_progress_adds_the_time_of_the_attempts_stages(run: Run) -> None:
+    watcher = RunMonitor()
+    for attempt in (1, 2):
+        log = EventLog(run, attempt)
+        for name, seconds in (("libraries", 1.0), ("data", 2.0), ("training", 5.0)):
+            log.emit(PhaseStarted(name=name))
+            log.emit(PhaseEnded(name=name, seconds=seconds))
+    assert watcher.progress(run).stage_seconds == {"prepare": 3.0, "train": 5.0}
+
+
+def test_finished_runs_heldout_loss_is_the_adapters(run: Run) -> None:
+    finished = copy_finished(run.path.parent)
+    report = finished.report()["eval"]["after"]
+    assert RunMonitor().summary(finished).heldout_loss == report["loss"]
 
 
 def test_summary_is_read_again_after_a_change(run: Run) -> None:

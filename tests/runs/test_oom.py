@@ -89,6 +89,7 @@ def test_second_out_of_memory_fails_the_run(workbench: Any) -> None:
     assert workbench.work(run, FAULT_AT="step-3", FAULT=CUDA) == exit_status.EXIT_FAILED
     assert plan_of(run)["memory_limit_gb"] == limit
     assert "No plan takes less" in last_error(run).fix
+    assert oom.smaller_plan_settings(run) == []
 
 
 def test_on_oom_stop_fails_and_the_named_command_continues(workbench: Any) -> None:
@@ -99,6 +100,7 @@ def test_on_oom_stop_fails_and_the_named_command_continues(workbench: Any) -> No
     (command,) = re.findall(r"`(jetson-ft train [^`]+)`", error.fix)
     *_, resumed, _, override = shlex.split(command)
     assert Run(Path(resumed)).path == run.path
+    assert oom.smaller_plan_settings(run) == [override]
     granted = Recipe.model_validate({"train": {"max_memory_gb": float(override.split("=")[1])}})
     recipe = run.recipe()
     recipe.train.max_memory_gb = granted.train.max_memory_gb

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jetson_ft.runs.queue import QueueTicket, running_run
+from jetson_ft.runs.queue import QueueTicket, microseconds, running_run, waiting
 
 RUN = Path("/runs/a run")
 
@@ -35,6 +35,14 @@ def test_order_is_by_time_of_request_not_of_arrival() -> None:
     assert held
     held.close()
     assert late.try_take(RUN)
+
+
+def test_waiting_times_are_those_of_living_tickets(queue: Path) -> None:
+    tickets = [QueueTicket(2.5), QueueTicket(1.0)]
+    (queue / f"{0:020d}-of-a-dead-process").touch()
+    assert sorted(waiting()) == [1_000_000, 2_500_000]
+    tickets[0].cancel()
+    assert waiting() == [microseconds(1.0)]
 
 
 def test_equal_times_let_one_pass() -> None:

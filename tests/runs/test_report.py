@@ -108,6 +108,18 @@ def test_final_loss_is_the_mean_of_the_last_tenth(
     assert report["train"]["final_loss"] == expected
 
 
+def test_peak_memory_is_that_of_all_attempts(made: dict[str, Any], tmp_path: Path) -> None:
+    """Also of a step that a later attempt has made again in less memory."""
+    run = store.create_run(Recipe(output_dir=str(tmp_path)), "resumed")
+    for attempt, memory in ((1, 7 << 30), (2, 2 << 30)):
+        EventLog(run, attempt).emit(step_event(1, memory=memory))
+    report = summary.build_report(
+        run, Plan(micro_batch_tokens=0, checkpointing=False), TrainState(), exported_step=1,
+        **{key: made[key] for key in COPIED},
+    )  # fmt: skip
+    assert report["train"]["peak_memory_bytes"] == 7 << 30
+
+
 def test_distinct_warnings_of_all_attempts_are_in_json_text_and_page(
     made: dict[str, Any], tmp_path: Path
 ) -> None:

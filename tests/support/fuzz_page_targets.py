@@ -25,15 +25,15 @@ def _visitor() -> TestClient:
     from jetson_ft.chat.client import ChatClient
     from jetson_ft.errors import UserError
     from jetson_ft.runs import jobs, manager
-    from jetson_ft.webui import page, security
+    from jetson_ft.webui import page, previews, security
     from jetson_ft.webui.allowed_paths import AllowedPaths
     from jetson_ft.webui.security import AccessPolicy
-    from jetson_ft.webui.tabs import device, train
+    from jetson_ft.webui.tabs import device
 
     def refuse(*_arguments: Any, **_named: Any) -> Any:
         raise UserError("No process here.")
 
-    starts = ((train, "run_cli_json"), (device, "run_cli_json"), (manager, "launch"),
+    starts = ((previews, "run_json"), (device, "run_cli_json"), (manager, "launch"),
               (manager, "resume"), (jobs, "start"), (ChatClient, "generate"))  # fmt: skip
     for owner, name in starts:
         _opened.enter_context(mock.patch.object(owner, name, refuse))

@@ -70,21 +70,46 @@ def test_an_unchanged_fragment_is_not_sent_again(page: TestClient, root: Path) -
 def test_a_run_is_drawn_with_the_compared_runs(page: TestClient, root: Path) -> None:
     for name in ("20260101-000000-a", "20260102-000000-b"):
         make_run(root, name)
-    alone = page.get("/live/en/runs/20260101-000000-a").text
-    assert alone.count("<svg") == 5 and 'class="train c1"' not in alone
-    both = page.get(
-        "/live/en/runs/20260101-000000-a", params={"compared": "20260102-000000-b"}
-    ).text
-    assert 'class="train c1"' in both
-    gone = page.get("/live/en/runs/20260101-000000-a", params={"compared": "20260103-000000-c"})
-    assert gone.status_code == 200
+    address = "/live/en/runs/20260101-000000-a"
+    drawn = {"drawn": ["20260102-000000-b", "20260103-000000-gone", "20260101-000000-a"]}
+    both = page.get(address, params=drawn)
+    assert both.status_code == 200 and both.text.count('class="plot"') == 1
+    assert '<i class="c2"></i>a' in both.text and '<i class="c0"></i>b' in both.text
+    assert page.get(address, params=drawn | {"view": "charts"}).text.count('class="plot"') == 4
+    curves = page.get("/live/en/curves", params=drawn | {"view": "overview"})
+    assert [run["colour"] for run in curves.json()] == [0, 2]
+    again = {"If-None-Match": curves.headers["etag"]}
+    assert (
+        page.get("/live/en/curves", params=drawn | {"view": "overview"}, headers=again).status_code
+        == 304
+    )
+
+
+def test_what_live_and_watched_runs_do_is_one_short_answer(page: TestClient, root: Path) -> None:
+    make_run(root, "20260101-000000-ended")
+    assert page.get("/progress/en").json() == []
+    watched = {"watched": "20260101-000000-ended"}
+    (run,) = page.get("/progress/zh_CN", params=watched).json()
+    assert run == {"name": watched["watched"], "title": "ended", "is_live": False,
+                   "share": None, "state": "已完成"}  # fmt: skip
+
+
+def test_an_unchanged_run_of_a_changed_list_is_not_sent_again(page: TestClient, root: Path) -> None:
+    old = make_run(root, "20260101-000000-old")
+    first = page.get("/live/en/runs")
+    make_run(root, "20260102-000000-new")
+    time.sleep(1.1)
+    second = page.get("/live/en/runs", headers={"If-None-Match": first.headers["etag"]})
+    assert second.status_code == 200 and ">new<" in second.text and ">old<" not in second.text
+    assert f'id="run-{old.name}" data-run="{old.name}" data-same></li>' in second.text
+    assert ">old<" in page.get("/live/en/runs").text
 
 
 def test_titles_and_logs_are_escaped(page: TestClient, root: Path) -> None:
     run = make_run(root, "20260101-000000-a")
     (run.path / "log.txt").write_text("<script>alert(1)</script>\n")
     assert page.post(f"/runs/{run.name}/about", json={"title": "<b>x"}).json() == {"done": True}
-    for address in ("/live/en/runs", f"/live/en/runs/{run.name}"):
+    for address in ("/live/en/runs", f"/live/en/runs/{run.name}/head"):
         html = page.get(address).text
         assert "&lt;b&gt;x" in html and "<b>x" not in html and "<script" not in html
 
@@ -95,7 +120,8 @@ def test_a_damaged_run_is_listed_with_the_others(page: TestClient, root: Path) -
     (bad.path / "state.json").write_text("{")
     html = page.get("/live/en/runs").text
     assert "20260101-000000-a" in html and "damaged" in html
-    assert page.get(f"/live/en/runs/{bad.name}").status_code == 200
+    for address in ("", "/head", "?view=charts", "?view=log", "?view=settings", "?view=samples"):
+        assert page.get(f"/live/en/runs/{bad.name}{address}").status_code == 200
 
 
 @pytest.mark.slow
@@ -106,28 +132,32 @@ def test_phase_reason_and_warning_are_in_the_pages_language(page: TestClient, ro
     warning = Message("{fault}; the checkpoint before it is used", {"fault": fault})
     log.emit(Warned.of_message(warning))
     run.write_state("failed", Message("ended with code {code}; see log.txt", {"code": 7}))
-    chinese = page.get(f"/live/zh_CN/runs/{run.name}").text
+
+    def shown(language: str) -> str:
+        address = f"/live/{language}/runs/{run.name}"
+        return " ".join((page.get(f"{address}/head").text + page.get(address).text).split())
+
+    chinese = shown("zh_CN")
     assert "以代码 7 退出，详见 log.txt" in chinese and "缺少 /x/step-3/a；改用" in chinese
-    english = page.get(f"/live/en/runs/{run.name}").text
+    english = shown("en")
     assert "ended with code 7" in english and "is missing; the checkpoint before" in english
+    log = EventLog(run, 2)
     log.emit(PhaseStarted(name="model files"))
     held = locks.lock(run.path / "worker.lock")
     run.write_state("running", attempt=2)
     time.sleep(1.1)  # a fragment is rendered once per second
-    resumed = page.get(f"/live/zh_CN/runs/{run.name}").text
-    assert "准备中：获取模型文件" in resumed
+    resumed = shown("zh_CN")
+    assert ">准备中<" in resumed and "获取模型文件" in resumed
     log.emit(Download(file="a", done=312_500_000, total=2_836_000_000, seconds_left=65.0))
     time.sleep(1.1)
-    fetching = " ".join(page.get(f"/live/zh_CN/runs/{run.name}").text.split())
-    assert "获取模型文件 · 已下载 312 / 2,836 MB · 剩余 1 分 05 秒" in fetching
+    assert "获取模型文件 · 已下载 312 / 2,836 MB · 剩余 1 分 05 秒" in shown("zh_CN")
     assert "缺少" not in resumed  # an earlier attempt's warning
     paused = Paused(step=1, temperature=90.0, limit=85.0, until=80.0)
     ended = PauseEnded(step=1, temperature=80.0, seconds=9.0)
-    for event, shown in ((paused, True), (ended, False)):
+    for event, is_paused in ((paused, True), (ended, False)):
         log.emit(event)
         time.sleep(1.1)
-        html = page.get(f"/live/zh_CN/runs/{run.name}").text
-        assert ("已暂停，等待降温" in html) == shown
+        assert ("已暂停，等待降温" in shown("zh_CN")) == is_paused
     assert held
     held.close()
 

@@ -57,6 +57,9 @@ def test_a_comparison_offers_the_own_base_and_no_model_twice(run: Run, tmp_path:
     assert compared[0] == ("no comparison", NONE)
     assert compared[1][1] == OWN_BASE and compared[1][0].endswith("(base)")
     assert run.name not in [name for _label, name in compared]
+    (run.path / "recipe.yaml").write_text("version: 1\nmodel: embedded\n")
+    compared = models(tmp_path).compared_choices(run.name)
+    assert compared[1] == (EMBEDDED, OWN_BASE) and BASE not in [name for _label, name in compared]
     assert OWN_BASE not in [name for _label, name in models(tmp_path).compared_choices(BASE)]
 
 

@@ -172,6 +172,8 @@ def test_after_a_stop_both_panes_have_the_same_questions(tmp_path: Path) -> None
     page.send("q")
     assert page.turns() == [[("q", "A")], [("q", "")]]
     assert read_turns(page.panes[0])[0].note.endswith("stopped")
+    for _composer, _pane, waiting, _status in page.outputs[:-1]:
+        assert [message["role"] for message in waiting] == ["user"], "it may still be answered"
     page.client.calls = [reply("B")]
     page.press("proceed", event(1))
     assert page.turns() == [[("q", "A")], [("q", "B")]]

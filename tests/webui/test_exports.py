@@ -54,17 +54,19 @@ def make_export(run: Run, name: str, files: dict[str, bytes], check: Any = None)
 
 
 def detail(page: TestClient, run: Run, language: str = "en") -> str:
-    """Return the run's fragment, newly rendered, with single spaces."""
-    return " ".join(page.get(f"/live/{language}/runs/{run.name}").raise_for_status().text.split())
+    """Return the view of the run's exports, newly rendered, with single spaces."""
+    answer = page.get(f"/live/{language}/runs/{run.name}?view=export").raise_for_status()
+    return " ".join(answer.text.split())
 
 
 def test_a_run_without_an_adapter_shows_nothing_to_export(
     page: TestClient, light_jobs: LightJobs
 ) -> None:
     run = light_jobs.run()
-    assert 'class="after"' in detail(page, run)
+    assert "/adapter.zip" in detail(page, run) and 'id="start-export"' in detail(page, run)
     run.adapter.rmdir()
-    assert 'class="after"' not in detail(page, run)
+    html = detail(page, run)
+    assert "<form" not in html and "A finished run can be exported" in html
     for action, body in (("export", {"choice": "merged"}), ("serve", {})):
         answer = page.post(f"/runs/{run.name}/{action}", json=body)
         assert answer.status_code == 422 and "no adapter yet" in answer.json()["what"]
@@ -149,8 +151,9 @@ def test_an_export_is_listed_downloaded_and_deleted(
     folder = make_export(run, "gguf-q8_0", files)
     make_export(run, "lora", {"b.gguf": b"GGUF"}, {"schema": 1, "checked": False})
     html = detail(page, run)
-    assert "same text 19/20 · 1.873 → 1.874 bits per character" in html
-    assert '<span class="check worse">not checked</span>' in html
+    assert "✓ same text 19/20 · 1.873 → 1.874 bits per character" in html
+    assert "<b>GGUF q8_0</b>" in html and "<b>Adapter as GGUF</b>" in html
+    assert '<span class="chip warn">not checked</span>' in html
     assert f"ollama create {run.name}-q8_0 -f {folder}/Modelfile" in html
     assert html.count("ollama create") == 1
     assert f'href="/runs/{run.name}/exports/gguf-q8_0/a.gguf" download' in html
@@ -166,7 +169,7 @@ def test_an_export_is_listed_downloaded_and_deleted(
     jobs.stop(run, "serve")
     wait_for(lambda: not jobs.is_live(run, "serve"))
     assert page.post(address).json() == {"done": True}
-    assert not folder.exists() and "q8_0</b>" not in detail(page, run)
+    assert not folder.exists() and "delete-gguf-q8_0" not in detail(page, run)
     assert page.post(address).status_code == 422
 
 
@@ -230,13 +233,11 @@ def test_a_server_shows_its_address_and_hides_its_key(
 
 
 def test_each_log_keeps_open_by_a_class_of_its_own(page: TestClient, light_jobs: LightJobs) -> None:
-    """The page reopens `details.CLASS` after it has swapped the fragment."""
     run = light_jobs.run()
-    (run.path / "log.txt").write_text("of the run")
     light_jobs.start(run)
     light_jobs.start(run, "server", "serve")
     classes = re.findall(r'<details class="(.*?)"', detail(page, run))
-    assert {"log-run", "log-export", "log-serve"} <= set(classes)
+    assert {"log-export", "log-serve"} <= set(classes)
     assert len(classes) == len(set(classes)) and " " not in "".join(classes)
 
 
@@ -300,7 +301,7 @@ def test_a_job_goes_on_without_the_pages_server(light_jobs: LightJobs, tmp_path:
     command = light_jobs.command(run)
     served.kill()
     served = Served(tmp_path, port=served.port)
-    answer = served.get(f"/live/en{address}")
+    answer = served.get(f"/live/en{address}?view=export")
     assert answer and "Exporting" in answer.text and command.is_running()
     httpx.post(f"{served.base}{address}/jobs/export/stop").raise_for_status()
     light_jobs.wait(run, "stopped")

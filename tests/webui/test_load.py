@@ -58,11 +58,17 @@ def poll(base: str, until: float, name: str) -> None:
     known: dict[str, str] = {}
     with httpx.Client(base_url=base) as client:
         while True:
-            for path in (f"/live/en/runs?chosen={name}", f"/live/en/runs/{name}?chosen={name}"):
+            is_changed = False
+            for path in (
+                f"runs?chosen={name}&drawn={name}", f"runs/{name}/head?view=overview",
+                f"runs/{name}?view=overview&drawn={name}", f"curves?view=overview&drawn={name}",
+            ):  # fmt: skip
+                if path.startswith("curves") and not is_changed:
+                    continue
                 headers = {"If-None-Match": known[path]} if path in known else {}
-                answer = client.get(path, headers=headers)
+                answer = client.get(f"/live/en/{path}", headers=headers)
                 assert answer.status_code in (200, 304)
-                known[path] = answer.headers["etag"]
+                known[path], is_changed = answer.headers["etag"], answer.status_code == 200
             if time.monotonic() + REFRESH > until:
                 return
             time.sleep(REFRESH)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from run_folders import make_run
 
-from jetson_ft.errors import Message, UserError, messages_as_json
+from jetson_ft.errors import Message, UserError
 from jetson_ft.i18n import duration
 from jetson_ft.webui.fragments import Fragments
-from jetson_ft.webui.render import Locale, preferred_language, render, request_language
+from jetson_ft.webui.render import Locale, preferred_language, request_language
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_a_response_has_the_language_of_its_page(
 def test_texts_messages_and_errors_are_put_into_the_language() -> None:
     t = Locale("zh_CN")
     assert t.tag == "zh-CN"
-    assert t("step {step}", step=3) == t(Message("step {step}", {"step": 3})) == "第 3 步"
+    assert t("step {step:,}", step=3) == t(Message("step {step:,}", {"step": 3})) == "第 3 步"
     assert t(UserError("File not found.")) == "没有这个文件。"
     assert t(duration(3725)) == "1 小时 02 分"
 
@@ -63,26 +62,10 @@ def test_a_language_without_catalogue_becomes_english(language: str) -> None:
     assert t.language == "en" and t(duration(245)) == "4 min 05 s"
 
 
-@pytest.mark.parametrize("warning", [Message("<{limit}> positions", {"limit": 64}), None])
-def test_warning_and_notices_of_a_dry_run_are_shown(warning: Message | None) -> None:
-    notice = Message("{count} rows <gone>", {"count": 9}).as_json()
-    shown: dict[str, Any] = messages_as_json(warning=warning) if warning else {"warning": None}
-    result = {
-        "rows": {"train": {"rows": 9, "notices": []}, "heldout": {"rows": 1, "notices": [notice]},
-                 "read": {"sources": []}},
-        "tokens": 90, "steps": 3,
-        "forecast": {"plan": None, "memory_bytes": 2**30, "least_memory_bytes": 2**20,
-                     "would_fit": []},
-    }  # fmt: skip
-    html = render("plan.jinja", Locale("zh_CN"), **result, **shown)
-    assert ("⚠ &lt;64&gt; positions" in html) is bool(warning)
-    assert "⚠ 9 rows &lt;gone&gt;" in html
-
-
 def test_report_without_a_comparison_is_linked(tmp_path: Path) -> None:
     run = make_run(tmp_path, "uncompared")
     link = f'href="/runs/{run.name}/report.html"'
-    assert link not in Fragments(tmp_path).run_detail("en", run.name, ())
+    assert link not in Fragments(tmp_path).run_head("en", run.name, "overview")
     (run.path / "report.json").write_text(json.dumps({"eval": None}))
     (run.path / "report.html").write_text("<p>")
-    assert link in Fragments(tmp_path).run_detail("en", run.name, ())
+    assert link in Fragments(tmp_path).run_head("en", run.name, "overview")

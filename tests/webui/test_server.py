@@ -82,7 +82,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 @pytest.mark.slow
 def test_each_language_is_served_without_torch(served: Served) -> None:
-    for language, word in (("en", "What will happen?"), ("zh_CN", "开始训练")):
+    for language, word in (("en", "Upload a recipe file"), ("zh_CN", "开始训练")):
         page = served.get(f"/{language}/")
         assert page is not None and page.status_code == 200
         assert word in page.text or word.encode("unicode_escape").decode() in page.text

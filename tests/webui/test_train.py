@@ -1,185 +1,159 @@
-"""The train tab: the form, its previews and its exports."""
+"""The Train tab's form: from values to a recipe and back, its mistakes, its command."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.requests import Request
 
 from jetson_ft import recipe as recipes
-from jetson_ft.errors import Message, UserError
+from jetson_ft.errors import RecipeError
+from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
 from jetson_ft.webui.gradio_import import gr
-from jetson_ft.webui.render import Locale, render
-from jetson_ft.webui.tabs import train
+from jetson_ft.webui.render import Locale
+from jetson_ft.webui.tabs.train_form import FIELDS, FIRST, Form, command_of, form_values
 
 
 @pytest.fixture
-def form(tmp_path: Path) -> Any:
-    return train.Form(Locale("zh_CN"), tmp_path)
+def form(tmp_path: Path) -> Form:
+    return Form(Locale("en"), tmp_path)
 
 
-def values(**changed: Any) -> list[Any]:
-    shown = train._form_values(recipes.load_recipe("quickstart-zh"))
-    return [{**shown, **changed}[key] for key in train._ORDER]
+def values(name: str = FIRST, **changed: Any) -> list[Any]:
+    shown = form_values(recipes.load_recipe(name))
+    return [{**shown, **changed}[key] for key in Form.ORDER]
 
 
-def test_mistakes_are_shown_at_their_fields_in_the_pages_language(form: Any) -> None:
-    outcome, *marks = form.plan(*values(**{"lora.rank": "x", "lora.dropout": "2"}))
-    assert "请修改标出的字段" in outcome
-    wrong = [mark["info"] for mark in marks if mark["elem_classes"] == ["mistake"]]
-    assert wrong == [
-        '⚠ `lora.rank`：必须是整数，不能是 "x"',
-        "⚠ `lora.dropout`：必须小于 1，现在是 2",
-    ]
+def mistakes_of(form: Form, **changed: Any) -> dict[str, Any]:
+    with pytest.raises(RecipeError) as error:
+        form.recipe(values(**changed))
+    (text,) = form.mistakes(error.value, focus=True)
+    marks: dict[str, Any] = json.loads(text)
+    assert marks["focus"] is True
+    return dict(marks["mistakes"])
 
 
-def test_a_run_that_can_not_start_shows_its_error(form: Any, tmp_path: Path) -> None:
-    outcome, started, ticket, *_ = form.start("t", "", *values(**{"data.train": "none.jsonl"}))
-    assert "没有这个数据文件。" in outcome and "位置：" in outcome and "none.jsonl" in outcome
-    assert "办法：" in outcome and "`data.train` 可以是" in outcome
-    assert (started, ticket) == ("", "t") and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", list(recipes.shipped()))
+def test_the_form_of_a_recipe_is_that_recipe(name: str, form: Form) -> None:
+    loaded = recipes.load_recipe(name, [f"output_dir={form.runs}"])
+    assert form.recipe(values(name)) == loaded
+    updates = form.updates(loaded)
+    assert [update["value"] for update in updates] == values(name)
 
 
-@pytest.mark.parametrize(
-    ("stdout", "text"),
-    [
-        (json.dumps({"error": UserError("Out of memory.", "<x>").as_json()}),
-         "内存不足。\n  位置：    &lt;x&gt;"),
-        ("", "Killed"), ("{}", "Killed"), ("[]", "Killed"), ("oops", "Killed"),
-    ],
-)  # fmt: skip
-def test_a_failed_dry_run_shows_its_error_in_the_pages_language(
-    stdout: str, text: str, form: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = subprocess.CompletedProcess([], 2, stdout, "Killed\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
-    outcome, *_ = form.plan(*values())
-    assert outcome == f'<div class="complaint" role="alert">{text}</div>'
+def test_mistakes_are_in_the_forms_words(tmp_path: Path) -> None:
+    changed = {"lora.rank": None, "lora.dropout": 2, "data.train": "[a, {source: b, share: 2}]"}
+    assert mistakes_of(Form(Locale("en"), tmp_path), **changed) == {
+        "lora.rank": "must be a whole number, not empty",
+        "lora.dropout": "must be less than 1, not 2",
+        "data.train": "must be at most 1, not 2",
+    }
+    both = "[{source: b, share: 1, rows: 2}]"
+    for language in ("en", "zh_CN"):
+        shown = mistakes_of(Form(Locale(language), tmp_path), **{"data.train": both, "model": ""})
+        assert set(shown) == {"data.train", "model"}
+        for text in shown.values():
+            assert not {"`", "--set", "null", str(tmp_path)} & {*text.split(), *text}
+    assert mistakes_of(Form(Locale("zh_CN"), tmp_path), **{"lora.rank": 0}) == {
+        "lora.rank": "不能小于 1，现在是 0"
+    }
 
 
-def test_a_data_file_with_a_dash_first_is_no_option(form: Any) -> None:
-    outcome, *_ = form.inspect(*values(**{"data.train": "--help"}))
-    assert "没有这个数据文件。" in outcome and "--help" in outcome
+def test_no_mistakes_clear_the_marks_and_the_same_ones_are_shown_again(form: Form) -> None:
+    assert json.loads(form.mistakes(None)[0])["mistakes"] == {}
+    assert form.mistakes(None) != form.mistakes(None)  # else its box would have no event
 
 
-def test_an_upload_that_can_not_be_stored_raises(form: Any, tmp_path: Path) -> None:
-    (tmp_path / "uploads").write_text("")
-    with pytest.raises(gr.Error, match="需要文件夹的位置上是一个文件"):
-        form.store_upload(str(tmp_path / "rows.jsonl"))
+def test_an_empty_field_stands_for_null(form: Form) -> None:
+    recipe = form.recipe(values(**{"train.max_minutes": None, "data.chat_template": ""}))
+    assert recipe.train.max_minutes is None and recipe.data.chat_template is None
 
 
-def test_the_exported_command_and_recipe_equal_the_form(tmp_path: Path) -> None:
-    form = train.Form(Locale("en"), tmp_path)
-    command, yaml = form.export(
-        "quickstart-zh", *values(**{"lora.rank": "4", "data.train": "a b.json"})
-    )
-    arguments = shlex.split(command.replace("\\\n", ""))
-    assert arguments[:3] == ["jetson-ft", "train", "quickstart-zh"]
+def test_an_empty_alpha_follows_the_rank(form: Form) -> None:
+    assert form_values(recipes.load_recipe(FIRST))["lora.alpha"] is None
+    assert form.recipe(values(**{"lora.rank": 4})).lora.alpha == 8
+    assert form_values(recipes.load_recipe(FIRST, ["lora.alpha=7"]))["lora.alpha"] == 7
+
+
+def test_the_command_equals_the_form(form: Form) -> None:
+    recipe = form.recipe(values(**{"lora.rank": 4, "data.train": "a b.json"}))
+    arguments = shlex.split(command_of(recipe, FIRST).replace("\\\n", ""))
+    assert arguments[:3] == ["jetson-ft", "train", FIRST]
     sets = [word for word in arguments[3:] if word != "--set"]
-    # Named, as the default would follow the rank.
-    alpha = f"lora.alpha={recipes.load_recipe('quickstart-zh').lora.alpha}"
-    assert set(sets) == {"lora.rank=4", alpha, "data.train=a b.json", f"output_dir={tmp_path}"}
-    assert recipes.load_recipe("quickstart-zh", sets) == recipes.parse_recipe(yaml)
-    assert form.export("quickstart-zh", *values(**{"lora.rank": "x"}))[0] == form.t(train._MISTAKES)
+    assert set(sets) == {"lora.rank=4", "data.train=a b.json", f"output_dir={form.runs}"}
+    assert recipes.load_recipe(FIRST, sets) == recipe
+    kept = form.recipe(values(**{"lora.rank": 4, "lora.alpha": 32}))  # the default would follow
+    assert "--set lora.alpha=32.0" in command_of(kept, FIRST)
+    # A recipe of which the machine has no file by that name: the first one with all that differs.
+    assert command_of(recipe, "mine; rm") == command_of(recipe, FIRST)
 
 
 @pytest.mark.parametrize(
     "text",
     ["a.json, b c.jsonl", "a.json\nb c.jsonl\n", "a.json，b c.jsonl", "[a.json, b c.jsonl]"],
 )
-def test_several_sources_are_written_with_commas_or_a_line_each(tmp_path: Path, text: str) -> None:
-    form = train.Form(Locale("en"), tmp_path)
-    command, yaml = form.export("quickstart-zh", *values(**{"data.train": text}))
-    assert recipes.parse_recipe(yaml).data.train == ["a.json", "b c.jsonl"]
-    assert "--set 'data.train=[a.json, b c.jsonl]'" in command
+def test_several_sources_are_written_with_commas_or_a_line_each(form: Form, text: str) -> None:
+    recipe = form.recipe(values(**{"data.train": text}))
+    assert recipe.data.train == ["a.json", "b c.jsonl"]
+    assert "--set 'data.train=[a.json, b c.jsonl]'" in command_of(recipe, FIRST)
 
 
-def test_sources_with_shares_fill_the_form_and_are_read_back(tmp_path: Path) -> None:
-    form = train.Form(Locale("en"), tmp_path)
-    path = tmp_path / "mine.yaml"
-    path.write_text("data:\n  train:\n  - 'a, b.json'\n  - {source: c, share: 0.5}\n")
-    _outcome, *fields = form.load(str(path))
-    text = fields[train._ORDER.index("data.train")]["value"]
+def test_sources_with_shares_are_text_that_is_read_back(form: Form) -> None:
+    sources = ["a, b.json", {"source": "c", "share": 0.5}]
+    recipe = Recipe.model_validate({"data": {"train": sources}})
+    text = form_values(recipe)["data.train"]
     assert text == "['a, b.json', {source: c, share: 0.5}]"
-    _command, yaml = form.export("quickstart-zh", *values(**{"data.train": text}))
-    assert recipes.parse_recipe(yaml).data.train == recipes.load_recipe(path).data.train
+    assert form.recipe(values(**{"data.train": text})).data.train == recipe.data.train
 
 
-def test_a_mistake_in_a_list_of_sources_is_shown_at_the_field(form: Any) -> None:
-    _outcome, *fields = form.plan(*values(**{"data.train": "[a, {source: b, share: 2}]"}))
-    info = fields[train._ORDER.index("data.train")]["info"]
-    assert info.startswith("⚠ `data.train[1].share`：")
+def test_a_file_whose_name_has_a_comma_is_one_source(form: Form, tmp_path: Path) -> None:
+    path = tmp_path / "a, b.json"
+    path.touch()
+    assert form.recipe(values(**{"data.train": str(path)})).data.train == str(path)
 
 
-def test_a_file_whose_name_has_a_comma_is_one_source(tmp_path: Path) -> None:
-    (tmp_path / "a, b.json").touch()
-    form = train.Form(Locale("en"), tmp_path)
-    path = str(tmp_path / "a, b.json")
-    _command, yaml = form.export("quickstart-zh", *values(**{"data.train": path}))
-    assert recipes.parse_recipe(yaml).data.train == path
+@given(key=st.sampled_from([*FIELDS]), value=st.none() | st.text() | st.floats() | st.booleans())
+def test_any_value_makes_a_recipe_or_a_mistake_at_a_field(key: str, value: Any) -> None:
+    form = Form(Locale("en"), Path("/nowhere"))
+    try:
+        form.recipe(values(**{key: value}))
+    except RecipeError as error:
+        assert set(json.loads(form.mistakes(error)[0])["mistakes"]) <= {key, ""}
 
 
-def test_an_inspection_of_several_sources_tells_the_part_of_each(tmp_path: Path, form: Any) -> None:
-    rows = [{"question": f"q{n}", "answer": "a"} for n in range(4)]
-    for name in ("a.json", "b.json"):
-        (tmp_path / name).write_text(json.dumps(rows[: 3 if name == "a.json" else 4]))
-    text = f"[{tmp_path}/a.json, {{source: {tmp_path}/b.json, rows: 4}}]"
-    outcome, *_ = form.inspect(*values(**{"data.train": text}))
-    assert f"{tmp_path}/a.json：读取 3 条，使用 3 条" in outcome
-    assert f"{tmp_path}/b.json：读取 4 条，使用 1 条" in outcome
-    assert "略去：3 条与前面来源重复的数据" in outcome
-
-
-def test_an_uploaded_recipe_fills_the_form(form: Any, tmp_path: Path) -> None:
+def test_an_uploaded_recipe_is_handed_to_the_browser(form: Form, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("version: 1\nlora:\n  rank: 3\n")
-    outcome, *fields = form.load(str(path))
-    assert outcome == "" and fields[train._ORDER.index("lora.rank")]["value"] == "3"
+    outcome, text = form.load(str(path))
+    loaded = json.loads(text)
+    assert (outcome, loaded["title"], loaded["values"]["lora.rank"]) == ("", "mine", 3)
+    assert set(loaded["values"]) == set(Form.ORDER)
     path.write_text("version: 1\nlora:\n  rnak: 3\n")
-    outcome, *fields = form.load(str(path))
-    assert "lora.rank" in outcome and all(field == gr.skip() for field in fields)
+    outcome, text = form.load(str(path))
+    assert "lora.rank" in outcome and text == ""
 
 
-def test_an_address_with_copy_fills_the_form(tmp_path: Path) -> None:
-    form = train.Form(Locale("en"), tmp_path)
-    run = store.create_run(
-        recipes.load_recipe("quickstart-zh", ["lora.rank=5", f"output_dir={tmp_path}"]), "x"
-    )
+def test_an_address_with_copy_hands_a_runs_settings_to_the_browser(form: Form) -> None:
+    sets = ["lora.rank=5", f"output_dir={form.runs}"]
+    run = store.create_run(recipes.load_recipe(FIRST, sets), "x")
     run.write_state("finished")
 
     def open_address(query: str) -> Any:
         scope = {"type": "http", "query_string": query.encode(), "headers": []}
         return form.open_address(gr.Request(Request(scope)))
 
-    outcome, tabs, *fields = open_address(f"copy={run.name}")
-    assert run.name in outcome and tabs.selected == "train"
-    assert fields[train._ORDER.index("lora.rank")]["value"] == "5"
-    assert "no run" in open_address("copy=../x")[0] or "name" in open_address("copy=../x")[0]
-    assert open_address(f"run={run.name}")[1].selected == "runs"
-    assert open_address("")[1] == gr.skip()
-
-
-def test_an_inspection_marks_the_trained_text() -> None:
-    result = {
-        "sources": [{"name": "a.json", "read": {
-            "rows_read": 3, "rows_kept": 2, "layout": "alpaca", "encoding": "utf-8",
-            "duplicates": 0,
-            "dropped": {"no answer": {"count": 1, "where": ["line 2"],
-                                      "message": Message("no answer").as_json(),
-                                      "places": [Message("line {line}", {"line": 2}).as_json()]}},
-        }}],
-        "tokens": {"tokens": 50, "supervised_tokens": 20, "tokens_per_character": 1.5,
-                   "truncated": 0, "lengths": {"p50": 10, "p90": 20, "p99": 30, "max": 31}},
-        "max_length": 1024, "previews": [[["<b>question", False], ["answer", True]]],
-    }  # fmt: skip
-    html = render("inspection.jinja", Locale("en"), **result)
-    assert '<pre class="tokens">&lt;b&gt;question<mark>answer</mark></pre>' in html
-    assert "2 of 3 rows" in html and "no answer (line 2)" in html
-    assert "<b>" not in html
-    assert "没有回答（第 2 行）" in render("inspection.jinja", Locale("zh_CN"), **result)
+    outcome, text, tabs = open_address(f"copy={run.name}")
+    loaded = json.loads(text)
+    assert outcome == "" and tabs.selected == "train"
+    assert loaded["title"] == run.title() and loaded["values"]["lora.rank"] == 5
+    outcome, text, _tabs = open_address("copy=../x")
+    assert "complaint" in outcome and text == ""
+    assert open_address(f"run={run.name}")[2].selected == "runs"
+    assert open_address("")[2] == gr.skip()

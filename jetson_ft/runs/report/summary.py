@@ -16,10 +16,11 @@ from jetson_ft.errors import Message, _
 from jetson_ft.events import Evaluated, Event, PauseEnded, Sensors, Step, Warned
 from jetson_ft.files import printable, printable_value, write_atomic, write_json
 from jetson_ft.i18n import duration, languages, translator
-from jetson_ft.runs.contents import SCHEMA
+from jetson_ft.runs.contents import SCHEMA, DamagedRun
 from jetson_ft.runs.curve import Curve
+from jetson_ft.runs.event_reader import iter_events
 from jetson_ft.runs.report import chart, figures
-from jetson_ft.runs.store import Run
+from jetson_ft.runs.store import Run, short_titles
 
 if TYPE_CHECKING:
     from jetson_ft.training.planner import Plan
@@ -40,7 +41,7 @@ _SLOWDOWNS = {
     "oc2": _("Power: the mean current rose too high (oc2: {count:,}); this lowers the clocks."),
     "oc3": _("Power: the current peaked too high (oc3: {count:,}); this lowers the clocks."),
 }
-_ROLES = {
+ROLES = {
     "user": _("user"), "assistant": _("assistant"), "system": _("system"), "tool": _("tool"),
     "text": _("beginning of the text"),
 }  # fmt: skip
@@ -49,10 +50,27 @@ _ROLES = {
 def write_report(run: Run, report: dict[str, Any]) -> None:
     """Write the three reports, from the content of report.json."""
     write_json(run.path / "report.json", report)
-    write_atomic(run.path / "report.md", render_markdown(run.name, report))
-    write_atomic(
-        run.path / "report.html", render_html(run.name, report, run.iter_events(Step, Evaluated))
-    )
+    _write_readable(run, report)
+
+
+def retitle_report(run: Run) -> None:
+    """Write `report.md` and `report.html` again with the run's present title.
+
+    They stay as they are where `report.json` is missing or can't be used.
+    """
+    from jinja2 import TemplateError
+
+    # Not all that the texts need is checked as the file is read.
+    with suppress(DamagedRun, TemplateError, LookupError, TypeError, ValueError):
+        _write_readable(run, run.report())
+
+
+def _write_readable(run: Run, report: dict[str, Any]) -> None:
+    """Write `report.md` and `report.html`, whose heading is the run's title."""
+    (title,), created = short_titles([run]), (run.path / "report.json").stat().st_mtime
+    html = render_html(title, report, run.iter_events(Step, Evaluated), created, run.name)
+    write_atomic(run.path / "report.md", render_markdown(title, report))
+    write_atomic(run.path / "report.html", html)
 
 
 def build_report(
@@ -64,11 +82,12 @@ def build_report(
         exported_step: the step whose weights the adapter has.
         parts: the keys that run, plan and state don't give, with their values.
     """
-    recipe, losses, peak_memory = run.recipe(), array("d"), 0
+    recipe, losses = run.recipe(), array("d")
     for step in run.iter_events(Step):
-        peak_memory = max(peak_memory, step.memory)
         if step.loss is not None:
             losses.append(step.loss)
+    # Of all attempts, with the steps that a later attempt has made again.
+    peak_memory = max((step.memory for step in iter_events(run.events_file, Step)), default=0)
     last = losses[-max(1, round(len(losses) / 10)) :]
     warnings: dict[str, Any] = {}
     for event in run.iter_events(Warned):
@@ -182,21 +201,30 @@ def _sources(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def sample_pairs(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the sample conversations, with the replies of both models."""
+    """Return the sample conversations, with the replies of both models.
+
+    `before_ended` and `after_ended` are false where a reply was cut off at `eval.max_new_tokens`.
+    """
     if not report["eval"]:
         return []
     before, after = (report["eval"][side]["samples"] for side in ("before", "after"))
     return [
-        {**old, "before": old["reply"], "after": new["reply"]}
+        {
+            **old,
+            "before": old["reply"],
+            "after": new["reply"],
+            "before_ended": old.get("ended", True),  # not in reports of older runs
+            "after_ended": new.get("ended", True),
+        }
         for old, new in zip(before, after, strict=True)
     ]
 
 
-def render_markdown(name: str, report: dict[str, Any]) -> str:
+def render_markdown(title: str, report: dict[str, Any]) -> str:
     """Return the report as text for people."""
     train = report["train"]
     lines = [
-        f"# {name}",
+        f"# {title}",
         "",
         f"{report['model']} ({report['precision']}), {train['steps']} steps, "
         f"{train['tokens']:,} tokens in {duration(train['seconds'])} "
@@ -263,11 +291,19 @@ def _quoted(title: str, text: str) -> str:
     return f"**{title}**\n\n{body}\n"
 
 
-def render_html(name: str, report: dict[str, Any], events: Iterable[Event]) -> str:
+def render_html(
+    title: str,
+    report: dict[str, Any],
+    events: Iterable[Event],
+    created: float | None = None,
+    name: str = "",
+) -> str:
     """Return the report as one page that fetches nothing: no script, font or picture.
 
     Args:
         events: whose losses are drawn.
+        created: when the run was measured, in seconds since 1970; None: now.
+        name: the run's, shown where it isn't the title.
     """
     from jinja2 import Environment, FileSystemLoader
 
@@ -287,7 +323,8 @@ def render_html(name: str, report: dict[str, Any], events: Iterable[Event]) -> s
     return environment.get_template("report.html.jinja").render(
         _=_in_every_language,
         languages={_html_tag(language): own for language, own in languages().items()},
-        name=name,
+        title=title,
+        name=name if name != title else "",
         report=report,
         train=report["train"],
         metrics=figures.metric_rows(report),
@@ -299,9 +336,9 @@ def render_html(name: str, report: dict[str, Any], events: Iterable[Event]) -> s
         chart=chart.losses(train.points(_MAX_POINTS), heldout.points(_MAX_POINTS)),
         notes=initial_adapter_note(report),
         warnings=_warnings(report),
-        roles=_ROLES,
+        roles=ROLES,
         duration=duration,
-        created=time.strftime("%Y-%m-%d %H:%M"),
+        created=time.strftime("%Y-%m-%d %H:%M", time.localtime(created)),
     )
 
 

@@ -44,6 +44,7 @@ const plain = (messages) =>
 
 // Remembers what the page shows, after each change of a pane.
 function keep(first, second, ...messages) {
+  if (pending) return; // the page is about to show another one
   const panes = messages.map(plain);
   requestAnimationFrame(() => panes.forEach(showNotes));
   const id = panes[0].length ? (shown?.id ?? Date.now().toString(36)) : null;
@@ -243,8 +244,18 @@ document.addEventListener("keydown", (event) => {
   if (isComposing && event.target.closest?.("#chat")) event.stopPropagation();
 }, true);
 
+// Gradio calls its buttons of questions to begin with a list, which may have no buttons.
+const relabel = new MutationObserver(() => {
+  for (const list of document.querySelectorAll("#chat-panes .examples[role=list]")) list.role = "group";
+});
+
 addEventListener("resize", fit);
-onTabShown("chat", () => requestAnimationFrame(() => (fit(), showHistory())));
+onTabShown("chat", function begin() {
+  if (!byId("chat-panes")) return requestAnimationFrame(begin); // Gradio has yet to draw it
+  fit();
+  showHistory();
+  relabel.observe(byId("chat-panes"), { childList: true, subtree: true });
+});
 
 window.jetsonFt = {
   ...window.jetsonFt, chatWith, chat: { addPairs, form, keep, open, take },

@@ -37,10 +37,28 @@ export function download(name, text, type = "application/json") {
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
 
-// Copies the text before the button; it stays marked.
+// Asks in a dialog; returns whether its second button, named by `action`, was pressed. The dialog
+// is in the head (templates/head.jinja); the browser gives the focus back when it closes.
+export function confirmDialog(text, action) {
+  const dialog = document.getElementById("confirm");
+  dialog.querySelector("p").textContent = text;
+  dialog.querySelector("[value=yes]").textContent = action;
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+  });
+}
+
+// Copies the text of the element that the button names, or that is before it; it stays marked.
 function copy(button) {
-  getSelection().selectAllChildren(button.previousElementSibling);
-  if (document.execCommand("copy")) button.dataset.copied = ""; // also without HTTPS
+  const { copy: named } = button.dataset;
+  getSelection().selectAllChildren(
+    named ? document.querySelector(named) : button.previousElementSibling,
+  );
+  if (!document.execCommand("copy")) return; // which works without HTTPS too
+  button.dataset.copied = "";
+  announce(document.getElementById("announcer").dataset.copied);
 }
 
 document.addEventListener("click", (event) => {
@@ -79,7 +97,8 @@ applyScheme();
 
 // --- tabs -----------------------------------------------------------------------------------
 
-const tabs = () => [...document.querySelectorAll("#tabs [role=tab]")];
+// A tab's own content may have tabs too.
+const tabs = () => [...document.querySelectorAll("#tabs > .tab-wrapper [role=tab]")];
 const tabOf = (button) => button.dataset.tabId;
 
 // Returns the tab that is shown; an empty text while Gradio starts, or where the window is hidden.
@@ -92,7 +111,14 @@ export function shownTab() {
 // Calls a function whenever a tab begins to be shown, also where the window is shown again.
 export function onTabShown(tab, action) {
   document.addEventListener("tab-shown", (event) => { if (event.detail === tab) action(); });
-  if (shownTab() === tab) action();
+  if (shownTab() === tab) whenMade(tab, action);
+}
+
+// Gradio makes a tab's elements, piece by piece, when the tab is chosen for the first time.
+function whenMade(tab, action, before = 0) {
+  const made = document.querySelectorAll(`#${tab}-tab *`).length;
+  if (made && made === before) action();
+  else if (shownTab() === tab) setTimeout(whenMade, 50, tab, action, made);
 }
 
 let shown = "";
@@ -106,7 +132,8 @@ function noticeTab() {
   shown = shownTab();
   if (!shown) return;
   if (location.hash.slice(1) !== shown) history.replaceState(history.state, "", `#${shown}`);
-  document.dispatchEvent(new CustomEvent("tab-shown", { detail: shown }));
+  const tab = shown;
+  whenMade(tab, () => document.dispatchEvent(new CustomEvent("tab-shown", { detail: tab })));
 }
 
 // The tab of the address.
@@ -145,21 +172,6 @@ whenDrawn(() => {
 });
 document.addEventListener("visibilitychange", noticeTab);
 addEventListener("hashchange", openTab);
-
-// --- what Gradio draws against WAI-ARIA ------------------------------------------------------
-
-// Selector -> the attribute that is wrong there.
-const WRONG = {
-  ".examples[role=list]": "role", // its children are buttons, not list items
-};
-let checking = 0;
-new MutationObserver(() => {
-  checking ||= requestAnimationFrame(() => {
-    checking = 0;
-    for (const [selector, attribute] of Object.entries(WRONG))
-      document.querySelectorAll(selector).forEach((element) => element.removeAttribute(attribute));
-  });
-}).observe(document.querySelector("gradio-app"), { childList: true, subtree: true });
 
 // --- a page's beginning and end -------------------------------------------------------------
 

@@ -1,1 +1,3 @@
 // The Train tab.
+import "./train_form.js";
+import "./train_side.js";

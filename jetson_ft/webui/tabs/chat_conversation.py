@@ -63,9 +63,7 @@ class ChatTab:
         title = self.models.title(first)
         note = ""
         if self.models.are_alternating(first, second):
-            note = self.t(
-                _("Two base models take turns in memory: each answer first loads its model.")
-            )
+            note = self.t(_("These two take turns in memory: each answer first loads its model."))
         return (
             gr.Chatbot(label=title, examples=starters),
             gr.Chatbot(label=self.models.title(second, first), visible=second != NONE),
@@ -139,7 +137,7 @@ class ChatTab:
 
         A pane's last turn that has an answer already is continued.
         """
-        done = [True, True]
+        done = [number not in numbers for number in (0, 1)]
 
         def outputs(status: str, composer: Any = None) -> Outputs:
             first, second = (
@@ -163,7 +161,7 @@ class ChatTab:
                     turn.answer,
                 )  # fmt: skip
                 title = self.models.title(page.second if number else page.first, page.first)
-                turn.note, turn.is_cut, done[number] = "", False, False
+                turn.note, turn.is_cut = "", False
                 yield outputs(
                     self.t(_("Loading {model} …"), model=title), self._composer("", is_busy=True)
                 )
@@ -182,6 +180,7 @@ class ChatTab:
                 done[number] = True
                 if reply and reply.stopped:
                     break
+            done = [True, True]
             yield outputs("")
         except UserError as error:
             self._warn(error)
@@ -245,4 +244,4 @@ def _pane_of(event: gr.EventData) -> int:
 
 
 def _status(text: str) -> str:
-    return f"<p>{escape(text)}</p>" if text else ""
+    return f'<p role="status">{escape(text)}</p>' if text else ""

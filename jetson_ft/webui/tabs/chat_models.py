@@ -46,7 +46,8 @@ class ChatModels:
         """Return (label, name) of what a model can be compared with."""
         choices = [choice for choice in self.choices() if choice[1] != first]
         if not self.is_base(first):
-            choices.insert(0, (self.title(OWN_BASE, first), OWN_BASE))
+            own = self.title(OWN_BASE, first)  # in the adapter's format, so that one copy is loaded
+            choices = [(own, OWN_BASE), *(choice for choice in choices if choice[0] != own)]
         return [(self.t(_("no comparison")), NONE), *choices]
 
     def title(self, name: str, first: str = "") -> str:

@@ -15,7 +15,7 @@ from jetson_ft.webui.render import Locale
 # The sampling settings with a slider.
 SLIDERS: list[Any] = [option for option in fields(Sampling) if "min" in option.metadata]
 # Sampling setting -> label.
-_LABELS = {
+SLIDER_LABELS = {
     "max_new_tokens": _("Longest answer (tokens)"),
     "temperature": _("Temperature (0: greedy)"),
     "top_k": _("Top-k"),
@@ -39,7 +39,7 @@ def build_sliders(t: Locale) -> list[Any]:
     sliders = [
         gr.Slider(
             option.metadata["min"], option.metadata["max"], option.default,
-            step=option.metadata["step"], label=t(_LABELS[option.name]),
+            step=option.metadata["step"], label=t(SLIDER_LABELS[option.name]),
             elem_id=f"chat-{option.name}",
         )
         for option in SLIDERS

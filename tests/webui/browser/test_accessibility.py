@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +19,63 @@ pytestmark = pytest.mark.slow
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
 # What Gradio causes and no style or script of ours can change: rule -> the reason.
 EXCEPTIONS: dict[str, str] = {}
-LOOKS = [(scheme, width) for scheme in ("light", "dark") for width in (1440, 390)]
+ALL_LOOKS = [(scheme, width) for scheme in ("light", "dark") for width in (1440, 390)]
+LOOKS = [("light", 1440), ("dark", 390)]  # each scheme and each width once
 
 
-def assert_accessible(page: Any, state: str) -> None:
-    """Fail with the rule, the element and what axe says, for each violation."""
-    page.wait_for_timeout(300)  # transitions of colours end
-    violated = axe_playwright.Axe().run(page, options=RULES).response["violations"]
-    violations = [
-        f"{state}: {rule['id']}: {node['target']}\n  {node['html'][:200]}\n"
-        f"  {node['failureSummary']}"
-        for rule in violated
-        if rule["id"] not in EXCEPTIONS
-        for node in rule["nodes"]
-    ]
+def assert_accessible(page: Any, state: str, looks: Any = LOOKS) -> None:
+    """Fail with the rule, the element and what axe says, for each violation in any look."""
+    violations: list[str] = []
+    page.add_style_tag(content="* { transition: none !important; animation: none !important }")
+    for scheme, width in looks:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_timeout(100)
+        for rule in axe_playwright.Axe().run(page, options=RULES).response["violations"]:
+            if rule["id"] not in EXCEPTIONS:
+                violations += [
+                    f"{state}, {scheme}, {width}: {rule['id']}: {node['target']}\n"
+                    f"  {node['html'][:200]}\n  {node['failureSummary']}"
+                    for node in rule["nodes"]
+                ]
     assert not violations, "\n".join(violations)
 
 
-@pytest.fixture(params=LOOKS, ids=lambda look: "-".join(map(str, look)))
-def look(request: pytest.FixtureRequest, browser: Any) -> Callable[[], Any]:
-    """Return a function that opens a page in one scheme and width."""
-    scheme, width = request.param
-    return lambda: browser.new_page(
-        viewport={"width": width, "height": 900}, color_scheme=scheme, locale="en-GB"
-    )
-
-
-def test_every_tab(look: Callable[[], Any], served: Served) -> None:
-    page = look()
+def test_every_tab(page: Any, served: Served) -> None:
     open_tab(page, served)
     for tab in TABS:
         choose_tab(page, tab)
         page.wait_for_timeout(1000)
-        assert_accessible(page, tab)
+        assert_accessible(page, tab, ALL_LOOKS)
 
 
-def test_runs_in_every_state(look: Callable[[], Any], served: Served, runs: LightRuns) -> None:
-    page = look()
+def test_the_form_unfolded_with_mistakes(page: Any, served: Served) -> None:
+    open_tab(page, served)
+    for group in page.locator(".gr-accordion > button").all():
+        group.click()
+    page.locator("#field-lora-rank input").fill("0")
+    page.get_by_role("button", name="Start", exact=True).click()
+    page.locator(".mistake").first.wait_for()
+    assert_accessible(page, "mistakes")
+    page.get_by_text("My files", exact=True).click()
+    assert_accessible(page, "my files")
+
+
+def test_runs_in_every_state_and_view(page: Any, served: Served, runs: LightRuns) -> None:
     for run in store.list_runs(runs.root):
         page.goto(f"{served.base}/en/?run={run.name}#runs")
-        page.locator("#run-detail h2").wait_for()
+        page.locator("#run-view > *").first.wait_for()
         assert_accessible(page, run.state().state)
+    for view in page.locator("[role=tab][id^=view-]").all():  # of the last one, which is finished
+        view.click()
+        page.wait_for_timeout(500)
+        assert_accessible(page, f"view {view.inner_text()}")
+    page.get_by_role("button", name="Delete").first.click()
+    page.get_by_role("dialog").wait_for()
+    assert_accessible(page, "dialog")
 
 
-def test_without_runs(look: Callable[[], Any], empty: Served) -> None:
-    page = look()
+def test_without_runs(page: Any, empty: Served) -> None:
     open_tab(page, empty, "runs")
     page.wait_for_timeout(1000)
     assert_accessible(page, "no runs")
@@ -78,9 +89,8 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Any:
     server.kill()
 
 
-def test_the_login(look: Callable[[], Any], tmp_path: Path) -> None:
+def test_the_login(page: Any, tmp_path: Path) -> None:
     server = Served(tmp_path, "--host", "0.0.0.0")
-    page = look()
     page.goto(server.base)
-    assert_accessible(page, "login")
+    assert_accessible(page, "login", ALL_LOOKS)
     server.kill()

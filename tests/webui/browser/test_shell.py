@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
-import time
 from typing import Any
 
 import pytest
 from in_browser import TABS, choose_tab, open_tab
 from served import Served
+
+from jetson_ft.hardware.detect import usable_cores
 
 pytestmark = pytest.mark.slow
 SELECTED = "document.querySelector('#tabs [aria-selected=true]')?.dataset.tabId"
@@ -154,28 +156,39 @@ def test_eight_pages_load_and_answer(browser: Any, served: Served) -> None:
         page.locator("#run-detail h2, #device-findings h2").first.wait_for(timeout=5000)
 
 
-def test_the_first_load_is_small_quick_and_does_not_shift(browser: Any, served: Served) -> None:
-    page = browser.new_page(viewport={"width": 1440, "height": 900}, locale="en-GB")
-    network = page.context.new_cdp_session(page)
+def first_load(browser: Any, served: Served) -> tuple[float, float, float]:
+    """Return bytes received, layout shift, and seconds from the answer until Start is there."""
+    context = browser.new_context(viewport={"width": 1440, "height": 900}, locale="en-GB")
+    page = context.new_page()
+    network = context.new_cdp_session(page)
     network.send("Network.enable")
-    bytes_received: list[float] = []
-    network.on(
-        "Network.loadingFinished", lambda event: bytes_received.append(event["encodedDataLength"])
-    )
+    received: list[float] = []
+    network.on("Network.loadingFinished", lambda event: received.append(event["encodedDataLength"]))
     page.add_init_script(
-        "window.shift = 0; new PerformanceObserver(list => list.getEntries().forEach("
-        "entry => { shift += entry.hadRecentInput ? 0 : entry.value }))"
-        ".observe({ type: 'layout-shift', buffered: true })"
+        """window.shift = 0;
+        new PerformanceObserver(list => list.getEntries().forEach(entry => {
+            shift += entry.hadRecentInput ? 0 : entry.value;
+        })).observe({ type: 'layout-shift', buffered: true });
+        new MutationObserver(() => {
+            if (document.querySelector('#train-tab button.primary'))
+                window.usable ??= performance.now();
+        }).observe(document, { childList: true, subtree: true });"""
     )
     page.goto(f"{served.base}/en/")
-    started = time.monotonic() - page.evaluate("performance.now()") / 1000
-    answered = page.evaluate("performance.getEntriesByType('navigation')[0].responseStart") / 1000
-    page.get_by_role("button", name="Start", exact=True).wait_for()
-    usable_after = time.monotonic() - started - answered
+    page.wait_for_function("window.usable")
     page.wait_for_timeout(2000)
-    assert sum(bytes_received) < 500_000
-    assert page.evaluate("shift") < 0.1
-    assert usable_after < 2.0
+    milliseconds, shift = page.evaluate(
+        "[usable - performance.getEntriesByType('navigation')[0].responseStart, shift]"
+    )
+    context.close()
+    return sum(received), shift, milliseconds / 1000
+
+
+def test_the_first_load_is_small_quick_and_does_not_shift(browser: Any, served: Served) -> None:
+    received, shift, seconds = first_load(browser, served)
+    assert received < 500_000 and shift < 0.1
+    others = max(1.0, os.getloadavg()[0] / usable_cores())  # which share the processor
+    assert seconds < 2.0 * others
 
 
 def test_a_second_load_fetches_the_document_alone(page: Any, served: Served) -> None:

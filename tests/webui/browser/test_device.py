@@ -1,0 +1,49 @@
+"""The Device tab in a browser: findings, what is copied, gauges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from in_browser import open_tab
+from served import Served
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_verdict_the_checks_and_the_gauges(page: Any, served: Served) -> None:
+    open_tab(page, served, "device")
+    page.locator(".gauge", has_text="Memory").get_by_role("meter").wait_for()  # while it examines
+    page.locator(".verdict.works").wait_for(timeout=60_000)
+    assert page.locator("#announcer").inner_text() == "Training works here"
+    assert page.locator(".checks .failure").count() == 0
+    states = page.locator(".checks li").evaluate_all("rows => rows.map(row => row.className)")
+    assert states == sorted(states, key=("failure", "warning", "ok").index)
+
+    again = page.get_by_role("button", name="Examine again")
+    again.focus()
+    page.keyboard.press("Enter")
+    page.locator("[data-examining]").wait_for()
+    assert page.locator(".checks li").count() == len(states), "the last findings stay"
+    again.wait_for(timeout=60_000)
+
+
+def test_a_command_is_copied(page: Any, served: Served) -> None:
+    finding = (
+        '<span class="copied"><code>sudo nvpmodel -m 2</code>'
+        '<button class="do" data-copy>Copy</button></span>'
+    )
+    page.route("**/live/en/device", lambda route: route.fulfill(body=finding))
+    open_tab(page, served, "device")
+    page.get_by_role("button", name="Copy").click()
+    assert page.evaluate("getSelection().toString()") == "sudo nvpmodel -m 2"
+    assert page.evaluate("document.querySelector('[data-copy]').dataset.copied") == ""
+
+
+def test_the_gauges_are_read_again_and_again(page: Any, served: Served) -> None:
+    open_tab(page, served, "device")
+    with page.expect_response("**/gauges"):
+        pass
+    with page.expect_response("**/gauges"):  # again, without a press
+        pass
+    assert page.get_by_role("meter").first.get_attribute("aria-valuenow").isdigit()
