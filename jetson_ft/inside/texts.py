@@ -287,7 +287,7 @@ _TEXTS = {
     "of_rank": _("{value} of {rank}"),
     "scale": _("Scale"),
     "target": _("target"),
-    "measure": _("Measure"),
+    "measure": _("Metric"),
     "relative_norm": _("size of the change (norm of BA over W)"),
     "effective_rank": _("effective rank"),
     "rank_90": _("values that hold 90 %"),

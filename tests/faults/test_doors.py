@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -203,16 +204,17 @@ def test_chat_opens_no_model_outside(
     config = visitor.get("/en/config").json()
     parts = {part["id"]: part for part in config["components"]}
     endpoints = {each["api_name"]: each for each in config["dependencies"]}
-    (model,) = [part for part in endpoints["send"]["inputs"] if parts[part]["type"] == "dropdown"]
+    models = [part for part in endpoints["send"]["inputs"] if parts[part]["type"] == "dropdown"]
+    assert len(models) == 2
     text = next(part for part in endpoints["send"]["inputs"] if parts[part]["type"] == "textbox")
     for path in (str(base), str(outside.secret), "/dev/zero"):
         adapter.write_text(json.dumps({"base_model_name_or_path": path}))
-        for name in (path, str(adapter.parent)):
+        for model, name in itertools.product(models, (path, str(adapter.parent))):
             values = {model: name, text: "hi"}
             for api_name in ("send", "open", "choose"):
                 inputs = endpoints[api_name]["inputs"]
                 data = [values.get(part, parts[part]["props"].get("value")) for part in inputs]
-                session = f"chat-{api_name}-{name}-{path}".replace("/", "-")
+                session = f"chat-{api_name}-{model}-{name}-{path}".replace("/", "-")
                 answer = call_all(visitor, "en", session, [(endpoints[api_name]["id"], data)])
                 assert api_name != "send" or "--allow-path" in answer, answer
     assert outside.touched(watch) == []

@@ -47,7 +47,9 @@ async function swap(id, address) {
   const html = await response.text();
   if (wanted.get(id) !== address) return 0;
   morph(element, html);
-  fragments.set(id, { address, etag: response.headers.get("ETag") });
+  // A part that is being edited has kept its old content: it is fetched again afterwards.
+  const isWhole = !element.querySelector('[data-keep="editing"]');
+  fragments.set(id, { address, etag: isWhole ? response.headers.get("ETag") : "" });
   element.dispatchEvent(new CustomEvent("fragment", { bubbles: true }));
   return 200;
 }

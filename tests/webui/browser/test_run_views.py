@@ -12,6 +12,9 @@ from run_folders import copy_finished, make_run
 from served import Served
 from workbench import LightRuns
 
+from jetson_ft.runs import manager
+from jetson_ft.runs.store import Run
+
 pytestmark = pytest.mark.slow(minutes=0.5)
 NAMES = ("20260101-000000-a", "20260102-000000-b", "20260103-000000-c")
 
@@ -44,11 +47,13 @@ def test_a_name_is_edited_in_place_with_the_keyboard(runs_page: Any, views: Ligh
     field.press("Escape")
     assert not field.is_visible() and rename.evaluate("button => button === document.activeElement")
     rename.press("Enter")
-    runs_page.wait_for_timeout(3000)  # a refresh keeps the field
     field.fill("Better <b>name")
+    # What is fetched while the field is open is fetched again after it.
+    manager.set_title_and_notes(Run(views.root / NAMES[0]), "Better <b>name")
+    runs_page.locator("#run-list", has_text="Better <b>name").wait_for()
+    assert field.input_value() == "Better <b>name"
     field.press("Enter")
     runs_page.locator("#run-head h2", has_text="Better <b>name").wait_for()
-    runs_page.locator("#run-list", has_text="Better <b>name").wait_for()
     runs_page.locator(f'[data-choose="{NAMES[1]}"]').click()  # its own name is in the field
     runs_page.locator("#run-head h2", has_text="b").wait_for()
     rename.press("Enter")
