@@ -122,10 +122,11 @@ def test_a_text_without_translation_stays_english() -> None:
 
 
 def test_a_nested_message_is_translated_and_its_values_are_not() -> None:
-    message = Message("preparing: {phase}", {"phase": Message("loading the model")})
-    assert message.format(i18n.translator("zh_CN")) == "准备中：加载模型"
-    value = Message("preparing: {phase}", {"phase": "loading the model"})
-    assert value.format(i18n.translator("zh_CN")) == "准备中：loading the model"
+    text, chinese = "{path} ({phase})", i18n.translator("zh_CN")
+    message = Message(text, {"path": "a", "phase": Message("loading the model")})
+    assert message.format(chinese) == "a（加载模型）"
+    value = Message(text, {"path": "a", "phase": "loading the model"})
+    assert value.format(chinese) == "a（loading the model）"
 
 
 @pytest.mark.parametrize(
