@@ -6,12 +6,6 @@ from collections.abc import Callable
 
 from jetson_ft.errors import _
 
-# What is inspected where nothing else is given.
-SENTENCE = "The cat sat on the mat because it was tired. 猫坐在垫子上，因为它累了。"
-QUESTION = "中国的首都是哪里？"
-CAPITALS = [("Japan", "Tokyo"), ("Italy", "Rome"), ("China", "Beijing")]
-CAPITALS_QUESTION = "France"
-
 _TEXTS = {
     # Heading and caption of each view.
     "tokens_heading": _("Tokens"),

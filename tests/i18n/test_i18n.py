@@ -122,11 +122,10 @@ def test_a_text_without_translation_stays_english() -> None:
 
 
 def test_a_nested_message_is_translated_and_its_values_are_not() -> None:
-    text, chinese = "{path} ({phase})", i18n.translator("zh_CN")
-    message = Message(text, {"path": "a", "phase": Message("loading the model")})
-    assert message.format(chinese) == "a（加载模型）"
-    value = Message(text, {"path": "a", "phase": "loading the model"})
-    assert value.format(chinese) == "a（loading the model）"
+    message = Message("{time} left", {"time": Message("base model")})
+    assert message.format(i18n.translator("zh_CN")) == "剩余 基座模型"
+    value = Message("{time} left", {"time": "base model"})
+    assert value.format(i18n.translator("zh_CN")) == "剩余 base model"
 
 
 @pytest.mark.parametrize(
