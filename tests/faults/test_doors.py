@@ -82,7 +82,10 @@ class Outside:
         """Return what was opened or connected to of all that."""
         places = ("/etc/passwd", "/proc/", "/dev/zero", "/dev/stdin", "/root/.ssh",
                   str(self.secret.parent), f"', {self.port})", ELSEWHERE)  # fmt: skip
-        return [name for name in watch.opened if any(place in name for place in places)]
+        # What `hardware.detect` reads of the machine, for a plan.
+        own = re.compile(r"/proc/(meminfo|cpuinfo|device-tree/model|\d+/cgroup)")
+        opened = [name for name in watch.opened if not own.fullmatch(name)]
+        return [name for name in opened if any(place in name for place in places)]
 
 
 @pytest.fixture
