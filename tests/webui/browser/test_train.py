@@ -83,7 +83,7 @@ def test_another_recipe_keeps_the_users_rows_and_says_so(page: Any, served: Serv
     assert sent_to_start(page)["data.train"] == "bundled"
 
 
-def test_mistakes_are_unfolded_counted_and_go_when_mended(page: Any, served: Served) -> None:
+def test_mistakes_are_unfolded_counted_and_go_when_fixed(page: Any, served: Served) -> None:
     open_form(page, served)
     page.locator("#group-lora button").first.click()
     value(page, "lora.dropout").fill("3")
