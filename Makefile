@@ -64,9 +64,12 @@ image-test: ## build the image on a substitute for its base and use it (root, bu
 	@exec $(PYTHON) scripts/image_test.py $(if $(PROFILE),--profile $(call quote,$(PROFILE))) $(if $(ARCH),--arch $(call quote,$(ARCH)))
 
 # In parallel, because they wait for different things: the package index, the processor, the disk.
+# BESIDE names targets to make beside the last suite; .ci/run does so with image-test.
+together := --no-print-directory --jobs=3 --output-sync=target
 test: setup-dev ## everything CI runs
-	@$(MAKE) --no-print-directory --jobs=3 --output-sync=target lint lock-check audit-if-online setup-compat
-	@$(MAKE) --no-print-directory --jobs=1 test-all test-compat
+	@$(MAKE) $(together) lint lock-check audit-if-online setup-compat
+	@$(MAKE) --no-print-directory test-all
+	@$(MAKE) $(if $(BESIDE),$(together),--no-print-directory) test-compat $(BESIDE)
 
 setup-compat:
 	@$(PYTHON) scripts/setup.py --extras dev --compat

@@ -397,6 +397,16 @@ def test_make_targets_run_setup_first() -> None:
         assert "scripts/setup.py" in make(target).splitlines()[0]
 
 
+def test_image_is_tested_beside_the_last_suite_where_ci_can() -> None:
+    image, suite = "scripts/image_test.py", "--hypothesis-profile=brief"
+    assert suite in make("test") and image not in make("test")
+    last = make("test", "BESIDE=image-test").partition("python -m pytest -n 2 --dist worksteal &&")[
+        2
+    ]
+    assert suite in last and image in last
+    assert "make test BESIDE=$beside" in (ROOT / ".ci" / "run").read_text()
+
+
 def test_setup_script_starts_on_this_python() -> None:
     run = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "setup.py"), "--help"],
