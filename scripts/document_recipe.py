@@ -15,7 +15,7 @@ BEGIN, END = "<!-- keys: made by scripts/document_recipe.py -->\n", "<!-- end of
 
 
 def key_table() -> str:
-    """Return a Markdown table with a row for each key: its name on the page, type, default, meaning."""
+    """Return a Markdown table with a row for each key; `name` is what the page calls it."""
     lines = ["| key | name | values | default | meaning |", "|---|---|---|---|---|"]
     for name, field in recipe.fields().items():
         values = str(recipe.type_name(field.annotation)).replace("|", "\\|")

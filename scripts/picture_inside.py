@@ -6,6 +6,7 @@ and panels of what it writes become `docs/images/inside-PICTURE.png`.
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,7 @@ def take_pictures(folder: Path) -> None:
     """Write a picture of the panels in `PICTURES`."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"]
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
         page = browser.new_page(viewport={"width": WIDTH, "height": 900}, locale="en-GB")
         for name, (file, heading, first, last) in PICTURES.items():

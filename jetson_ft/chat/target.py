@@ -126,5 +126,5 @@ def open_session(target: ChatTarget, loaded: Any = None) -> ChatSession:
 def _latest_adapter_run(root: Path) -> Run:
     if runs := store.runs_with_adapter(root):
         return runs[0]
-    fix = _("`make finetune` makes one; `jetson-ft chat base` chats with the model as it is.")
-    raise UserError(_("There is no adapter to chat with yet."), str(root), fix)
+    fix = _("`make finetune` makes one; `base` names the bundled model as it is.")
+    raise UserError(_("There is no adapter yet."), str(root), fix)

@@ -14,8 +14,7 @@ from jetson_ft.cli import inspect_text
 from jetson_ft.cli.output import RUNS, JsonOption, RunsOption, json_errors, print_json, show
 from jetson_ft.files import expand_user
 from jetson_ft.inference.generate import Sampling
-from jetson_ft.inside.next_token import DEFAULT_SAMPLING
-from jetson_ft.inside.texts import CAPITALS, CAPITALS_QUESTION, QUESTION, SENTENCE
+from jetson_ft.inside.examples import CAPITALS, CAPITALS_QUESTION, QUESTION, SAMPLING, SENTENCE
 
 app = typer.Typer(
     help="Show what a model does inside: tokens, attention, the next token, sizes, the adapter.",
@@ -25,7 +24,7 @@ app = typer.Typer(
 
 TargetArgument = Annotated[
     str,
-    Argument(metavar="MODEL", help="A run, `latest`, an adapter's folder, `base` or a model."),
+    Argument(metavar="TARGET", help="A run, `latest`, an adapter's folder, `base` or a model."),
 ]
 TextArgument = Annotated[str, Argument(metavar="TEXT")]
 AnswerOption = Annotated[str | None, Option(help="The answer to the text.")]
@@ -36,7 +35,9 @@ HtmlOption = Annotated[
 BaseOption = Annotated[str | None, Option("--model", help="Base model; by default the run's.")]
 QuantizeOption = Annotated[str | None, Option(help="none, int8 or nf4.")]
 Options = dict[str, Any]  # of a view
-_SAMPLING: dict[str, Any] = {f.name: Option(help=f.metadata["help"]) for f in fields(Sampling)}
+_SAMPLING_OPTIONS: dict[str, Any] = {
+    f.name: Option(help=f.metadata["help"]) for f in fields(Sampling)
+}
 
 
 @app.command()
@@ -83,12 +84,12 @@ def next_token(
     system: SystemOption = "",
     plain: Annotated[bool, Option("--plain", help="Continue the text; no chat template.")] = False,
     top: Annotated[int, Option(min=1, max=100, help="Number of tokens to show.")] = 20,
-    temperature: Annotated[float, _SAMPLING["temperature"]] = DEFAULT_SAMPLING.temperature,
-    top_k: Annotated[int, _SAMPLING["top_k"]] = DEFAULT_SAMPLING.top_k,
-    top_p: Annotated[float, _SAMPLING["top_p"]] = DEFAULT_SAMPLING.top_p,
+    temperature: Annotated[float, _SAMPLING_OPTIONS["temperature"]] = SAMPLING.temperature,
+    top_k: Annotated[int, _SAMPLING_OPTIONS["top_k"]] = SAMPLING.top_k,
+    top_p: Annotated[float, _SAMPLING_OPTIONS["top_p"]] = SAMPLING.top_p,
     repetition_penalty: Annotated[
-        float, _SAMPLING["repetition_penalty"]
-    ] = DEFAULT_SAMPLING.repetition_penalty,
+        float, _SAMPLING_OPTIONS["repetition_penalty"]
+    ] = SAMPLING.repetition_penalty,
     as_json: JsonOption = False,
     html: HtmlOption = None,
     base: BaseOption = None,

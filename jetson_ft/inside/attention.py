@@ -147,7 +147,9 @@ def view_attention(
         head_counts.update(recorder.head_counts)
         _check_layers(layers, head_counts)
         assert recorder.rollout is not None
-        rollout = _matrix(recorder.rollout, causal.to(recorder.rollout.device))
+        # Over many layers most of it comes from the first token; the others' parts are small.
+        later = causal.to(recorder.rollout.device)
+        rollout = rounded(recorder.rollout.masked_fill(later, float("nan")), is_relative=True)
         return SideAttention(recorder.recorded, rollout)
 
     sides = each_side(loaded, compute)

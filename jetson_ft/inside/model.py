@@ -167,11 +167,20 @@ def logits_at(model: Any, ids: Sequence[int], positions: Sequence[int]) -> torch
     return result
 
 
-def rounded(values: Any) -> list[Any]:
-    """Return a tensor as nested lists of numbers with few decimals; None for NaN."""
+def rounded(values: Any, is_relative: bool = False) -> list[Any]:
+    """Return a tensor as nested lists of numbers with few decimals; None for NaN.
+
+    Args:
+        is_relative: with as many significant digits instead, also where the numbers are small.
+    """
     import numpy as np
 
-    array = np.round(values.double().cpu().numpy(), DECIMALS)
+    array = values.double().cpu().numpy()
+    if is_relative:
+        power = 10.0 ** (DECIMALS - 1 - np.floor(np.log10(np.maximum(np.abs(array), 1e-30))))
+        array = np.round(array * power) / power
+    else:
+        array = np.round(array, DECIMALS)
     listed = array.astype(object)
     listed[np.isnan(array)] = None
     return list(listed.tolist())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jetson_ft.data.chat_template import ANSWER, END, end_ids
 from jetson_ft.errors import UserError, _
 from jetson_ft.inference.generate import Sampling, generate_replies, sampling_steps
+from jetson_ft.inside.examples import SAMPLING
 from jetson_ft.inside.model import (
     DECIMALS,
     LoadedModel,
@@ -31,7 +32,6 @@ MAX_TOKENS = 2048  # of a prompt
 MAX_STEPS = 128  # tokens of a reply that is stepped through
 MAX_TOP = 100  # tokens of a distribution that are shown
 # Settings that reshape and cut the distribution, to show what each of them does.
-DEFAULT_SAMPLING = Sampling(temperature=0.7, top_k=12, top_p=0.9, repetition_penalty=1.0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def view_next_token(
     reply: str = "",
     system: str = "",
     use_template: bool = True,
-    sampling: Sampling = DEFAULT_SAMPLING,
+    sampling: Sampling = SAMPLING,
     top: int = 20,
 ) -> NextTokenView:
     """Return the distribution of the next token, for the base and for the adapter.

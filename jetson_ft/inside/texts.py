@@ -6,12 +6,6 @@ from collections.abc import Callable
 
 from jetson_ft.errors import _
 
-# What is inspected where nothing else is given.
-SENTENCE = "The cat sat on the mat because it was tired. 猫坐在垫子上，因为它累了。"
-QUESTION = "中国的首都是哪里？"
-CAPITALS = [("Japan", "Tokyo"), ("Italy", "Rome"), ("China", "Beijing")]
-CAPITALS_QUESTION = "France"
-
 _TEXTS = {
     # Heading and caption of each view.
     "tokens_heading": _("Tokens"),
@@ -109,6 +103,13 @@ _TEXTS = {
     "query_token": _("token that attends (query)"),
     "key_token": _("token attended to (key)"),
     "rollout": _("all layers (rollout)"),
+    "rollout_note": _(
+        "The maps of all layers multiplied: how much of each token reaches the top. Over many "
+        "layers nearly all comes from the first token, which is left out: the shares are of the "
+        "rest."
+    ),
+    "left_out": _("{token} is left out."),
+    "masked_or_first": _("masked, or the first token"),
     "head_mean": _("mean of all heads"),
     "masked": _("{to} is masked for {from}: it comes later."),
     "masked_short": _("masked"),
@@ -286,7 +287,7 @@ _TEXTS = {
     "of_rank": _("{value} of {rank}"),
     "scale": _("Scale"),
     "target": _("target"),
-    "measure": _("Measure"),
+    "measure": _("Metric"),
     "relative_norm": _("size of the change (norm of BA over W)"),
     "effective_rank": _("effective rank"),
     "rank_90": _("values that hold 90 %"),

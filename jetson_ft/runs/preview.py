@@ -11,6 +11,7 @@ import gc
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 from jetson_ft import hub
@@ -34,6 +35,7 @@ from jetson_ft.runs.inspection import inspect_data, inspect_without_tokenizer
 from jetson_ft.training import cost_model, planner
 
 SAMPLES = 25  # rows to look at
+_SHOWN_CHARACTERS = 4_000  # of a message, and of a row as tokens
 _PRECISIONS = "bf16", "fp32"  # fp16 is as fast as bf16 where it is of use
 
 
@@ -126,7 +128,21 @@ def read_facts(recipe: Recipe) -> RecipeFacts:
     else:
         inspection = inspect_without_tokenizer(recipe.data, recipe.model, dims.vocabulary, SAMPLES)
     is_estimate = not inspection.tokens
-    return RecipeFacts(dims, inspection.histogram, is_estimate, asdict(inspection))
+    return RecipeFacts(dims, inspection.histogram, is_estimate, _shortened(asdict(inspection)))
+
+
+def _shortened(inspection: dict[str, Any]) -> dict[str, Any]:
+    """Cut the texts of long rows, which the page keeps in its memory."""
+    for message in chain(*inspection["conversations"]):
+        for key in ("content", "tool_calls"):
+            if len(message.get(key) or "") > _SHOWN_CHARACTERS:
+                message[key] = f"{message[key][:_SHOWN_CHARACTERS]} …"
+    for row in inspection["previews"]:
+        left = _SHOWN_CHARACTERS
+        for place, (text, is_trained) in enumerate(row):
+            row[place] = text[:left], is_trained
+            left = max(0, left - len(text))
+    return inspection
 
 
 def measure_machine() -> Machine:

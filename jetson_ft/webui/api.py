@@ -30,10 +30,10 @@ from jetson_ft.webui.cli_json import run_cli_json
 from jetson_ft.webui.fragments import Fragments
 from jetson_ft.webui.limits import BusyError, costly
 from jetson_ft.webui.render import Locale, request_language
+from jetson_ft.webui.run_table import MAX_COMPARED
 
 Drawn = Annotated[tuple[str, ...], Query()]
 View = Literal["overview", "samples", "settings", "charts", "log", "export"]
-MAX_COMPARED = 6  # runs in one comparison
 NewText = Annotated[str | None, Body()]  # null: unchanged
 
 

@@ -20,6 +20,7 @@ from jetson_ft.webui import run_texts
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.run_settings import SETTINGS, setting_text
 
+MAX_COMPARED = 6  # runs in one comparison
 _ALWAYS = ("model", "lora.rank", "train.learning_rate")  # shown even where no run differs
 
 
@@ -81,11 +82,12 @@ def render_table(
     if sort in ("title", *(column.key for column in columns)):
         rows = _sorted(rows, sort, is_down)
     cells = [_cells(t, column, [row.values.get(column.key) for row in rows]) for column in columns]
-    compared = query.get("compared", "").split("/")
+    compared = [name for name in query.get("compared", "").split("/") if name]
     reported = [row.summary.name for row in rows if row.has_report]
     return render(
         "runs_table.jinja", t, texts=run_texts, columns=columns, sort=sort, down=is_down,
         rows=list(zip(rows, zip(*cells, strict=True), strict=True)), compared=compared,
+        is_full=len(compared) >= MAX_COMPARED,
         comparable=[name for name in compared if name in reported],
     )  # fmt: skip
 

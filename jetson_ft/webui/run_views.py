@@ -5,6 +5,7 @@ A view's form (`data-controls`) has what the person chose: the page sends its fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,10 +26,6 @@ _PAGE_SAMPLES = 10
 _LOG_BYTES = (1 << 16, 1 << 18, 1 << 20)  # shown of a log: at first, and after each `earlier`
 _MAX_MATCHES = 500  # lines shown of a search
 _MAX_SEARCH = 200  # characters
-_ROLES = {
-    "user": _("user"), "assistant": _("assistant"), "system": _("system"), "tool": _("tool"),
-    "text": _("beginning of the text"),
-}  # fmt: skip
 
 
 def render_view(t: Locale, runs: Sequence[Run], view: str, query: Mapping[str, str]) -> str:
@@ -81,7 +78,7 @@ def _samples(t: Locale, runs: Sequence[Run], query: Mapping[str, str]) -> str:
         "run_samples.jinja", t, samples=shown[(page - 1) * _PAGE_SAMPLES :][:_PAGE_SAMPLES],
         count=len(shown), total=len(samples), page=page, pages=pages, text=text, differ=differ,
         has_report=bool(report), error=report.get("comparison_error") if report else None,
-        is_compared=len(reports) > 1, ROLES=_ROLES,
+        is_compared=len(reports) > 1, ROLES=summary.ROLES,
     )  # fmt: skip
 
 
@@ -137,11 +134,18 @@ def _log(t: Locale, runs: Sequence[Run], query: Mapping[str, str]) -> str:
     warnings |= dict.fromkeys(line.text for line in tail if line.level == "warning")
     size = (run.path / log_reader.FILE).stat().st_size if tail else 0
     return render(
-        "run_log.jinja", t, run=run.name, lines=matches.lines if matches else tail,
+        "run_log.jinja", t, run=run.name,
+        lines=[(line.level, _split(line.text, text)) for line in matches.lines]
+        if matches else [(line.level, [line.text]) for line in tail],
         text=text, matches=matches, warnings=list(warnings), more=more,
         next=more + 1 if has_earlier and more + 1 < len(_LOG_BYTES) else None,
         has_earlier=has_earlier, size=after_training.size_text(size) if size else None,
     )  # fmt: skip
+
+
+def _split(line: str, text: str) -> list[str]:
+    """Return the parts of a line: every second one is the text that was searched."""
+    return re.split(f"({re.escape(text)})", line, flags=re.IGNORECASE)
 
 
 def _warnings(run: Run) -> list[Message]:

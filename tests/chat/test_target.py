@@ -80,9 +80,9 @@ def test_run_without_adapter_is_refused_with_its_state(finished: Run, tmp_path: 
 
 
 def test_latest_without_any_adapter_suggests_the_base(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no adapter to chat with yet") as caught:
+    with pytest.raises(UserError, match="no adapter yet") as caught:
         open_run("latest", tmp_path)
-    assert "chat base" in str(caught.value.fix)
+    assert "`base`" in str(caught.value.fix)
 
 
 def test_model_folder_opens_without_adapter(tmp_path: Path, tiny_llama: Path) -> None:

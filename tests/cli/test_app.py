@@ -171,7 +171,7 @@ def test_full_cache_is_refused(full_disk: Path, jetson: Jetson, tmp_path: Path) 
         (["recipe", "validate", "bad.yaml"], ["3 mistakes"]),
         (["runs", "show"], ["latest"]),
         (["eval"], ["latest"]),
-        (["chat"], ["runs", "jetson-ft chat base"]),
+        (["chat"], ["runs", "`base`"]),
     ],
 )
 def test_other_commands_refuse_with_one_message(

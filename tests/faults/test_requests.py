@@ -185,7 +185,7 @@ def test_body_below_a_megabyte_reaches_its_action_whole(page: TokenPage, is_chun
             content=iter([body[:9], body[9:]]) if is_chunked else body,
         )  # fmt: skip
         assert response.json() == {"done": True}
-        assert notes in client.get("/live/en/runs/20260101-000000-a").text
+        assert notes in client.get("/live/en/runs/20260101-000000-a/head").text
 
 
 # Floods

@@ -24,6 +24,7 @@ from jetson_ft.files import printable
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
 from jetson_ft.webui import server, uploads
+from jetson_ft.webui.tabs.train_data import sources_of
 from jetson_ft.webui.uploads import Incoming, safe_file_name
 
 FORM = {"Content-Type": "multipart/form-data; boundary=B"}
@@ -62,7 +63,9 @@ class Page:
         client = PageClient(self.served.base)
         meta = {"_type": "gradio.FileData"}
         file = {"path": path, "orig_name": name, "meta": meta}
-        return str(client.call(client.dependency("store_upload"), [file])[0])
+        text = client.call(client.dependency("add_files"), [[file], "bundled"])[0]
+        (source,) = sources_of(text)
+        return source.source
 
 
 @pytest.fixture(scope="module")

@@ -122,10 +122,10 @@ def test_a_text_without_translation_stays_english() -> None:
 
 
 def test_a_nested_message_is_translated_and_its_values_are_not() -> None:
-    message = Message("preparing: {phase}", {"phase": Message("loading the model")})
-    assert message.format(i18n.translator("zh_CN")) == "准备中：加载模型"
-    value = Message("preparing: {phase}", {"phase": "loading the model"})
-    assert value.format(i18n.translator("zh_CN")) == "准备中：loading the model"
+    message = Message("{time} left", {"time": Message("base model")})
+    assert message.format(i18n.translator("zh_CN")) == "剩余 基座模型"
+    value = Message("{time} left", {"time": "base model"})
+    assert value.format(i18n.translator("zh_CN")) == "剩余 base model"
 
 
 @pytest.mark.parametrize(

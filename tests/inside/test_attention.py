@@ -14,7 +14,7 @@ from jetson_ft.chat.session import ChatSession
 from jetson_ft.errors import UserError
 from jetson_ft.inside import attention
 from jetson_ft.inside.attention import view_attention, view_attention_example
-from jetson_ft.inside.model import DECIMALS
+from jetson_ft.inside.model import DECIMALS, rounded
 
 TEXT = "who-are-you,and-what?!"  # without a blank: some of the small models know 160 tokens only
 ROUNDING = 0.6 * 10**-DECIMALS
@@ -127,6 +127,12 @@ def test_rollout_is_the_product_of_means_and_identity(adapted: ChatSession) -> N
     assert_close(as_tensor(side.rollout).nan_to_num(), expected, rtol=0, atol=3 * ROUNDING)
     assert side.rollout[0][1] is None
     assert view_attention(adapted, TEXT, layers=[1]).sides["adapter"].rollout == side.rollout
+
+
+def test_small_numbers_keep_their_digits() -> None:
+    numbers = torch.tensor([1.23456e-7, float("nan"), 0.0, 0.5, 123.456])
+    assert rounded(numbers, is_relative=True) == [1.235e-7, None, 0.0, 0.5, 123.5]
+    assert rounded(numbers) == [0.0, None, 0.0, 0.5, 123.456]
 
 
 def test_only_the_chosen_layers_and_heads_are_shown(adapted: ChatSession) -> None:

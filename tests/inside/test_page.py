@@ -132,6 +132,12 @@ def test_map_is_read_by_pointer_and_by_arrow_keys(opened: Any, views: dict[str, 
     assert f"{100 * probability:.0f}" in readout.inner_text()
     canvas.press("ArrowRight")
     assert readout.inner_text() == "2: c is masked for 1: ·: it comes later."
+    layer = attention.get_by_label("Layer", exact=True)
+    layer.select_option("rollout")
+    assert attention.get_by_label("Head", exact=True).count() == 0
+    assert not attention.get_by_role("heading", name="All heads of this layer").is_visible()
+    assert "null" not in attention.inner_text()
+    layer.select_option("0")
     box = canvas.bounding_box()
     canvas.hover(position={"x": box["width"] - 30, "y": box["height"] - 8})
     assert "attends to" in readout.inner_text()

@@ -107,6 +107,16 @@ def test_facts_of_own_rows_and_model(rows_file: Path, tiny_phi: Path, here: None
     assert plan.forecast.fits
 
 
+def test_long_rows_are_cut_for_the_page(tmp_path: Path, tiny_phi: Path) -> None:
+    rows = [{"question": "q" * 9000, "answer": f"{n}"} for n in range(4)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    inspection = read(own_recipe(tmp_path / "rows.json", tiny_phi, max_length=20_000)).inspection
+    assert inspection
+    for conversation, row in zip(inspection["conversations"], inspection["previews"], strict=True):
+        assert len(conversation[0]["content"]) == 4002
+        assert sum(len(text) for text, _trained in row) == 4000
+
+
 def test_rows_of_a_known_model_that_is_not_here_are_estimated(
     rows_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

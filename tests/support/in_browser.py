@@ -10,7 +10,7 @@ import pytest
 from served import Served
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-TABS = ("train", "runs", "chat", "device")
+TABS = ("train", "runs", "chat", "inside", "device")
 _OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -41,6 +41,6 @@ def open_tab(page: Any, served: Served, tab: str = "train", language: str = "en"
 
 
 def choose_tab(page: Any, tab: str) -> None:
-    """Choose a tab by its place, which is the same in every language."""
-    page.get_by_role("tab").nth(TABS.index(tab)).click()
+    """Choose a tab by its name in the address, which is the same in every language."""
+    page.locator(f"[role=tab][data-tab-id={tab}]").click()
     page.locator("[role=tabpanel]:visible").first.wait_for()

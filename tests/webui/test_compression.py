@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from jetson_ft.webui import page
 from jetson_ft.webui.compression import CompressionMiddleware
-from jetson_ft.webui.page import make_app
 from jetson_ft.webui.security import AccessPolicy
 from jetson_ft.webui.theme import STATIC
 
@@ -112,12 +112,12 @@ def test_the_start_of_the_server_reaches_the_application(tmp_path: Path) -> None
 
 
 def test_the_pages_own_files_are_kept_for_good(tmp_path: Path) -> None:
-    client = TestClient(make_app(tmp_path, AccessPolicy()), base_url="http://localhost")
-    for name in ("shell.js", "shell.css"):
-        response = client.get(f"{STATIC}/{name}", headers={"Accept-Encoding": "br"})
+    client = TestClient(page.make_app(tmp_path, AccessPolicy()), base_url="http://localhost")
+    for address in (f"{STATIC}/shell.js", f"{STATIC}/shell.css", f"{page._DRAWING}/inside.css"):
+        response = client.get(address, headers={"Accept-Encoding": "br"})
         assert response.headers["cache-control"].endswith("immutable")
         assert response.headers["content-encoding"] == "br"
-    page = client.get("/en/").text
-    assert f'src="{STATIC}/shell.js"' in page
-    assert page.index("--tuned:") < page.index("<gradio-app"), "the tokens, before the first paint"
-    assert page.index("page-head") < page.index("<gradio-app")
+    html = client.get("/en/").text
+    assert f'src="{STATIC}/shell.js"' in html
+    assert html.index("--tuned:") < html.index("<gradio-app"), "the tokens, before the first paint"
+    assert html.index("page-head") < html.index("<gradio-app")

@@ -132,6 +132,23 @@ def test_a_board_has_all_gauges_with_their_limits(tmp_path: Path) -> None:
     assert html.count('role="meter"') >= 4 and "99 °C 起降频" in html
 
 
+def test_the_processors_load_is_that_of_the_moment_in_any_thread(tmp_path: Path) -> None:
+    """psutil's own `cpu_percent` without an interval is 0 in each new thread."""
+    ended = threading.Event()
+    busy = threading.Thread(target=lambda: [None for _ in iter(ended.is_set, True)])
+    busy.start()
+    loads: list[float | None] = []
+    for _read in range(2):
+        gauges: list[Any] = []
+        reader = threading.Thread(target=lambda shown=gauges: shown.extend(Gauges(tmp_path).read()))
+        reader.start()
+        reader.join()
+        loads += [gauge.percent for gauge in gauges if gauge.title == "Processor"]
+    ended.set()
+    busy.join()
+    assert len(loads) == 2 and all(load and load > 5 for load in loads)
+
+
 def test_a_value_without_a_known_limit_has_no_bar(tmp_path: Path) -> None:
     gauges = Gauges(FakeMachine(tmp_path, NANO).root).read()  # whose mode has no limit of power
     (power,) = [gauge for gauge in gauges if gauge.title == "Power"]

@@ -168,9 +168,10 @@ def test_log_has_its_end_a_search_and_folded_warnings(runs: list[Run]) -> None:
     assert "Earlier lines" in html and f'href="/runs/{run.name}/log.txt" download' in html
     assert html.count("line ") < view([run], "log", more="1").count("line ")
     shown = view([run], "log", text="LINE 12")
-    assert "Matching lines: 111" in shown and "line 1299" in shown
+    assert "Matching lines: 111" in shown and "<mark>line 12</mark>99" in shown
     many = view([run], "log", text="line")
     assert "Matching lines: 9,000, the last 500 are shown" in many
+    assert "<mark>&lt;I&gt;</mark>end".lower() in view([run], "log", text="<I>")
     assert "No line matches." in view([run], "log", text="nowhere")
     (run.path / "log.txt").unlink()
     assert "The log is empty." in view([run], "log")

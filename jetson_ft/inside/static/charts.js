@@ -115,6 +115,7 @@ export function hints(root) {
   const box = make("div", { class: "hint", hidden: true });
   root.append(box);
   const show = (event) => {
+    if (event.target.closest?.(".plot, .heat")) return; // these place it themselves
     const target = event.target.closest?.("[data-hint]");
     if (!target || !root.contains(target)) return void (box.hidden = true);
     const area = target.getBoundingClientRect();
@@ -258,7 +259,8 @@ export function heatLegend(label, max, format, root) {
     make("div", {}, [0, 0.25, 0.5, 0.75, 1].map((share) => make("span", {}, format(at(share))))));
 }
 
-// A map of `rows` x `columns` (labels); `value(row, column)` is a number, or null where masked.
+// A map of `rows` x `columns` (labels); `value(row, column)` is a number, or null where masked. `max`
+// is the value of the scale's end, or a function of it.
 export function heatMap({ rows, columns, value, max, format, describe, root = false, rowTitle = "", columnTitle = "", maxCell = 30, slanted = true, pick = null, moved = null }) {
   const readout = make("p", { class: "readout", "aria-live": "polite" }, " ");
   const canvas = make("canvas", { tabindex: 0, role: "application", "aria-label": `${rowTitle} × ${columnTitle}` });
@@ -280,6 +282,7 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
     context.scale(ratio, ratio);
     context.font = font;
     geometry = { left, top, cell, high };
+    const limit = typeof max === "function" ? max() : max;
     const colour = heatColours(box), ink = style.color;
     const fit = (text, room) => {
       if (context.measureText(text).width <= room) return text;
@@ -316,7 +319,7 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
         context.stroke(); context.restore();
         return;
       }
-      const share = max ? shown / max : 0;
+      const share = shown / (limit || 1);
       [context.fillStyle] = colour(root ? Math.sqrt(Math.max(0, share)) : share);
       context.fillRect(x, y, cell - gap, high - gap);
     }));
@@ -336,7 +339,12 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
     if (isHere || row < 0 || column < 0 || row >= rows.length || column >= columns.length) return;
     mark(row, column);
     moved?.(row, column);
+    const area = canvas.getBoundingClientRect(), { left, top, cell, high } = geometry;
+    moveHint(box.closest(".inside"), readout.textContent, area.left + left + cell * (column + 0.5), area.top + top + high * row);
   };
+  const leave = () => moveHint(box.closest(".inside"), "");
+  canvas.addEventListener("pointerleave", leave);
+  canvas.addEventListener("blur", leave);
   const cellAt = (event) => {
     const area = canvas.getBoundingClientRect();
     return [Math.floor((event.clientY - area.top - geometry.top) / geometry.high),

@@ -11,8 +11,8 @@ const VIEWS = {
 };
 
 // Draws `data` of the view into `element`, whose content it replaces. `texts` are those of
-// jetson_ft/inside/texts.py in one language. `reload(options)` asks for the view with other options,
-// such as another layer; without it only what `data` has can be chosen.
+// jetson_ft/inside/texts.py in one language. `reload(options)` computes the view with other options
+// of `compute_view`, such as `layers`, and draws it; without it only what `data` has can be chosen.
 export function draw(element, view, data, texts, reload = null) {
   const t = (name, values = {}) => (texts[name] ?? name).replace(/\{(\w+)\}/g, (_, key) => values[key]);
   const root = make("article", { class: "inside" },

@@ -114,9 +114,15 @@ export function drawAttention(root, data, t, reload) {
   const layersShown = data.sides[sides[0]].layers.map((each) => each.layer);
   const state = { layer: layersShown[Math.floor(layersShown.length / 2)], head: "mean" };
   const matrix = (side) => {
-    if (state.layer === "rollout") return data.sides[side].rollout;
+    if (state.layer === "rollout") return withoutFirst(data.sides[side].rollout);
     const layer = data.sides[side].layers.find((each) => each.layer === state.layer);
     return state.head === "mean" ? layer.mean : layer.heads[state.head];
+  };
+  let current = Object.fromEntries(sides.map((side) => [side, matrix(side)])); // the chosen maps
+  // Why a cell has no value: the row is the token that attends.
+  const absent = (r, c) => {
+    if (state.layer === "rollout" && !c) return t("left_out", { token: numbered(c) });
+    return c > r ? t("masked", { from: numbered(r), to: numbered(c) }) : t("masked_short");
   };
   let row = tokens.length - 1;
   const readout = make("p", { class: "readout" }), flow = make("div", { class: "pair" });
@@ -124,13 +130,13 @@ export function drawAttention(root, data, t, reload) {
   const showRow = (index) => {
     row = index;
     readout.textContent = t("attends", { token: numbered(row) });
-    for (const side of sides) flows[side]?.(matrix(side)[row]);
+    for (const side of sides) flows[side](current[side][row]);
   };
   const cards = sides.map((side) => {
     const map = heatMap({
-      rows: labels, columns: labels, value: (r, c) => matrix(side)[r][c], max: 1, root: true, format: percent,
+      rows: labels, columns: labels, value: (r, c) => current[side][r][c], max: 1, root: true, format: percent,
       rowTitle: t("query_token"), columnTitle: t("key_token"), maxCell: 26,
-      describe: (r, c, text) => (text == null ? t("masked", { from: numbered(r), to: numbered(c) })
+      describe: (r, c, text) => (text == null ? absent(r, c)
         : t("attention_of", { from: numbered(r), to: numbered(c), value: text })),
       moved: (r, c) => {
         for (const other of sides) if (other !== side) maps[other].mark(r, c);
@@ -146,25 +152,30 @@ export function drawAttention(root, data, t, reload) {
         node.classList.toggle("masked", weight == null);
         node.classList.toggle("current", index === row);
         [node.style.background, node.style.color] = weight == null ? ["", ""] : colour(Math.sqrt(weight));
-        node.dataset.hint = weight == null ? t("masked_short") : percent(weight);
+        node.dataset.hint = weight == null ? absent(row, index) : percent(weight);
       });
     };
     flow.append(make("div", {}, make("p", { class: `side ${side}` }, t(side)), line));
     return make("div", {}, make("p", { class: `side ${side}` }, t(side)), map.map);
   });
   const heads = make("div", { class: "thumbnails" }), choices = make("div", { class: "choices" });
+  const headPanel = panel(t("heads_title"), t("heads_note"), heads), key = make("div", { class: "keys" }), note = make("p", { class: "note" });
   const show = () => {
     const layers = Object.keys(data.heads).map(Number).filter((layer) => reload || layersShown.includes(layer));
-    const headCount = data.heads[state.layer] ?? 0;
-    choices.replaceChildren(
+    const headCount = data.heads[state.layer] ?? 0, isRollout = state.layer === "rollout";
+    note.textContent = isRollout ? t("rollout_note") : "";
+    key.replaceChildren(heatLegend(t("probability"), 1, percent, true), legend([["masked-key", t(isRollout ? "masked_or_first" : "masked_short")]]));
+    headPanel.hidden = isRollout;
+    choices.replaceChildren(...[
       choice(t("layer"), [...layers.map((layer) => [layer, String(layer)]), ["rollout", t("rollout")]], state.layer, (value) => {
         state.layer = value === "rollout" ? value : Number(value);
-        if (value !== "rollout" && !layersShown.includes(state.layer)) return reload({ layer: state.layer });
+        if (value !== "rollout" && !layersShown.includes(state.layer)) return reload({ layers: [state.layer] });
         if (!data.heads[state.layer]) state.head = "mean";
         show();
       }),
-      state.layer === "rollout" ? null : choice(t("head"), [["mean", t("head_mean")], ...Array.from({ length: headCount }, (_, head) => [head, String(head)])],
-        state.head, (value) => { state.head = value; show(); }));
+      isRollout ? null : choice(t("head"), [["mean", t("head_mean")], ...Array.from({ length: headCount }, (_, head) => [head, String(head)])],
+        state.head, (value) => { state.head = value; show(); })].filter(Boolean));
+    current = Object.fromEntries(sides.map((side) => [side, matrix(side)]));
     for (const side of sides) maps[side].update();
     showRow(row);
     drawThumbnails();
@@ -172,19 +183,23 @@ export function drawAttention(root, data, t, reload) {
   const drawThumbnails = () => {
     const side = sides.at(-1), layer = data.sides[side].layers.find((each) => each.layer === state.layer);
     heads.replaceChildren(...(layer ? Object.entries(layer.heads) : []).map(([head, values]) => {
-      const button = make("button", { type: "button", "aria-pressed": String(head === String(state.head)), "aria-label": `${t("head")} ${head}`,
+      return make("button", { type: "button", "aria-pressed": String(head === String(state.head)), "aria-label": `${t("head")} ${head}`,
         click: () => { state.head = head; show(); } }, thumbnail(values, root), make("span", {}, `${t("head")} ${head}`));
-      return button;
     }));
   };
-  root.append(panel(t("map_title"), t("map_note"), choices,
-    make("div", { class: "keys" }, heatLegend(t("probability"), 1, percent, true), legend([["masked-key", t("masked_short")]])),
+  root.append(panel(t("map_title"), t("map_note"), choices, note, key,
     make("div", { class: "pair" }, cards)));
   root.append(panel(t("flow_title"), t("flow_note"), readout, flow));
-  root.append(panel(t("heads_title"), t("heads_note"), heads));
+  root.append(headPanel);
   onTheme(root, show);
   requestAnimationFrame(show); // the scale's colours are known once the view is in the document
 }
+
+// Shares of the tokens after the first: over many layers nearly all of a rollout comes from that one.
+const withoutFirst = (matrix) => matrix.map((row) => {
+  const rest = row.slice(1).reduce((sum, value) => sum + value, 0);
+  return row.map((value, column) => (!column || value == null ? null : rest && value / rest));
+});
 
 function thumbnail(values, node) {
   const size = values.length, canvas = make("canvas", { width: size, height: size });

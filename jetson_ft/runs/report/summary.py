@@ -41,7 +41,7 @@ _SLOWDOWNS = {
     "oc2": _("Power: the mean current rose too high (oc2: {count:,}); this lowers the clocks."),
     "oc3": _("Power: the current peaked too high (oc3: {count:,}); this lowers the clocks."),
 }
-_ROLES = {
+ROLES = {
     "user": _("user"), "assistant": _("assistant"), "system": _("system"), "tool": _("tool"),
     "text": _("beginning of the text"),
 }  # fmt: skip
@@ -336,7 +336,7 @@ def render_html(
         chart=chart.losses(train.points(_MAX_POINTS), heldout.points(_MAX_POINTS)),
         notes=initial_adapter_note(report),
         warnings=_warnings(report),
-        roles=_ROLES,
+        roles=ROLES,
         duration=duration,
         created=time.strftime("%Y-%m-%d %H:%M", time.localtime(created)),
     )

@@ -44,12 +44,12 @@ const plain = (messages) =>
 
 // Remembers what the page shows, after each change of a pane.
 function keep(first, second, ...messages) {
+  if (pending) return; // the page is about to show another one
   const panes = messages.map(plain);
   requestAnimationFrame(() => panes.forEach(showNotes));
   const id = panes[0].length ? (shown?.id ?? Date.now().toString(36)) : null;
-  const isSame = JSON.stringify(shown?.panes) === JSON.stringify(panes); // it was only opened
   const titles = ["chat-first", "chat-second"].map((name) => byId(name)?.querySelector("input")?.value);
-  shown = id && { id, at: isSame ? shown.at : Date.now(), models: [first, second], titles, panes };
+  shown = id && { id, at: Date.now(), models: [first, second], titles, panes };
   clearTimeout(timer);
   timer = setTimeout(save, 300);
 }
@@ -57,7 +57,11 @@ function keep(first, second, ...messages) {
 function save() {
   if (!shown) return sessionStorage.removeItem(CURRENT);
   sessionStorage.setItem(CURRENT, shown.id);
-  const others = history().filter(({ id }) => id !== shown.id);
+  const stored = history();
+  const before = stored.find(({ id }) => id === shown.id);
+  // One that was only opened keeps its place.
+  if (before && JSON.stringify(before.panes) === JSON.stringify(shown.panes)) shown.at = before.at;
+  const others = stored.filter(({ id }) => id !== shown.id);
   storeHistory([shown, ...others].sort((one, other) => other.at - one.at));
   showHistory();
 }
@@ -249,11 +253,12 @@ const relabel = new MutationObserver(() => {
 });
 
 addEventListener("resize", fit);
-onTabShown("chat", () => requestAnimationFrame(() => {
+onTabShown("chat", function begin() {
+  if (!byId("chat-panes")) return requestAnimationFrame(begin); // Gradio has yet to draw it
   fit();
   showHistory();
   relabel.observe(byId("chat-panes"), { childList: true, subtree: true });
-}));
+});
 
 window.jetsonFt = {
   ...window.jetsonFt, chatWith, chat: { addPairs, form, keep, open, take },

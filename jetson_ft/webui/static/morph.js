@@ -1,7 +1,9 @@
+const KEPT = ["open", "data-copied"]; // attributes that a person's action sets
+
 // Makes the content of an element equal to HTML by changing only what differs: what stays keeps its
 // focus, selection, scroll position and typed text. Elements are matched by `id`, else by their
-// order. What a person opened (`open`) stays; an element with `data-keep` belongs to a script; one that
-// comes with `data-same` stays as it is.
+// order. What a person opened or copied stays marked; an element with `data-keep` belongs to a
+// script; one that comes with `data-same` stays as it is.
 export function morph(element, html) {
   const template = document.createElement("template");
   template.innerHTML = html;
@@ -42,7 +44,7 @@ function morphNode(old, next) {
   }
   if ("keep" in old.dataset || "same" in next.dataset || old.isEqualNode(next)) return;
   for (const { name } of [...old.attributes]) {
-    if (name !== "open" && !next.hasAttribute(name)) old.removeAttribute(name);
+    if (!KEPT.includes(name) && !next.hasAttribute(name)) old.removeAttribute(name);
   }
   for (const { name, value } of next.attributes) {
     if (old.getAttribute(name) !== value) old.setAttribute(name, value);

@@ -32,7 +32,7 @@ function edit(button) {
   const place = button.closest(".run-name");
   const form = place.querySelector("form");
   form.reset();
-  place.dataset.keep = "";
+  place.dataset.keep = "editing";
   form.elements.title.select();
 }
 

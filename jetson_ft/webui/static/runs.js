@@ -47,7 +47,9 @@ async function swap(id, address) {
   const html = await response.text();
   if (wanted.get(id) !== address) return 0;
   morph(element, html);
-  fragments.set(id, { address, etag: response.headers.get("ETag") });
+  // A part that is being edited has kept its old content: it is fetched again afterwards.
+  const isWhole = !element.querySelector('[data-keep="editing"]');
+  fragments.set(id, { address, etag: isWhole ? response.headers.get("ETag") : "" });
   element.dispatchEvent(new CustomEvent("fragment", { bubbles: true }));
   return 200;
 }
@@ -92,8 +94,7 @@ async function refreshRuns() {
   ]);
   if (status === 404 || status === 422) { // deleted; the next refresh shows another one
     clear("run-head", "run-view");
-    release(state.chosen);
-    state.chosen = "";
+    forget(state.chosen);
     return;
   }
   if (view === 200 && byId("run-view").querySelector(".plot")) {
@@ -114,6 +115,14 @@ function draw(name) {
 
 function release(name) {
   state.drawn = state.drawn.map((drawn) => (drawn === name ? "" : drawn));
+}
+
+// Removes what is known of a run that is deleted.
+function forget(name) {
+  release(name);
+  state.compared = state.compared.filter((other) => other !== name);
+  if (state.chosen === name) state.chosen = "";
+  save();
 }
 
 // Shows a run. The one before it stays drawn only where it was compared; all others keep their
@@ -162,10 +171,7 @@ async function act(button) {
   const { run, do: action } = button.dataset;
   button.disabled = true;
   if (!(await post(run, action))) button.disabled = false;
-  else if (action === "delete" && state.chosen === run) {
-    release(run);
-    state.chosen = "";
-  }
+  else if (action === "delete") forget(run);
   refresh();
 }
 

@@ -162,6 +162,11 @@ function whenDrawn(action) {
   observer.observe(document.querySelector("gradio-app"), { childList: true, subtree: true });
 }
 
+// Nothing moves under the eye while the first tab is made.
+const reveal = () => { delete document.documentElement.dataset.starting; };
+document.addEventListener("tab-shown", reveal, { once: true });
+setTimeout(reveal, 3000);
+
 whenDrawn(() => {
   openTab();
   const list = document.querySelector("#tabs [role=tablist]");

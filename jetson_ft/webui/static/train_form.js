@@ -19,10 +19,9 @@ function recipe(name) {
   return { name, ...form.recipes[name] };
 }
 
-// Returns whether the rows are the user's: of no recipe.
-function hasOwnData() {
-  const shipped = Object.values(form.recipes).map((other) => other.values["data.train"]);
-  return ![...shipped, "bundled", "bundled-short"].includes(values["data.train"]);
+// Returns whether rows are the user's: of no shipped recipe.
+function isOwnData(rows) {
+  return Object.values(form.recipes).every((other) => other.values["data.train"] !== rows);
 }
 
 // Gradio sets a field's value only as the result of an event: `formApply` is that of a hidden button.
@@ -51,10 +50,12 @@ function notice(text) {
 }
 
 function chooseShipped(name) {
-  const keepsRows = hasOwnData();
+  const keepsRows = isOwnData(values["data.train"]);
   choose(recipe(name), keepsRows);
-  notice(keepsRows ? fill(form.texts.kept, { data: dataNames() }) : "");
+  notice(keepsRows ? keptRows() : "");
 }
+
+const keptRows = () => fill(form.texts.kept, { data: dataNames() });
 
 // Returns the names of the user's files, without their folders.
 function dataNames() {
@@ -122,9 +123,12 @@ function formChanged(...now) {
 function formLoaded(text) {
   if (!text || !form) return; // `formLoad` gets it
   const { title, values: base } = JSON.parse(text);
-  choose({ name: title, title, values: base }, false);
-  notice(fill(form.texts.loaded, { title }));
   const address = new URL(location.href);
+  const isRun = address.searchParams.has("copy");
+  const keepsRows = !isRun && isOwnData(values["data.train"]) && !isOwnData(base["data.train"]);
+  choose({ name: title, title, values: base }, keepsRows);
+  const texts = [fill(form.texts.loaded, { title }), ...(keepsRows ? [keptRows()] : [])];
+  notice(texts.join(" "));
   address.searchParams.delete("copy"); // else a reload would put it in the draft's place
   history.replaceState(null, "", address);
 }
@@ -271,8 +275,9 @@ document.addEventListener("change", (event) => {
 });
 
 document.addEventListener("click", (event) => {
-  const button = event.target.closest("[data-reset], [data-visit], #start-over");
+  const button = event.target.closest("[data-reset], [data-visit], #start-over, .group > button");
   if (!button || !form) return;
+  if (button.closest(".group > .label-wrap")) return setTimeout(refresh); // Gradio unfolds it first
   const { reset, visit: key } = button.dataset;
   if (reset) {
     setFields({ [reset]: chosen.values[reset] });

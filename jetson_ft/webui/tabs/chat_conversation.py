@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -20,6 +22,7 @@ from jetson_ft.webui.tabs.chat_models import BASE, NONE, OWN_BASE, ChatModels
 from jetson_ft.webui.tabs.chat_sampling import read_sampling
 from jetson_ft.webui.tabs.chat_turns import Messages, Turn, align, dialogue, read_turns, show_turns
 
+_SHOW_SECONDS = 0.1  # a browser draws all of both conversations again each time
 SECOND_PANE = "chat-b"  # the element of the model that is compared
 Outputs = tuple[Any, Messages, Messages, str]  # the composer, both panes, the status line
 
@@ -96,8 +99,9 @@ class ChatTab:
         """Yield the outputs while the answers to the composer's text are generated."""
         page = _Form(*form)
         if not page.text.strip():
-            yield self._composer(page.text), *page.messages, ""
+            yield gr.skip(), *page.messages, ""
             return
+        yield self._composer("", is_busy=True), *page.messages, ""
         yield from self._ask(request, page, len(page.turns[0]), page.text.strip())
 
     def start(self, request: gr.Request, event: gr.SelectData, *form: Any) -> Iterator[Outputs]:
@@ -137,22 +141,23 @@ class ChatTab:
 
         A pane's last turn that has an answer already is continued.
         """
-        done = [True, True]
+        done = [number not in numbers for number in (0, 1)]
 
-        def outputs(status: str, composer: Any = None) -> Outputs:
+        def outputs(status: str, composer: Any) -> Outputs:
             first, second = (
                 show_turns(self.t, turns, is_done)
                 for turns, is_done in zip(panes, done, strict=True)
             )
-            return composer or self._composer(""), first, second, _status(status)
+            return composer, first, second, _status(status)
 
         has_begun = False
         try:
             sampling = read_sampling(page.seed, page.sliders)
             few_shot = parse_examples(page.examples, self.t(_("Few-shot examples")))
-            names = [(self.models.require(page.first), True), (page.second, True)]
-            if page.second == OWN_BASE:
-                names[1] = page.first, False
+            first = self.models.require(page.first)
+            names = [(first, True), (first, False)]  # the latter of the own base
+            if page.second not in (NONE, OWN_BASE):
+                names[1] = self.models.require(page.second), True
             for number in numbers:
                 *before, turn = panes[number]
                 name, use_adapter = names[number]
@@ -161,31 +166,30 @@ class ChatTab:
                     turn.answer,
                 )  # fmt: skip
                 title = self.models.title(page.second if number else page.first, page.first)
-                turn.note, turn.is_cut, done[number] = "", False, False
-                yield outputs(
-                    self.t(_("Loading {model} …"), model=title), self._composer("", is_busy=True)
-                )
-                reply = None
-                for reply in self.client.generate(
-                    self.models.require(name), chat, str(request.session_hash)
-                ):
+                turn.note, turn.is_cut = "", False
+                loading = self.t(_("Loading {model} …"), model=title)
+                yield outputs(loading, self._composer(None, is_busy=True))
+                reply, shown_at = None, -math.inf
+                for reply in self.client.generate(name, chat, str(request.session_hash)):
                     has_begun = True
                     turn.answer = printable(reply.text)
-                    yield outputs(
-                        self.t(_("{model} is answering …"), model=title),
-                        self._composer("", is_busy=True),
-                    )
+                    if time.monotonic() - shown_at < _SHOW_SECONDS:
+                        continue
+                    shown_at = time.monotonic()
+                    answering = self.t(_("{model} is answering …"), model=title)
+                    yield outputs(answering, gr.skip())  # a new Stop button would lose its click
                 if reply:
                     turn.note, turn.is_cut = self._note(reply), not reply.ended
                 done[number] = True
                 if reply and reply.stopped:
                     break
-            yield outputs("")
+            done = [True, True]
+            yield outputs("", self._composer(None))
         except UserError as error:
             self._warn(error)
             done = [True, True]
             if has_begun:
-                yield outputs("")
+                yield outputs("", self._composer(None))
             else:
                 yield self._composer(page.text), *page.messages, ""
 
@@ -200,11 +204,12 @@ class ChatTab:
             return f"{note} · {self.t(_('stopped'))}"
         return note if reply.ended else f"{note} · {self.t(_('cut short'))}"
 
-    def _composer(self, text: str, is_busy: bool = False) -> Any:
-        """Return an update of the composer, with Send or Stop."""
+    def _composer(self, text: str | None, is_busy: bool = False) -> Any:
+        """Return an update of the composer, with Send or Stop; None: its text stays."""
         send, stop = self.t(_("Send")), self.t(_("Stop"))
-        return gr.Textbox(
-            value=text, submit_btn=False if is_busy else send, stop_btn=stop if is_busy else False
+        value: dict[str, Any] = {} if text is None else {"value": text}
+        return gr.update(
+            submit_btn=False if is_busy else send, stop_btn=stop if is_busy else False, **value
         )
 
     def _warn(self, error: UserError) -> None:
@@ -243,4 +248,4 @@ def _pane_of(event: gr.EventData) -> int:
 
 
 def _status(text: str) -> str:
-    return f"<p>{escape(text)}</p>" if text else ""
+    return f'<p role="status">{escape(text)}</p>' if text else ""

@@ -27,6 +27,7 @@ from jetson_ft.webui.render import Locale, render
 
 _CACHE_SECONDS = 300.0  # after which opening the tab examines again
 _READ_SECONDS = 1.0  # between two readings, however many pages are open
+_LOAD_SECONDS = 0.1  # over which the processor's load is taken
 _IDLE_SECONDS = 20.0  # without a page that shows the gauges, after which the sensors are closed
 _GIB = 2.0**30
 _ORDER = ("failure", "warning", "ok")
@@ -178,7 +179,7 @@ def _gauges(reading: Reading, root: Path) -> Iterator[Gauge]:
         clock = f" · {reading.gpu_mhz:.0f} MHz" if reading.gpu_mhz else ""
         value = f"{reading.gpu_load:.0f} %{clock}"
         yield Gauge(_("GPU"), value, reading.gpu_load, "100 %", is_load=True)
-    load = psutil.cpu_percent()
+    load = psutil.cpu_percent(_LOAD_SECONDS)
     yield Gauge(_("Processor"), f"{load:.0f} %", load, "100 %", is_load=True)
     if reading.watts is not None:
         modes = jetpack.read_power_modes(root)

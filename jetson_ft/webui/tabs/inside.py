@@ -20,8 +20,8 @@ import jetson_ft.inside
 from jetson_ft import i18n
 from jetson_ft.chat.client import ChatClient
 from jetson_ft.errors import _
-from jetson_ft.inside.next_token import DEFAULT_SAMPLING
-from jetson_ft.inside.texts import CAPITALS, CAPITALS_QUESTION, QUESTION, SENTENCE, view_texts
+from jetson_ft.inside.examples import CAPITALS, CAPITALS_QUESTION, QUESTION, SAMPLING, SENTENCE
+from jetson_ft.inside.texts import view_texts
 from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, render
@@ -80,7 +80,8 @@ def router(runs: Path, client: ChatClient, allowed: AllowedPaths) -> APIRouter:
         models = ChatModels(t, runs, allowed)
         html = render(
             "inside.jinja", t, panels=PANELS, labels=_LABELS, models=models.choices(),
-            chosen=models.newest(), sliders=SLIDERS, sampling=DEFAULT_SAMPLING, slider_labels=SLIDER_LABELS,
+            chosen=models.newest(), sliders=SLIDERS, slider_labels=SLIDER_LABELS,
+            sampling=SAMPLING,
             texts=json.dumps(texts, ensure_ascii=False),
         )  # fmt: skip
         return HTMLResponse(html)

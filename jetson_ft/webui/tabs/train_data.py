@@ -55,7 +55,7 @@ def build(t: Locale, runs: Path, form: Form, fields: dict[str, Any]) -> None:
             label=t(_("Your files")), type="filepath", file_count="multiple", elem_id="upload",
             height=130, file_types=list(SUFFIXES),
         )  # fmt: skip
-    with gr.Column(visible=kind == "name") as name_part, gr.Row(equal_height=True):
+    with gr.Column(visible=kind == "name") as name_part, gr.Row():
         source = gr.Textbox(
             label=t(_("Hub data set or file on this machine")), elem_id="data-name", scale=4,
             placeholder="owner/name, /home/me/rows.jsonl", max_lines=1,
@@ -79,7 +79,8 @@ def build(t: Locale, runs: Path, form: Form, fields: dict[str, Any]) -> None:
         action.click(data.act, [sent, value], value, js=js, **quiet),
     )
     inputs, shown = [*fields.values()], [rows, listed]
-    reading: dict[str, Any] = {**quiet, "concurrency_limit": 8}
+    # A newer reading ends the older one.
+    reading: dict[str, Any] = {**quiet, "concurrency_limit": 8, "trigger_mode": "multiple"}
     for event in chosen:
         event.then(data.show_rows, inputs, shown, **reading)
     look.click(data.fetch_rows, inputs, shown, **reading)

@@ -1,7 +1,7 @@
 """What the Train tab's form does: its fields are a recipe's keys, its values a recipe.
 
 The browser knows which values the chosen recipe has and marks what differs from them; it keeps the
-draft (static/train.js). Here are the ways from values to a recipe and back.
+draft (static/train_form.js). Here are the ways from values to a recipe and back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, error_html
 
 HTML = partial(gr.HTML, apply_default_css=False, padding=False)
-FIRST = "quickstart-zh"  # the recipe of a form that nobody has touched
+FIRST = "quickstart-zh"  # the recipe that a new form starts from
 DATA = "data.train"
 # Without `output_dir`: the page's own folder of runs is used.
 FIELDS = {

@@ -17,6 +17,7 @@ from jetson_ft import recipe as recipes
 from jetson_ft.errors import RecipeError, UserError, _
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import manager, preview, queue, store
+from jetson_ft.runs.recipe_fits import TIGHT
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.limits import BusyError
 from jetson_ft.webui.previews import PREVIEWS, ReplacedError
@@ -29,7 +30,6 @@ PARTS = {
     "weights": _("Model"),
     "adapter": _("Adapter and optimizer"),
     "activations": _("Activations"),
-    "cache": _("Keys and values"),
     "transient": _("Temporary"),
     "process": _("Program"),
 }
@@ -130,10 +130,11 @@ class Summary:
         times = [
             ("load", _("Load"), plan.load_seconds),
             ("train", _("Train"), (result.plan.seconds or 0) if result.plan else 0),
-            ("measure", _("Measure"), others - plan.load_seconds),
+            ("measure", _("Evaluate"), others - plan.load_seconds),
         ]
         return render(
             "plan.jinja", self.t, plan=plan, times=times, missing=missing, is_training=is_training,
+            TIGHT=TIGHT,
             parts=[(PARTS.get(key, key), size) for key, size in parts.items() if size],
             remedies=[
                 (entry["settings"], remedy_title(entry["settings"], self.t))

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 from in_browser import open_tab
 from served import Served
+from workbench import LightRuns
 
 from jetson_ft import recipe as recipes
+from jetson_ft.runs import store
 from jetson_ft.webui.tabs.train_form import FIRST, Form
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = sync_api.expect
+expect.set_options(timeout=20_000)  # milliseconds; other tests share the machine
 pytestmark = pytest.mark.slow
 QWEN = "qwen3-0.6b-zh"
 
@@ -80,12 +83,13 @@ def test_another_recipe_keeps_the_users_rows_and_says_so(page: Any, served: Serv
     assert sent_to_start(page)["data.train"] == "bundled"
 
 
-def test_mistakes_are_unfolded_counted_and_go_when_mended(page: Any, served: Served) -> None:
+def test_mistakes_are_unfolded_counted_and_go_when_fixed(page: Any, served: Served) -> None:
     open_form(page, served)
     page.locator("#group-lora button").first.click()
     value(page, "lora.dropout").fill("3")
     value(page, "lora.dropout").blur()
     page.locator("#group-lora button").first.click()
+    expect(page.locator("#group-lora > button")).to_have_attribute("aria-expanded", "false")
     expect(value(page, "lora.dropout")).to_be_hidden()
     page.evaluate("jetsonFt.setFields({'train.warmup_steps': -1})")  # in a group never unfolded
     page.get_by_role("button", name="Start", exact=True).click()
@@ -180,6 +184,36 @@ def test_an_uploaded_recipe_has_a_card_of_its_own(
     upload.set_input_files(path)
     expect(page.locator("#form-notice [role=alert]")).to_contain_text("lora.rank")
     expect(value(page, "lora.rank")).to_have_value("3")
+
+
+def test_a_runs_settings_are_loaded_once(page: Any, served: Served, runs: LightRuns) -> None:
+    """A reload or a change of language leaves what was changed afterwards."""
+    (run,) = [run for run in store.list_runs(runs.root) if run.name.endswith("waiting")]
+    page.goto(f"{served.base}/en/?copy={run.name}#train")
+    expect(page.locator("#goal-notice")).to_contain_text(run.title())
+    expect(value(page, "train.learning_rate")).to_have_value("0.0002")  # the default
+    assert "copy" not in page.url
+    value(page, "lora.rank").fill("4")
+    page.reload()
+    expect(value(page, "lora.rank")).to_have_value("4")
+    expect(value(page, "train.learning_rate")).to_have_value("0.0002")
+
+
+def test_an_uploaded_recipe_without_rows_keeps_the_users(
+    page: Any, served: Served, tmp_path: Path
+) -> None:
+    open_form(page, served)
+    page.evaluate("jetsonFt.setFields({'data.train': '/u/1a2b/rows.csv'})")
+    for text, rows in (("lora: {rank: 3}", "/u/1a2b/rows.csv"), ("data: {train: b.csv}", "b.csv")):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        with page.expect_file_chooser() as chooser:  # of the same name again, as after an edit
+            page.get_by_role("button", name="Upload a recipe file").click()
+        chooser.value.set_files(path)
+        expect(page.locator("#goal-notice")).to_have_text(
+            re.compile(r"Kept: your rows.csv.$" if rows != "b.csv" else r"settings of mine.$")
+        )
+        assert sent_to_start(page)["data.train"] == rows
 
 
 def test_the_cards_say_how_each_recipe_fits(page: Any, served: Served) -> None:

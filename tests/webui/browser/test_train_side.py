@@ -106,9 +106,21 @@ def test_start_refuses_what_would_fail_and_says_so_beside_it(
 
 def test_fields_can_be_used_while_rows_are_read(page: Any, served: Served) -> None:
     open_form(page, served)
-    page.get_by_role("button", name="Look at the rows").click()
-    expect(page.locator("#data-rows .working")).to_be_visible()
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    for _time in range(2):
+        requests.clear()
+        page.get_by_role("button", name="Look at the rows").click()
+        expect(page.locator("#data-rows .working")).to_be_visible()
+        assert any("queue/join" in url for url in requests)  # also while the first is open
     started = time.monotonic()
     page.locator("#field-lora-rank input").fill("7")
     assert time.monotonic() - started < 5
     assert page.locator(".wrap.generating, .wrap.pending").filter(visible=True).count() == 0
+
+
+def test_the_right_column_stays_in_sight(page: Any, served: Served) -> None:
+    open_form(page, served)
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    expect(page.get_by_role("button", name="Start", exact=True)).to_be_in_viewport()
+    assert page.evaluate("scrollY") > 100

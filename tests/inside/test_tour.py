@@ -1,0 +1,48 @@
+"""docs/inside.md: its pictures are there, small, and of commands that it names."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jetson_ft.cli.app import app
+from jetson_ft.inside.texts import view_texts
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = ROOT / "scripts" / "picture_inside.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_picture_is_of_a_file_that_a_command_of_the_page_writes(script: Any) -> None:
+    written = {words[-1].removesuffix(".html") for words in script.commands()}
+    shown = set(re.findall(r"images/inside-([\w-]+)\.png", (DOCS / "inside.md").read_text("utf-8")))
+    assert shown == set(script.PICTURES)
+    texts = list(view_texts(str).values())
+    for name, (file, heading, first, last) in script.PICTURES.items():
+        assert file in written and heading in texts
+        assert any(text.startswith(first) for text in texts) and (last or first)
+        assert 0 < (DOCS / "images" / f"inside-{name}.png").stat().st_size <= script.MAX_BYTES
+
+
+def test_each_command_of_the_page_has_options_that_exist(script: Any) -> None:
+    import typer
+
+    group: Any = typer.main.get_command(app)
+    inspect = group.commands["inspect"]
+    for words in script.commands():
+        command = inspect.commands[words[2]]
+        command.make_context(words[2], list(words[3:]), resilient_parsing=False)
