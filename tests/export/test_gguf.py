@@ -66,6 +66,22 @@ def test_an_unknown_tokenizer_is_refused_before_the_merge(tiny_llama: Path, tmp_
     gguf.require_expressible(BaseModelFiles("tiny", tiny_llama), adapter, "merged")
 
 
+def test_a_tokenizer_is_checked_once_until_it_changes(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks: list[Path] = []
+    monkeypatch.setattr(gguf, "_run_converter", lambda _script, _words, out: checks.append(out))
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    for number in range(2):
+        adapter = _adapter(tmp_path / f"adapter-{number}", _LORA)
+        gguf.require_expressible(BaseModelFiles("tiny", model), adapter, "lora")
+    assert len(checks) == 1
+    with open(model / "chat_template.jinja", "a") as template:
+        template.write("{# another #}")
+    gguf.require_expressible(BaseModelFiles("tiny", model), adapter, "lora")
+    assert len(checks) == 2
+
+
 @pytest.mark.parametrize(
     ("output", "code", "what"),
     [
@@ -106,18 +122,13 @@ def test_q8_0_is_the_converters_own(tmp_path: Path) -> None:
     for file_type in ("f16", "q8_0"):
         gguf.convert_model(model, tmp_path / f"{file_type}.gguf", file_type, name="-zh 好")
     quantize_file(tmp_path / "f16.gguf", tmp_path / "ours.gguf", "q8_0")
-    ours, theirs = (
-        {tensor.name: tensor for tensor in gguf_format.GGUFReader(tmp_path / name).tensors}
-        for name in ("ours.gguf", "q8_0.gguf")
-    )
+    readers = [gguf_format.GGUFReader(tmp_path / name) for name in ("ours.gguf", "q8_0.gguf")]
+    ours, theirs = ({tensor.name: tensor for tensor in reader.tensors} for reader in readers)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.tensor_type == theirs[name].tensor_type, name
         assert np.array_equal(tensor.data, theirs[name].data), name
-    fields = [
-        {key: value.contents() for key, value in gguf_format.GGUFReader(path).fields.items()}
-        for path in (tmp_path / "ours.gguf", tmp_path / "q8_0.gguf")
-    ]
+    fields = [{key: value.contents() for key, value in reader.fields.items()} for reader in readers]
     assert fields[0] == fields[1]
     assert fields[0]["general.name"] == "-zh 好"
 

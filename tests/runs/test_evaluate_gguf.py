@@ -42,7 +42,7 @@ def test_an_export_is_measured_as_its_run_was(kind: str, rows_file: Path, tmp_pa
     model = save_tiny_model(tmp_path / "model", kind)
     bench = Workbench(model, rows_file, tmp_path / "runs")
     run = bench.run("tiny")
-    assert bench.work(run) == 0, (run.path / "log.txt").read_text()
+    assert bench.work(run, ALL_PROBES="1") == 0, (run.path / "log.txt").read_text()
     report = run.report()["eval"]
     (folder,) = make_export(run, "gguf", check=False)
     (file,) = folder.glob("*.gguf")

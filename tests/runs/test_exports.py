@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_disk import SmallDisk
+from tiny_exports import save_tiny_model
 from workbench import wait_for
 
 from jetson_ft import adapter
@@ -366,11 +367,11 @@ def test_what_gguf_cannot_express_is_refused_before_anything_is_written(
 
 
 @pytest.fixture
-def embedded_run(run: Run) -> Run:
-    """A finished run on the embedded model, whose tokenizer the converter knows."""
-    base = resolve_model("embedded")
+def convertible_run(run: Run, tmp_path: Path) -> Run:
+    """A finished run on a small model with a tokenizer that the converter knows."""
+    base = resolve_model(str(save_tiny_model(tmp_path / "model", "llama")))
     recipe = (run.path / "recipe.yaml").read_text()
-    (run.path / "recipe.yaml").write_text(recipe.replace(run.recipe().model, "embedded"))
+    (run.path / "recipe.yaml").write_text(recipe.replace(run.recipe().model, base.name))
     (run.path / "data.json").unlink()
     shutil.rmtree(run.adapter)
     model = load_model(base, WeightFormat("bf16"), "cpu")
@@ -380,26 +381,26 @@ def embedded_run(run: Run) -> Run:
     return run
 
 
-@pytest.mark.slow(minutes=0.7)
-def test_gguf_of_several_types_shares_one_merge(embedded_run: Run) -> None:
+@pytest.mark.slow(minutes=0.3)
+def test_gguf_of_several_types_shares_one_merge(convertible_run: Run) -> None:
     parts: list[str] = []
     folders = make_export(
-        embedded_run, "gguf", quantize=["q4_0", "f16"], check=False,
+        convertible_run, "gguf", quantize=["q4_0", "f16"], check=False,
         on_progress=lambda part, done, total: None if part in parts else parts.append(part),
     )  # fmt: skip
-    home = embedded_run.path / "export"
+    home = convertible_run.path / "export"
     assert folders == [home / "gguf-q4_0", home / "gguf-f16"]
     assert parts == ["merging", "converting", "writing", "quantising q4_0"]
     for folder in folders:
         (path,) = folder.glob("*.gguf")
-        assert path.name == f"{embedded_run.label}-{folder.name.removeprefix('gguf-')}.gguf"
+        assert path.name == f"{convertible_run.label}-{folder.name.removeprefix('gguf-')}.gguf"
         assert path.read_bytes()[:4] == b"GGUF"
         assert f"FROM ./{path.name}\n" in (folder / "Modelfile").read_text()
-        export = find_export(embedded_run, folder.name)
+        export = find_export(convertible_run, folder.name)
         assert export and export["merge"]["dtype"] == "fp16"
         assert {file["name"] for file in export["files"]} == {
             path.name, "Modelfile", "README.md", "check.json",
         }  # fmt: skip
-    (lora,) = make_export(embedded_run, "lora", check=False)
-    assert [path.name for path in lora.glob("*.gguf")] == [f"{embedded_run.label}-lora.gguf"]
+    (lora,) = make_export(convertible_run, "lora", check=False)
+    assert [path.name for path in lora.glob("*.gguf")] == [f"{convertible_run.label}-lora.gguf"]
     assert sorted(path.name for path in home.iterdir()) == ["gguf-f16", "gguf-q4_0", "lora"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from few_probes import answer_few_probes
 from typer.testing import CliRunner
 
 Done = subprocess.CompletedProcess[str]
@@ -82,6 +83,7 @@ def main_in_fork(arguments: list[str], output: str, folder: str = ".") -> None:
     from jetson_ft.cli import main
 
     torch.set_num_threads(1)
+    answer_few_probes()
     os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)

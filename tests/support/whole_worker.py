@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from few_probes import answer_few_probes
 from small_disk import SmallDisk
 
 from jetson_ft import logs
@@ -22,12 +23,15 @@ def work(path: str, kill_at: str, environment: dict[str, str] | None = None) -> 
 
     With FAULT_AT in the environment, FAULT is raised there instead; with FILL_AT, the small disk
     FILL is filled there, but for FILL_LEAVE bytes, and emptied at EMPTY_AT. From REFUSE_AT on no
-    file can be made, as long as the run's reserved space exists.
+    file can be made, as long as the run's reserved space exists. With ALL_PROBES the comparison
+    has all probes.
     """
     import torch
 
     os.environ.update(environment or {})
     torch.set_num_threads(1)
+    if "ALL_PROBES" not in os.environ:
+        answer_few_probes()
     log = os.open(Path(path) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
