@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -70,12 +71,13 @@ def as_json(
 ) -> str:
     """Return the curves of a view: of each run its title, its colour and the points by curve.
 
-    A curve is a list of steps and one of values.
+    A curve is a list of steps and one of values. Runs of the same title have their names instead.
     """
+    titles = Counter(summary.title for summary, _progress in runs)
     content = [
         {
             "name": summary.name,
-            "title": summary.title,
+            "title": summary.title if titles[summary.title] == 1 else summary.name,
             "colour": colours[summary.name],
             "curves": {
                 name: _points(progress.curves[name], _CURVES[name][1] if name in _CURVES else 1.0)

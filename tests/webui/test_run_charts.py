@@ -45,3 +45,11 @@ def test_charts_are_described_in_words(tmp_path: Path, language: str) -> None:
 
 def test_chart_js_is_served_from_its_package() -> None:
     assert b"Chart.js v4" in Path(run_charts.library().path).read_bytes()[:100]
+
+
+def test_runs_of_one_title_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    names = ["20260101-000000-x", "20260101-000001-x", "20260101-000002-y"]
+    for name in names:
+        make_run(tmp_path, name)
+    sent = json.loads(Fragments(tmp_path).curves("overview", tuple(names)))
+    assert [run["title"] for run in sent] == [*names[:2], "y"]
