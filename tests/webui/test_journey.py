@@ -16,6 +16,7 @@ from served import Served
 
 from jetson_ft.runs import jobs, manager
 from jetson_ft.runs.store import Run, list_runs
+from jetson_ft.webui.tabs.inside import PANELS
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.slow(minutes=2)
@@ -137,6 +138,15 @@ def test_from_an_empty_folder_to_a_downloaded_adapter(
     assert conversation["models"] == [the_run(tmp_path).name, "own-base"]
     (turn,) = conversation["turns"]
     assert turn["question"] == "天空为什么是蓝色的？" and len(turn["answers"]) == 2
+
+    choose(page, "Inside")
+    for name, panel in PANELS.items():  # on the embedded model, with the adapter just trained
+        page.locator(f"#inside-form input[value={name}]").check(force=True)
+        if name == "tokens":  # chosen from the start
+            page.get_by_role("button", name="Show").click()
+        views = page.locator("#inside-views article.inside")
+        sync_api.expect(views).to_have_count(len(panel.views), timeout=TIMEOUT)
+    sync_api.expect(page.locator("#inside-views")).to_contain_text("v_proj", timeout=TIMEOUT)
 
     page.get_by_role("button", name="简体中文").click()
     choose(page, "任务")
