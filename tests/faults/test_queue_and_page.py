@@ -71,8 +71,8 @@ def test_starts_from_two_tabs_train_one_after_the_other(page: LightPage) -> None
     waiting, trains = sorted((first, second), key=lambda run: (run.path / "worked-1").exists())
     assert page.runs.state_with_reason(waiting).state == "queued"
     assert "another run is training" in waiting.state().reason
-    shown = page.served.get(f"/live/en/runs/{waiting.name}")
-    assert shown and "another run is training" in shown.text
+    shown = page.served.get(f"/live/en/runs/{waiting.name}/head")
+    assert shown and "next in the queue" in shown.text
     manager.stop(trains)
     assert page.runs.wait(trains, *store.ENDED_STATES) == "stopped"
     page.runs.worker(waiting)
@@ -91,7 +91,7 @@ def test_run_goes_on_when_the_browser_leaves_during_its_start(page: LightPage) -
     client.http.close()  # before any answer
     (run,) = page.runs.until(lambda: store.list_runs(page.runs.root))
     page.runs.worker(run)
-    shown = httpx.get(f"{page.served.base}/live/en/runs/{run.name}").raise_for_status()
+    shown = httpx.get(f"{page.served.base}/live/en/runs/{run.name}/head").raise_for_status()
     assert run.name in shown.text and manager.reconcile_state(run) == "running"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from functools import partial
 from typing import Any
 
 from fuzz_targets import printed, scratch, target
@@ -142,7 +143,7 @@ def run(data: bytes) -> None:
     """Show a run of which one file is the input; the first byte chooses the file."""
     from jetson_ft.errors import UserError
     from jetson_ft.runs import store
-    from jetson_ft.webui.fragments import Fragments
+    from jetson_ft.webui.fragments import VIEWS, Fragments
 
     if not data:
         return
@@ -156,7 +157,8 @@ def run(data: bytes) -> None:
     fragments = Fragments(root)
     calls = (
         lambda: fragments.run_list("zh_CN", "one", ("one",)),
-        lambda: fragments.run_detail("en", "one", ()),
+        lambda: fragments.run_head("en", "one", "overview"),
+        *(partial(fragments.run_view, "en", "one", view, ("one",), {}) for view in VIEWS),
         opened.events, opened.plan, opened.report, opened.recipe, opened.state,
     )  # fmt: skip
     for call in calls:
