@@ -24,6 +24,13 @@ function isOwnData(rows) {
   return Object.values(form.recipes).every((other) => other.values["data.train"] !== rows);
 }
 
+// Returns whether the form's rows are the user's. Gradio draws an upload some time before it calls
+// `formChanged`, so the field itself is read.
+function hasOwnData() {
+  values["data.train"] = block("data.train")?.querySelector("textarea, input")?.value ?? values["data.train"];
+  return isOwnData(values["data.train"]);
+}
+
 // Gradio sets a field's value only as the result of an event: `formApply` is that of a hidden button.
 export function setFields(changes) {
   pending = { ...pending, ...changes };
@@ -50,7 +57,7 @@ function notice(text) {
 }
 
 function chooseShipped(name) {
-  const keepsRows = isOwnData(values["data.train"]);
+  const keepsRows = hasOwnData();
   choose(recipe(name), keepsRows);
   notice(keepsRows ? keptRows() : "");
 }
@@ -125,7 +132,7 @@ function formLoaded(text) {
   const { title, values: base } = JSON.parse(text);
   const address = new URL(location.href);
   const isRun = address.searchParams.has("copy");
-  const keepsRows = !isRun && isOwnData(values["data.train"]) && !isOwnData(base["data.train"]);
+  const keepsRows = !isRun && hasOwnData() && !isOwnData(base["data.train"]);
   choose({ name: title, title, values: base }, keepsRows);
   const texts = [fill(form.texts.loaded, { title }), ...(keepsRows ? [keptRows()] : [])];
   notice(texts.join(" "));
