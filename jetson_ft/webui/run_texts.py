@@ -61,7 +61,7 @@ def facts(run: RunSummary, t: Locale) -> str:
     if run.rank is not None:
         facts.append(t(_("r {rank}"), rank=run.rank))
     if run.state.created:
-        facts.append(started(run, t))
+        facts.append(started(run.state.created, t))
     if run.seconds and run.seconds >= 0.5:
         facts.append(t(rough_duration(run.seconds)))
     return " · ".join(fact.replace(" ", "\N{NO-BREAK SPACE}") for fact in facts)
@@ -75,11 +75,11 @@ def short_model(name: str) -> str:
     return last.removesuffix("-Instruct").removesuffix("-instruct")
 
 
-def started(run: RunSummary, t: Locale) -> str:
-    """Return when the run was started, by this machine's clock: today's time, or the date."""
+def started(timestamp: float, t: Locale) -> str:
+    """Return when a run was started, by this machine's clock: today's time, or the date."""
     from babel.dates import format_skeleton
 
-    created = datetime.fromtimestamp(run.state.created)
+    created = datetime.fromtimestamp(timestamp)
     if created.date() == datetime.now().date():
         return created.strftime("%H:%M")
     skeleton = "MMMd" if created.year == datetime.now().year else "yMMMd"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ def run(tmp_path: Path) -> Run:
     """Return a finished run with exports; llama.cpp's adapter is no model by itself."""
     run = copy_finished(tmp_path, "20260101-000000-one")
     (run.path / "about.json").write_text('{"title": "One"}')
+    start_at(run, datetime(2020, 1, 2, 12, 8).timestamp())
     for name, kind in (("merged", "merged"), ("gguf-q8_0", "gguf"), ("lora", "lora")):
         folder = run.path / "export" / name
         folder.mkdir(parents=True)
@@ -37,30 +40,51 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+def start_at(run: Run, created: float) -> None:
+    state = json.loads((run.path / "state.json").read_bytes())
+    (run.path / "state.json").write_text(json.dumps(state | {"created": created}))
+
+
 def models(root: Path, **options: AllowedPaths) -> ChatModels:
     return ChatModels(Locale("en"), root, **options)
+
+
+def compared_choices(root: Path, first: str) -> list[tuple[str, str]]:
+    chat = models(root)
+    return chat.compared_choices(first, chat.choices())
 
 
 def test_adapters_exports_and_bases_are_offered_by_name(run: Run, tmp_path: Path) -> None:
     choices = models(tmp_path).choices()
     gguf, merged = run.path / "export/gguf-q8_0/one.gguf", run.path / "export/merged"
+    one = "One · Jan 2, 2020 12:08"
     assert choices[:4] == [
-        ("One", run.name), ("One · gguf-q8_0", str(gguf)), ("One · merged", str(merged)),
-        (EMBEDDED, BASE),
+        (one, run.name), (f"{one} · GGUF q8_0", str(gguf)),
+        (f"{one} · Merged model", str(merged)), (EMBEDDED, BASE),
     ]  # fmt: skip
     for label, name in choices:
         assert models(tmp_path).title(name) == label
 
 
+def test_a_run_of_today_has_its_time_and_its_label_in_the_place_of_a_name(
+    run: Run, tmp_path: Path
+) -> None:
+    (run.path / "about.json").unlink()
+    start_at(run, now := time.time())
+    assert models(tmp_path).title(run.name) == f"one · {datetime.fromtimestamp(now):%H:%M}"
+    (run.path / "state.json").write_text("{")
+    assert models(tmp_path).title(run.name) == "one"
+
+
 def test_a_comparison_offers_the_own_base_and_no_model_twice(run: Run, tmp_path: Path) -> None:
-    compared = models(tmp_path).compared_choices(run.name)
+    compared = compared_choices(tmp_path, run.name)
     assert compared[0] == ("no comparison", NONE)
     assert compared[1][1] == OWN_BASE and compared[1][0].endswith("(base)")
     assert run.name not in [name for _label, name in compared]
     (run.path / "recipe.yaml").write_text("version: 1\nmodel: embedded\n")
-    compared = models(tmp_path).compared_choices(run.name)
+    compared = compared_choices(tmp_path, run.name)
     assert compared[1] == (EMBEDDED, OWN_BASE) and BASE not in [name for _label, name in compared]
-    assert OWN_BASE not in [name for _label, name in models(tmp_path).compared_choices(BASE)]
+    assert OWN_BASE not in [name for _label, name in compared_choices(tmp_path, BASE)]
 
 
 def test_titles_name_the_model(run: Run, tmp_path: Path) -> None:

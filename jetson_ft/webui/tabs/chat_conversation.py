@@ -53,8 +53,8 @@ class ChatTab:
     def refresh(self, first: str, second: str) -> tuple[Any, Any]:
         """Return updates of both lists of models, which may have changed on the disk."""
         second = self._compared(first, second)
-        compared = self.models.compared_choices(first)
         choices = self.models.choices()
+        compared = self.models.compared_choices(first, choices)
         return (
             gr.Dropdown(choices, value=first, allow_custom_value=True),
             gr.Dropdown(compared, value=second, allow_custom_value=True),

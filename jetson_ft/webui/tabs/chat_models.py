@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jetson_ft.files import expand_user, printable
 from jetson_ft.models import embedded, files
 from jetson_ft.runs import exports, store
 from jetson_ft.runs.store import Run
+from jetson_ft.webui import after_training, run_texts
 from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.render import Locale
 
@@ -25,7 +27,8 @@ BASE = "base"
 OWN_BASE = "own-base"  # the base of the model that it is compared with, in the same format
 NONE = ""  # no comparison
 _STARTERS, _STARTER_CHARACTERS = 3, 200
-_EXPORT_KINDS = {"merged": _("{run} · merged"), "gguf": _("{run} · {name}")}
+_BASE_TITLE = _("{model} (base)")
+_WHOLE_MODELS = ("merged", "gguf")  # kinds of exports
 
 
 class ChatModels:
@@ -38,13 +41,16 @@ class ChatModels:
         """Return (label, name) of each adapter, each export of a run, and each base on the disk."""
         choices = []
         for run in store.runs_with_adapter(self.runs):
-            choices.append((printable(run.title()), run.name))
+            choices.append((self._run_title(run), run.name))
             choices += [(label, str(path)) for label, path in self._exports(run)]
-        return choices + [(self.title(name), name) for name in (BASE, *hub.downloaded_models())]
+        choices.append((self.title(BASE), BASE))
+        return choices + [(self._base_title(name), name) for name in hub.downloaded_models()]
 
-    def compared_choices(self, first: str) -> list[tuple[str, str]]:
-        """Return (label, name) of what a model can be compared with."""
-        choices = [choice for choice in self.choices() if choice[1] != first]
+    def compared_choices(
+        self, first: str, choices: Sequence[tuple[str, str]]
+    ) -> list[tuple[str, str]]:
+        """Return (label, name) of those choices that a model can be compared with."""
+        choices = [choice for choice in choices if choice[1] != first]
         if not self.is_base(first):
             own = self.title(OWN_BASE, first)  # in the adapter's format, so that one copy is loaded
             choices = [(own, OWN_BASE), *(choice for choice in choices if choice[0] != own)]
@@ -56,7 +62,6 @@ class ChatModels:
         Args:
             first: the model that it is compared with.
         """
-        base = _("{model} (base)")
         if name == OWN_BASE:
             try:
                 resolved = target.resolve_target(self.require(first), self.runs)
@@ -64,14 +69,14 @@ class ChatModels:
                 return self.t(_("Its base model"))
             model = resolved.recipe.model
             is_path = not (model == "embedded" or files.is_hub_id(model))
-            return self.t(base, model=Path(model).name) if is_path else self.title(model)
+            return self._base_title(Path(model).name) if is_path else self.title(model)
         if name in (BASE, "embedded"):
-            return self.t(base, model=embedded.NAME)
+            return self._base_title(embedded.NAME)
         if run := self._run(name):
             labels = {str(path): label for label, path in self._exports(run)}
-            return labels.get(str(expand_user(name))) or printable(run.title())
+            return labels.get(str(expand_user(name))) or self._run_title(run)
         if files.is_hub_id(name):
-            return self.t(base, model=name)
+            return self._base_title(name)
         return printable(expand_user(name).name) if "/" in name else printable(name)
 
     def starters(self, name: str) -> list[str]:
@@ -122,6 +127,24 @@ class ChatModels:
             return files.is_base_model(self.require(name))
         return False
 
+    def _base_title(self, model: str) -> str:
+        return self.t(_BASE_TITLE, model=model)
+
+    def _run_title(self, run: Run) -> str:
+        """Return a run's title as the list of runs has it, and when the run was started.
+
+        Of another day it is the date with the time: runs of one day have the same label.
+        """
+        (title,) = store.short_titles([run])
+        created = 0.0
+        with suppress(UserError):
+            created = run.state().created
+        if not created:
+            return printable(title)
+        when = run_texts.started(created, self.t)
+        clock = f"{datetime.fromtimestamp(created):%H:%M}"
+        return f"{printable(title)} · {when if when == clock else f'{when} {clock}'}"
+
     def _run(self, name: str) -> Run | None:
         """Return the run of a name, or of an export's file or folder."""
         if name in (BASE, NONE):
@@ -138,11 +161,11 @@ class ChatModels:
         models: list[tuple[str, Path]] = []
         with suppress(OSError):
             for export in exports.list_exports(run):
-                if label := _EXPORT_KINDS.get(export["kind"]):
+                if export["kind"] in _WHOLE_MODELS:
                     folder = Path(export["path"])
                     path = next(iter(sorted(folder.glob("*.gguf"))), folder)
-                    run_title = printable(run.title())
-                    models.append((self.t(label, run=run_title, name=export["name"]), path))
+                    kind = printable(self.t(after_training.describe_name(export)))
+                    models.append((f"{self._run_title(run)} · {kind}", path))
         return models
 
 
