@@ -46,7 +46,7 @@ const plain = (messages) =>
 function keep(first, second, ...messages) {
   if (pending) return; // the page is about to show another one
   const panes = messages.map(plain);
-  requestAnimationFrame(() => panes.forEach(showNotes));
+  requestAnimationFrame(() => (panes.forEach(showNotes), followAnswers()));
   const id = panes[0].length ? (shown?.id ?? Date.now().toString(36)) : null;
   const titles = ["chat-first", "chat-second"].map((name) => byId(name)?.querySelector("input")?.value);
   shown = id && { id, at: Date.now(), models: [first, second], titles, panes };
@@ -78,7 +78,7 @@ function showHistory() {
     const about = document.createElement("small");
     about.textContent = [day, ...entry.titles.slice(0, entry.models[1] ? 2 : 1)].join(" · ");
     load.append(title, about);
-    load.toggleAttribute("aria-current", entry.id === shown?.id);
+    if (entry.id === shown?.id) load.setAttribute("aria-current", "true");
     row.dataset.id = entry.id;
     return row;
   });
@@ -91,7 +91,12 @@ function load(entry) {
   if (shown) save();
   pending = entry ?? { panes: [[], []] };
   shown = entry ?? null;
-  byId("chat-load").click();
+  loadPending();
+}
+
+// Presses the button that ends the answer being generated and then calls `take`.
+function loadPending() {
+  if (pending) byId("chat-load").click();
 }
 
 // --- what Gradio's events call ---------------------------------------------------------------
@@ -100,7 +105,7 @@ function load(entry) {
 function open(first, second, _wanted, pane) {
   const wanted = sessionStorage.getItem(WANTED) ?? "";
   sessionStorage.removeItem(WANTED);
-  if (wanted) pending = { panes: [[], []] };
+  if (wanted) pending = { models: [wanted, ""], panes: [[], []] };
   else if (!pane?.length) {
     pending = history().find(({ id }) => id === sessionStorage.getItem(CURRENT)) ?? null;
     shown = pending;
@@ -112,13 +117,14 @@ function open(first, second, _wanted, pane) {
 function take(first, second, ...panes) {
   const next = pending;
   pending = null;
+  isAtEnd = true;
   return next ? [...(next.models ?? [first, second]), ...next.panes] : [first, second, ...panes];
 }
 
-// Returns the values of a request, with the examples of the drawer.
-function form(...values) {
-  const EXAMPLES = 6;
-  values[EXAMPLES] = [...document.querySelectorAll("#chat-examples li")]
+// Returns the values of a request, with the examples of the drawer at their place.
+function form(values, examples) {
+  isAtEnd = true;
+  values[examples] = [...document.querySelectorAll("#chat-examples li")]
     .map((row) => [...row.querySelectorAll("textarea")].map(({ value }) => value.trim()))
     .filter((pair) => pair.some(Boolean))
     .map(([instruction, output]) => JSON.stringify({ instruction, output }))
@@ -185,6 +191,49 @@ function exportJson() {
 
 // --- the page --------------------------------------------------------------------------------
 
+// The rows of a turn of two panes: the question, the answer, its buttons, how to go on.
+const ROWS = [".user-row, .message-buttons-right", ":not(.message-buttons-left, .options)",
+  ".message-buttons-left", ".options"];
+let isAtEnd = true; // of the conversation of two panes; false once it is scrolled up
+
+// Puts the parts of each turn of two panes into the same rows of one grid, below the titles.
+function placeRows(panes) {
+  for (const wrap of panes.querySelectorAll(".message-wrap")) {
+    let first = 2 - ROWS.length;
+    for (const part of wrap.children) {
+      if (part.matches(".user-row")) first += ROWS.length;
+      part.style.gridRow = first + ROWS.findIndex((selector) => part.matches(selector));
+    }
+  }
+}
+
+// Writes the panes' titles on the switch between them.
+function nameSwitch() {
+  for (const button of document.querySelectorAll("[data-chat-pane]")) {
+    const title = byId(`chat-${button.dataset.chatPane}`)?.querySelector("label")?.textContent.trim();
+    if (title && button.textContent !== title) button.textContent = title;
+  }
+}
+
+function noteScroll({ target }) {
+  isAtEnd = target.scrollHeight - target.scrollTop - target.clientHeight < 40;
+}
+
+function followAnswers() {
+  const panes = byId("chat-panes");
+  if (isAtEnd) panes.scrollTop = panes.scrollHeight;
+}
+
+// After each change of a pane.
+const changes = new MutationObserver(() => {
+  const panes = byId("chat-panes");
+  placeRows(panes);
+  nameSwitch();
+  followAnswers();
+  // Gradio calls its buttons of questions to begin with a list, which may have no buttons.
+  for (const list of panes.querySelectorAll(".examples[role=list]")) list.role = "group";
+});
+
 // Tells the style sheet where the tab begins, so that it fills the rest of the window.
 function fit() {
   const top = byId("chat")?.offsetParent && byId("chat").getBoundingClientRect().top + scrollY;
@@ -247,19 +296,16 @@ document.addEventListener("keydown", (event) => {
   if (isComposing && event.target.closest?.("#chat")) event.stopPropagation();
 }, true);
 
-// Gradio calls its buttons of questions to begin with a list, which may have no buttons.
-const relabel = new MutationObserver(() => {
-  for (const list of document.querySelectorAll("#chat-panes .examples[role=list]")) list.role = "group";
-});
-
 addEventListener("resize", fit);
 onTabShown("chat", function begin() {
-  if (!byId("chat-panes")) return requestAnimationFrame(begin); // Gradio has yet to draw it
+  const panes = byId("chat-panes");
+  if (!panes) return requestAnimationFrame(begin); // Gradio has yet to draw it
   fit();
   showHistory();
-  relabel.observe(byId("chat-panes"), { childList: true, subtree: true });
+  changes.observe(panes, { childList: true, subtree: true, characterData: true });
+  panes.addEventListener("scroll", noteScroll);
 });
 
 window.jetsonFt = {
-  ...window.jetsonFt, chatWith, chat: { addPairs, form, keep, open, take },
+  ...window.jetsonFt, chatWith, chat: { addPairs, form, keep, loadPending, open, take },
 };

@@ -60,7 +60,8 @@ def build(t: Locale, runs: Path, client: ChatClient, tab: Any, allowed: AllowedP
     form = [*models, message, *panes, system, examples, seed, *sliders]
     shown = [*panes, status]
     answering: Any = {
-        "inputs": form, "outputs": [message, *shown], "js": "jetsonFt.chat.form",
+        "inputs": form, "outputs": [message, *shown],
+        "js": f"(...values) => jetsonFt.chat.form(values, {form.index(examples)})",
         "concurrency_limit": None, "show_progress": "hidden",
     }  # fmt: skip
     answers: Any = [message.submit(chat.send, **answering)]
@@ -80,10 +81,11 @@ def build(t: Locale, runs: Path, client: ChatClient, tab: Any, allowed: AllowedP
     opened = tab.select(
         chat.open, [*models, wanted, pane], [*models, wanted], js="jetsonFt.chat.open", **quiet
     )
-    take: Any = {"inputs": [*models, *panes], "outputs": [*models, *panes],
-                 "js": "jetsonFt.chat.take"}  # fmt: skip
-    loaded = load.click(chat.stop, cancels=answers).then(None, **take)
-    for ready in (opened.then(None, **take), loaded):
+    opened.then(None, js="jetsonFt.chat.loadPending")
+    loaded = load.click(chat.stop, cancels=answers).then(
+        None, [*models, *panes], [*models, *panes], js="jetsonFt.chat.take"
+    )
+    for ready in (opened, loaded):
         ready.then(chat.present, models, shown, **quiet)
     from_data.click(chat.training_pairs, first, pairs, **quiet).then(
         None, pairs, js="jetsonFt.chat.addPairs"

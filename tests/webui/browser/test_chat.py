@@ -17,6 +17,7 @@ from workbench import change_children
 
 pytestmark = pytest.mark.slow
 NEWEST, OLDER = "20260102-000000-newest", "20260101-000000-older"
+NEWEST_LABEL, OLDER_LABEL = "newest ·", "older ·"  # the page adds when they were started
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def chat(page: Any, served: Served) -> Any:
     """Return the page with the Chat tab opened on the newest run."""
     page.set_default_timeout(10_000)
     open_tab(page, served, "chat")
-    page.locator("#chat-a label", has_text=NEWEST).wait_for()
+    page.locator("#chat-a label", has_text=NEWEST_LABEL).wait_for()
     return page
 
 
@@ -64,7 +65,8 @@ def compare_with(page: Any, label: str) -> None:
 
 
 def questions(page: Any, pane: str) -> list[str]:
-    return list(page.locator(f"#chat-{pane} .user-row .prose").all_inner_texts())
+    texts = page.locator(f"#chat-{pane} .user-row .prose").all_text_contents()  # shown or not
+    return [text.strip() for text in texts]
 
 
 def answers(page: Any, pane: str) -> list[str]:
@@ -74,6 +76,7 @@ def answers(page: Any, pane: str) -> list[str]:
 def test_markdown_and_code_are_shown_and_nothing_in_an_answer_runs(chat: Any) -> None:
     left: list[str] = []
     chat.on("requestfinished", lambda request: left.append(request.url))
+    chat.route("http://evil.invalid/**", lambda route: route.fulfill(body=""))
     ask(chat, "code")
     assert chat.locator("#chat-a pre code").inner_text().rstrip() == (
         "def f(x):\n    if x:\n        return 1"
@@ -91,9 +94,36 @@ def test_markdown_and_code_are_shown_and_nothing_in_an_answer_runs(chat: Any) ->
     assert [url for url in left if "evil" in url] == []
 
 
+def test_a_question_is_over_both_answers_which_scroll_as_one(chat: Any) -> None:
+    compare_with(chat, "(base)")
+    for text in ("code", "plain", "long"):
+        ask(chat, text, answers=2)
+    tops = "rows => rows.map(row => row.getBoundingClientRect().top)"
+    boxes = {each: chat.locator(each).bounding_box() for each in ("#chat-panes", "#chat-a label")}
+    for kind in (".bot-row", ".message-buttons-left", ".options"):
+        first, second = (chat.locator(f"#chat-{pane} {kind}").evaluate_all(tops) for pane in "ab")
+        assert first == second and len(first) == (1 if kind == ".options" else 3)
+    assert chat.locator("#chat-b .user-row:visible").count() == 0
+    for row in chat.locator("#chat-a .user-row").all():
+        assert row.bounding_box()["width"] > 1.9 * boxes["#chat-a label"]["width"]
+    panes = chat.locator("#chat-panes")
+    at_end = "panes => panes.scrollHeight - panes.scrollTop - panes.clientHeight < 2"
+    assert panes.evaluate("panes => panes.scrollTop") > 0 and panes.evaluate(at_end)
+    assert chat.locator("#chat-a label").bounding_box() == boxes["#chat-a label"], "it stays"
+    chat.get_by_role("textbox", name="Message").fill("slow")
+    chat.keyboard.press("Enter")
+    chat.locator("#chat-a .bot-row", has_text="1 2 3").wait_for()
+    panes.hover()
+    chat.mouse.wheel(0, -2000)
+    chat.locator("#chat-a .bot-row", has_text="30 31").wait_for()
+    assert panes.evaluate("panes => panes.scrollTop") == 0, "it was scrolled up"
+    chat.get_by_role("button", name="Stop").click()
+    wait_for_answers(chat, 7)
+
+
 def test_both_panes_hold_the_same_questions_after_a_stop(chat: Any) -> None:
     compare_with(chat, "(base)")
-    assert chat.locator("#chat-a label").first.inner_text() == NEWEST
+    assert chat.locator("#chat-a label").first.inner_text().startswith(NEWEST_LABEL)
     assert "(base)" in chat.locator("#chat-b label").first.inner_text()
     box = chat.get_by_role("textbox", name="Message")
     box.fill("slow")
@@ -110,7 +140,7 @@ def test_both_panes_hold_the_same_questions_after_a_stop(chat: Any) -> None:
 
 
 def test_an_answer_is_continued_given_again_and_a_question_edited(chat: Any) -> None:
-    compare_with(chat, OLDER)
+    compare_with(chat, OLDER_LABEL)
     ask(chat, "long", answers=2)
     chat.locator("#chat-a").get_by_role("button", name="Continue").click()
     chat.locator("#chat-a .bot-row", has_text="the beginning and the end").wait_for()
@@ -119,9 +149,9 @@ def test_an_answer_is_continued_given_again_and_a_question_edited(chat: Any) -> 
     chat.locator("#chat-a .bot-row[data-note*=cut]").wait_for()
     assert answers(chat, "a") == answers(chat, "b") == ["the beginning"]
     ask(chat, "second", answers=2)
-    chat.locator("#chat-b").get_by_role("button", name="Edit").first.click()
-    chat.locator("#chat-b textarea").fill("other")
-    chat.locator("#chat-b").get_by_role("button", name="Submit").click()
+    chat.get_by_role("button", name="Edit").first.click()
+    chat.locator("#chat-a textarea").fill("other")
+    chat.get_by_role("button", name="Submit").click()
     chat.locator("#chat-b .bot-row", has_text="'other'").wait_for()
     assert questions(chat, "a") == questions(chat, "b") == ["other"]
     assert NEWEST in answers(chat, "a")[0] and OLDER in answers(chat, "b")[0]
@@ -160,7 +190,7 @@ def test_examples_and_a_first_question_come_from_the_data(chat: Any) -> None:
 def test_history_is_kept_in_the_browser_and_exported(chat: Any) -> None:
     compare_with(chat, "(base)")
     ask(chat, "one", answers=2)
-    chat.wait_for_timeout(500)  # for the history to be stored
+    chat.wait_for_function("localStorage.getItem('jetson-ft-chats')?.includes('one')")
     chat.reload()
     chat.locator("#chat-b .bot-row").wait_for()
     assert questions(chat, "a") == questions(chat, "b") == ["one"]
@@ -197,7 +227,9 @@ def test_the_tab_fills_the_window_with_the_composer_at_its_end(
     assert chat.evaluate("document.documentElement.scrollWidth") <= width
     if width == 390:
         assert not chat.locator("#chat-b").is_visible()
-        chat.get_by_role("button", name="B", exact=True).click()
+        assert all(chat.locator(f"#chat-{pane} .user-row").count() == 3 for pane in "ab")
+        assert "newest" in chat.locator("[data-chat-pane=a]").inner_text()
+        chat.locator("[data-chat-pane=b]", has_text="(base)").click()
         assert chat.locator("#chat-b").is_visible() and not chat.locator("#chat-a").is_visible()
 
 
@@ -205,4 +237,24 @@ def test_a_link_opens_the_tab_with_a_model(chat: Any) -> None:
     chat.evaluate("location.hash = 'runs'")
     chat.locator("#chat").wait_for(state="hidden")
     chat.evaluate(f"jetsonFt.chatWith('{OLDER}')")
-    chat.locator("#chat-a label", has_text=OLDER).wait_for()
+    chat.locator("#chat-a label", has_text=OLDER_LABEL).wait_for()
+
+
+def test_a_link_ends_the_answer_that_is_generated(chat: Any) -> None:
+    box = chat.get_by_role("textbox", name="Message")
+    box.fill("slow")
+    box.press("Enter")
+    chat.locator("#chat-a .bot-row", has_text="1 2").wait_for()
+    chat.evaluate("location.hash = 'runs'")
+    chat.locator("#chat").wait_for(state="hidden")
+    chat.evaluate(f"jetsonFt.chatWith('{OLDER}')")
+    chat.locator("#chat-a label", has_text=OLDER_LABEL).wait_for()
+    chat.locator("#chat-a .example").first.wait_for()
+    assert questions(chat, "a") == []
+    ask(chat, "plain")
+    assert questions(chat, "a") == ["plain"] and OLDER in answers(chat, "a")[0]
+    chat.get_by_role("button", name="History").click()
+    chat.locator("#chat-history [aria-current=true]", has_text="plain").wait_for()
+    kept = chat.locator("#chat-history li").all_inner_texts()
+    assert ["plain" in kept[0], "older" in kept[0]] == [True, True], kept
+    assert ["slow" in kept[1], "newest" in kept[1]] == [True, True], kept
