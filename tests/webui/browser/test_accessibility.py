@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 from in_browser import TABS, choose_tab, open_tab
+from run_folders import copy_finished
+from scripted_chat import SITE
 from served import Served
-from workbench import LightRuns
+from workbench import LightRuns, change_children
 
 from jetson_ft.runs import store
 
@@ -75,10 +77,38 @@ def test_runs_in_every_state_and_view(page: Any, served: Served, runs: LightRuns
     assert_accessible(page, "dialog")
 
 
+def test_a_comparison_in_the_chat_and_its_drawers(page: Any, scripted: Served) -> None:
+    open_tab(page, scripted, "chat")
+    page.locator("#chat-a label", has_text="finished").wait_for()
+    page.get_by_label("Compare with").click()
+    page.get_by_role("option", name="(base)").first.click()
+    for number, text in enumerate(("code", "long"), 1):
+        page.get_by_role("textbox", name="Message").fill(text)
+        page.keyboard.press("Enter")
+        page.locator(f":nth-match(#chat-b .bot-row[data-note*=tokens], {number})").wait_for()
+    assert_accessible(page, "two answers", ALL_LOOKS)
+    page.set_viewport_size({"width": 1440, "height": 900})
+    for drawer in ("History", "Settings"):
+        page.get_by_role("button", name=drawer).click()
+        page.get_by_role("heading", name=drawer).wait_for()
+        assert_accessible(page, drawer, ALL_LOOKS)
+        page.keyboard.press("Escape")
+
+
 def test_without_runs(page: Any, empty: Served) -> None:
     open_tab(page, empty, "runs")
     page.wait_for_timeout(1000)
     assert_accessible(page, "no runs")
+
+
+@pytest.fixture
+def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a server of one run, with answers of a script in place of a model."""
+    copy_finished(tmp_path / "runs")
+    change_children(SITE, tmp_path, monkeypatch)
+    server = Served(tmp_path)
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from in_browser import open_tab
 from run_folders import copy_finished
-from scripted_chat import SITE
+from scripted_chat import CODE, SITE
 from served import Served
 from workbench import change_children
 
@@ -155,6 +155,19 @@ def test_an_answer_is_continued_given_again_and_a_question_edited(chat: Any) -> 
     chat.locator("#chat-b .bot-row", has_text="'other'").wait_for()
     assert questions(chat, "a") == questions(chat, "b") == ["other"]
     assert NEWEST in answers(chat, "a")[0] and OLDER in answers(chat, "b")[0]
+
+
+def test_each_message_is_copied_as_it_was_written(chat: Any) -> None:
+    chat.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    compare_with(chat, "(base)")
+    ask(chat, "code", answers=2)
+    ask(chat, "plain", answers=2)
+    copied = []
+    for buttons in chat.locator("#chat-panes .message-buttons:visible").all():
+        buttons.get_by_role("button", name="Copy message").click()
+        copied.append(chat.evaluate("navigator.clipboard.readText()"))
+    first, second = answers(chat, "a")[1], answers(chat, "b")[1]
+    assert copied == ["code", CODE, "plain", first, CODE, second]
 
 
 def test_enter_sends_but_not_while_an_input_method_composes(chat: Any) -> None:
