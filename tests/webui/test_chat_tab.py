@@ -212,6 +212,16 @@ def test_retry_answers_in_its_pane_alone(tmp_path: Path) -> None:
     assert page.client.requests[0][1].begun == ""
 
 
+def test_any_answer_is_given_again_without_what_followed(tmp_path: Path) -> None:
+    page = Page(tmp_path, reply("new"), second="b")
+    page.panes = [messages(Turn("a", "1"), Turn("b", "2")), messages(Turn("a", "3"), Turn("b", ""))]
+    for place in ("2,0", "0,2", "-1,0", "x"):
+        page.press("retry_any", place)
+    assert page.turns()[0] == [("a", "1"), ("b", "2")] and not page.client.requests
+    page.press("retry_any", "1,0")
+    assert page.turns() == [[("a", "1")], [("a", "new")]]
+
+
 def test_a_starter_begins_the_conversation(tmp_path: Path) -> None:
     page = Page(tmp_path, reply("A"))
     page.press("start", event(0, value={"text": "why?"}))

@@ -10,6 +10,8 @@ const byId = (id) => document.getElementById(id);
 let shown = null; // the conversation on the page
 let pending = null; // what `take` puts there next
 let timer = 0;
+let retryButton = null; // a copy of Gradio's
+let retried = ""; // the pane and the turn of the answer to give again
 
 // --- history --------------------------------------------------------------------------------
 
@@ -47,10 +49,11 @@ function keep(first, second, ...messages) {
   if (pending) return; // the page is about to show another one
   const panes = messages.map(plain);
   requestAnimationFrame(() => (panes.forEach(showNotes), followAnswers()));
+  clearTimeout(timer);
+  if (shown && !panes[0].length) save(); // another one begins
   const id = panes[0].length ? (shown?.id ?? Date.now().toString(36)) : null;
   const titles = ["chat-first", "chat-second"].map((name) => byId(name)?.querySelector("input")?.value);
   shown = id && { id, at: Date.now(), models: [first, second], titles, panes };
-  clearTimeout(timer);
   timer = setTimeout(save, 300);
 }
 
@@ -120,6 +123,8 @@ function take(first, second, ...panes) {
   isAtEnd = true;
   return next ? [...(next.models ?? [first, second]), ...next.panes] : [first, second, ...panes];
 }
+
+const retriedAnswer = () => retried;
 
 // Returns the values of a request, with the examples of the drawer at their place.
 function form(values, examples) {
@@ -224,10 +229,34 @@ function followAnswers() {
   if (isAtEnd) panes.scrollTop = panes.scrollHeight;
 }
 
+// Gives each answer the button that Gradio gives the last one.
+function addRetryButtons(panes) {
+  const groups = [...panes.querySelectorAll(".message-buttons-left .icon-button-wrapper")];
+  const gradios = groups.map((group) => group.querySelector("button:nth-of-type(2):not([data-chat])"));
+  if (!retryButton && (retryButton = gradios.find(Boolean)?.cloneNode(true))) {
+    retryButton.disabled = false;
+    retryButton.dataset.chat = "retry";
+  }
+  groups.forEach((group, number) => {
+    const ours = group.querySelector("[data-chat]");
+    if (gradios[number]) ours?.remove();
+    else if (!ours && retryButton) group.append(retryButton.cloneNode(true));
+  });
+}
+
+function retry(button) {
+  if (document.querySelector("#chat-message .stop-button")) return;
+  const pane = button.closest("#chat-b") ? 1 : 0;
+  const answers = button.closest(".message-wrap").querySelectorAll(".message-buttons-left");
+  retried = `${pane},${[...answers].indexOf(button.closest(".message-buttons-left"))}`;
+  byId("chat-retry").click();
+}
+
 // After each change of a pane.
 const changes = new MutationObserver(() => {
   const panes = byId("chat-panes");
   placeRows(panes);
+  addRetryButtons(panes);
   nameSwitch();
   followAnswers();
   // Gradio calls its buttons of questions to begin with a list, which may have no buttons.
@@ -269,6 +298,7 @@ const actions = {
     showHistory();
     if (isShown) load(null);
   },
+  retry,
   text: () => shown && exportText(),
   json: () => shown && exportJson(),
 };
@@ -307,5 +337,5 @@ onTabShown("chat", function begin() {
 });
 
 window.jetsonFt = {
-  ...window.jetsonFt, chatWith, chat: { addPairs, form, keep, loadPending, open, take },
+  ...window.jetsonFt, chatWith, chat: { addPairs, form, keep, loadPending, open, retriedAnswer, take },
 };

@@ -53,18 +53,27 @@ def build(t: Locale, runs: Path, client: ChatClient, tab: Any, allowed: AllowedP
             from_data = gr.Button(t(_("Three from the data")), size="sm")
         gr.HTML(render("chat_history.jinja", t), apply_default_css=False)
         # Filled and pressed by chat.js.
-        wanted, examples, pairs = (gr.Textbox(visible=False) for _ in range(3))
-        load = gr.Button(elem_id="chat-load", visible="hidden")
+        wanted, examples, pairs, retried = (gr.Textbox(visible=False) for _ in range(4))
+        load, retry = (
+            gr.Button(elem_id=element, visible="hidden") for element in ("chat-load", "chat-retry")
+        )
 
     panes, models = [pane, second_pane], [first, second]
     form = [*models, message, *panes, system, examples, seed, *sliders]
     shown = [*panes, status]
+    filled = f"jetsonFt.chat.form(values, {form.index(examples)})"
     answering: Any = {
-        "inputs": form, "outputs": [message, *shown],
-        "js": f"(...values) => jetsonFt.chat.form(values, {form.index(examples)})",
+        "inputs": form, "outputs": [message, *shown], "js": f"(...values) => {filled}",
         "concurrency_limit": None, "show_progress": "hidden",
     }  # fmt: skip
-    answers: Any = [message.submit(chat.send, **answering)]
+    retrying = {
+        "inputs": [retried, *form],
+        "js": f"(_retried, ...values) => [jetsonFt.chat.retriedAnswer(), ...{filled}]",
+    }
+    answers: Any = [
+        message.submit(chat.send, **answering),
+        retry.click(chat.retry_any, **answering | retrying),
+    ]
     for each in panes:
         answers += [
             each.example_select(chat.start, **answering), each.edit(chat.edit, **answering),

@@ -115,9 +115,28 @@ class ChatTab:
         yield from self._ask(request, page, number, str(event.value))
 
     def retry(self, request: gr.Request, event: gr.RetryData, *form: Any) -> Iterator[Outputs]:
-        """Answer a question again in one pane; what followed it is removed from both."""
+        """Give the last answer of a pane again."""
         page, pane = _Form(*form), _pane_of(event)
-        number = page.turn_of(pane, event.index)
+        yield from self._retry(request, page, pane, page.turn_of(pane, event.index))
+
+    def retry_any(self, request: gr.Request, place: str, *form: Any) -> Iterator[Outputs]:
+        """Give any answer again.
+
+        Args:
+            place: the numbers of its pane and of its turn, with a comma between them.
+        """
+        page = _Form(*form)
+        places = {
+            f"{pane},{number}": (pane, number)
+            for pane, turns in enumerate(page.turns) for number in range(len(turns))
+        }  # fmt: skip
+        if place in places:
+            yield from self._retry(request, page, *places[place])
+        else:
+            yield gr.skip(), *page.messages, ""
+
+    def _retry(self, request: gr.Request, page: _Form, pane: int, number: int) -> Iterator[Outputs]:
+        """Answer a question again in one pane; what followed it is removed from both."""
         panes = [turns[: number + 1] for turns in page.turns]
         panes[pane][number] = Turn(panes[pane][number].question)
         yield from self._answer(request, page, panes, [pane])

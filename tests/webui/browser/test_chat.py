@@ -149,6 +149,12 @@ def test_an_answer_is_continued_given_again_and_a_question_edited(chat: Any) -> 
     chat.locator("#chat-a .bot-row[data-note*=cut]").wait_for()
     assert answers(chat, "a") == answers(chat, "b") == ["the beginning"]
     ask(chat, "second", answers=2)
+    assert chat.get_by_role("button", name="Retry").count() == 4, "one under each answer"
+    chat.locator("#chat-b").get_by_role("button", name="Retry").first.click()
+    wait_for_answers(chat, 2)
+    assert questions(chat, "a") == questions(chat, "b") == ["long"]
+    assert chat.get_by_role("button", name="Retry").count() == 2
+    ask(chat, "second", answers=2)
     chat.get_by_role("button", name="Edit").first.click()
     chat.locator("#chat-a textarea").fill("other")
     chat.get_by_role("button", name="Submit").click()
