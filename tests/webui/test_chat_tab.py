@@ -324,6 +324,6 @@ def test_another_model_begins_another_conversation(tmp_path: Path) -> None:
     tab = ChatTab(Locale("en"), tmp_path, ChatClient(tmp_path))
     for first, second, compared in (("o/n", "o/n", NONE), ("o/n", OWN_BASE, NONE),
                                     ("o/n", BASE, BASE)):  # fmt: skip
-        updates = tab.choose(REQUEST, first, second)
+        updates = tab.choose(first, second)
         assert value(updates[0]) == first and value(updates[1]) == compared
         assert updates[2:] == ([], [])

@@ -53,7 +53,8 @@ function keep(first, second, ...messages) {
   if (shown && !panes[0].length) save(); // another one begins
   const id = panes[0].length ? (shown?.id ?? Date.now().toString(36)) : null;
   const titles = ["chat-first", "chat-second"].map((name) => byId(name)?.querySelector("input")?.value);
-  shown = id && { id, at: Date.now(), models: [first, second], titles, panes };
+  // Other models begin another conversation, so what was begun keeps its own.
+  shown = id && { models: [first, second], titles, ...shown, id, at: Date.now(), panes };
   timer = setTimeout(save, 300);
 }
 

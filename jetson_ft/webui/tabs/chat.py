@@ -83,15 +83,15 @@ def build(t: Locale, runs: Path, client: ChatClient, tab: Any, allowed: AllowedP
     message.stop(chat.stop)
     quiet: Any = {"show_progress": "hidden"}
     for choice in models:
-        choice.input(chat.choose, models, [*models, *panes], cancels=answers, **quiet).then(
-            chat.present, models, shown, **quiet
-        )
+        _end(choice.input, chat, answers, message).then(
+            chat.choose, models, [*models, *panes], **quiet
+        ).then(chat.present, models, shown, **quiet)
         choice.focus(chat.refresh, models, models, **quiet)
     opened = tab.select(
         chat.open, [*models, wanted, pane], [*models, wanted], js="jetsonFt.chat.open", **quiet
     )
     opened.then(None, js="jetsonFt.chat.loadPending")
-    loaded = load.click(chat.stop, cancels=answers).then(
+    loaded = _end(load.click, chat, answers, message).then(
         None, [*models, *panes], [*models, *panes], js="jetsonFt.chat.take"
     )
     for ready in (opened, loaded):
@@ -99,3 +99,12 @@ def build(t: Locale, runs: Path, client: ChatClient, tab: Any, allowed: AllowedP
     from_data.click(chat.training_pairs, first, pairs, **quiet).then(
         None, pairs, js="jetsonFt.chat.addPairs"
     )
+
+
+def _end(event: Any, chat: ChatTab, answers: Any, message: Any) -> Any:
+    """At an event, end the answer that is being generated; return the event after that.
+
+    It is cancelled first: what is left of a stopped answer would come after another conversation.
+    """
+    cancelled = event(None, cancels=answers)
+    return cancelled.then(chat.end, outputs=message, show_progress="hidden")

@@ -82,9 +82,13 @@ class ChatTab:
         """End the answer that is being generated for this page."""
         self.client.stop(str(request.session_hash))
 
-    def choose(self, request: gr.Request, first: str, second: str) -> tuple[Any, ...]:
-        """Begin a new conversation with other models."""
+    def end(self, request: gr.Request) -> Any:
+        """End the answer whose event was cancelled; return an update of the composer."""
         self.stop(request)
+        return self._composer(None)
+
+    def choose(self, first: str, second: str) -> tuple[Any, ...]:
+        """Begin a new conversation with other models."""
         return (*self.refresh(first, second), [], [])
 
     def training_pairs(self, first: str) -> str:
