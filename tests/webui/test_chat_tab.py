@@ -327,3 +327,9 @@ def test_another_model_begins_another_conversation(tmp_path: Path) -> None:
         updates = tab.choose(first, second)
         assert value(updates[0]) == first and value(updates[1]) == compared
         assert updates[2:] == ([], [])
+
+
+def test_opening_a_list_keeps_what_is_chosen(tmp_path: Path) -> None:
+    tab = ChatTab(Locale("en"), tmp_path, ChatClient(tmp_path))
+    for update in tab.refresh(BASE):
+        assert update["choices"] and "value" not in update, "another may be chosen meanwhile"

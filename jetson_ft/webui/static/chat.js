@@ -335,6 +335,7 @@ onTabShown("chat", function begin() {
   showHistory();
   changes.observe(panes, { childList: true, subtree: true, characterData: true });
   panes.addEventListener("scroll", noteScroll);
+  new ResizeObserver(followAnswers).observe(panes);
 });
 
 window.jetsonFt = {

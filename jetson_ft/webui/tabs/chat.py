@@ -82,29 +82,21 @@ def build(t: Locale, runs: Path, client: ChatClient, tab: Any, allowed: AllowedP
         each.change(None, [*models, *panes], js="jetsonFt.chat.keep")
     message.stop(chat.stop)
     quiet: Any = {"show_progress": "hidden"}
+    # Cancelled before it is ended: the last part of an answer would come after what replaces it.
+    end: Any = {"fn": chat.end, "outputs": message, **quiet}
     for choice in models:
-        _end(choice.input, chat, answers, message).then(
-            chat.choose, models, [*models, *panes], **quiet
-        ).then(chat.present, models, shown, **quiet)
-        choice.focus(chat.refresh, models, models, **quiet)
+        chosen = choice.input(None, cancels=answers).then(**end)
+        chosen = chosen.then(chat.choose, models, [*models, *panes], **quiet)
+        chosen.then(chat.present, models, shown, **quiet)
+        choice.focus(chat.refresh, first, models, **quiet)
     opened = tab.select(
         chat.open, [*models, wanted, pane], [*models, wanted], js="jetsonFt.chat.open", **quiet
     )
     opened.then(None, js="jetsonFt.chat.loadPending")
-    loaded = _end(load.click, chat, answers, message).then(
-        None, [*models, *panes], [*models, *panes], js="jetsonFt.chat.take"
-    )
+    ended = load.click(None, cancels=answers).then(**end)
+    loaded = ended.then(None, [*models, *panes], [*models, *panes], js="jetsonFt.chat.take")
     for ready in (opened, loaded):
         ready.then(chat.present, models, shown, **quiet)
     from_data.click(chat.training_pairs, first, pairs, **quiet).then(
         None, pairs, js="jetsonFt.chat.addPairs"
     )
-
-
-def _end(event: Any, chat: ChatTab, answers: Any, message: Any) -> Any:
-    """At an event, end the answer that is being generated; return the event after that.
-
-    It is cancelled first: what is left of a stopped answer would come after another conversation.
-    """
-    cancelled = event(None, cancels=answers)
-    return cancelled.then(chat.end, outputs=message, show_progress="hidden")

@@ -48,17 +48,22 @@ class ChatTab:
                 target.resolve_target(self.models.require(name), self.runs)
             except UserError:  # deleted since it was chosen
                 name = self.models.newest()
-        return (*self.refresh(name, second if name == first else NONE), "")
+        return (*self._show_models(name, second if name == first else NONE), "")
 
-    def refresh(self, first: str, second: str) -> tuple[Any, Any]:
-        """Return updates of both lists of models, which may have changed on the disk."""
-        second = self._compared(first, second)
+    def refresh(self, first: str) -> tuple[Any, Any]:
+        """Return updates of both lists of models, which may have changed on the disk.
+
+        The values stay: another one may be chosen before the updates arrive.
+        """
         choices = self.models.choices()
         compared = self.models.compared_choices(first, choices)
-        return (
-            gr.Dropdown(choices, value=first, allow_custom_value=True),
-            gr.Dropdown(compared, value=second, allow_custom_value=True),
-        )
+        return gr.update(choices=choices), gr.update(choices=compared)
+
+    def _show_models(self, first: str, second: str) -> tuple[Any, Any]:
+        """Return updates of both lists of models with what is chosen there."""
+        first_update, second_update = self.refresh(first)
+        second = self._compared(first, second)
+        return first_update | {"value": first}, second_update | {"value": second}
 
     def present(self, first: str, second: str) -> tuple[Any, Any, str]:
         """Return updates of the panes' titles and of the status line; conversations stay."""
@@ -89,7 +94,7 @@ class ChatTab:
 
     def choose(self, first: str, second: str) -> tuple[Any, ...]:
         """Begin a new conversation with other models."""
-        return (*self.refresh(first, second), [], [])
+        return (*self._show_models(first, second), [], [])
 
     def training_pairs(self, first: str) -> str:
         """Return three questions with answers from the data of the first model's run, as JSON."""
