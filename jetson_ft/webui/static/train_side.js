@@ -4,7 +4,7 @@ import { setFields } from "./train_form.js";
 const PLAN_DELAY = 1000; // ms after the last change
 let planTimer = 0;
 let plansAsked = 0;
-let sent = ""; // what a person did with the list of sources
+const actions = []; // what a person did with the list of sources; the first is under way
 
 function askPlan(button) {
   clearTimeout(planTimer);
@@ -30,10 +30,16 @@ function applySettings(settings) {
   setFields(Object.fromEntries(pairs.map(([key, value]) => [key, isNaN(value) ? value : +value])));
 }
 
-// Clicks a hidden button; `withSent` puts the text into the place of its first input.
+// Clicks a hidden button; `withSent` puts the action into the place of its first input. One after
+// the other: each changes what the one before it has left.
 function changeSources(action) {
-  sent = JSON.stringify(action);
-  document.getElementById("data-action").click();
+  actions.push(JSON.stringify(action));
+  if (actions.length === 1) document.getElementById("data-action").click();
+}
+
+function sourcesChanged() {
+  actions.shift();
+  if (actions.length) document.getElementById("data-action").click();
 }
 
 function turnRows(section, by) {
@@ -56,7 +62,7 @@ document.addEventListener("click", (event) => {
     document.body.dataset.plan = "stale";
     askPlan("plan-by-hand");
   } else if (sourceRemove !== undefined) {
-    changeSources({ do: "remove", source: +sourceRemove });
+    changeSources({ do: "remove", source: sourceRemove });
   } else if (rowsTurn) turnRows(button.closest(".rows"), +rowsTurn);
 });
 
@@ -64,7 +70,7 @@ document.addEventListener("change", (event) => {
   const { sourceShare, rowsTokens } = event.target.dataset;
   if (sourceShare !== undefined) {
     const percent = event.target.value;
-    changeSources({ do: "share", source: +sourceShare, percent });
+    changeSources({ do: "share", source: sourceShare, percent });
   } else if (rowsTokens !== undefined) {
     const shown = event.target.checked;
     for (const sample of event.target.closest(".rows").querySelectorAll(".sample")) {
@@ -75,5 +81,6 @@ document.addEventListener("change", (event) => {
 });
 
 window.jetsonFt = {
-  ...window.jetsonFt, planSoon, planned, withSent: (_first, ...others) => [sent, ...others],
+  ...window.jetsonFt, planSoon, planned, sourcesChanged,
+  withSent: (_first, ...others) => [actions[0], ...others],
 };
