@@ -57,9 +57,11 @@ def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -
     gr.on(changes, None, js="() => window.jetsonFt.planSoon()", **quiet)
     gr.on(changes, summary.command, [name, *inputs], command, trigger_mode="always_last",
           concurrency_limit=4, **quiet)  # fmt: skip
+    # What Start has reported is of the fields as they were.
+    gr.on([field.change for field in inputs], None, outcome, js="() => ''", **quiet)
     for button, function in ((by_itself, summary.plan), (by_hand, summary.plan_now)):
         button.click(
-            function, inputs, [plan, outcome, form.marks], trigger_mode="multiple",
+            function, inputs, [plan, form.marks], trigger_mode="multiple",
             concurrency_limit=8, **quiet,
         ).then(None, js="() => window.jetsonFt.planned()")  # fmt: skip
     start.click(
@@ -81,7 +83,7 @@ class Summary:
     # --- the plan ------------------------------------------------------------------------------
 
     def plan(self, request: gr.Request, *values: Any) -> list[Any]:
-        """Return the plan's HTML unless a run is training, no outcome, and the form's mistakes.
+        """Return the plan's HTML unless a run is training, and the form's mistakes.
 
         Nothing is downloaded. Skips all where the page has asked again meanwhile.
         """
@@ -92,7 +94,7 @@ class Summary:
         return self._plan(request.session_hash or "", values, by_hand=True)
 
     def _plan(self, page: str, values: Sequence[Any], by_hand: bool) -> list[Any]:
-        turn, skipped = PREVIEWS.next_turn(page), [gr.skip()] * 3
+        turn, skipped = PREVIEWS.next_turn(page), [gr.skip()] * 2
         mistakes = self.form.mistakes(None)
         try:
             html = self._plan_html(self.form.recipe(values), page, by_hand)
@@ -102,7 +104,7 @@ class Summary:
             html, mistakes = render("plan.jinja", self.t, wrong=True), self.form.mistakes(error)
         except UserError as error:
             html = complaint(error, self.t, self.form.runs)
-        return [html, "", *mistakes] if PREVIEWS.is_newest(page, turn) else skipped
+        return [html, *mistakes] if PREVIEWS.is_newest(page, turn) else skipped
 
     def _plan_html(self, recipe: Recipe, page: str, by_hand: bool) -> str:
         is_training = queue.running_run() is not None
