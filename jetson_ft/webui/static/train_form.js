@@ -73,6 +73,7 @@ function dataNames() {
 // Once, when the tab is drawn: the fields' values come as they are; those of the draft go back.
 function formLoad(fits, loaded, ...now) {
   form = JSON.parse(document.getElementById("recipes").dataset.form);
+  unfolding.observe(document.getElementById("decisions"), { childList: true, subtree: true });
   formFits(fits);
   values = Object.fromEntries(form.order.map((key, place) => [key, now[place]]));
   chosen = recipe(form.first);
@@ -297,11 +298,11 @@ document.addEventListener("click", (event) => {
 });
 
 // Fields appear when their group is unfolded.
-new MutationObserver((records) => {
-  if (form && records.some((record) => [...record.addedNodes].some(
+const unfolding = new MutationObserver((records) => {
+  if (records.some((record) => [...record.addedNodes].some(
     (node) => node.nodeType === 1 && (node.matches("[id^=field-]") || node.querySelector("[id^=field-]")),
   ))) refresh();
-}).observe(document.documentElement, { childList: true, subtree: true });
+});
 
 window.jetsonFt = {
   ...window.jetsonFt, formLoad, formApply, formChanged, formLoaded, formMistakes, formFits, setFields,

@@ -41,7 +41,7 @@ class Form:
     `marks` is a hidden box; put it into the outputs for what `mistakes` returns.
     """
 
-    ORDER = (*(key for key in FIELDS if key != DATA), DATA)  # of values, fields and updates
+    ORDER = (*(key for key in FIELDS if key != DATA), DATA)  # of values and fields
 
     def __init__(self, t: Locale, runs: Path, allowed: AllowedPaths = EVERY_PATH) -> None:
         self.t, self.runs, self.allowed = t, runs, allowed
@@ -76,32 +76,23 @@ class Form:
         text = self.t(problem.reason or problem.message).replace("`", "")
         return re.sub(r"\bnull\b", self.t(_("empty")), text)
 
-    def updates(self, recipe: Recipe) -> list[Any]:
-        """Return the update of every field for a recipe."""
-        values = form_values(recipe)
-        return [gr.update(value=values[key]) for key in self.ORDER]
-
     def load(self, path: str) -> list[Any]:
-        """Return an error's HTML, and what `static/train.js` takes for an uploaded recipe."""
+        """Return an error's HTML, and what `static/train_form.js` takes for an uploaded recipe."""
         try:
             return ["", loaded(Path(path).stem, recipes.load_recipe(path))]
         except UserError as error:
             return [error_html(error, self.t), ""]
 
     def open_address(self, request: gr.Request) -> list[Any]:
-        """Handle the query of the page's address; return updates of the notice, `loaded` and tabs.
-
-        `?copy=RUN` loads that run's settings into the form, `?run=RUN` opens the Runs tab.
-        """
-        query = request.query_params
-        if name := query.get("copy"):
-            tabs = gr.Tabs(selected="train")
-            try:
-                run = store.run_by_name(name, self.runs)
-                return ["", loaded(run.title(), run.recipe()), tabs]
-            except UserError as error:
-                return [error_html(error, self.t), "", tabs]
-        return ["", "", gr.Tabs(selected="runs") if query.get("run") else gr.skip()]
+        """Return the notice and `loaded`: `?copy=RUN` loads that run's settings into the form."""
+        name = request.query_params.get("copy")
+        if not name:
+            return ["", ""]
+        try:
+            run = store.run_by_name(name, self.runs)
+            return ["", loaded(run.title(), run.recipe())]
+        except UserError as error:
+            return [error_html(error, self.t), ""]
 
 
 def element_id(key: str) -> str:
