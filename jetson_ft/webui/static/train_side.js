@@ -1,7 +1,9 @@
 // The Train tab's rows, plan, and settings that a button applies.
+import { shownTab } from "./shell.js";
 import { setFields } from "./train_form.js";
 
 const PLAN_DELAY = 1000; // ms after the last change
+const WAIT_DELAY = 5000; // ms between two looks whether a run still trains
 let planTimer = 0;
 let plansAsked = 0;
 const actions = []; // what a person did with the list of sources; the first is under way
@@ -23,6 +25,12 @@ function planned() {
   plansAsked -= 1;
   if (!plansAsked && !planTimer) delete document.body.dataset.plan;
 }
+
+// A plan that waits for a training run comes by itself when that has ended.
+setInterval(() => {
+  const waits = document.querySelector("[data-plan-waits]") && shownTab() === "train";
+  if (waits && !planTimer && !plansAsked) askPlan("plan-by-itself");
+}, WAIT_DELAY);
 
 // Sets the fields of `KEY: VALUE, KEY: VALUE`.
 function applySettings(settings) {
