@@ -18,7 +18,8 @@ from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
-from jetson_ft.webui.tabs.train_form import FIELDS, FIRST, Form, command_of, form_values
+from jetson_ft.webui.run_settings import SETTINGS
+from jetson_ft.webui.tabs.train_form import FIRST, Form, command_of, form_values
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_a_file_whose_name_has_a_comma_is_one_source(form: Form, tmp_path: Path)
     assert form.recipe(values(**{"data.train": str(path)})).data.train == str(path)
 
 
-@given(key=st.sampled_from([*FIELDS]), value=st.none() | st.text() | st.floats() | st.booleans())
+@given(key=st.sampled_from([*SETTINGS]), value=st.none() | st.text() | st.floats() | st.booleans())
 def test_any_value_makes_a_recipe_or_a_mistake_at_a_field(key: str, value: Any) -> None:
     form = Form(Locale("en"), Path("/nowhere"))
     try:

@@ -25,14 +25,11 @@ from jetson_ft.runs import store
 from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, error_html
+from jetson_ft.webui.run_settings import SETTINGS
 
 HTML = partial(gr.HTML, apply_default_css=False, padding=False)
 FIRST = "quickstart-zh"  # the recipe that a new form starts from
 DATA = "data.train"
-# Without `output_dir`: the page's own folder of runs is used.
-FIELDS = {
-    key: field for key, field in recipes.fields().items() if key not in ("version", "output_dir")
-}
 
 
 class Form:
@@ -41,7 +38,7 @@ class Form:
     `marks` is a hidden box; put it into the outputs for what `mistakes` returns.
     """
 
-    ORDER = (*(key for key in FIELDS if key != DATA), DATA)  # of values and fields
+    ORDER = (*(key for key in SETTINGS if key != DATA), DATA)  # of values and fields
 
     def __init__(self, t: Locale, runs: Path, allowed: AllowedPaths = EVERY_PATH) -> None:
         self.t, self.runs, self.allowed = t, runs, allowed
@@ -126,7 +123,7 @@ def command_of(recipe: Recipe, name: str) -> str:
 def form_values(recipe: Recipe) -> dict[str, Any]:
     """Return the values of the form's fields by key; an empty one stands for null."""
     values = {}
-    for key, field in FIELDS.items():
+    for key, field in SETTINGS.items():
         value = attrgetter(key)(recipe)
         if is_number(field.annotation) or isinstance(value, bool):
             values[key] = value
@@ -150,7 +147,7 @@ def is_number(annotation: Any) -> bool:
 def text_of(key: str, value: Any) -> str:
     """Return a field's value as an override has it: `lora.rank=…`."""
     if isinstance(value, str):
-        return "null" if value == "" and NoneType in get_args(FIELDS[key].annotation) else value
+        return "null" if value == "" and NoneType in get_args(SETTINGS[key].annotation) else value
     if isinstance(value, list):
         plain = [item if isinstance(item, str) else item.model_dump() for item in value]
         return strict_yaml.dump_flow(plain)
