@@ -58,7 +58,7 @@ def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -
     gr.on(changes, summary.command, [name, *inputs], command, trigger_mode="always_last",
           concurrency_limit=4, **quiet)  # fmt: skip
     # What Start has reported is of the fields as they were.
-    gr.on([field.change for field in inputs], None, outcome, js="() => ''", **quiet)
+    gr.on([field.change for field in inputs], None, None, outcome, js="() => ''", **quiet)
     for button, function in ((by_itself, summary.plan), (by_hand, summary.plan_now)):
         button.click(
             function, inputs, [plan, form.marks], trigger_mode="multiple",
