@@ -50,6 +50,16 @@ function sourcesChanged() {
   if (actions.length) document.getElementById("data-action").click();
 }
 
+// Gradio replaces the command after each change: what is unfolded stays so.
+const folds = () => [...document.querySelectorAll("details.command, .command details")];
+let unfolded = [];
+function commandDrawn() {
+  folds().forEach((fold, place) => { fold.open = unfolded[place] ?? false; });
+}
+document.addEventListener("toggle", (event) => {
+  if (event.target.closest(".command")) unfolded = folds().map((fold) => fold.open);
+}, true);
+
 function turnRows(section, by) {
   const samples = [...section.querySelectorAll(".sample")];
   const pages = Math.ceil(samples.length / 5);
@@ -89,6 +99,6 @@ document.addEventListener("change", (event) => {
 });
 
 window.jetsonFt = {
-  ...window.jetsonFt, planSoon, planned, sourcesChanged,
+  ...window.jetsonFt, planSoon, planned, sourcesChanged, commandDrawn,
   withSent: (_first, ...others) => [actions[0], ...others],
 };

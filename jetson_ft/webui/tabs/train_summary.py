@@ -55,8 +55,10 @@ def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -
     changes = [name.change, ticket.change, *(field.change for field in inputs)]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     gr.on(changes, None, js="() => window.jetsonFt.planSoon()", **quiet)
-    gr.on(changes, summary.command, [name, *inputs], command, trigger_mode="always_last",
-          concurrency_limit=4, **quiet)  # fmt: skip
+    gr.on(
+        changes, summary.command, [name, *inputs], command, trigger_mode="always_last",
+        concurrency_limit=4, **quiet,
+    ).then(None, js="() => window.jetsonFt.commandDrawn()", **quiet)  # fmt: skip
     # What Start has reported is of the fields as they were.
     gr.on([field.change for field in inputs], None, None, outcome, js="() => ''", **quiet)
     for button, function in ((by_itself, summary.plan), (by_hand, summary.plan_now)):
