@@ -10,6 +10,7 @@ let values = {}; // of the fields, by key, as Gradio last had them
 let chosen = null; // { name, title, values }: what the fields are compared with
 let pending = {}; // values that the next `formApply` puts into the fields
 const mistakes = new Map(); // key -> message
+let refused = false; // whether the mistakes are those of Start, for the fields as they are
 
 const block = (key) => document.getElementById(`field-${key.replaceAll(".", "-")}`);
 const same = (one, other) => String(one ?? "") === String(other ?? "");
@@ -48,6 +49,7 @@ function formApply() {
 function choose(next, keepsRows) {
   chosen = next;
   mistakes.clear();
+  refused = false;
   const keys = form.order.filter((key) => !(keepsRows && ROWS.test(key)));
   setFields(Object.fromEntries(keys.map((key) => [key, next.values[key]])));
 }
@@ -123,6 +125,7 @@ function formChanged(...now) {
     if (same(values[key], now[place])) return;
     values[key] = now[place];
     mistakes.delete(key);
+    refused = false;
   });
   refresh();
 }
@@ -143,8 +146,10 @@ function formLoaded(text) {
 
 function formMistakes(text) {
   const marks = JSON.parse(text);
+  if (refused && !marks.focus) return; // a plan, which checks less than Start
   mistakes.clear();
   Object.entries(marks.mistakes).forEach(([key, message]) => mistakes.set(key, message));
+  refused = marks.focus && mistakes.size > 0;
   refresh();
   const first = form.order.find((key) => mistakes.has(key));
   if (marks.focus && first) visit(first);

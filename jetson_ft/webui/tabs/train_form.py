@@ -57,14 +57,19 @@ class Form:
         sets.append(f"output_dir={self.runs.absolute()}")
         return self.allowed.require_recipe(recipes.parse_recipe("version: 1\n", "", sets))
 
-    def mistakes(self, error: RecipeError | None, focus: bool = False) -> list[Any]:
+    def mistakes(self, error: UserError | None, focus: bool = False) -> list[Any]:
         """Return the update of `marks`: each wrong field with its message; None: no mistake.
+
+        The error is one that `is_at_field`.
 
         The browser marks the fields and counts them in the summary. With `focus` it also unfolds
         their groups and moves the focus to the first: after Start, not while somebody types.
         """
-        problems = error.problems if error else []
-        texts = {problem.key.partition("[")[0]: self._in_words(problem) for problem in problems}
+        texts = {}
+        if isinstance(error, RecipeError):
+            texts = {item.key.partition("[")[0]: self._in_words(item) for item in error.problems}
+        elif error:
+            texts[error.where.format()] = f"{self.t(error.what)} {self.t(error.fix)}".strip()
         # The time: a box with the same value as before has no event.
         return [json.dumps({"mistakes": texts, "focus": focus, "at": time.time()})]
 
@@ -90,6 +95,11 @@ class Form:
             return ["", loaded(run.title(), run.recipe())]
         except UserError as error:
             return [error_html(error, self.t), ""]
+
+
+def is_at_field(error: UserError) -> bool:
+    """Return whether the error is of values in fields, which `Form.mistakes` can mark."""
+    return isinstance(error, RecipeError) or error.where.format() in SETTINGS
 
 
 def element_id(key: str) -> str:

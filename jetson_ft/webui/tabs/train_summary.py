@@ -14,7 +14,7 @@ from html import escape
 from typing import Any
 
 from jetson_ft import recipe as recipes
-from jetson_ft.errors import RecipeError, UserError, _
+from jetson_ft.errors import UserError, _
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import manager, preview, queue, store
 from jetson_ft.runs.recipe_fits import TIGHT
@@ -23,7 +23,7 @@ from jetson_ft.webui.limits import BusyError
 from jetson_ft.webui.previews import PREVIEWS, ReplacedError
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.tabs.train_errors import complaint, is_settings, remedy_title
-from jetson_ft.webui.tabs.train_form import HTML, Form, command_of
+from jetson_ft.webui.tabs.train_form import HTML, Form, command_of, is_at_field
 
 # The parts of the predicted memory, as people call them; those of the program itself are one.
 PARTS = {
@@ -102,10 +102,11 @@ class Summary:
             html = self._plan_html(self.form.recipe(values), page, by_hand)
         except ReplacedError:
             return skipped
-        except RecipeError as error:
-            html, mistakes = render("plan.jinja", self.t, wrong=True), self.form.mistakes(error)
         except UserError as error:
-            html = complaint(error, self.t, self.form.runs)
+            if is_at_field(error):
+                html, mistakes = render("plan.jinja", self.t, wrong=True), self.form.mistakes(error)
+            else:
+                html = complaint(error, self.t, self.form.runs)
         return [html, *mistakes] if PREVIEWS.is_newest(page, turn) else skipped
 
     def _plan_html(self, recipe: Recipe, page: str, by_hand: bool) -> str:
@@ -169,7 +170,7 @@ class Summary:
         Returns the outcome's HTML, the run's name (empty: none), the next ticket, and the form's
         mistakes.
         """
-        mistakes = self.form.mistakes(None)
+        mistakes = self.form.mistakes(None, focus=True)
         try:
             recipe = self.form.recipe(values)
             run = store.run_of_ticket(ticket, self.form.runs) if ticket else None
@@ -178,9 +179,9 @@ class Summary:
             with self._start_lock:
                 run = store.run_of_ticket(ticket, self.form.runs) if ticket else None
                 run = run or manager.launch(recipe, name, ticket=ticket)
-        except RecipeError as error:
-            return ["", "", ticket, *self.form.mistakes(error, focus=True)]
         except UserError as error:
+            if is_at_field(error):
+                return ["", "", ticket, *self.form.mistakes(error, focus=True)]
             return [complaint(error, self.t, self.form.runs), "", ticket, *mistakes]
         queued = run.state().state == "queued" and queue.running_run() is not None
         text = _("{run} is queued: another run is training.") if queued else _("Started: {run}")
