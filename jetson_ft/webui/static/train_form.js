@@ -42,6 +42,8 @@ function formApply() {
   const changes = pending;
   pending = {};
   values = { ...values, ...changes };
+  Object.keys(changes).forEach((key) => mistakes.delete(key));
+  refused = false;
   refresh();
   return [chosen.name, ...form.order.map((key) => changes[key])]; // undefined: unchanged
 }
@@ -49,7 +51,6 @@ function formApply() {
 function choose(next, keepsRows) {
   chosen = next;
   mistakes.clear();
-  refused = false;
   const keys = form.order.filter((key) => !(keepsRows && ROWS.test(key)));
   setFields(Object.fromEntries(keys.map((key) => [key, next.values[key]])));
 }

@@ -214,7 +214,7 @@ def test_start_refuses_unknown_target_modules_at_their_field(
     page.wait_for_timeout(6000)  # the waiting plan has looked whether the run still trains
     expect(field.locator(".mistake")).to_be_visible()
     assert len(store.list_runs(runs.root)) == before
-    field.locator("textarea, input").fill("all-linear")
+    field.get_by_role("button", name="Reset").click()
     expect(page.locator(".mistake")).to_have_count(0)
 
 
