@@ -36,11 +36,11 @@ class GgufSession:
         sampling: Sampling,
         use_adapter: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
-        begun: str = "",
+        prefill: str = "",
     ) -> Generator[str, None, Reply]:
         """Yield the answer to `text` in deltas; see `ChatSession.reply`."""
         messages = {"messages": prompt_messages(self, text)}
-        prompt = self.server.request("/apply-template", messages)["prompt"] + begun
+        prompt = self.server.request("/apply-template", messages)["prompt"] + prefill
         count = len(self.server.request("/tokenize", {"content": prompt})["tokens"])
         left = self.context_length - count
         if left < 1:

@@ -159,7 +159,7 @@ class ChatServer:
 
     def _generate(
         self, text: str, turns: Any, sampling: Any, system: str, examples: Any, use_adapter: bool,
-        begun: str,
+        prefill: str,
     ) -> None:  # fmt: skip
         assert self.chat
         self._stop.clear()
@@ -167,7 +167,7 @@ class ChatServer:
         chat.system, chat.examples, chat.turns = system, examples, turns
         started = time.monotonic()
         settings = Sampling(**sampling)
-        stream = chat.reply(text, settings, use_adapter, self._stop.is_set, begun)
+        stream = chat.reply(text, settings, use_adapter, self._stop.is_set, prefill)
         try:
             while True:
                 send("delta", text=next(stream))

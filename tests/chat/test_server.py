@@ -33,7 +33,7 @@ class Server(server.ChatServer):
         self.load(name)
         self.sent.clear()
         fields = {"text": "1加2等于几？", "turns": [], "sampling": SAMPLING, "system": "",
-                  "examples": [], "use_adapter": True, "begun": ""}  # fmt: skip
+                  "examples": [], "use_adapter": True, "prefill": ""}  # fmt: skip
         self._generate(**fields | changes)
         *deltas, end = self.sent
         return {**end, "text": "".join(delta["text"] for delta in deltas)}
@@ -92,7 +92,7 @@ def test_a_reply_reports_whether_it_is_cut_off_and_goes_on(
 ) -> None:
     whole = chat.ask("run-0")
     assert whole["tokens"] == 8 and not whole["ended"] and not whole["stopped"]
-    assert chat.ask("run-0", begun="等于")["text"] not in ("", whole["text"])
+    assert chat.ask("run-0", prefill="等于")["text"] not in ("", whole["text"])
     chat._stop.set()
     monkeypatch.setattr(chat._stop, "clear", lambda: None)
     stopped = chat.ask("run-0")
@@ -108,7 +108,7 @@ def test_a_gguf_file_is_answered_by_llama_cpp(chat: Server, tmp_path: Path) -> N
     assert chat.ask(str(file))["text"] == whole["text"] and chat.chat.server is process
     first = chat.ask(str(file), sampling={"max_new_tokens": 3})
     assert not first["ended"] and whole["text"].startswith(first["text"])
-    rest = chat.ask(str(file), sampling={"max_new_tokens": 5}, begun=first["text"])
+    rest = chat.ask(str(file), sampling={"max_new_tokens": 5}, prefill=first["text"])
     assert first["text"] + rest["text"] == whole["text"]
     chat._stop.set()
     stream = chat.chat.reply("a", server.Sampling(400), should_stop=lambda: True)
