@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jetson_ft.adapter import adapter_context
 from jetson_ft.data import render_template
 from jetson_ft.data.chat_template import encode_prompt, end_ids
 from jetson_ft.data.formats import ChatMessage, RowError
@@ -107,12 +107,7 @@ class ChatSession:
         if left < 1:
             raise context_full(len(prompt) + len(prefill_ids), self.context_length)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, left))
-        disabled: Any = nullcontext()
-        if self.has_adapter and use_adapter:
-            self.model.set_adapter(self.adapter_name)
-        elif hasattr(self.model, "disable_adapter"):  # a PeftModel
-            disabled = self.model.disable_adapter()
-        with disabled:
+        with adapter_context(self, use_adapter):
             return (
                 yield from stream_reply(
                     self.model, self.tokenizer, prompt, ends, sampling, should_stop, prefill_ids
