@@ -161,7 +161,6 @@ def numbers(
     runs: RunsOption = RUNS,
 ) -> None:
     """Parameters and bytes by part and format, memory of training, one matrix quantized."""
-    from jetson_ft import hub
     from jetson_ft.chat.target import resolve_target
     from jetson_ft.hardware.detect import detect_device
     from jetson_ft.inside.numbers import compute_numbers
@@ -172,7 +171,7 @@ def numbers(
         recipe = resolve_target(model, runs, base).recipe
         views = {"numbers": compute_numbers(recipe, detect_device()).to_json()}
         # Of a model on the Hub, what isn't here is downloaded only where a matrix is named.
-        here = not files.is_hub_id(recipe.model) or recipe.model in hub.downloaded_models()
+        here = files.has_weights_here(recipe.model)
         weights = files.resolve_model(recipe.model) if matrix or here else None
         if weights and (matrix or not weights.gguf_file):  # one of a GGUF can't be read alone
             dims = catalog.model_dims(weights)
