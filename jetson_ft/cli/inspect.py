@@ -144,7 +144,8 @@ def in_context(
 
     pairs = CAPITALS
     if examples:
-        texts = [turn["content"] for turn in read_examples(expand_user(str(examples)))]
+        with json_errors(as_json):
+            texts = [turn["content"] for turn in read_examples(expand_user(str(examples)))]
         pairs = list(zip(texts[::2], texts[1::2], strict=True))
     options: Options = {"text": text, "examples": pairs, "answer": answer, "system": system}
     options |= {"max_new_tokens": max_new_tokens}
