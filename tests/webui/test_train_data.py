@@ -178,7 +178,7 @@ def test_an_older_reading_shows_nothing_after_a_newer_choice(
         older = data.show_rows(PAGE, *values(tiny_phi, **{"data.train": str(rows_file)}))
         assert "Reading the rows" in next(older)[0]
         assert len([*data.show_rows(PAGE, *values(tiny_phi, **newer))]) == 1
-        assert [*older] == []
+        assert [*older] == [[gr.skip(), gr.skip()]]
 
 
 def test_a_wrong_form_and_a_missing_file_are_reported(

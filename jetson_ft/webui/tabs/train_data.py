@@ -210,6 +210,7 @@ class Data:
         turn = PREVIEWS.next_turn(page)
         for shown in self._show_rows(page, values, download):
             if not PREVIEWS.is_newest(page, turn):
+                yield [gr.skip(), gr.skip()]  # Gradio would empty both after no yield at all
                 return
             yield shown
 
