@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +136,17 @@ def test_a_board_has_all_gauges_with_their_limits(tmp_path: Path) -> None:
 def test_the_processors_load_is_that_of_the_moment_in_any_thread(tmp_path: Path) -> None:
     """psutil's own `cpu_percent` without an interval is 0 in each new thread."""
     ended = threading.Event()
-    busy = threading.Thread(target=lambda: [None for _ in iter(ended.is_set, True)])
+    busy = threading.Thread(target=lambda: [None for _ in iter(ended.is_set, True)], daemon=True)
     busy.start()
     loads: list[float | None] = []
-    for _read in range(2):
-        gauges: list[Any] = []
-        reader = threading.Thread(target=lambda shown=gauges: shown.extend(Gauges(tmp_path).read()))
-        reader.start()
-        reader.join()
-        loads += [gauge.percent for gauge in gauges if gauge.title == "Processor"]
-    ended.set()
-    busy.join()
+    try:
+        for _read in range(2):
+            with ThreadPoolExecutor(1) as thread:
+                gauges = thread.submit(Gauges(tmp_path).read).result()
+            loads += [gauge.percent for gauge in gauges if gauge.title == "Processor"]
+    finally:
+        ended.set()
+        busy.join()
     assert len(loads) == 2 and all(load and load > 5 for load in loads)
 
 
