@@ -89,12 +89,12 @@ def test_findings_stay_while_the_machine_is_examined_again(
 
 
 def test_all_pages_share_an_examination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = 0
+    count, release = 0, threading.Event()
 
     def examine(*_: str) -> dict[str, Any]:
         nonlocal count
         count += 1
-        time.sleep(0.2)
+        release.wait(20)
         return doctor.as_json([])
 
     monkeypatch.setattr(device, "run_cli_json", examine)
@@ -102,6 +102,7 @@ def test_all_pages_share_an_examination(tmp_path: Path, monkeypatch: pytest.Monk
     for max_age, expected in ((60.0, 1), (0.0, 1)):  # the second, while the first examines
         shared.examine(max_age)
         assert shared.html(ENGLISH).count("data-examining") == 1 and count <= expected
+    release.set()
     shared.wait()
     shared.examine(60.0)
     shared.wait()
@@ -167,6 +168,7 @@ def test_the_sensors_are_read_once_a_second_and_closed_when_nothing_shows_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
+    closed = threading.Event()
 
     class Counted(device.Telemetry):
         def read(self) -> Any:
@@ -176,14 +178,17 @@ def test_the_sensors_are_read_once_a_second_and_closed_when_nothing_shows_them(
         def close(self) -> None:
             read.append("close")
             super().close()
+            closed.set()
 
     monkeypatch.setattr(device, "Telemetry", Counted)
-    monkeypatch.setattr(device, "_IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(device, "_READ_SECONDS", 60.0)
     gauges = Gauges(tmp_path)
     assert gauges.read() == gauges.read() and read == ["read"]
-    time.sleep(0.5)
-    assert read == ["read", "close"]
+    monkeypatch.setattr(device, "_IDLE_SECONDS", 0.0)
+    gauges.read()  # the last one for now
+    assert closed.wait(20) and read == ["read", "close"]
     monkeypatch.setattr(device, "_READ_SECONDS", 0.0)
+    monkeypatch.setattr(device, "_IDLE_SECONDS", 60.0)
     assert gauges.read()
     gauges.close()
     assert read == ["read", "close", "read", "close"]
