@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from script_modules import load_script
 
 from jetson_ft.cli.app import app
 from jetson_ft.inside.texts import view_texts
@@ -20,12 +20,7 @@ DOCS = ROOT / "docs"
 @pytest.fixture(scope="module")
 def script() -> Any:
     pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = ROOT / "scripts" / "picture_inside.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("picture_inside")
 
 
 def test_each_picture_is_of_a_file_that_a_command_of_the_page_writes(script: Any) -> None:

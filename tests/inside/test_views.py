@@ -18,7 +18,7 @@ from jetson_ft.chat.client import ChatClient
 from jetson_ft.chat.gguf_session import GgufSession
 from jetson_ft.chat.session import ChatSession
 from jetson_ft.errors import UserError
-from jetson_ft.inside.views import VIEWS, compute_view
+from jetson_ft.inside.views import compute_view
 from jetson_ft.recipe import Quantization, Recipe
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from in_browser import TABS, choose_tab, open_tab
-from served import Served
+from served import Serve, Served
 from workbench import LightRuns
 
 from jetson_ft.runs import store
@@ -89,8 +89,6 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Any:
     server.kill()
 
 
-def test_the_login(page: Any, tmp_path: Path) -> None:
-    server = Served(tmp_path, "--host", "0.0.0.0")
-    page.goto(server.base)
+def test_the_login(page: Any, serve: Serve) -> None:
+    page.goto(serve("--host", "0.0.0.0").base)
     assert_accessible(page, "login", ALL_LOOKS)
-    server.kill()
