@@ -1,8 +1,8 @@
 """Compress what a browser loads.
 
-Gradio compresses its scripts in pieces and again for each page, and sends its document as it is:
-880 kB for a first load. Here each response is compressed whole, and those of Gradio's scripts and
-styles are kept. Streams, which declare no length, and large files pass as they come.
+Gradio compresses its scripts in pieces and again for each page, and sends its document as it is.
+Here each response is compressed whole, and those of Gradio's scripts and styles are kept. Streams,
+which declare no length, and large files pass as they come; docs/decisions/0027 has the sizes.
 """
 
 from __future__ import annotations
