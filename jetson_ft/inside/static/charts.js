@@ -85,7 +85,7 @@ export function legend(entries) {
 }
 
 export function table(head, rows, style = "") {
-  return make("div", { class: "scroll" }, make("table", { class: style },
+  return make("div", { class: "scroll", tabindex: 0 }, make("table", { class: style },
     make("thead", {}, make("tr", {}, head.map((text) => make("th", { scope: "col" }, text)))),
     make("tbody", {}, rows.map((row) => make("tr", {}, row.map((cell, index) =>
       make(index ? "td" : "th", index ? {} : { scope: "row" }, cell)))))));
