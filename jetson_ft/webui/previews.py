@@ -56,6 +56,7 @@ class Previews:
         self._lock, self._machine_lock = threading.Lock(), threading.Lock()
         self._kept: OrderedDict[str, RecipeFacts] = OrderedDict()
         self._open: dict[str, _Question] = {}
+        self._newest: OrderedDict[str, str] = OrderedDict()  # key, by page
         self._turns: OrderedDict[str, int] = OrderedDict()
         self.sources: dict[str, dict[str, Any]] = {}  # what was read last, by source
         self._machine: Machine | None = None
@@ -80,11 +81,14 @@ class Previews:
             ReplacedError: the page asked for another recipe meanwhile.
             UserError: as `preview.read_facts`.
         """
+        key = _key(recipe) + ("download" if download else "")
+        with self._lock:
+            _set_newest(self._newest, page, key)
         while True:
             facts = self.kept(recipe, with_rows)
             if facts and not (download and facts.is_estimate):
                 return facts
-            question, is_new = self._join(_key(recipe) + ("download" if download else ""), page)
+            question, is_new = self._join(key, page)
             if is_new:
                 self._answer(question, recipe, page, download)
                 return question.answer.result()
@@ -92,8 +96,14 @@ class Previews:
                 return question.answer.result()
 
     def _join(self, key: str, page: str) -> tuple[_Question, bool]:
-        """Return the open question for the key, and whether it is a new one of this page."""
+        """Return the open question for the key, and whether it is a new one of this page.
+
+        Raises:
+            ReplacedError: the page has asked for another key since.
+        """
         with self._lock:
+            if self._newest.get(page, key) != key:
+                raise ReplacedError("Replaced.")
             own = self._open.get(page)
             if own and own.key != key:
                 own.replace()
@@ -106,10 +116,8 @@ class Previews:
     def next_turn(self, page: str) -> int:
         """Return the number of a page's question; `is_newest` compares it later."""
         with self._lock:
-            turn = self._turns.pop(page, 0) + 1
-            self._turns[page] = turn
-            if len(self._turns) > _MAX_PAGES:
-                self._turns.popitem(last=False)
+            turn = self._turns.get(page, 0) + 1
+            _set_newest(self._turns, page, turn)
             return turn
 
     def is_newest(self, page: str, turn: int) -> bool:
@@ -142,7 +150,7 @@ class Previews:
                 if len(self._kept) > _MAX_KEPT:
                     self._kept.popitem(last=False)
             question.answer.set_result(facts)
-        except UserError as error:
+        except BaseException as error:  # of any kind: others wait for the answer
             question.answer.set_exception(
                 ReplacedError("Replaced.") if question.is_replaced else error
             )
@@ -150,6 +158,14 @@ class Previews:
             with self._lock:
                 if self._open.get(page) is question:
                     del self._open[page]
+
+
+def _set_newest(values: OrderedDict[str, Any], page: str, value: Any) -> None:
+    """Set a page's value; of too many pages, forget the one that was set first."""
+    values[page] = value
+    values.move_to_end(page)
+    if len(values) > _MAX_PAGES:
+        values.popitem(last=False)
 
 
 def _key(recipe: Recipe) -> str:

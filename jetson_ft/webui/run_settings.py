@@ -14,6 +14,7 @@ from jetson_ft.recipe import Recipe
 from jetson_ft.runs.store import Run, short_titles
 from jetson_ft.webui.render import Locale, render
 
+# Without `output_dir`: the page's own folder of runs is used.
 SETTINGS = {
     key: field for key, field in recipes.fields().items() if key not in ("version", "output_dir")
 }

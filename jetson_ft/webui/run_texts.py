@@ -72,7 +72,7 @@ def short_model(name: str) -> str:
     if name == "embedded":
         name = embedded.NAME
     last = name.rstrip("/").rpartition("/")[2]
-    return last.removesuffix("-Instruct").removesuffix("-instruct")
+    return last.removesuffix("-Instruct").removesuffix("-instruct").removesuffix("-it")
 
 
 def started(run: RunSummary, t: Locale) -> str:
@@ -92,7 +92,9 @@ def rough_duration(seconds: float) -> Message:
         return duration(seconds) if seconds < 60 else Message(_("{count} min"), {"count": 1})
     if seconds < 99.5 * 60:
         return Message(_("{count} min"), {"count": round(seconds / 60)})
-    return Message(_("{hours:.1f} h"), {"hours": seconds / 3600})
+    if seconds < 48 * 3600:
+        return Message(_("{hours:g} h"), {"hours": round(seconds / 3600, 1)})
+    return Message(_("{days} days"), {"days": round(seconds / 86400)})
 
 
 def steps(run: RunSummary) -> Message:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -30,7 +31,7 @@ FACTS = RecipeFacts(
 
 
 class Processes:
-    """Stands for the processes: records what they get, and answers when it may."""
+    """Stands for the processes: records what they get, and answers when it may, unless killed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.texts: list[str] = []
@@ -39,10 +40,16 @@ class Processes:
         self.may_answer.set()
         monkeypatch.setattr(previews, "run_json", self.run)
 
-    def run(self, _module: str, text: str, environment: dict[str, str], **_: Any) -> Any:
+    def run(
+        self, _module: str, text: str, environment: dict[str, str], started: Callable[[Any], None]
+    ) -> Any:
+        killed = threading.Event()
+        started(SimpleNamespace(kill=killed.set))
         self.texts.append(text)
         self.environments.append(environment)
-        assert self.may_answer.wait(10)
+        wait_for(lambda: killed.is_set() or self.may_answer.is_set())
+        if killed.is_set():
+            raise UserError("Killed.")
         return asdict(FACTS)
 
 
@@ -62,10 +69,10 @@ def in_thread(function: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
     def call() -> None:
         try:
             results.append(function())
-        except UserError as error:
+        except (UserError, OSError) as error:
             results.append(error)
 
-    thread = threading.Thread(target=call)
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     return thread, results
 
@@ -134,6 +141,51 @@ def test_a_newer_question_of_a_page_ends_the_older_ones_process(
     assert kept.facts(own(rows_file, "data.max_length=99"), "a") == FACTS
     thread.join(10)
     assert not child.is_running() and isinstance(results[0], ReplacedError)
+
+
+def test_one_that_joined_asks_again_only_for_its_pages_newest_question(
+    rows_file: Path, processes: Processes
+) -> None:
+    kept = Previews()
+    processes.may_answer.clear()
+
+    def ask(page: str, *settings: str) -> tuple[threading.Thread, list[Any]]:
+        return in_thread(lambda: kept.facts(own(rows_file, *settings), page))
+
+    asked = [ask("a")]
+    wait_for(lambda: len(processes.texts) == 1)
+    asked += [ask("b"), ask("c")]
+    wait_for(lambda: {"b", "c"} <= kept._newest.keys())
+    time.sleep(0.1)  # both wait for the first one's answer
+    asked.append(ask("b", "data.max_length=99"))
+    wait_for(lambda: len(processes.texts) == 2)
+    asked.append(ask("a", "data.max_length=98"))  # ends the first one's process
+    wait_for(lambda: len(processes.texts) == 4)  # "c" asks again
+    processes.may_answer.set()
+    for thread, _results in asked:
+        thread.join(10)
+    kinds = [type(result) for _thread, (result,) in asked]
+    assert kinds == [ReplacedError, ReplacedError, RecipeFacts, RecipeFacts, RecipeFacts]
+    assert len(processes.texts) == 4
+
+
+def test_all_that_wait_get_an_error_of_any_kind(
+    rows_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, may_fail = Previews(), threading.Event()
+
+    def run_json(*_: Any, **__: Any) -> Any:
+        assert may_fail.wait(10)
+        raise OSError("no memory for a process")
+
+    monkeypatch.setattr(previews, "run_json", run_json)
+    asked = [in_thread(lambda page=page: kept.facts(own(rows_file), page)) for page in "ab"]  # type: ignore[misc]
+    wait_for(lambda: kept._newest.keys() == {*"ab"})
+    time.sleep(0.1)
+    may_fail.set()
+    for thread, results in asked:
+        thread.join(10)
+        assert isinstance(results[0], OSError)
 
 
 def test_the_machine_is_measured_once_and_remembered(monkeypatch: pytest.MonkeyPatch) -> None:

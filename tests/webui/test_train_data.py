@@ -101,10 +101,11 @@ def test_removing_a_source_removes_it(data: Data) -> None:
     def act(text: str, **asked: Any) -> Any:
         return data.act(json.dumps(asked), text)
 
-    text = act(text, do="remove", source=0)
+    text = act(text, do="remove", source="a/b")
     assert text == "c/d"
+    assert act(text, do="remove", source="a/b") == gr.skip()  # clicked twice
     first = recipes.load_recipe(FIRST).data.train
-    assert act(text, do="remove", source=0) == first  # never none
+    assert act(text, do="remove", source="c/d") == first  # never none
     kind, bundled, html = data.draw(str(first))
     assert (kind, bundled) == ("bundled", first) and "<li>" not in html
 
@@ -112,14 +113,14 @@ def test_removing_a_source_removes_it(data: Data) -> None:
 def test_a_share_is_set_in_percent(data: Data) -> None:
     text = as_text([SourceRecipe(source="a/b"), SourceRecipe(source="c/d")])
     for percent, share in (("50", 0.5), ("0.5", 0.005), ("100", None), ("900", None), ("", None)):
-        action = json.dumps({"do": "share", "source": 1, "percent": percent})
+        action = json.dumps({"do": "share", "source": "c/d", "percent": percent})
         text = data.act(action, text)
         assert [item.share for item in sources_of(text)] == [None, share]
 
 
 @pytest.mark.parametrize(
-    "action", ["", "[]", "{}", '{"do": "remove", "source": 9}', '{"do": "share", "source": 0}',
-               '{"do": "share", "source": 0, "percent": "x"}', '{"do": "x", "source": null}'],
+    "action", ["", "[]", "{}", '{"do": "remove", "source": "x"}', '{"do": "share", "source": 0}',
+               '{"do": "share", "source": "bundled", "percent": "x"}', '{"source": null}'],
 )  # fmt: skip
 def test_actions_made_by_hand_change_nothing(data: Data, action: str) -> None:
     assert data.act(action, "bundled") == gr.skip()
@@ -168,6 +169,16 @@ def test_nothing_is_downloaded_unless_it_is_asked_for(data: Data, tiny_phi: Path
     assert "owner/name is on the Hub" in html
     first, *_rest = data.fetch_rows(PAGE, *values(tiny_phi, **{"data.train": "owner/name"}))
     assert "Downloading owner/name" in first[0]
+
+
+def test_an_older_reading_shows_nothing_after_a_newer_choice(
+    data: Data, rows_file: Path, tiny_phi: Path
+) -> None:
+    for newer in ({"data.train": "owner/name"}, {"lora.rank": 0}):  # which read nothing
+        older = data.show_rows(PAGE, *values(tiny_phi, **{"data.train": str(rows_file)}))
+        assert "Reading the rows" in next(older)[0]
+        assert len([*data.show_rows(PAGE, *values(tiny_phi, **newer))]) == 1
+        assert [*older] == [[gr.skip(), gr.skip()]]
 
 
 def test_a_wrong_form_and_a_missing_file_are_reported(

@@ -15,8 +15,9 @@ from jetson_ft.models import catalog
 from jetson_ft.runs.recipe_fits import RecipeFit
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
+from jetson_ft.webui.run_settings import SETTINGS
 from jetson_ft.webui.tabs import train_goal, train_settings
-from jetson_ft.webui.tabs.train_form import DATA, FIELDS, FIRST, Form, form_values
+from jetson_ft.webui.tabs.train_form import DATA, FIRST, Form, form_values
 
 
 @pytest.fixture(scope="module", params=list(i18n.languages()))
@@ -39,7 +40,7 @@ def test_labels_and_help_are_for_people(fields: dict[str, Any]) -> None:
     for key, field in fields.items():
         assert field.label and "_" not in field.label and field.label != key
         assert field.info and len(field.info) <= 150 and "null" not in field.info
-        if NoneType in get_args(FIELDS[key].annotation):
+        if NoneType in get_args(SETTINGS[key].annotation):
             assert field.placeholder, f"what an empty {key} means"
 
 
@@ -51,7 +52,7 @@ def test_labels_differ(fields: dict[str, Any]) -> None:
 def test_each_key_has_one_place() -> None:
     folded = train_settings.group_ids()
     placed = [*train_settings.MODEL, *train_settings.ESSENTIAL, *folded, DATA]
-    assert sorted(placed) == sorted(FIELDS)
+    assert sorted(placed) == sorted(SETTINGS)
     assert folded["train.eval_every"] == "group-evaluation"
     assert folded["train.on_oom"] == "group-device" and folded["lora.alpha"] == "group-lora"
 

@@ -136,9 +136,10 @@ function noticeTab() {
   whenMade(tab, () => document.dispatchEvent(new CustomEvent("tab-shown", { detail: tab })));
 }
 
-// The tab of the address.
+// The tab of the address; of one that names a run alone, Runs.
 function openTab() {
-  tabs().find((tab) => tabOf(tab) === location.hash.slice(1))?.click();
+  const named = location.hash.slice(1) || (/[?&]run=/.test(location.search) ? "runs" : "");
+  tabs().find((tab) => tabOf(tab) === named)?.click();
 }
 
 function moveByKey(event) {

@@ -10,6 +10,7 @@ let values = {}; // of the fields, by key, as Gradio last had them
 let chosen = null; // { name, title, values }: what the fields are compared with
 let pending = {}; // values that the next `formApply` puts into the fields
 const mistakes = new Map(); // key -> message
+let refused = false; // whether the mistakes are those of Start, for the fields as they are
 
 const block = (key) => document.getElementById(`field-${key.replaceAll(".", "-")}`);
 const same = (one, other) => String(one ?? "") === String(other ?? "");
@@ -41,6 +42,8 @@ function formApply() {
   const changes = pending;
   pending = {};
   values = { ...values, ...changes };
+  Object.keys(changes).forEach((key) => mistakes.delete(key));
+  refused = false;
   refresh();
   return [chosen.name, ...form.order.map((key) => changes[key])]; // undefined: unchanged
 }
@@ -73,6 +76,7 @@ function dataNames() {
 // Once, when the tab is drawn: the fields' values come as they are; those of the draft go back.
 function formLoad(fits, loaded, ...now) {
   form = JSON.parse(document.getElementById("recipes").dataset.form);
+  unfolding.observe(document.getElementById("decisions"), { childList: true, subtree: true });
   formFits(fits);
   values = Object.fromEntries(form.order.map((key, place) => [key, now[place]]));
   chosen = recipe(form.first);
@@ -122,6 +126,7 @@ function formChanged(...now) {
     if (same(values[key], now[place])) return;
     values[key] = now[place];
     mistakes.delete(key);
+    refused = false;
   });
   refresh();
 }
@@ -142,8 +147,10 @@ function formLoaded(text) {
 
 function formMistakes(text) {
   const marks = JSON.parse(text);
+  if (refused && !marks.focus) return; // a plan, which checks less than Start
   mistakes.clear();
   Object.entries(marks.mistakes).forEach(([key, message]) => mistakes.set(key, message));
+  refused = marks.focus && mistakes.size > 0;
   refresh();
   const first = form.order.find((key) => mistakes.has(key));
   if (marks.focus && first) visit(first);
@@ -297,11 +304,11 @@ document.addEventListener("click", (event) => {
 });
 
 // Fields appear when their group is unfolded.
-new MutationObserver((records) => {
-  if (form && records.some((record) => [...record.addedNodes].some(
+const unfolding = new MutationObserver((records) => {
+  if (records.some((record) => [...record.addedNodes].some(
     (node) => node.nodeType === 1 && (node.matches("[id^=field-]") || node.querySelector("[id^=field-]")),
   ))) refresh();
-}).observe(document.documentElement, { childList: true, subtree: true });
+});
 
 window.jetsonFt = {
   ...window.jetsonFt, formLoad, formApply, formChanged, formLoaded, formMistakes, formFits, setFields,

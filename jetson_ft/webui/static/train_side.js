@@ -1,10 +1,12 @@
 // The Train tab's rows, plan, and settings that a button applies.
+import { shownTab } from "./shell.js";
 import { setFields } from "./train_form.js";
 
 const PLAN_DELAY = 1000; // ms after the last change
+const WAIT_DELAY = 5000; // ms between two looks whether a run still trains
 let planTimer = 0;
 let plansAsked = 0;
-let sent = ""; // what a person did with the list of sources
+const actions = []; // what a person did with the list of sources; the first is under way
 
 function askPlan(button) {
   clearTimeout(planTimer);
@@ -24,17 +26,39 @@ function planned() {
   if (!plansAsked && !planTimer) delete document.body.dataset.plan;
 }
 
+// A plan that waits for a training run comes by itself when that has ended.
+setInterval(() => {
+  const waits = document.querySelector("[data-plan-waits]") && shownTab() === "train";
+  if (waits && !planTimer && !plansAsked) askPlan("plan-by-itself");
+}, WAIT_DELAY);
+
 // Sets the fields of `KEY: VALUE, KEY: VALUE`.
 function applySettings(settings) {
   const pairs = settings.split(", ").map((part) => part.split(": "));
   setFields(Object.fromEntries(pairs.map(([key, value]) => [key, isNaN(value) ? value : +value])));
 }
 
-// Clicks a hidden button; `withSent` puts the text into the place of its first input.
+// Clicks a hidden button; `withSent` puts the action into the place of its first input. One after
+// the other: each changes what the one before it has left.
 function changeSources(action) {
-  sent = JSON.stringify(action);
-  document.getElementById("data-action").click();
+  actions.push(JSON.stringify(action));
+  if (actions.length === 1) document.getElementById("data-action").click();
 }
+
+function sourcesChanged() {
+  actions.shift();
+  if (actions.length) document.getElementById("data-action").click();
+}
+
+// Gradio replaces the command after each change: what is unfolded stays so.
+const folds = () => [...document.querySelectorAll("details.command, .command details")];
+let unfolded = [];
+function commandDrawn() {
+  folds().forEach((fold, place) => { fold.open = unfolded[place] ?? false; });
+}
+document.addEventListener("toggle", (event) => {
+  if (event.target.closest(".command")) unfolded = folds().map((fold) => fold.open);
+}, true);
 
 function turnRows(section, by) {
   const samples = [...section.querySelectorAll(".sample")];
@@ -56,7 +80,7 @@ document.addEventListener("click", (event) => {
     document.body.dataset.plan = "stale";
     askPlan("plan-by-hand");
   } else if (sourceRemove !== undefined) {
-    changeSources({ do: "remove", source: +sourceRemove });
+    changeSources({ do: "remove", source: sourceRemove });
   } else if (rowsTurn) turnRows(button.closest(".rows"), +rowsTurn);
 });
 
@@ -64,7 +88,7 @@ document.addEventListener("change", (event) => {
   const { sourceShare, rowsTokens } = event.target.dataset;
   if (sourceShare !== undefined) {
     const percent = event.target.value;
-    changeSources({ do: "share", source: +sourceShare, percent });
+    changeSources({ do: "share", source: sourceShare, percent });
   } else if (rowsTokens !== undefined) {
     const shown = event.target.checked;
     for (const sample of event.target.closest(".rows").querySelectorAll(".sample")) {
@@ -75,5 +99,6 @@ document.addEventListener("change", (event) => {
 });
 
 window.jetsonFt = {
-  ...window.jetsonFt, planSoon, planned, withSent: (_first, ...others) => [sent, ...others],
+  ...window.jetsonFt, planSoon, planned, sourcesChanged, commandDrawn,
+  withSent: (_first, ...others) => [actions[0], ...others],
 };

@@ -46,7 +46,7 @@ def build(t: Locale, runs: Path, page: Any, tabs: Any, allowed: AllowedPaths) ->
             train_summary.build(t, form, name, fields, tabs)
     _connect(form, name, fields, [fits, loaded])
     upload.upload(form.load, upload, [notice, loaded])
-    page.load(form.open_address, None, [notice, loaded, tabs], show_progress="hidden")
+    page.load(form.open_address, None, [notice, loaded], show_progress="hidden")
 
 
 def _connect(form: Form, name: Any, fields: dict[str, Any], late: list[Any]) -> None:

@@ -72,11 +72,14 @@ def build(t: Locale, runs: Path, form: Form, fields: dict[str, Any]) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     value.change(data.redraw, value, [switch, sets, listed, *parts], **quiet)
     switch.input(data.show_part, switch, parts, **quiet)
+    # Multiple: Gradio ignores clicks while one is under way; static/train_side.js waits itself.
+    acted = action.click(data.act, [sent, value], value, js=js, trigger_mode="multiple", **quiet)
+    acted.then(None, js="() => window.jetsonFt.sourcesChanged()", **quiet)
     chosen = (
         sets.input(lambda name: name, sets, value, **quiet),
         upload.upload(data.add_files, [upload, value], [value, upload]),
         gr.on([add.click, source.submit], data.add_name, [source, value], [value, source], **quiet),
-        action.click(data.act, [sent, value], value, js=js, **quiet),
+        acted,
     )
     inputs, shown = [*fields.values()], [rows, listed]
     # A newer reading ends the older one.
@@ -176,13 +179,13 @@ class Data:
         """Remove a source, or set the share of its rows, as the list asks for in JSON."""
         try:
             items, asked = sources_of(text), json.loads(action)
-            number = asked["source"]
+            number = [item.source for item in items].index(asked["source"])
             if asked["do"] == "remove":
                 del items[number]
                 return as_text(items) if items else recipes.load_recipe(FIRST).data.train
             share = min(100.0, max(0.001, float(asked["percent"] or 100))) / 100
-            name = items[number].source
-            items[number] = SourceRecipe(source=name, share=share if share < 1 else None)
+            share_or_all = share if share < 1 else None
+            items[number] = SourceRecipe(source=asked["source"], share=share_or_all)
         except (UserError, ValueError, LookupError, TypeError):  # made by hand, or too old
             return gr.skip()
         return as_text(items)
@@ -192,17 +195,26 @@ class Data:
     def show_rows(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Yield what is going on, then the rows' HTML and the list with what was read.
 
-        Nothing is downloaded.
+        Nothing is downloaded. Nothing more is shown once the page has asked again.
         """
-        yield from self._show_rows(request, values, download=False)
+        yield from self._show_newest(request, values, download=False)
 
     def fetch_rows(self, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         """Do the same; download data sets and a tokenizer that are not here."""
-        yield from self._show_rows(request, values, download=True)
+        yield from self._show_newest(request, values, download=True)
 
-    def _show_rows(
+    def _show_newest(
         self, request: gr.Request, values: Sequence[Any], download: bool
     ) -> Iterator[list[Any]]:
+        page = f"{request.session_hash}-rows"
+        turn = PREVIEWS.next_turn(page)
+        for shown in self._show_rows(page, values, download):
+            if not PREVIEWS.is_newest(page, turn):
+                yield [gr.skip(), gr.skip()]  # Gradio would empty both after no yield at all
+                return
+            yield shown
+
+    def _show_rows(self, page: str, values: Sequence[Any], download: bool) -> Iterator[list[Any]]:
         try:
             recipe = self.form.recipe(values)
             missing = missing_downloads(recipe, for_facts=True)
@@ -210,7 +222,6 @@ class Data:
                 yield [render("rows.jinja", self.t, missing=missing), gr.skip()]
                 return
             yield [render("rows.jinja", self.t, names=missing), gr.skip()]
-            page = f"{request.session_hash}-rows"
             facts = PREVIEWS.facts(recipe, page, with_rows=True, download=download)
             html = render(
                 "rows.jinja", self.t, report=facts.inspection, on_invalid=recipe.data.on_invalid

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 from jetson_ft.errors import UserError, _
 from jetson_ft.webui.render import Locale, render
-from jetson_ft.webui.tabs.train_form import FIELDS
+from jetson_ft.webui.run_settings import SETTINGS
 
 # `--set KEY=VALUE`, `KEY: VALUE, KEY: VALUE` and `KEY` in the texts of errors.
 _SET = re.compile(r"`--set ([a-z_.]+)=([^`]+)`")
@@ -21,7 +21,7 @@ def complaint(error: UserError, t: Locale, runs: Path) -> str:
     """Return the error as a box, with a button for each setting that would fix it."""
     uploads = re.compile(re.escape(f"{runs.absolute()}/uploads/") + r"[0-9a-f]{8}/")
     what, where, fix = (uploads.sub("", t(text)) for text in (error.what, error.where, error.fix))
-    remedies = [f"{key}: {value}" for key, value in _SET.findall(fix) if key in FIELDS]
+    remedies = [f"{key}: {value}" for key, value in _SET.findall(fix) if key in SETTINGS]
     remedies += [text for text in _SETTINGS.findall(fix) if is_settings(text)]
     return render(
         "complaint.jinja", t, what=_in_words(what, t), where=where, fix=_in_words(fix, t),
@@ -31,7 +31,7 @@ def complaint(error: UserError, t: Locale, runs: Path) -> str:
 
 def is_settings(text: str) -> bool:
     """Return whether a text is `KEY: VALUE, KEY: VALUE`, of the form's keys."""
-    return all(part.partition(": ")[0] in FIELDS for part in text.split(", "))
+    return all(part.partition(": ")[0] in SETTINGS for part in text.split(", "))
 
 
 def remedy_title(settings: str, t: Locale) -> str:
@@ -42,7 +42,7 @@ def remedy_title(settings: str, t: Locale) -> str:
     for part in settings.split(", "):
         key, _colon, value = part.partition(": ")
         template = _SHORT.get(key, _("{label}: {value}"))
-        names.append(t(template, value=value, label=t(FIELDS[key].title or key)))
+        names.append(t(template, value=value, label=t(SETTINGS[key].title or key)))
     return t(_("Use {settings}"), settings=" + ".join(names))
 
 
@@ -60,8 +60,8 @@ def _in_words(text: str, t: Locale) -> Markup:
 
     def in_words(match: re.Match[str]) -> str:
         key, equals, value = match[1].removeprefix("--set ").partition("=")
-        if key in FIELDS:
-            label = t(FIELDS[key].title or key)
+        if key in SETTINGS:
+            label = t(SETTINGS[key].title or key)
             return f"<b>{escape(f'{label}: {value}' if equals else label)}</b>"
         return f"<code>{escape(match[1])}</code>"
 

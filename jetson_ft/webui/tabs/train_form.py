@@ -25,14 +25,11 @@ from jetson_ft.runs import store
 from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, error_html
+from jetson_ft.webui.run_settings import SETTINGS
 
 HTML = partial(gr.HTML, apply_default_css=False, padding=False)
 FIRST = "quickstart-zh"  # the recipe that a new form starts from
 DATA = "data.train"
-# Without `output_dir`: the page's own folder of runs is used.
-FIELDS = {
-    key: field for key, field in recipes.fields().items() if key not in ("version", "output_dir")
-}
 
 
 class Form:
@@ -41,7 +38,7 @@ class Form:
     `marks` is a hidden box; put it into the outputs for what `mistakes` returns.
     """
 
-    ORDER = (*(key for key in FIELDS if key != DATA), DATA)  # of values, fields and updates
+    ORDER = (*(key for key in SETTINGS if key != DATA), DATA)  # of values and fields
 
     def __init__(self, t: Locale, runs: Path, allowed: AllowedPaths = EVERY_PATH) -> None:
         self.t, self.runs, self.allowed = t, runs, allowed
@@ -60,14 +57,19 @@ class Form:
         sets.append(f"output_dir={self.runs.absolute()}")
         return self.allowed.require_recipe(recipes.parse_recipe("version: 1\n", "", sets))
 
-    def mistakes(self, error: RecipeError | None, focus: bool = False) -> list[Any]:
+    def mistakes(self, error: UserError | None, focus: bool = False) -> list[Any]:
         """Return the update of `marks`: each wrong field with its message; None: no mistake.
+
+        The error is one that `is_at_field`.
 
         The browser marks the fields and counts them in the summary. With `focus` it also unfolds
         their groups and moves the focus to the first: after Start, not while somebody types.
         """
-        problems = error.problems if error else []
-        texts = {problem.key.partition("[")[0]: self._in_words(problem) for problem in problems}
+        texts = {}
+        if isinstance(error, RecipeError):
+            texts = {item.key.partition("[")[0]: self._in_words(item) for item in error.problems}
+        elif error:
+            texts[error.where.format()] = f"{self.t(error.what)} {self.t(error.fix)}".strip()
         # The time: a box with the same value as before has no event.
         return [json.dumps({"mistakes": texts, "focus": focus, "at": time.time()})]
 
@@ -76,32 +78,28 @@ class Form:
         text = self.t(problem.reason or problem.message).replace("`", "")
         return re.sub(r"\bnull\b", self.t(_("empty")), text)
 
-    def updates(self, recipe: Recipe) -> list[Any]:
-        """Return the update of every field for a recipe."""
-        values = form_values(recipe)
-        return [gr.update(value=values[key]) for key in self.ORDER]
-
     def load(self, path: str) -> list[Any]:
-        """Return an error's HTML, and what `static/train.js` takes for an uploaded recipe."""
+        """Return an error's HTML, and what `static/train_form.js` takes for an uploaded recipe."""
         try:
             return ["", loaded(Path(path).stem, recipes.load_recipe(path))]
         except UserError as error:
             return [error_html(error, self.t), ""]
 
     def open_address(self, request: gr.Request) -> list[Any]:
-        """Handle the query of the page's address; return updates of the notice, `loaded` and tabs.
+        """Return the notice and `loaded`: `?copy=RUN` loads that run's settings into the form."""
+        name = request.query_params.get("copy")
+        if not name:
+            return ["", ""]
+        try:
+            run = store.run_by_name(name, self.runs)
+            return ["", loaded(run.title(), run.recipe())]
+        except UserError as error:
+            return [error_html(error, self.t), ""]
 
-        `?copy=RUN` loads that run's settings into the form, `?run=RUN` opens the Runs tab.
-        """
-        query = request.query_params
-        if name := query.get("copy"):
-            tabs = gr.Tabs(selected="train")
-            try:
-                run = store.run_by_name(name, self.runs)
-                return ["", loaded(run.title(), run.recipe()), tabs]
-            except UserError as error:
-                return [error_html(error, self.t), "", tabs]
-        return ["", "", gr.Tabs(selected="runs") if query.get("run") else gr.skip()]
+
+def is_at_field(error: UserError) -> bool:
+    """Return whether the error is of values in fields, which `Form.mistakes` can mark."""
+    return isinstance(error, RecipeError) or error.where.format() in SETTINGS
 
 
 def element_id(key: str) -> str:
@@ -135,7 +133,7 @@ def command_of(recipe: Recipe, name: str) -> str:
 def form_values(recipe: Recipe) -> dict[str, Any]:
     """Return the values of the form's fields by key; an empty one stands for null."""
     values = {}
-    for key, field in FIELDS.items():
+    for key, field in SETTINGS.items():
         value = attrgetter(key)(recipe)
         if is_number(field.annotation) or isinstance(value, bool):
             values[key] = value
@@ -159,7 +157,7 @@ def is_number(annotation: Any) -> bool:
 def text_of(key: str, value: Any) -> str:
     """Return a field's value as an override has it: `lora.rank=…`."""
     if isinstance(value, str):
-        return "null" if value == "" and NoneType in get_args(FIELDS[key].annotation) else value
+        return "null" if value == "" and NoneType in get_args(SETTINGS[key].annotation) else value
     if isinstance(value, list):
         plain = [item if isinstance(item, str) else item.model_dump() for item in value]
         return strict_yaml.dump_flow(plain)

@@ -8,15 +8,16 @@ from functools import lru_cache
 from typing import Any
 
 from jetson_ft import recipe as recipes
-from jetson_ft.errors import Message, _
+from jetson_ft.errors import _
 from jetson_ft.models import catalog
-from jetson_ft.models.embedded import NAME
 from jetson_ft.runs import recipe_fits
 from jetson_ft.runs.recipe_fits import RecipeFit
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, render
+from jetson_ft.webui.run_settings import SETTINGS
+from jetson_ft.webui.run_texts import rough_duration, short_model
 from jetson_ft.webui.tabs import train_settings
-from jetson_ft.webui.tabs.train_form import FIELDS, FIRST, HTML, Form, form_values
+from jetson_ft.webui.tabs.train_form import FIRST, HTML, Form, form_values
 
 # The others are folded.
 SHOWN = (
@@ -37,7 +38,7 @@ def build(t: Locale, page: Any) -> tuple[Any, Any]:
         "recipes": {
             name: {"title": cards[name]["title"], "values": values[name]} for name in values
         },
-        "labels": {key: t(field.title) for key, field in FIELDS.items()},
+        "labels": {key: t(field.title) for key, field in SETTINGS.items()},
         "texts": {
             name: t(text)
             for name, text in {
@@ -69,16 +70,10 @@ def _card(name: str, model: str, t: Locale) -> dict[str, str]:
         t(recipes.summary(recipes.shipped()[name])).replace("：", ": ").partition(": ")
     )
     size = t(
-        _("{model} · {size:.1f} GB"), model=_short(model),
+        _("{model} · {size:.1f} GB"), model=short_model(model),
         size=catalog.MODELS[model].file_bytes / 1e9,
     )  # fmt: skip
     return {"name": name, "title": title, "text": text[0].upper() + text[1:], "model": size}
-
-
-def _short(model: str) -> str:
-    """Return a model's name without its owner and its kind."""
-    name = NAME if model == "embedded" else model.split("/")[-1]
-    return name.removesuffix("-Instruct").removesuffix("-it")
 
 
 def _fits_text(t: Locale) -> str:
@@ -104,14 +99,5 @@ def _fit(fit: RecipeFit, t: Locale) -> dict[str, str]:
     )  # fmt: skip
     duration = ""
     if fit.seconds:
-        duration = t(_("about {time}"), time=_rough(fit.seconds))
+        duration = t(_("about {time}"), time=rough_duration(fit.seconds))
     return {"style": style, "badge": badge, "memory": memory, "time": duration}
-
-
-def _rough(seconds: float) -> Message:
-    """Return a duration in one unit."""
-    if seconds < 90 * 60:
-        return Message(_("{minutes} min"), {"minutes": max(1, round(seconds / 60))})
-    if seconds < 48 * 3600:
-        return Message(_("{hours} h"), {"hours": round(seconds / 3600)})
-    return Message(_("{days} days"), {"days": round(seconds / 86400)})

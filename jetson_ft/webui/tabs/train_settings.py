@@ -12,7 +12,8 @@ from jetson_ft.models import catalog
 from jetson_ft.models.embedded import NAME
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale
-from jetson_ft.webui.tabs.train_form import DATA, FIELDS, HTML, element_id, is_number
+from jetson_ft.webui.run_settings import SETTINGS
+from jetson_ft.webui.tabs.train_form import DATA, HTML, element_id, is_number
 
 MODEL = ("model", "quantize", "precision")
 ESSENTIAL = ("train.max_minutes", "train.epochs", "lora.rank", "train.learning_rate")
@@ -35,7 +36,7 @@ def group_ids() -> dict[str, str]:
     """Return the element of the group that each folded key is in."""
     ids = {}
     for name, (_title, starts) in reversed(_GROUPS.items()):
-        for key in FIELDS:
+        for key in SETTINGS:
             if key not in ids and (key in starts or key.partition(".")[0] in starts):
                 ids[key] = f"group-{name}"
     return {key: name for key, name in ids.items() if key not in (*MODEL, *ESSENTIAL, DATA)}
@@ -43,7 +44,7 @@ def group_ids() -> dict[str, str]:
 
 def components(t: Locale, values: dict[str, Any]) -> dict[str, Any]:
     """Return the component of every key except the rows; `render` places it in the layout."""
-    return {key: _component(key, values[key], t) for key in FIELDS if key != DATA}
+    return {key: _component(key, values[key], t) for key in SETTINGS if key != DATA}
 
 
 def build_model(t: Locale, fields: dict[str, Any]) -> None:
@@ -75,12 +76,12 @@ def build_settings(t: Locale, fields: dict[str, Any]) -> None:
 def _key_styles() -> str:
     """Return the rules that show each field's key beside its label."""
     places = "#{0} [data-testid=block-info]::after,#{0} .label-text::after"
-    return "".join(f'{places.format(element_id(key))}{{content:"{key}"/""}}' for key in FIELDS)
+    return "".join(f'{places.format(element_id(key))}{{content:"{key}"/""}}' for key in SETTINGS)
 
 
 def _component(key: str, value: Any, t: Locale) -> Any:
     """Return the component for a field's type; a text box where several types are possible."""
-    field = FIELDS[key]
+    field = SETTINGS[key]
     text = t(field.description)
     empty = _EMPTY.search(text)
     text = _EMPTY.sub("", text, count=1)

@@ -14,7 +14,7 @@ from html import escape
 from typing import Any
 
 from jetson_ft import recipe as recipes
-from jetson_ft.errors import RecipeError, UserError, _
+from jetson_ft.errors import UserError, _
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import manager, preview, queue, store
 from jetson_ft.runs.recipe_fits import TIGHT
@@ -23,7 +23,7 @@ from jetson_ft.webui.limits import BusyError
 from jetson_ft.webui.previews import PREVIEWS, ReplacedError
 from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.tabs.train_errors import complaint, is_settings, remedy_title
-from jetson_ft.webui.tabs.train_form import HTML, Form, command_of
+from jetson_ft.webui.tabs.train_form import HTML, Form, command_of, is_at_field
 
 # The parts of the predicted memory, as people call them; those of the program itself are one.
 PARTS = {
@@ -55,11 +55,15 @@ def build(t: Locale, form: Form, name: Any, fields: dict[str, Any], tabs: Any) -
     changes = [name.change, ticket.change, *(field.change for field in inputs)]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     gr.on(changes, None, js="() => window.jetsonFt.planSoon()", **quiet)
-    gr.on(changes, summary.command, [name, *inputs], command, trigger_mode="always_last",
-          concurrency_limit=4, **quiet)  # fmt: skip
+    gr.on(
+        changes, summary.command, [name, *inputs], command, trigger_mode="always_last",
+        concurrency_limit=4, **quiet,
+    ).then(None, js="() => window.jetsonFt.commandDrawn()", **quiet)  # fmt: skip
+    # What Start has reported is of the fields as they were.
+    gr.on([field.change for field in inputs], None, None, outcome, js="() => ''", **quiet)
     for button, function in ((by_itself, summary.plan), (by_hand, summary.plan_now)):
         button.click(
-            function, inputs, [plan, outcome, form.marks], trigger_mode="multiple",
+            function, inputs, [plan, form.marks], trigger_mode="multiple",
             concurrency_limit=8, **quiet,
         ).then(None, js="() => window.jetsonFt.planned()")  # fmt: skip
     start.click(
@@ -81,7 +85,7 @@ class Summary:
     # --- the plan ------------------------------------------------------------------------------
 
     def plan(self, request: gr.Request, *values: Any) -> list[Any]:
-        """Return the plan's HTML unless a run is training, no outcome, and the form's mistakes.
+        """Return the plan's HTML unless a run is training, and the form's mistakes.
 
         Nothing is downloaded. Skips all where the page has asked again meanwhile.
         """
@@ -92,17 +96,18 @@ class Summary:
         return self._plan(request.session_hash or "", values, by_hand=True)
 
     def _plan(self, page: str, values: Sequence[Any], by_hand: bool) -> list[Any]:
-        turn, skipped = PREVIEWS.next_turn(page), [gr.skip()] * 3
+        turn, skipped = PREVIEWS.next_turn(page), [gr.skip()] * 2
         mistakes = self.form.mistakes(None)
         try:
             html = self._plan_html(self.form.recipe(values), page, by_hand)
         except ReplacedError:
             return skipped
-        except RecipeError as error:
-            html, mistakes = render("plan.jinja", self.t, wrong=True), self.form.mistakes(error)
         except UserError as error:
-            html = complaint(error, self.t, self.form.runs)
-        return [html, "", *mistakes] if PREVIEWS.is_newest(page, turn) else skipped
+            if is_at_field(error):
+                html, mistakes = render("plan.jinja", self.t, wrong=True), self.form.mistakes(error)
+            else:
+                html = complaint(error, self.t, self.form.runs)
+        return [html, *mistakes] if PREVIEWS.is_newest(page, turn) else skipped
 
     def _plan_html(self, recipe: Recipe, page: str, by_hand: bool) -> str:
         is_training = queue.running_run() is not None
@@ -165,7 +170,7 @@ class Summary:
         Returns the outcome's HTML, the run's name (empty: none), the next ticket, and the form's
         mistakes.
         """
-        mistakes = self.form.mistakes(None)
+        mistakes = self.form.mistakes(None, focus=True)
         try:
             recipe = self.form.recipe(values)
             run = store.run_of_ticket(ticket, self.form.runs) if ticket else None
@@ -174,9 +179,9 @@ class Summary:
             with self._start_lock:
                 run = store.run_of_ticket(ticket, self.form.runs) if ticket else None
                 run = run or manager.launch(recipe, name, ticket=ticket)
-        except RecipeError as error:
-            return ["", "", ticket, *self.form.mistakes(error, focus=True)]
         except UserError as error:
+            if is_at_field(error):
+                return ["", "", ticket, *self.form.mistakes(error, focus=True)]
             return [complaint(error, self.t, self.form.runs), "", ticket, *mistakes]
         queued = run.state().state == "queued" and queue.running_run() is not None
         text = _("{run} is queued: another run is training.") if queued else _("Started: {run}")

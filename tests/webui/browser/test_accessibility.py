@@ -70,6 +70,26 @@ def test_the_form_unfolded_with_mistakes(page: Any, served: Served) -> None:
     assert_accessible(page, "my files")
 
 
+def test_the_rows_and_a_plan_that_does_not_fit(page: Any, served: Served, tmp_path: Path) -> None:
+    open_tab(page, served)
+    page.get_by_text("My files", exact=True).click()
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_text("question,answer\n" + "q,a\n" * 8)
+        page.set_input_files("#upload input[type=file]", str(tmp_path / name))
+        page.locator(".sources", has_text=name).wait_for()
+    page.get_by_role("checkbox", name="As the model reads them").wait_for(timeout=60_000)
+    assert_accessible(page, "sources and rows")
+    page.get_by_role("checkbox", name="As the model reads them").check()
+    assert_accessible(page, "tokens")
+    page.evaluate("jetsonFt.setFields({'train.max_memory_gb': 0.9})")
+    page.get_by_role("button", name="Work out the plan now").click()
+    page.locator("#plan .no").wait_for(timeout=60_000)
+    for summary in page.locator(".command summary").all():
+        summary.click()
+    page.wait_for_timeout(500)
+    assert_accessible(page, "won't fit")
+
+
 def test_runs_in_every_state_and_view(page: Any, served: Served, runs: LightRuns) -> None:
     for run in store.list_runs(runs.root):
         page.goto(f"{served.base}/en/?run={run.name}#runs")

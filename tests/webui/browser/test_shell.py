@@ -35,6 +35,22 @@ def test_the_tab_is_kept_over_a_reload_and_a_change_of_language(page: Any, serve
     wait_for_tab(page, "device")
 
 
+def test_an_address_with_a_run_opens_runs_only_where_it_names_no_tab(
+    page: Any, served: Served
+) -> None:
+    page.goto(f"{served.base}/en/?run=x")
+    wait_for_tab(page, "runs")
+    page.goto(f"{served.base}/en/?run=x#chat")
+    wait_for_tab(page, "chat")
+    page.wait_for_timeout(1500)  # the page's own events have come
+    wait_for_tab(page, "chat")
+    page.reload()
+    page.get_by_role("button", name="简体中文").click()
+    page.wait_for_url("**/zh_CN/**#chat")
+    page.wait_for_timeout(1500)
+    assert page.evaluate(SELECTED) == "chat"
+
+
 def test_arrow_keys_move_between_tabs(page: Any, served: Served) -> None:
     open_tab(page, served)
     page.get_by_role("tab").first.focus()
