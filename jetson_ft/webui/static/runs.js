@@ -182,12 +182,12 @@ async function submit(form) {
 }
 
 document.addEventListener("click", async (event) => {
-  const button = event.target.closest("[data-choose], [data-draw], [data-do], [data-view], [data-chat], #runs-table");
+  const button = event.target.closest("[data-choose], [data-draw], [data-do], [data-view], [data-chat-with], #runs-table");
   if (!button) return;
   if (button.dataset.choose) choose(button.dataset.choose);
   else if (button.dataset.draw) compare(button.dataset.draw);
   else if (button.dataset.view) show(button.dataset.view);
-  else if (button.dataset.chat) window.jetsonFt.chatWith(button.dataset.chat);
+  else if (button.dataset.chatWith) window.jetsonFt.chatWith(button.dataset.chatWith);
   else if (button.id === "runs-table") {
     state.table = !state.table;
     save();
