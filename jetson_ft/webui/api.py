@@ -29,7 +29,7 @@ from jetson_ft.webui.changed_items import SentLists
 from jetson_ft.webui.cli_json import run_cli_json
 from jetson_ft.webui.fragments import Fragments
 from jetson_ft.webui.limits import BusyError, costly
-from jetson_ft.webui.render import Locale, request_language
+from jetson_ft.webui.render import Locale, render, request_language
 from jetson_ft.webui.run_table import MAX_COMPARED
 
 Drawn = Annotated[tuple[str, ...], Query()]
@@ -175,13 +175,14 @@ def router(root: Path) -> APIRouter:
 
 
 def error_response(request: Request, error: Exception) -> Response:
-    """Return a `UserError` as JSON, in the page's language."""
+    """Return a `UserError` in the page's language: as JSON, as a page where a link was opened."""
     assert isinstance(error, UserError)
     t = Locale(request_language(request.url.path, request.headers))
     texts = {"what": t(error.what), "where": t(error.where), "fix": t(error.fix)}
-    if isinstance(error, BusyError):
-        return JSONResponse(texts, 429, {"Retry-After": "10"})
-    return JSONResponse(texts, 422)
+    status, headers = (429, {"Retry-After": "10"}) if isinstance(error, BusyError) else (422, {})
+    if "text/html" in request.headers.get("accept", ""):  # which scripts don't ask for
+        return HTMLResponse(render("error.jinja", t, **texts), status, headers)
+    return JSONResponse(texts, status, headers)
 
 
 def _fragment(
