@@ -16,16 +16,31 @@ export function toast(text) {
   setTimeout(() => box.remove(), 8000);
 }
 
+// Returns the response of a request. Throws an error whose message is for people.
+export async function request(address, options) {
+  const { noServer } = document.getElementById("announcer").dataset;
+  const response = await fetch(address, options).catch(() => { throw new Error(noServer); });
+  if (response.ok) return response;
+  const error = await response.json().catch(() => ({ what: response.statusText }));
+  const text = [error.what, error.where, error.fix].filter(Boolean).join("\n");
+  throw new Error(text || response.statusText);
+}
+
+// Posts a value as JSON, or nothing; otherwise as `request`.
+export function send(address, body) {
+  const headers = body ? { "Content-Type": "application/json" } : {};
+  return request(address, { method: "POST", headers, body: body && JSON.stringify(body) });
+}
+
 // Posts an action to a run; shows its error. Returns whether it was done.
 export async function post(name, action, body) {
-  const headers = body ? { "Content-Type": "application/json" } : {};
-  const response = await fetch(`/runs/${encodeURIComponent(name)}/${action}`, {
-    method: "POST", headers, body: body && JSON.stringify(body),
-  });
-  if (response.ok) return true;
-  const error = await response.json().catch(() => ({ what: response.statusText }));
-  toast([error.what, error.where, error.fix].filter(Boolean).join("\n"));
-  return false;
+  try {
+    await send(`/runs/${encodeURIComponent(name)}/${action}`, body);
+    return true;
+  } catch (error) {
+    toast(error.message);
+    return false;
+  }
 }
 
 // Saves a text as a file of the browser's machine.
