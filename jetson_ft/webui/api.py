@@ -58,30 +58,30 @@ def router(root: Path) -> APIRouter:
         filter: str = "", view: Literal["list", "table"] = "list",
     ) -> Response:  # fmt: skip
         if view == "table":
-            return _fragment(request, fragments.run_table(language, dict(request.query_params)))
+            return fragment(request, fragments.run_table(language, dict(request.query_params)))
         html = fragments.run_list(language, chosen, drawn, sort, filter)
-        return _fragment(request, html, sent=sent)
+        return fragment(request, html, sent=sent)
 
     @routes.get("/progress/{language}")
     def progress(request: Request, language: str, watched: Drawn = ()) -> Response:
-        return _fragment(request, fragments.progress(language, watched), "application/json")
+        return fragment(request, fragments.progress(language, watched), "application/json")
 
     @routes.get("/live/{language}/curves")
     def curves(
         request: Request, view: Literal["overview", "charts"], drawn: Drawn = ()
     ) -> Response:
-        return _fragment(request, fragments.curves(view, drawn), "application/json")
+        return fragment(request, fragments.curves(view, drawn), "application/json")
 
     @routes.get("/live/{language}/runs/{name}/head")
     def head(request: Request, language: str, name: str, view: View = "overview") -> Response:
-        return _fragment(request, fragments.run_head(language, name, view))
+        return fragment(request, fragments.run_head(language, name, view))
 
     @routes.get("/live/{language}/runs/{name}")
     def run(
         request: Request, language: str, name: str, view: View = "overview", drawn: Drawn = ()
     ) -> Response:
         query = dict(request.query_params)
-        return _fragment(request, fragments.run_view(language, name, view, drawn, query))
+        return fragment(request, fragments.run_view(language, name, view, drawn, query))
 
     @routes.get("/static/chart.js")
     def chart_library() -> Response:
@@ -185,7 +185,7 @@ def error_response(request: Request, error: Exception) -> Response:
     return JSONResponse(texts, status, headers)
 
 
-def _fragment(
+def fragment(
     request: Request, content: str, media_type: str = "text/html", sent: SentLists | None = None
 ) -> Response:
     """Return the content, or nothing where the browser has it already.
