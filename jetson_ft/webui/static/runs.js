@@ -18,6 +18,7 @@ const asked = new URLSearchParams(location.search).get("run");
 const fragments = new Map(); // id of an element -> { address, etag }
 const wanted = new Map(); // id of an element -> address of the request whose answer it gets
 let charts; // the module that draws them, once one is needed
+let isUndrawn = false; // the view has charts that have not been drawn since it changed
 
 const byId = (id) => document.getElementById(id);
 const isShown = () => shownTab() === "runs" && byId("run-page") !== null;
@@ -97,9 +98,10 @@ async function refreshRuns() {
     forget(state.chosen);
     return;
   }
-  if (view === 200 && byId("run-view").querySelector(".plot")) {
+  if (view === 200) isUndrawn = byId("run-view").querySelector(".plot") !== null;
+  if (isUndrawn) {
     charts ??= import("./charts.js");
-    await (await charts).draw(byId("run-view"), state.view, state.chosen, state.drawn);
+    isUndrawn = !(await (await charts).draw(byId("run-view"), state.view, state.chosen, state.drawn));
   }
 }
 
