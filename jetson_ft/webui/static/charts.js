@@ -163,6 +163,8 @@ class Plot {
     const figure = this.element.closest("[data-chart]");
     const [name, caption] = [figure.dataset.chart, figure.querySelector("figcaption").textContent];
     const [ink, line] = [colour("--soft"), colour("--line")];
+    this.cursorColour = ink;
+    this.partColour = Chart.helpers.color(colour("--focus")).alpha(0.2).rgbString();
     this.axis = axis;
     this.words = words;
     this.curves = []; // with a name each, as they are read out
@@ -213,11 +215,11 @@ class Plot {
     const pixel = this.cursor === undefined || this.cursor === null ? null : x.getPixelForValue(this.cursor);
     ctx.save();
     if (this.from !== null && this.to !== undefined) {
-      ctx.fillStyle = this.Chart.helpers.color(colour("--focus")).alpha(0.2).rgbString();
+      ctx.fillStyle = this.partColour;
       ctx.fillRect(this.from, area.top, this.to - this.from, area.bottom - area.top);
     }
     if (pixel !== null && pixel >= area.left && pixel <= area.right) {
-      ctx.strokeStyle = colour("--soft");
+      ctx.strokeStyle = this.cursorColour;
       ctx.beginPath();
       ctx.moveTo(pixel, area.top);
       ctx.lineTo(pixel, area.bottom);
@@ -254,12 +256,13 @@ class Plot {
       .filter(({ y }) => y !== undefined);
   }
 
-  // Returns the place of a pointer on the x axis, moved to a point of the first curve.
+  // Returns the place of a pointer on the x axis.
   valueAt(event) {
     const { left } = this.canvas.getBoundingClientRect();
     return this.scale.getValueForPixel(event.clientX - left);
   }
 
+  // Returns the place of the first curve's nearest point; null: it has none.
   snapped(x) {
     return nearest(this.curves[0]?.points ?? [], x)?.x ?? null;
   }
