@@ -1,6 +1,6 @@
 // The Runs tab: fetches the fragments that are shown, changes what differs, sends clicks.
 import { morph } from "./morph.js";
-import { confirmDialog, language, onTabShown, post, shownTab } from "./shell.js";
+import { confirmDialog, language, moveByKey, onTabShown, post, shownTab } from "./shell.js";
 
 const MAX_DRAWN = 6; // runs drawn together: the number of colours
 const SECONDS = 2.5; // between two refreshes
@@ -208,19 +208,7 @@ document.addEventListener("input", (event) => {
   refresh();
 });
 document.addEventListener("keydown", (event) => {
-  const tab = event.target.closest?.("#run-head [role=tab]");
-  if (!tab) return;
-  const tabs = [...tab.parentElement.children];
-  const place = tabs.indexOf(tab);
-  const places = {
-    ArrowLeft: (place + tabs.length - 1) % tabs.length, ArrowRight: (place + 1) % tabs.length,
-    Home: 0, End: tabs.length - 1,
-  };
-  const next = tabs[places[event.key]];
-  if (!next) return;
-  event.preventDefault();
-  next.focus();
-  show(next.dataset.view);
+  moveByKey(event, [...document.querySelectorAll("#run-head [role=tab]")]);
 });
 
 // Gradio makes the tab's content when it is first opened.

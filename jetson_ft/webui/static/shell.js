@@ -156,8 +156,8 @@ function openTab() {
   tabs().find((tab) => tabOf(tab) === location.hash.slice(1))?.click();
 }
 
-function moveByKey(event) {
-  const buttons = tabs();
+// Has the arrow keys, Home and End press one of the buttons of a list, where one has the focus.
+export function moveByKey(event, buttons) {
   const at = buttons.indexOf(event.target);
   const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: -1 }[event.key];
   if (at < 0 || to === undefined) return;
@@ -185,7 +185,7 @@ setTimeout(reveal, 3000);
 whenDrawn(() => {
   openTab();
   const list = document.querySelector("#tabs [role=tablist]");
-  list.addEventListener("keydown", moveByKey);
+  list.addEventListener("keydown", (event) => moveByKey(event, tabs()));
   new MutationObserver(noticeTab).observe(list, { attributeFilter: ["aria-selected"], subtree: true });
   noticeTab();
   restoreScroll();
