@@ -81,6 +81,7 @@ async function refreshRuns() {
   const list = swap("run-list", `/live/${language}/runs?${listed}`);
   if (!state.chosen) {
     await list;
+    if (state.chosen) return; // by a person, meanwhile
     const first = document.querySelector("#run-list [data-choose]");
     if (first) choose(first.dataset.choose);
     else clear("run-head", "run-view");
