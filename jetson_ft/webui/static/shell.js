@@ -144,9 +144,12 @@ function noticeTab() {
     if (button.tabIndex !== tabIndex) button.tabIndex = tabIndex;
   }
   if (shownTab() === shown) return;
+  const address = new URL(location.href); // Gradio's `<base>` has no query: "#tab" alone would remove it
+  if (shown) address.search = ""; // at first the server has yet to read it
   shown = shownTab();
   if (!shown) return;
-  if (location.hash.slice(1) !== shown) history.replaceState(history.state, "", `#${shown}`);
+  address.hash = shown;
+  if (address.hash !== location.hash) history.replaceState(history.state, "", address);
   const tab = shown;
   whenMade(tab, () => document.dispatchEvent(new CustomEvent("tab-shown", { detail: tab })));
 }
