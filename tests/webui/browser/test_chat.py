@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_browser import open_tab
+from in_browser import choose_tab, open_tab
 from run_folders import copy_finished
 from scripted_chat import SITE
 from served import Served
@@ -181,6 +181,19 @@ def test_history_is_kept_in_the_browser_and_exported(chat: Any) -> None:
     assert Path(download.value.path()).read_text(encoding="utf-8").startswith("> one\n\n[")
     chat.locator("#chat-history li", has_text="two").get_by_role("button", name="Delete").click()
     assert chat.locator("#chat-history li").count() == 1
+
+
+def test_a_new_chat_is_still_there_after_another_tab(chat: Any) -> None:
+    ask(chat, "one")
+    chat.get_by_role("button", name="New chat").click()
+    chat.locator("#chat-a .example").first.wait_for()
+    choose_tab(chat, "runs")
+    choose_tab(chat, "chat")
+    chat.locator("#chat-a .example").first.wait_for()
+    assert chat.locator("#chat-a label").first.inner_text() == NEWEST
+    assert questions(chat, "a") == []
+    ask(chat, "two")
+    assert NEWEST in answers(chat, "a")[0]
 
 
 @pytest.mark.parametrize(("width", "height"), [(1440, 900), (390, 664)])
