@@ -67,7 +67,6 @@ def test_two_adapters_on_the_embedded_model_answer_as_in_the_chat(
     lines: list[str] = []
     settings = EngineSettings(context=512)
     serving = models.prepare([run.name for run in runs], tmp_path, settings, lines.append)
-    assert any("converting embedded" in line for line in lines)
     engine = Engine(serving.process, lambda: False, lambda: True, lambda: None)
     greedy = {"max_tokens": 12, "temperature": 0, "extra_body": {"repetition_penalty": 1.0}}
     with serve_api(engine, serving.models, context=serving.context) as served:

@@ -1,4 +1,4 @@
-"""One Chromium for a session's tests, and what they do with its pages."""
+"""One Chromium for a module's tests, and what they do with its pages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ TABS = ("train", "runs", "chat", "inside", "device")
 _OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """Return a Chromium without a window; skip the tests where there is none."""
+    """Return a Chromium without a window; skip the tests where there is none.
+
+    Playwright keeps an event loop running in this thread while it is open: other modules' tests
+    couldn't call `asyncio.run` if it stayed open for the session.
+    """
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium here (Debian: apt install chromium)")
@@ -28,7 +32,7 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def browser(chromium: Any) -> Iterator[Any]:
-    """Return the session's Chromium; close the pages that the test opened in it."""
+    """Return the module's Chromium; close the pages that the test opened in it."""
     yield chromium
     for context in chromium.contexts:
         context.close()
