@@ -60,6 +60,7 @@ def test_a_failed_run_shows_its_fix(page: Any, served: Served, runs: LightRuns) 
     expect(fault.locator("p").first).to_have_text("Check the path.")
     expect(fault.locator("p.small")).to_have_text("rows.json")
     expect(item.locator(".state")).to_contain_text("failed")
+    expect(page.locator("#run-head .pill")).to_have_css("border-top-width", "1px")
 
 
 def test_the_title_has_the_share_of_a_live_run(page: Any, served: Served, live: Run) -> None:
