@@ -87,7 +87,6 @@ document.addEventListener("click", (event) => {
 
 function speak(chosen) {
   document.cookie = `jetson-ft-language=${chosen}; path=/; max-age=31536000; samesite=strict`;
-  keepScroll();
   location.href = `/${chosen}/${location.search}${location.hash}`;
 }
 
