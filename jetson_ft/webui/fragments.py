@@ -239,7 +239,8 @@ class Fragments:
                 # What changed while it was read may be missing in it: it is old at once then.
                 read_at = time.monotonic() if began > self._expired_at else -math.inf
                 cached.source, cached.read_at = source, read_at
-            return cached.content
+            content: _T = cached.content
+            return content
 
     def _runs(self, names: Iterable[str]) -> list[Run]:
         """Return the runs of these names, without those that have been deleted since."""
