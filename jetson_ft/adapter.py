@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +175,22 @@ def load_adapter(
             model=base.name,
             error=" ".join(line.strip() for line in str(error).splitlines()[:2]),
         ) from error
+
+
+@contextmanager
+def adapter_context(loaded: Any, use_adapter: bool) -> Iterator[None]:
+    """Compute with the adapter of a loaded model within the context, or with its base alone.
+
+    Args:
+        loaded: a `chat.session.ChatSession` or the like: `model`, `has_adapter`, `adapter_name`.
+    """
+    disabled: Any = nullcontext()
+    if use_adapter and loaded.has_adapter:
+        loaded.model.set_adapter(loaded.adapter_name)
+    elif hasattr(loaded.model, "disable_adapter"):  # a PeftModel, perhaps with others' adapters
+        disabled = loaded.model.disable_adapter()
+    with disabled:
+        yield
 
 
 def check_base(base: BaseModelFiles, folder: Path) -> None:

@@ -259,6 +259,9 @@ class Failed(Event, kind="error"):
     where: Annotated[str, "file, key or address; may be empty"]
     fix: Annotated[str, "may be empty"]
     messages: Annotated[dict[str, Any], "templates and values of the three, for translation"]
+    max_memory_gb: Annotated[
+        float | None, "out of memory: `train.max_memory_gb` with which a smaller plan continues"
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

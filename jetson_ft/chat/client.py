@@ -31,7 +31,7 @@ class ChatRequest:
     system: str = ""
     examples: Sequence[ChatMessage] = ()
     use_adapter: bool = True
-    begun: str = ""  # the beginning of the reply, which is continued
+    prefill: str = ""  # the beginning of the reply, which is continued
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ChatClient:
         """
         with self._process_with(name, client_id):
             self._send({"action": "generate", **asdict(request)})
-            text, kind = request.begun, ""
+            text, kind = request.prefill, ""
             try:
                 while kind != "end":
                     message = self._read("delta", "end")

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from jetson_ft.chat import memory_guard
 from jetson_ft.chat.session import context_full, prompt_messages
 from jetson_ft.data.formats import ChatMessage
-from jetson_ft.errors import UserError, _
 from jetson_ft.export import gguf
-from jetson_ft.export.llama import HOST, LlamaServer, find_program
+from jetson_ft.export.llama import LlamaServer, find_program
 from jetson_ft.hardware import detect
 from jetson_ft.inference.generate import Reply, Sampling
 
 _CONTEXT = 4096  # most tokens of prompt and reply together; memory is reserved for them
 _PROCESS_BYTES = 400 * 2**20  # of llama.cpp's server, without weights and KV cache
-_SECONDS = 600  # without a token
 
 
 @dataclass
@@ -41,11 +36,11 @@ class GgufSession:
         sampling: Sampling,
         use_adapter: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
-        begun: str = "",
+        prefill: str = "",
     ) -> Generator[str, None, Reply]:
         """Yield the answer to `text` in deltas; see `ChatSession.reply`."""
         messages = {"messages": prompt_messages(self, text)}
-        prompt = self.server.request("/apply-template", messages)["prompt"] + begun
+        prompt = self.server.request("/apply-template", messages)["prompt"] + prefill
         count = len(self.server.request("/tokenize", {"content": prompt})["tokens"])
         left = self.context_length - count
         if left < 1:
@@ -57,7 +52,7 @@ class GgufSession:
             "min_p": 0.0, "seed": -1 if sampling.seed is None else sampling.seed % 2**32,
         }  # fmt: skip
         written, tokens, ended = "", 0, False
-        with closing(self._stream("/completion", body)) as events:
+        with closing(self.server.stream("/completion", body)) as events:
             for event in events:
                 if delta := event["content"]:
                     written += delta
@@ -73,25 +68,6 @@ class GgufSession:
     def close(self) -> None:
         """End llama.cpp, which frees the model's memory."""
         self.server.close()
-
-    def _stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """Yield the events of an answer; closing the iterator ends it in llama.cpp too."""
-        connection = http.client.HTTPConnection(HOST, self.server.port, timeout=_SECONDS)
-        key = f"Bearer {self.server.api_key}"
-        headers = {"Authorization": key, "Content-Type": "application/json"}
-        with closing(connection):
-            connection.request("POST", path, json.dumps(body).encode(), headers)
-            response = connection.getresponse()
-            if response.status != 200:
-                raise UserError(
-                    _("llama.cpp's server refuses a request ({status}): {error}"),
-                    f"{self.server.url}{path}",
-                    status=response.status,
-                    error=response.read(200).decode(errors="replace"),
-                )
-            for line in response:
-                if line.startswith(b"data: {"):
-                    yield json.loads(line.removeprefix(b"data: "))
 
 
 def open_gguf(file: Path) -> GgufSession:

@@ -103,8 +103,11 @@ class ChatServer:
         An adapter of the base in memory is loaded beside the adapters of other chats.
         """
         from jetson_ft.chat import target
+        from jetson_ft.chat.gguf_session import GgufSession
 
         resolved = target.resolve_target(name, self.root)
+        if isinstance(self.chat, GgufSession) and not self.chat.server.is_alive:
+            self._unload()  # the kernel can end llama.cpp for lack of memory
         self.chat = next((chat for known, chat in self._chats if known == resolved), None)
         if self.chat is None:
             if not all(target.shares_base(resolved, known) for known, _chat in self._chats):
@@ -116,13 +119,15 @@ class ChatServer:
     def _open(self, resolved: ChatTarget) -> ChatSession | GgufSession:
         from jetson_ft.chat import target
         from jetson_ft.chat.gguf_session import open_gguf
-        from jetson_ft.files import expand_user
 
-        file = expand_user(resolved.recipe.model)
-        if file.suffix == ".gguf" and resolved.adapter_dir is None:
+        if file := resolved.gguf_file:
             return open_gguf(file)
         others: list[Any] = [chat for _target, chat in self._chats]
-        chat = target.open_session(resolved, others[0].model if others else None)
+        try:
+            chat = target.open_session(resolved, others[0].model if others else None)
+        except BaseException:  # it may have changed the base, as an adapter is loaded in place
+            self._unload()
+            raise
         for other in others:  # a first adapter wraps the base
             other.model = chat.model
         if len(others) == _MAX_CHATS:
@@ -154,7 +159,7 @@ class ChatServer:
 
     def _generate(
         self, text: str, turns: Any, sampling: Any, system: str, examples: Any, use_adapter: bool,
-        begun: str,
+        prefill: str,
     ) -> None:  # fmt: skip
         assert self.chat
         self._stop.clear()
@@ -162,7 +167,7 @@ class ChatServer:
         chat.system, chat.examples, chat.turns = system, examples, turns
         started = time.monotonic()
         settings = Sampling(**sampling)
-        stream = chat.reply(text, settings, use_adapter, self._stop.is_set, begun)
+        stream = chat.reply(text, settings, use_adapter, self._stop.is_set, prefill)
         try:
             while True:
                 send("delta", text=next(stream))

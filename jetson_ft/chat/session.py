@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jetson_ft.adapter import adapter_context
 from jetson_ft.data import render_template
 from jetson_ft.data.chat_template import encode_prompt, end_ids
 from jetson_ft.data.formats import ChatMessage, RowError
@@ -75,14 +75,14 @@ class ChatSession:
         sampling: Sampling = DEFAULT_SAMPLING,
         use_adapter: bool = True,
         should_stop: Callable[[], bool] = lambda: False,
-        begun: str = "",
+        prefill: str = "",
     ) -> Generator[str, None, Reply]:
         """Yield the answer to `text` in deltas; the turns do not change (see `add_turn`).
 
         The answer ends where the model's context is full. It is returned at the end.
 
         Args:
-            begun: the beginning of the answer, which is continued; the rest is yielded.
+            prefill: the beginning of the answer, which is continued; the rest is yielded.
             use_adapter: False: the base model answers.
             should_stop: called after each token, and while the chat template is rendered; True
                 ends the answer.
@@ -102,20 +102,15 @@ class ChatSession:
                 ends = end_ids(self.tokenizer, self.model)
         except _ReplyStopped:
             return Reply("", ended=False, tokens=0)
-        begun_ids: list[int] = self.tokenizer(begun, add_special_tokens=False)["input_ids"]
-        left = self.context_length - len(prompt) - len(begun_ids)
+        prefill_ids: list[int] = self.tokenizer(prefill, add_special_tokens=False)["input_ids"]
+        left = self.context_length - len(prompt) - len(prefill_ids)
         if left < 1:
-            raise context_full(len(prompt) + len(begun_ids), self.context_length)
+            raise context_full(len(prompt) + len(prefill_ids), self.context_length)
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, left))
-        disabled: Any = nullcontext()
-        if self.has_adapter and use_adapter:
-            self.model.set_adapter(self.adapter_name)
-        elif hasattr(self.model, "disable_adapter"):  # a PeftModel
-            disabled = self.model.disable_adapter()
-        with disabled:
+        with adapter_context(self, use_adapter):
             return (
                 yield from stream_reply(
-                    self.model, self.tokenizer, prompt, ends, sampling, should_stop, begun_ids
+                    self.model, self.tokenizer, prompt, ends, sampling, should_stop, prefill_ids
                 )
             )
 

@@ -27,8 +27,16 @@ class ChatTarget:
 
     recipe: Recipe
     adapter_dir: Path | None = None
-    adapter_mtime_ns: int = 0  # differs after another adapter was written to the same folder
+    # They differ after other weights were written to the same path.
+    adapter_mtime_ns: int = 0
+    base_mtime_ns: int = 0  # of a local folder or GGUF file
     named_in: Path | None = None  # the adapter's file that names the base
+
+    @property
+    def gguf_file(self) -> Path | None:
+        """The GGUF file that llama.cpp computes; None: torch computes the model."""
+        file = expand_user(self.recipe.model)
+        return file if file.suffix == ".gguf" and self.adapter_dir is None else None
 
 
 def resolve_target(
@@ -64,16 +72,29 @@ def resolve_target(
     else:
         run = _latest_adapter_run(root) if name == "latest" else store.find_run(name, root)
         adapter_dir, recipe = run.require_adapter(), run.recipe()
-    weights = adapter_dir / "adapter_model.safetensors" if adapter_dir else None
-    mtime_ns = weights.stat().st_mtime_ns if weights and weights.exists() else 0
+    weights = [adapter_dir / "adapter_model.safetensors"] if adapter_dir else []
     changes = {"model": model or recipe.model, "quantize": quantize or recipe.quantize}
-    return ChatTarget(recipe.model_copy(update=changes), adapter_dir, mtime_ns, named_in)
+    recipe = recipe.model_copy(update=changes)
+    base_path = expand_user(recipe.model)
+    base_weights = [base_path, *base_path.glob("*.safetensors"), *base_path.glob("*.gguf")]
+    return ChatTarget(
+        recipe, adapter_dir, _newest_mtime_ns(weights), _newest_mtime_ns(base_weights), named_in
+    )
+
+
+def _newest_mtime_ns(files: list[Path]) -> int:
+    """Return the time of the newest file's last change; 0: there is none."""
+    return max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0)
 
 
 def shares_base(first: ChatTarget, second: ChatTarget) -> bool:
-    """Return whether both have the same base in the same format."""
+    """Return whether both have the same base in the same format, which torch computes."""
     keys = ("model", "quantize", "double_quantize", "precision")
-    return all(getattr(first.recipe, key) == getattr(second.recipe, key) for key in keys)
+    return (
+        not (first.gguf_file or second.gguf_file)
+        and first.base_mtime_ns == second.base_mtime_ns
+        and all(getattr(first.recipe, key) == getattr(second.recipe, key) for key in keys)
+    )
 
 
 def open_session(target: ChatTarget, loaded: Any = None) -> ChatSession:

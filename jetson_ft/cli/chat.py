@@ -5,13 +5,23 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Option
 
-from jetson_ft.cli.output import RUNS, RunsOption, out, show
+from jetson_ft.cli.output import (
+    RUNS,
+    SAMPLING_OPTIONS,
+    BaseOption,
+    QuantizeOption,
+    RunsOption,
+    SystemOption,
+    TargetArgument,
+    out,
+    show,
+)
 from jetson_ft.errors import UserError
 from jetson_ft.files import expand_user
 from jetson_ft.inference.generate import Sampling
@@ -28,34 +38,30 @@ HELP = """\
                      repetition_penalty, seed
 /reset               begin a new conversation
 /help  /quit         (Ctrl-D quits too; Ctrl-C stops a reply)"""
-# An option for each field of `Sampling`, which checks the ranges.
-_OPTIONS: dict[str, Any] = {f.name: Option(help=f.metadata["help"]) for f in fields(Sampling)}
 
 
 def chat(
-    run: Annotated[
-        str, Argument(help="A run, `latest`, an adapter's folder, `base` or a model.")
-    ] = "latest",
-    model: Annotated[str | None, Option(help="Base model; by default the run's.")] = None,
-    quantize: Annotated[str | None, Option(help="none, int8 or nf4.")] = None,
-    max_new_tokens: Annotated[int, _OPTIONS["max_new_tokens"]] = Sampling.max_new_tokens,
-    temperature: Annotated[float, _OPTIONS["temperature"]] = Sampling.temperature,
-    top_k: Annotated[int, _OPTIONS["top_k"]] = Sampling.top_k,
-    top_p: Annotated[float, _OPTIONS["top_p"]] = Sampling.top_p,
+    target: TargetArgument = "latest",
+    model: BaseOption = None,
+    quantize: QuantizeOption = None,
+    max_new_tokens: Annotated[int, SAMPLING_OPTIONS["max_new_tokens"]] = Sampling.max_new_tokens,
+    temperature: Annotated[float, SAMPLING_OPTIONS["temperature"]] = Sampling.temperature,
+    top_k: Annotated[int, SAMPLING_OPTIONS["top_k"]] = Sampling.top_k,
+    top_p: Annotated[float, SAMPLING_OPTIONS["top_p"]] = Sampling.top_p,
     repetition_penalty: Annotated[
-        float, _OPTIONS["repetition_penalty"]
+        float, SAMPLING_OPTIONS["repetition_penalty"]
     ] = Sampling.repetition_penalty,
-    seed: Annotated[int | None, _OPTIONS["seed"]] = Sampling.seed,
-    system: Annotated[str, Option(help="System message.")] = "",
+    seed: Annotated[int | None, SAMPLING_OPTIONS["seed"]] = Sampling.seed,
+    system: SystemOption = "",
     examples: Annotated[Path | None, Option(help="Few-shot examples, a JSON file.")] = None,
     runs: RunsOption = RUNS,
 ) -> None:
     """Chat with a model in the terminal."""
-    from jetson_ft.chat import target
     from jetson_ft.chat.session import read_examples
+    from jetson_ft.chat.target import open_session, resolve_target
 
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    session = target.open_session(target.resolve_target(run, runs, model, quantize))
+    session = open_session(resolve_target(target, runs, model, quantize))
     session.system = system
     session.examples = read_examples(examples) if examples else []
     Terminal(session, sampling).loop()
@@ -163,8 +169,8 @@ class Terminal:
                 raise UserError("Unknown command {name}.", fix="/help lists them.", name=command)
 
     def _set_sampling(self, name: str, value: str) -> None:
-        if name not in _OPTIONS:
-            fix = f"One of {', '.join(_OPTIONS)}."
+        if name not in SAMPLING_OPTIONS:
+            fix = f"One of {', '.join(SAMPLING_OPTIONS)}."
             raise UserError("Unknown setting {name!r}.", fix=fix, name=name)
         is_float = isinstance(getattr(Sampling, name), float)
         try:

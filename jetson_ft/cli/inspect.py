@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,19 @@ import typer
 from typer import Argument, Option
 
 from jetson_ft.cli import inspect_text
-from jetson_ft.cli.output import RUNS, JsonOption, RunsOption, json_errors, print_json, show
+from jetson_ft.cli.output import (
+    RUNS,
+    SAMPLING_OPTIONS,
+    BaseOption,
+    JsonOption,
+    QuantizeOption,
+    RunsOption,
+    SystemOption,
+    TargetArgument,
+    json_errors,
+    print_json,
+    show,
+)
 from jetson_ft.files import expand_user
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.inside.examples import CAPITALS, CAPITALS_QUESTION, QUESTION, SAMPLING, SENTENCE
@@ -22,22 +33,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-TargetArgument = Annotated[
-    str,
-    Argument(metavar="TARGET", help="A run, `latest`, an adapter's folder, `base` or a model."),
-]
 TextArgument = Annotated[str, Argument(metavar="TEXT")]
 AnswerOption = Annotated[str | None, Option(help="The answer to the text.")]
-SystemOption = Annotated[str, Option(help="System message.")]
 HtmlOption = Annotated[
     Path | None, Option("--html", metavar="FILE", help="Write a page that loads nothing else.")
 ]
-BaseOption = Annotated[str | None, Option("--model", help="Base model; by default the run's.")]
-QuantizeOption = Annotated[str | None, Option(help="none, int8 or nf4.")]
 Options = dict[str, Any]  # of a view
-_SAMPLING_OPTIONS: dict[str, Any] = {
-    f.name: Option(help=f.metadata["help"]) for f in fields(Sampling)
-}
 
 
 @app.command()
@@ -84,11 +85,11 @@ def next_token(
     system: SystemOption = "",
     plain: Annotated[bool, Option("--plain", help="Continue the text; no chat template.")] = False,
     top: Annotated[int, Option(min=1, max=100, help="Number of tokens to show.")] = 20,
-    temperature: Annotated[float, _SAMPLING_OPTIONS["temperature"]] = SAMPLING.temperature,
-    top_k: Annotated[int, _SAMPLING_OPTIONS["top_k"]] = SAMPLING.top_k,
-    top_p: Annotated[float, _SAMPLING_OPTIONS["top_p"]] = SAMPLING.top_p,
+    temperature: Annotated[float, SAMPLING_OPTIONS["temperature"]] = SAMPLING.temperature,
+    top_k: Annotated[int, SAMPLING_OPTIONS["top_k"]] = SAMPLING.top_k,
+    top_p: Annotated[float, SAMPLING_OPTIONS["top_p"]] = SAMPLING.top_p,
     repetition_penalty: Annotated[
-        float, _SAMPLING_OPTIONS["repetition_penalty"]
+        float, SAMPLING_OPTIONS["repetition_penalty"]
     ] = SAMPLING.repetition_penalty,
     as_json: JsonOption = False,
     html: HtmlOption = None,
@@ -144,7 +145,8 @@ def in_context(
 
     pairs = CAPITALS
     if examples:
-        texts = [turn["content"] for turn in read_examples(expand_user(str(examples)))]
+        with json_errors(as_json):
+            texts = [turn["content"] for turn in read_examples(expand_user(str(examples)))]
         pairs = list(zip(texts[::2], texts[1::2], strict=True))
     options: Options = {"text": text, "examples": pairs, "answer": answer, "system": system}
     options |= {"max_new_tokens": max_new_tokens}
@@ -161,7 +163,6 @@ def numbers(
     runs: RunsOption = RUNS,
 ) -> None:
     """Parameters and bytes by part and format, memory of training, one matrix quantized."""
-    from jetson_ft import hub
     from jetson_ft.chat.target import resolve_target
     from jetson_ft.hardware.detect import detect_device
     from jetson_ft.inside.numbers import compute_numbers
@@ -172,7 +173,7 @@ def numbers(
         recipe = resolve_target(model, runs, base).recipe
         views = {"numbers": compute_numbers(recipe, detect_device()).to_json()}
         # Of a model on the Hub, what isn't here is downloaded only where a matrix is named.
-        here = not files.is_hub_id(recipe.model) or recipe.model in hub.downloaded_models()
+        here = files.has_weights_here(recipe.model)
         weights = files.resolve_model(recipe.model) if matrix or here else None
         if weights and (matrix or not weights.gguf_file):  # one of a GGUF can't be read alone
             dims = catalog.model_dims(weights)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from typer import Argument, Option
 from jetson_ft.child_process import PROGRESS_FILE
 from jetson_ft.errors import UserError, _
 from jetson_ft.files import printable, replace_unprintable
+from jetson_ft.inference.generate import Sampling
 
 
 class _Console(Console):
@@ -67,6 +69,17 @@ JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
 RECIPE = Argument(help="A recipe file, or the name of a shipped one.")
 RecipeArgument = Annotated[str, RECIPE]
 RunArgument = Annotated[str, Argument(help="Name, path, or `latest`.")]
+TargetArgument = Annotated[
+    str,
+    Argument(metavar="TARGET", help="A run, `latest`, an adapter's folder, `base` or a model."),
+]
+BaseOption = Annotated[str | None, Option("--model", help="Base model; by default the run's.")]
+QuantizeOption = Annotated[str | None, Option(help="none, int8 or nf4.")]
+SystemOption = Annotated[str, Option(help="System message.")]
+# An option for each field of `Sampling`, which checks the ranges.
+SAMPLING_OPTIONS: dict[str, Any] = {
+    f.name: Option(help=f.metadata["help"]) for f in fields(Sampling)
+}
 
 
 def show(text: str, style: str | None = None, end: str = "\n") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +11,7 @@ from typer import Option
 
 from jetson_ft.cli import output
 from jetson_ft.cli.output import JsonOption, RecipeArgument, SetOption
-from jetson_ft.errors import UserError, _
+from jetson_ft.files import printable
 from jetson_ft.i18n import duration
 
 if TYPE_CHECKING:
@@ -69,13 +70,12 @@ def plan(
 
     with output.json_errors(as_json):
         overrides = [*(overrides or []), *([f"model={model}"] if model is not None else [])]
+        if recipe is None and model is None:
+            recipe = default_recipe("choose with `jetson-ft plan NAME`", as_json)
         if recipe is not None:
             planned = recipes.load_recipe(recipe, overrides)
-        elif model is not None:
-            planned = recipes.parse_recipe("", "", overrides)
         else:
-            what, fix = _("Nothing to plan."), _("Name a recipe, or a model with `--model NAME`.")
-            raise UserError(what, "jetson-ft plan", fix)
+            planned = recipes.parse_recipe("", "", overrides)
         forecast = forecast_recipe(planned, device)
     if as_json:
         output.print_json(forecast.as_json())
@@ -88,6 +88,16 @@ def plan(
     disk = f"disk: {forecast.disk_bytes / 10**6:,.0f} MB for checkpoints and adapter"
     for line in [*here, disk, *forecast.sources, *forecast.assumptions]:
         output.show(f"- {line}")
+
+
+def default_recipe(choose: str, as_json: bool) -> str:
+    """Return the recipe that is taken where none is named; print which, why and how to choose."""
+    from jetson_ft.runs import manager
+
+    name, why = manager.default_recipe()
+    file = sys.stderr if as_json else sys.stdout
+    print(printable(f"recipe: {name} ({why}; {choose})"), file=file)
+    return name
 
 
 def print_coverage(coverage: Coverage) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typer import Option
 
 from jetson_ft.cli.output import RECIPE, RUNS, SetOption, json_errors, print_json, show
 from jetson_ft.errors import UserError
-from jetson_ft.files import printable, quoted
+from jetson_ft.files import quoted
 
 if TYPE_CHECKING:
     from jetson_ft.runs.forecast import DryRun
@@ -57,6 +56,7 @@ def train(
 ) -> None:
     """Fine-tune: recipe in, LoRA adapter and before/after report out."""
     from jetson_ft.cli.follow import print_end
+    from jetson_ft.cli.recipe import default_recipe
     from jetson_ft.recipe import load_recipe
     from jetson_ft.runs import initial_adapter, manager, processes, store
 
@@ -82,10 +82,8 @@ def train(
                 label = initial_adapter.fork_label(run)
                 loaded = initial_adapter.fork_recipe(run, overrides or [])
             elif recipe is None:
-                recipe, why = manager.default_recipe()
                 choose = "choose with `jetson-ft train NAME` or make finetune RECIPE=…"
-                output = sys.stderr if as_json else sys.stdout
-                print(printable(f"recipe: {recipe} ({why}; {choose})"), file=output)
+                recipe = default_recipe(choose, as_json)
             if recipe is not None:
                 label, loaded = Path(recipe).stem, load_recipe(recipe, overrides or [])
             if runs:

@@ -124,15 +124,17 @@ def require_expressible(base: BaseModelFiles, adapter: Path, kind: str) -> None:
     if kind == "lora":
         config = adapters.read_adapter_config(adapter)
         _require_plain_lora(config, adapter, model_config.to_dict())
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         model_config.save_pretrained(folder)
         adapters.load_tokenizer(base, adapter).save_pretrained(folder)
         if (base.folder / SENTENCEPIECE).is_file() and not (folder / SENTENCEPIECE).exists():
             (folder / SENTENCEPIECE).symlink_to((base.folder / SENTENCEPIECE).resolve())
         digest = hashlib.sha256()
-        for path in sorted(folder.iterdir()):
-            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        # Where there are several chat templates, they are in a folder.
+        for path in sorted(filter(Path.is_file, folder.rglob("*"))):
+            name = str(path.relative_to(folder)).encode()
+            digest.update(name + b"\0" + hashlib.sha256(path.read_bytes()).digest())
         if digest.hexdigest() in _accepted:  # an adapter of the same base
             return
         # It checks architecture and tokenizer, and needs no weights for that.

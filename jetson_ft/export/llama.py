@@ -19,7 +19,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,41 @@ class LlamaServer:
         Raises:
             UserError: the server has ended, or refuses the request.
         """
+        with self._answer(path, body, timeout) as response:
+            text = response.read()
+        answer = _parse_object(text)
+        if answer is None:
+            raise self._refusal(path, response.status, text)
+        return answer
+
+    def stream(
+        self, path: str, body: dict[str, Any], timeout: float = 600
+    ) -> Generator[dict[str, Any], None, None]:
+        """Yield the events of the answer to a POST of `body`; closing the iterator ends it.
+
+        Args:
+            timeout: seconds without an event.
+
+        Raises:
+            UserError: as `request`, also in the middle of the answer.
+        """
+        rest = b""
+        with self._answer(path, body, timeout) as response:
+            while part := response.read1():  # `readline` takes a lost connection for the end
+                *lines, rest = (rest + part).split(b"\n")
+                for line in lines:
+                    kind, _separator, data = line.partition(b": ")
+                    event = _parse_object(data) or {}
+                    if kind == b"error" or "error" in event:
+                        raise self._refusal(path, response.status, data)
+                    if kind == b"data" and event:
+                        yield event
+
+    @contextmanager
+    def _answer(
+        self, path: str, body: dict[str, Any] | None, timeout: float
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Send a request, and return the answer; in the context, a lost connection is explained."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=timeout)
         headers = {"Authorization": f"Bearer {self.api_key}", "Content-Type": "application/json"}
         try:
@@ -140,7 +176,9 @@ class LlamaServer:
                 headers,
             )
             response = connection.getresponse()
-            text = response.read()
+            if response.status != 200:
+                raise self._refusal(path, response.status, response.read())
+            yield response
         except (OSError, http.client.HTTPException) as error:
             if not self.is_alive:
                 raise self._explain_exit() from error
@@ -149,19 +187,17 @@ class LlamaServer:
             ) from error
         finally:
             connection.close()
-        try:
-            answer = json.loads(text)
-        except ValueError:
-            answer = {}
-        if response.status != 200 or not isinstance(answer, dict):
-            detail = answer.get("error", {}) if isinstance(answer, dict) else {}
-            raise UserError(
-                _("llama.cpp's server refuses a request ({status}): {error}"),
-                f"{self.url}{path}",
-                status=response.status,
-                error=detail.get("message", text[:200].decode(errors="replace")),
-            )
-        return answer
+
+    def _refusal(self, path: str, status: int, text: bytes) -> UserError:
+        answer = _parse_object(text) or {}
+        detail = answer.get("error", answer)
+        message = detail.get("message") if isinstance(detail, dict) else None
+        return UserError(
+            _("llama.cpp's server refuses a request ({status}): {error}"),
+            f"{self.url}{path}",
+            status=status,
+            error=message or text[:200].decode(errors="replace"),
+        )
 
     def _start(self) -> None:
         with socket.socket() as free:
@@ -257,6 +293,15 @@ class LlamaServer:
             code=code,
             lines=" / ".join(lines) or "-",
         )
+
+
+def _parse_object(text: bytes) -> dict[str, Any] | None:
+    """Return a JSON object; None: the text is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def default_threads() -> int:

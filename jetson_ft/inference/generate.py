@@ -261,11 +261,11 @@ def stream_reply(
     eos_ids: Sequence[int],
     sampling: Sampling,
     should_stop: Callable[[], bool] = lambda: False,
-    begun: Sequence[int] = (),
+    prefill_ids: Sequence[int] = (),
 ) -> Generator[str, None, Reply]:
     """Yield one reply's text in deltas, as it is generated; return the whole reply at the end.
 
-    A reply that has `begun` with some tokens is continued; what is yielded and returned is the
+    A reply that begins with `prefill_ids` is continued; what is yielded and returned is the
     rest. Generation runs in a thread, which ends when the iterator is closed, or after a token for
     which `should_stop` returns True.
     """
@@ -278,11 +278,11 @@ def stream_reply(
         stop = closed or should_stop()
         return torch.full((len(input_ids),), stop, dtype=torch.bool, device=input_ids.device)
 
-    prompt = [*prompt, *begun]
+    prompt = [*prompt, *prefill_ids]
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    if begun:  # else a tokenizer that drops the space before a first word joins two words
-        streamer.token_cache = list(begun[-1:])
-        streamer.print_len = len(tokenizer.decode(begun[-1:], skip_special_tokens=True))
+    if prefill_ids:  # else a tokenizer that drops the space before a first word joins two words
+        streamer.token_cache = list(prefill_ids[-1:])
+        streamer.print_len = len(tokenizer.decode(prefill_ids[-1:], skip_special_tokens=True))
     options = {"streamer": streamer, "stopping_criteria": StoppingCriteriaList([is_done])}
     errors: list[BaseException] = []
     ids: list[int] = []

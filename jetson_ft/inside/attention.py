@@ -9,14 +9,14 @@ transformers' attention interface are computed with `output_attentions`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jetson_ft.errors import UserError, _
 from jetson_ft.inside.model import LoadedModel, View, each_side, logits_at, rounded, text_ids
 from jetson_ft.inside.tokens import Token, describe_tokens
+from jetson_ft.kernels.attention import use_attention
 
 if TYPE_CHECKING:
     import torch
@@ -182,14 +182,6 @@ def _check_head(head: int, layer: int, count: int) -> None:
 
 def run_recorded(model: Any, ids: Sequence[int], record: Callable[[Tensors], None]) -> None:
     """Run the model on a text, and call `record` with the attention of each layer."""
-    with _recorded_attention(model, record):
-        logits_at(model, ids, [len(ids) - 1])
-
-
-@contextmanager
-def _recorded_attention(model: Any, record: Callable[[Tensors], None]) -> Iterator[None]:
-    """Make a function that calls `record` the model's attention within the context."""
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
     calls = 0
@@ -212,14 +204,8 @@ def _recorded_attention(model: Any, record: Callable[[Tensors], None]) -> Iterat
         calls += 1
         return output, probs
 
-    AttentionInterface.register(_RECORDED_ATTENTION, attend)
-    AttentionMaskInterface.register(_RECORDED_ATTENTION, eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_RECORDED_ATTENTION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    with use_attention(model, _RECORDED_ATTENTION, attend, eager_mask):
+        logits_at(model, ids, [len(ids) - 1])
 
 
 def _masked(mask: Any, probs: torch.Tensor) -> torch.Tensor:

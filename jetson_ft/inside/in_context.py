@@ -77,7 +77,7 @@ def view_in_context(
     counts = sorted({0, min(1, len(examples)), len(examples)})
     prompts = [[*before, *shown[: 2 * count], question] for count in counts]
     ids = [encode_prompt(loaded.tokenizer, messages) for messages in prompts]
-    limit = min(max_new_tokens, MAX_REPLY)
+    limit = max(1, min(max_new_tokens, MAX_REPLY))
     for prompt in ids:
         check_ids(loaded, prompt, min(MAX_TOKENS, loaded.context_length - limit))
     answers = [answered(loaded, each, answer, MAX_TOKENS) for each in prompts] if answer else []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
+from jetson_ft.adapter import adapter_context
 from jetson_ft.data.chat_template import ANSWER, END, Encoded, encode, encode_prompt
 from jetson_ft.data.formats import ChatMessage
 from jetson_ft.data.long_texts import token_ids
@@ -62,12 +63,7 @@ def use_side(loaded: LoadedModel, side: str) -> Iterator[None]:
     """Compute with the base or with the adapter within the context, without gradients."""
     import torch
 
-    disabled: Any = nullcontext()
-    if side == "adapter":
-        loaded.model.set_adapter(loaded.adapter_name)
-    elif hasattr(loaded.model, "disable_adapter"):  # a PeftModel
-        disabled = loaded.model.disable_adapter()
-    with disabled, torch.inference_mode():
+    with adapter_context(loaded, side == "adapter"), torch.inference_mode():
         yield
 
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2048  # of a prompt
 MAX_STEPS = 128  # tokens of a reply that is stepped through
 MAX_TOP = 100  # tokens of a distribution that are shown
-# Settings that reshape and cut the distribution, to show what each of them does.
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,8 @@ class StepSummary(View):
 class NextToken(View):
     """The distribution of the next token of the base or of the adapter."""
 
-    candidates: list[
-        Candidate
-    ]  # the likeliest by the model, and any that sampling puts before them
+    # The likeliest by the model, and any that sampling puts before them.
+    candidates: list[Candidate]
     shown: float  # the sum of their probabilities by the model
     steps: list[StepSummary]
     greedy: int  # the id that a greedy reply takes
@@ -138,8 +136,9 @@ def _next_token(tokenizer: Any, steps: list[tuple[str, torch.Tensor]], top: int)
     own, last = probs["model"], steps[-1][1]
     top = min(top, len(own))
     chosen = own.topk(top).indices.tolist()
-    # A repetition penalty can put other tokens first.
-    chosen += [i for i in last.topk(min(3, top)).indices.tolist() if i not in chosen]
+    # A repetition penalty can put other tokens first. Those that a step cut are at -inf.
+    best = last.topk(min(3, top)).indices.tolist()
+    chosen += [i for i in best if last[i] > -torch.inf and i not in chosen]
     candidates = [
         Candidate(
             token,
@@ -211,7 +210,7 @@ def view_reply(
         UserError: the conversation is too long, or the chat template refuses it.
     """
     if answer is None:
-        limit = min(max_new_tokens, MAX_STEPS)
+        limit = max(1, min(max_new_tokens, MAX_STEPS))
         prompt = prompt_ids(
             loaded, text, "", system, min(MAX_TOKENS, loaded.context_length - limit)
         )

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BINS = 81  # of the histogram; an odd number has a bin around 0
 _BLOCK = 64  # weights that share a scale in nf4
+_PART = 1 << 20  # weights that are computed with in fp64 at a time
 _EDGE = 0.9999  # share of the weights that the histogram shows; a few are far outside
 
 
@@ -122,6 +123,7 @@ def describe_matrix(weight: torch.Tensor, path: str, layers: list[str]) -> Quant
         weight, blocksize=_BLOCK, quant_type="nf4", compress_statistics=True
     )
     nf4 = functional.dequantize_4bit(packed, state)
+    block_nf4 = nf4.flatten()[:_BLOCK].tolist()
     # Scales of one byte, those of 256 blocks in fp32, and their mean.
     nf4_bytes = sum(
         tensor.nbytes for tensor in (packed, state.absmax, state.state2.absmax, state.offset)
@@ -130,23 +132,23 @@ def describe_matrix(weight: torch.Tensor, path: str, layers: list[str]) -> Quant
     level_counts = (levels >> 4).int().bincount(minlength=16)
     level_counts += (levels & 15).int().bincount(minlength=16)
     level_counts[7] -= 2 * levels.numel() - weight.numel()  # level 7 is 0, which fills a last byte
-    int8, int8_bytes = _int8(weight)
+    # A matrix can have gigabytes: there is one copy of it at a time.
+    nf4_rounding = _describe_rounding("nf4", weight, nf4, nf4_bytes, limit)
+    del packed, levels, nf4
+    int8_rounding = _describe_rounding("int8", weight, *_int8(weight), limit)
     return Quantization(
         path=path,
         shape=(weight.shape[0], weight.shape[1]),
         edges=(-limit, limit),
         counts=_histogram(weight, limit),
-        rms=float(weight.square().mean().sqrt()),
+        rms=_rms(weight),
         max=float(weight.abs().max()),
-        roundings=[
-            _describe_rounding("int8", weight, int8, int8_bytes, limit),
-            _describe_rounding("nf4", weight, nf4, nf4_bytes, limit),
-        ],
+        roundings=[int8_rounding, nf4_rounding],
         levels=state.code.tolist(),
         level_counts=level_counts.tolist(),
         scaled_counts=_histogram(_over_largest(weight), 1.0),
         block=weight.flatten()[:_BLOCK].tolist(),
-        block_nf4=nf4.flatten()[:_BLOCK].tolist(),
+        block_nf4=block_nf4,
         layers=layers,
     )
 
@@ -170,17 +172,22 @@ def _int8(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
 def _describe_rounding(
     name: str, weight: torch.Tensor, restored: torch.Tensor, size: int, limit: float
 ) -> Rounding:
-    error = (restored - weight).double()
-    power = float(weight.double().square().mean())
-    noise = float(error.square().mean())
+    error = restored - weight
+    rms, rms_error = _rms(weight), _rms(error)
     return Rounding(
         format=name,
         bits_per_weight=8 * size / weight.numel(),
         counts=_histogram(restored, limit),
         max_error=float(error.abs().max()),
-        rms_error=math.sqrt(noise),
-        snr_db=10 * math.log10(power / noise) if power and noise else math.inf,
+        rms_error=rms_error,
+        snr_db=20 * math.log10(rms / rms_error) if rms and rms_error else math.inf,
     )
+
+
+def _rms(values: torch.Tensor) -> float:
+    """Return the root of the mean square, summed in fp64, which only a part is copied to."""
+    parts = values.flatten().split(_PART)
+    return math.sqrt(sum(float(part.double().square().sum()) for part in parts) / values.numel())
 
 
 def _histogram(values: torch.Tensor, limit: float) -> list[int]:

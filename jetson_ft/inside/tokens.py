@@ -80,7 +80,7 @@ def view_tokens(
         encoded = answered(loaded, conversation(text, system), answer, MAX_TOKENS)
         ids, roles = encoded.ids, [_ROLES[role] for role in encoded.segments]
     tokens = describe_tokens(loaded.tokenizer, ids, roles)
-    return TokensView(tokens, *_characters(loaded.tokenizer, ids))
+    return TokensView(tokens, *_characters(tokens))
 
 
 def describe_tokens(
@@ -132,13 +132,13 @@ def _byte_level_bytes() -> dict[str, int]:
 
 
 def _characters(
-    tokenizer: Any, ids: Sequence[int]
+    text: Sequence[Token],
 ) -> tuple[dict[str, ScriptCount], list[SplitCharacter]]:
     """Return the counts by script, and the characters that several tokens share."""
-    special = set(tokenizer.all_special_ids)
     content, owners = b"", []  # the bytes of the text, and the token of each
-    for index, part in enumerate(token_bytes(tokenizer, ids)):
-        if ids[index] not in special:
+    for index, token in enumerate(text):
+        if not token.is_special:
+            part = bytes.fromhex(token.bytes)
             content += part
             owners += [index] * len(part)
     sizes = Counter(owners)

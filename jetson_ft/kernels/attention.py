@@ -8,8 +8,8 @@ transformers gets the function below by the name it is registered under, so no m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -147,15 +147,28 @@ def _unshare(tensor: torch.Tensor, row_lengths: list[int], shared_prefix: int) -
     return torch.cat([part for row in rows for part in (prefix, row)], 2)
 
 
-@contextmanager
-def use_packed_attention(model: Any) -> Iterator[None]:
+def use_packed_attention(model: Any) -> AbstractContextManager[None]:
     """Make `packed_attention` the model's attention within the context."""
+    return use_attention(model, PACKED_ATTENTION, packed_attention, _make_mask)
+
+
+@contextmanager
+def use_attention(
+    model: Any, name: str, attend: Callable[..., Any], make_mask: Callable[..., Any]
+) -> Iterator[None]:
+    """Make a function the model's attention within the context.
+
+    Args:
+        name: that the functions are registered under.
+        attend: as `transformers.AttentionInterface` calls it.
+        make_mask: returns the mask that it gets, as `transformers.AttentionMaskInterface` calls it.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
-    AttentionMaskInterface.register(PACKED_ATTENTION, _make_mask)
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, make_mask)
     before = model.config._attn_implementation
-    model.set_attn_implementation(PACKED_ATTENTION)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

@@ -47,6 +47,11 @@ class DeviceForecast:
     would_fit: list[dict[str, Any]]  # `settings` that fit, with their `peak_memory_bytes`
 
     @property
+    def peak_memory_bytes(self) -> int:
+        """Predicted peak, of the smallest plan where none fits."""
+        return self.plan.peak_memory_bytes if self.plan else self.least_memory_bytes
+
+    @property
     def is_this_machine(self) -> bool:
         return self.name == THIS_MACHINE
 

@@ -60,6 +60,8 @@ def read_tail(folder: Path, limit: int) -> tuple[list[Line], bool]:
 def search(folder: Path, text: str, limit: int) -> Matches:
     """Return the lines that contain a text, without regard to case in ASCII; at most `limit`.
 
+    The text is not empty.
+
     Raises:
         DamagedRun: `log.txt` can't be read.
     """
@@ -69,7 +71,7 @@ def search(folder: Path, text: str, limit: int) -> Matches:
         lowered = block.lower()
         position = lowered.find(needle)
         while position >= 0:
-            end = lowered.find(b"\n", position)
+            end = lowered.find(b"\n", position + len(needle))  # the text may have a line break
             end = len(block) if end < 0 else end
             last.append(block[lowered.rfind(b"\n", 0, position) + 1 : end])
             count += 1

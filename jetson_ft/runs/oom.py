@@ -47,20 +47,25 @@ _TAIL_BYTES = 1 << 18  # of the events, to find what the run was doing
 # Phases, by their names in events, whose memory a smaller plan lowers.
 _PLANNED_PHASES = ("sharding", "training", "comparison")
 _DESCRIBED = {"smaller", "micro_batch_tokens", "checkpointing", "peak_memory_bytes"}  # of a plan
-_CONTINUE_WITH_LESS = _(
-    "`jetson-ft train --resume {path} --set train.max_memory_gb={limit:g}` continues from the "
-    "last checkpoint with {plan}; with `train.on_oom: shrink` a run does so by itself, once. "
-    "Or close other programs, or start a new run with a lower data.max_length or lora.rank, "
-    "or with quantize: nf4."
-)
 
 
 class OutOfMemory(UserError):
-    """Training needed more memory than there was."""
+    """Training needed more memory than there was.
 
-    def __init__(self, *texts: str | Message, retry: bool = False) -> None:
+    Args:
+        retry: whether the supervisor should start one more attempt, with less.
+        max_memory_gb: `train.max_memory_gb` with which a person can continue; None: there is none.
+    """
+
+    def __init__(
+        self, *texts: str | Message, retry: bool = False, max_memory_gb: float | None = None
+    ) -> None:
         super().__init__(*texts)
-        self.retry = retry  # whether the supervisor should start one more attempt, with less
+        self.retry, self.max_memory_gb = retry, max_memory_gb
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields of `Failed`."""
+        return {**super().as_json(), "max_memory_gb": self.max_memory_gb}
 
 
 class KillWatch:
@@ -174,7 +179,13 @@ def explain_oom(run: Run, is_killed: bool = False) -> OutOfMemory:
             write_json(run.path / "plan.json", {**plan, "memory_limit_gb": limit})
             fix = _("It starts again from the last checkpoint, once, with {plan}.")
             return OutOfMemory(described, where, Message(fix, values), retry=True)
-    return OutOfMemory(described, where, Message(_CONTINUE_WITH_LESS, values))
+    fix = _(
+        "`jetson-ft train --resume {path} --set train.max_memory_gb={limit:g}` continues from the "
+        "last checkpoint with {plan}; with `train.on_oom: shrink` a run does so by itself, once. "
+        "Or close other programs, or start a new run with a lower data.max_length or lora.rank, "
+        "or with quantize: nf4."
+    )
+    return OutOfMemory(described, where, Message(fix, values), max_memory_gb=limit)
 
 
 def smaller_plan_settings(run: Run) -> list[str]:
@@ -182,10 +193,10 @@ def smaller_plan_settings(run: Run) -> list[str]:
 
     Empty where its last attempt failed for another reason, or no plan takes less.
     """
-    with suppress(DamagedRun, KeyError, TypeError):
+    with suppress(DamagedRun):
         failure = run.last_event(Failed)
-        if failure and failure.messages["fix"]["template"] == _CONTINUE_WITH_LESS:
-            return [f"train.max_memory_gb={run.plan()['smaller']['memory_limit_gb']:g}"]
+        if failure and failure.max_memory_gb is not None:
+            return [f"train.max_memory_gb={failure.max_memory_gb:g}"]
     return []
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
@@ -76,12 +77,6 @@ class RecipePlan:
     load_seconds: float  # of `plan.other_seconds`
     is_estimate: bool
 
-    @property
-    def peak_bytes(self) -> int:
-        """Predicted peak, of the smallest plan where none fits."""
-        plan = self.forecast.plan
-        return plan.peak_memory_bytes if plan else self.forecast.least_memory_bytes
-
 
 def known_facts(recipe: Recipe) -> RecipeFacts | None:
     """Return the facts that are known without reading a file; None: files must be read."""
@@ -89,17 +84,26 @@ def known_facts(recipe: Recipe) -> RecipeFacts | None:
     return RecipeFacts(known[0], known[1], is_estimate=not known[2]) if known else None
 
 
-def missing_downloads(recipe: Recipe, for_facts: bool = False) -> list[str]:
+def missing_downloads(
+    recipe: Recipe, for_facts: bool = False, downloaded: Collection[str] | None = None
+) -> list[str]:
     """Return the names of the recipe's model and data sets that are not on this machine yet.
 
     Args:
-        for_facts: without a model whose dimensions are built in.
+        for_facts: as far as the facts need them: not the model's weights, and nothing of a model
+            whose dimensions are built in.
+        downloaded: as `files.has_weights_here` takes it.
     """
-    missing = []
     model = recipe.model
-    is_built_in = for_facts and catalog.known_dims(model) is not None
-    if not is_built_in and files.is_hub_id(model) and not hub.cached_folder(model, "model"):
-        missing.append(model)
+    if not for_facts:
+        is_here = files.has_weights_here(model, downloaded)
+    else:
+        is_here = (
+            catalog.known_dims(model) is not None
+            or not files.is_hub_id(model)
+            or hub.cached_folder(model, "model") is not None
+        )
+    missing = [] if is_here else [model]
     for item in recipe.data.sources():
         repo = "/".join(item.source.split("/")[:2])
         is_local = item.source in sources.BUNDLED or expand_user(item.source).exists()
@@ -172,11 +176,9 @@ def plan_recipe(recipe: Recipe, facts: RecipeFacts, machine: Machine) -> RecipeP
         UserError: the target modules match nothing, or the precision is not for this machine.
     """
     check_target_modules(facts.dims, recipe.lora.target_modules)
-    workload = forecast.workload_of(recipe, facts.dims, facts.lengths)
-    device = machine.with_free_memory()
+    workload, device = _workload_here(recipe, facts, machine)
     flops = machine.flops["fp32" if device.precision(recipe.precision) == "fp32" else "bf16"]
     result = forecast.forecast_device(THIS_MACHINE, recipe, workload, device, flops)
-    workload = replace(workload, weights=weight_format(recipe, device))
     recomputes = bool(result.plan and result.plan.checkpointing)
     tokens, steps = cost_model.predict_tokens(workload, device.kind, flops, recomputes)
     return RecipePlan(
@@ -194,10 +196,17 @@ def plan_recipe(recipe: Recipe, facts: RecipeFacts, machine: Machine) -> RecipeP
 
 def require_fit(recipe: Recipe, facts: RecipeFacts, machine: Machine) -> None:
     """Raise the `UserError` with which a run that does not fit would end."""
-    workload = forecast.workload_of(recipe, facts.dims, facts.lengths)
-    device = machine.with_free_memory()
-    workload = replace(workload, weights=weight_format(recipe, device))
+    workload, device = _workload_here(recipe, facts, machine)
     planner.choose_plan(workload, device, machine.flops["fp32"])
+
+
+def _workload_here(
+    recipe: Recipe, facts: RecipeFacts, machine: Machine
+) -> tuple[cost_model.Workload, Device]:
+    """Return the recipe's workload on this machine, and the machine with its free memory."""
+    device = machine.with_free_memory()
+    workload = forecast.workload_of(recipe, facts.dims, facts.lengths)
+    return replace(workload, weights=weight_format(recipe, device)), device
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from jetson_ft.hardware.boards import BOARD_CLASSES
 from jetson_ft.hardware.detect import Device
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs.forecast import forecast_built_in
+from jetson_ft.runs.preview import missing_downloads
 
 TIGHT = 0.85  # share of the free memory above which a plan is called tight
 
@@ -51,23 +52,16 @@ def _estimate(recipe: Recipe, device: Device, downloaded: set[str]) -> RecipeFit
     if forecast is None:
         return None
     plan, free = forecast.plan, forecast.memory_bytes
-    peak = plan.peak_memory_bytes if plan else forecast.least_memory_bytes
+    peak = forecast.peak_memory_bytes
     verdict: Literal["fits", "tight"] = "fits" if peak < TIGHT * free else "tight"
     seconds = (plan.seconds or 0) + (plan.other_seconds or 0) if plan and flops else None
-    has_model = recipe.model in ("embedded", *downloaded)
     return RecipeFit(
         verdict=verdict if plan else "too_large",
         peak_memory_bytes=peak,
         memory_bytes=free,
         seconds=seconds,
-        needs_download=not has_model or not _has_rows(recipe),
+        needs_download=bool(missing_downloads(recipe, downloaded=downloaded)),
     )
-
-
-def _has_rows(recipe: Recipe) -> bool:
-    """Return whether the rows are bundled, or in the local cache."""
-    names = [source.source for source in recipe.data.sources()]
-    return all("/" not in name or hub.cached_folder(name, "dataset") for name in names)
 
 
 def _flops(device: Device, precision: str) -> float | None:

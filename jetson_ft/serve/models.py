@@ -39,6 +39,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
     "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
+_VERSION = 1  # of the cached bases; increase when an export makes them in another way
 _PROCESS_BYTES = 400 * 2**20  # of llama.cpp's server, without weights and KV cache
 _LABEL = re.compile(r"\d{8}-\d{6}-(.+)")  # of a run's name
 
@@ -243,7 +244,8 @@ def _base_path(base: BaseModelFiles, tokenizer: Path, settings: EngineSettings) 
 
     It is in the cache, by what it is made of: all runs with that base and tokenizer use it.
     """
-    digest = hashlib.sha256((base.fingerprint() + _tokenizer_digest(tokenizer)).encode())
+    made_of = f"{_VERSION} {base.fingerprint()} {_tokenizer_digest(tokenizer)}"
+    digest = hashlib.sha256(made_of.encode())
     return cache_dir("gguf") / f"{digest.hexdigest()[:24]}-{settings.file_type}.gguf"
 
 

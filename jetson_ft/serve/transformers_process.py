@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -186,6 +186,7 @@ class _Replies:
         It returns, also when it is cancelled, after the model has computed its last token: only
         then another reply can begin.
         """
+        from jetson_ft.adapter import adapter_context
         from jetson_ft.data.chat_template import end_ids
         from jetson_ft.inference.generate import Reply, Sampling, stream_reply
 
@@ -197,8 +198,7 @@ class _Replies:
         )  # fmt: skip
         wants_adapter = any(lora["scale"] for lora in fields.get("lora", []))
         stop = threading.Event()
-        base_only = chat.has_adapter and not wants_adapter
-        with chat.model.disable_adapter() if base_only else nullcontext():
+        with adapter_context(chat, wants_adapter):
             ends = end_ids(chat.tokenizer, chat.model)
             stream = stream_reply(chat.model, chat.tokenizer, prompt, ends, sampling, stop.is_set)
 

@@ -128,10 +128,10 @@ def _number(query: Mapping[str, str], name: str, least: int) -> int:
 
 
 def _log(t: Locale, runs: Sequence[Run], query: Mapping[str, str]) -> str:
-    run, text = runs[0], query.get("text", "")[:_MAX_SEARCH]
+    run, text = runs[0], query.get("text", "")[:_MAX_SEARCH].strip()
     more = min(_number(query, "more", 0), len(_LOG_BYTES) - 1)
     tail, has_earlier = log_reader.read_tail(run.path, _LOG_BYTES[more])
-    matches = log_reader.search(run.path, text, _MAX_MATCHES) if text.strip() else None
+    matches = log_reader.search(run.path, text, _MAX_MATCHES) if text else None
     warnings = dict.fromkeys(t(warning) for warning in _warnings(run))
     warnings |= dict.fromkeys(line.text for line in tail if line.level == "warning")
     size = (run.path / log_reader.FILE).stat().st_size if tail else 0

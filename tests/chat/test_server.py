@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ class Server(server.ChatServer):
         self.load(name)
         self.sent.clear()
         fields = {"text": "1加2等于几？", "turns": [], "sampling": SAMPLING, "system": "",
-                  "examples": [], "use_adapter": True, "begun": ""}  # fmt: skip
+                  "examples": [], "use_adapter": True, "prefill": ""}  # fmt: skip
         self._generate(**fields | changes)
         *deltas, end = self.sent
         return {**end, "text": "".join(delta["text"] for delta in deltas)}
@@ -76,7 +78,7 @@ def test_the_base_alone_stays_the_base_beside_an_adapter(chat: Server, finished:
     run = target.resolve_target("run-0", chat.root)
     precision = {"precision": run.recipe.precision}
     assert not target.shares_base(base, run), "it would be in another precision"
-    same = target.ChatTarget(base.recipe.model_copy(update=precision))
+    same = replace(base, recipe=base.recipe.model_copy(update=precision))
     session = chat._open(same)
     chat._chats.append((same, session))
     before = "".join(session.reply("1加2等于几？", server.Sampling(8)))
@@ -90,7 +92,7 @@ def test_a_reply_reports_whether_it_is_cut_off_and_goes_on(
 ) -> None:
     whole = chat.ask("run-0")
     assert whole["tokens"] == 8 and not whole["ended"] and not whole["stopped"]
-    assert chat.ask("run-0", begun="等于")["text"] not in ("", whole["text"])
+    assert chat.ask("run-0", prefill="等于")["text"] not in ("", whole["text"])
     chat._stop.set()
     monkeypatch.setattr(chat._stop, "clear", lambda: None)
     stopped = chat.ask("run-0")
@@ -106,7 +108,7 @@ def test_a_gguf_file_is_answered_by_llama_cpp(chat: Server, tmp_path: Path) -> N
     assert chat.ask(str(file))["text"] == whole["text"] and chat.chat.server is process
     first = chat.ask(str(file), sampling={"max_new_tokens": 3})
     assert not first["ended"] and whole["text"].startswith(first["text"])
-    rest = chat.ask(str(file), sampling={"max_new_tokens": 5}, begun=first["text"])
+    rest = chat.ask(str(file), sampling={"max_new_tokens": 5}, prefill=first["text"])
     assert first["text"] + rest["text"] == whole["text"]
     chat._stop.set()
     stream = chat.chat.reply("a", server.Sampling(400), should_stop=lambda: True)
@@ -115,6 +117,52 @@ def test_a_gguf_file_is_answered_by_llama_cpp(chat: Server, tmp_path: Path) -> N
         list(chat.chat.reply("long " * 4000, server.Sampling(8)))
     chat.ask("run-0")
     assert not process.is_alive, "its memory is free for the next model"
+
+
+def test_a_llama_cpp_that_has_ended_is_replaced(chat: Server, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    file = write_gguf(tmp_path / "tiny.gguf", context=512)
+    text = chat.ask(str(file))["text"]
+    process = chat.chat.server._process  # type: ignore[union-attr]
+    process.kill()  # type: ignore[union-attr]
+    process.wait()  # type: ignore[union-attr]
+    assert chat.ask(str(file))["text"] == text
+
+
+def test_a_file_for_llama_cpp_shares_nothing_with_a_run_on_it(
+    chat: Server, finished: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp")
+    file = write_gguf(tmp_path / "tiny.gguf", context=512)
+    recipe = finished.recipe().model_copy(update={"model": str(file), "precision": "fp32"})
+    alone = target.resolve_target(str(file), tmp_path)
+    run = target.ChatTarget(recipe, finished.adapter, base_mtime_ns=alone.base_mtime_ns)
+    same = target.ChatTarget(recipe, base_mtime_ns=alone.base_mtime_ns)
+    assert target.shares_base(run, replace(run, adapter_dir=tmp_path))
+    assert not target.shares_base(run, same) and not target.shares_base(same, run)
+
+
+def test_weights_that_were_written_again_are_loaded_again(chat: Server, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    file = write_gguf(tmp_path / "tiny.gguf", context=512)
+    chat.ask(str(file))
+    process = chat.chat.server  # type: ignore[union-attr]
+    write_gguf(file, seed=1, context=512)
+    os.utime(file, ns=(1, 1))
+    chat.ask(str(file))
+    assert not process.is_alive, "the old weights are not used any more"
+
+
+def test_an_adapter_that_cannot_be_loaded_leaves_no_changed_base(
+    chat: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = chat.ask("run-0")["text"]
+    weights = chat.root / "run-1/adapter/adapter_model.safetensors"
+    save_file({name: one[:1] for name, one in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match="doesn't fit"):
+        chat.ask("run-1")
+    assert not chat._chats, "PEFT has changed its layers already"
+    assert chat.ask("run-0")["text"] == text
 
 
 def test_examples_come_from_the_rows_of_the_run(finished: Any, tmp_path: Path) -> None:

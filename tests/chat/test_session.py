@@ -91,13 +91,13 @@ def test_half_a_surrogate_pair_is_replaced(chat: ChatSession) -> None:
 
 def test_a_reply_that_was_begun_is_continued(chat: ChatSession) -> None:
     prompt = encode_prompt(chat.tokenizer, chat.messages("你好"))
-    begun = chat.tokenizer("等于", add_special_tokens=False)["input_ids"]
+    prefill_ids = chat.tokenizer("等于", add_special_tokens=False)["input_ids"]
     ends = end_ids(chat.tokenizer, chat.model)
-    expected = "".join(stream_reply(chat.model, chat.tokenizer, prompt + begun, ends, SHORT))
-    assert "".join(chat.reply("你好", SHORT, begun="等于")) == expected != reply_to(chat, "你好")
-    chat.context_length = len(prompt) + len(begun)
+    expected = "".join(stream_reply(chat.model, chat.tokenizer, prompt + prefill_ids, ends, SHORT))
+    assert "".join(chat.reply("你好", SHORT, prefill="等于")) == expected != reply_to(chat, "你好")
+    chat.context_length = len(prompt) + len(prefill_ids)
     with pytest.raises(UserError, match=f"has {chat.context_length} tokens"):
-        next(chat.reply("你好", SHORT, begun="等于"))
+        next(chat.reply("你好", SHORT, prefill="等于"))
 
 
 def test_the_whole_reply_is_returned_with_its_tokens(chat: ChatSession) -> None:

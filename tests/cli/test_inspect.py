@@ -60,5 +60,8 @@ def test_errors_are_messages(tiny_phi: Path, tmp_path: Path) -> None:
     done = main_here("inspect", "adapter", str(tiny_phi), "--json")
     assert done.returncode == 2
     assert json.loads(done.stdout)["error"]["what"] == "The model has no adapter."
+    done = main_here("inspect", "in-context", str(tiny_phi), "--examples", "gone", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"]["where"] == "gone"
     done = main_here("inspect", "tokens", str(tiny_phi), "a", "--html", str(tmp_path / "no" / "x"))
     assert done.returncode == 2 and not (tmp_path / "no").exists()

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import pytest
 from program import Done, assert_refused, invoke
+from typer.testing import CliRunner
 
+from jetson_ft.cli.app import app
 from jetson_ft.models.catalog import MODELS
+from jetson_ft.runs import manager
 
 Jetson = Callable[..., Done]
 
@@ -69,5 +73,11 @@ def test_unknown_model_is_refused_with_the_nearest_name(jetson: Jetson) -> None:
     )
 
 
-def test_plan_without_recipe_and_model_is_refused(jetson: Jetson) -> None:
-    assert_refused(jetson("plan"), "Nothing to plan.", "--model NAME")
+def test_plan_without_recipe_and_model_takes_the_recipe_of_train(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(manager.default_recipe, "__defaults__", (lambda: True, lambda: True))
+    done = CliRunner().invoke(app, ["plan", "--device", "orin-nx-16gb", "--json"])
+    assert not done.exit_code
+    assert "phi-1_5-zh-quick (a CUDA GPU and the hub in reach" in done.stderr
+    assert "built-in dimensions of microsoft/phi-1_5" in json.loads(done.stdout)["sources"][0]

@@ -80,6 +80,12 @@ def test_a_tokenizer_is_checked_once_until_it_changes(
         template.write("{# another #}")
     gguf.require_expressible(BaseModelFiles("tiny", model), adapter, "lora")
     assert len(checks) == 2
+    more = model / "additional_chat_templates"
+    more.mkdir()
+    shutil.copy(model / "chat_template.jinja", more / "tool_use.jinja")
+    for _ in range(2):
+        gguf.require_expressible(BaseModelFiles("tiny", model), adapter, "lora")
+    assert len(checks) == 3
 
 
 @pytest.mark.parametrize(

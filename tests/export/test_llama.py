@@ -6,6 +6,7 @@ import http.client
 import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -73,6 +74,51 @@ def test_a_request_to_a_killed_server_says_so(model: Path) -> None:
         server._process.wait()  # type: ignore[union-attr]
         with pytest.raises(UserError, match="ran out of memory"):
             server.request("/v1/models")
+
+
+def test_an_answer_is_streamed_and_a_killed_server_ends_it_with_an_error(model: Path) -> None:
+    body = {"prompt": [3, 4], "n_predict": 20, "stream": True, "ignore_eos": True}
+    with LlamaServer(model, n_ctx=64, threads=1) as server:
+        *_, last = server.stream("/completion", body)
+        assert last["stop"] and last["tokens_predicted"] == 20
+        with pytest.raises(UserError, match="refuses a request"):
+            next(server.stream("/completion", {"prompt": {"a": 1}}))
+        events = server.stream("/completion", {**body, "n_predict": 50})
+        next(events)
+        server._process.kill()  # type: ignore[union-attr]
+        with pytest.raises(UserError, match=r"ran out of memory|doesn't answer"):
+            list(events)
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        (b'data: {"content": "a"}\n\nerror: {"code": 500, "message": "no slot"}\n\n', "no slot"),
+        (b'data: {"content": "a"}\n\ndata: {"error": {"message": "no slot"}}\n\n', "no slot"),
+        (b'data: {"content": "a"}\n\n', "doesn't answer|can't be started"),  # without an end
+    ],
+)
+def test_an_error_in_the_middle_of_an_answer_is_raised(
+    model: Path, events: bytes, message: str
+) -> None:
+    server = LlamaServer(model, n_ctx=32)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server.port = listener.getsockname()[1]
+        stream = server.stream("/completion", {})
+
+        def answer() -> None:
+            connection = listener.accept()[0]
+            with connection:
+                connection.recv(1 << 16)
+                head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                connection.sendall(head + b"%x\r\n%b\r\n" % (len(events), events))
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert next(stream) == {"content": "a"}
+        with pytest.raises(UserError, match=message):
+            next(stream)
+        thread.join()
 
 
 def test_a_system_that_forks_no_more_is_an_error_of_its_own(

@@ -76,8 +76,8 @@ def test_a_continued_reply_keeps_the_space_between_its_words(
         return prompt
 
     monkeypatch.setattr(generate, "_generate", generate_b)
-    for begun, text in (([], "b"), ([0], " b")):
-        stream = stream_reply(None, tokenizer, [0], [2], GREEDY, begun=begun)
+    for prefill_ids, text in (([], "b"), ([0], " b")):
+        stream = stream_reply(None, tokenizer, [0], [2], GREEDY, prefill_ids=prefill_ids)
         assert "".join(stream) == text
 
 

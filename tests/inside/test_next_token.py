@@ -115,6 +115,10 @@ def test_token_that_a_penalty_puts_first_is_shown(llama: ChatSession) -> None:
     side = _next_token(llama.tokenizer, [("model", before), ("repetition_penalty", after)], 2)
     assert [candidate.token.id for candidate in side.candidates] == [5, 6, 7, 8]
     assert side.greedy == 7
+    cut = torch.full((259,), -torch.inf)
+    cut[258] = 1.0
+    side = _next_token(llama.tokenizer, [("model", before), ("top_k", cut)], 3)
+    assert [candidate.token.id for candidate in side.candidates][3:] == [258], "no cut token"
 
 
 def test_text_without_the_template_is_continued(adapted: ChatSession) -> None:
@@ -168,6 +172,7 @@ def test_reply_without_text_is_the_greedy_one_of_the_adapter(
     assert len(view.steps) == 9
     assert [step.sides["adapter"].rank for step in view.steps] == [1] * 9
     assert [step.sides["base"].rank for step in view.steps] != [1] * 9
+    assert len(view_reply(adapted, question, max_new_tokens=-1).steps) == 1
     short = replace(adapted, context_length=len(view.prompt) + 5)
     assert len(view_reply(short, question, max_new_tokens=5).steps) == 5
     with pytest.raises(UserError, match="this view shows"):

@@ -144,6 +144,30 @@ def test_map_is_read_by_pointer_and_by_arrow_keys(opened: Any, views: dict[str, 
 
 
 @pytest.mark.slow(minutes=0.1)
+def test_a_marked_cell_is_painted_alone_as_the_whole_map_is(opened: Any) -> None:
+    attention = article(opened, "Attention").first
+    canvas = attention.locator(".heat canvas").first
+    opened.evaluate(
+        """() => {
+          const type = CanvasRenderingContext2D.prototype, own = type.fillText;
+          window.labels = 0;
+          type.fillText = function (...values) { window.labels += 1; own.apply(this, values); };
+        }"""
+    )
+    canvas.focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft"):
+        canvas.press(key)
+    assert opened.evaluate("window.labels") == 0, "each label is drawn with the whole map"
+    image = "canvas => canvas.toDataURL()"
+    marked = canvas.evaluate(image)
+    opened.evaluate("document.body.classList.toggle('other')")  # as a change of the theme
+    opened.wait_for_function("window.labels > 0")
+    assert canvas.evaluate(image) == marked
+    canvas.press("ArrowUp")
+    assert canvas.evaluate(image) != marked
+
+
+@pytest.mark.slow(minutes=0.1)
 def test_reply_is_stepped_through_with_keys_and_buttons(opened: Any) -> None:
     reply = article(opened, "A reply, token by token")
     chips = reply.get_by_role("option")

@@ -88,6 +88,12 @@ def test_search_counts_the_lines_that_contain_the_text(
         assert shown == wanted or not all(wanted)  # empty ones at the end are left out
 
 
+def test_the_search_for_a_text_that_begins_with_a_line_break_ends(tmp_path: Path) -> None:
+    write(tmp_path, "one\neins\ntwo\neins\n")
+    for text, count in (("\ne", 2), ("e\n", 1), ("o\ne", 1)):
+        assert log_reader.search(tmp_path, text, 9).count == count
+
+
 def test_a_log_of_many_megabytes_is_searched_in_little_memory(tmp_path: Path) -> None:
     import tracemalloc
 

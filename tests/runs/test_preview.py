@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from jetson_ft import hub
 from jetson_ft.errors import UserError
 from jetson_ft.hardware import detect
 from jetson_ft.hardware.detect import Device
@@ -65,7 +66,7 @@ def test_recipes_limit_is_the_limit(here: None) -> None:
     assert facts
     plan = preview.plan_recipe(recipe, facts, MACHINE)
     assert plan.limit_bytes == 5 * 10**8 and plan.limit_is_set
-    assert plan.forecast.plan is None and plan.peak_bytes > plan.limit_bytes
+    assert plan.forecast.plan is None and plan.forecast.peak_memory_bytes > plan.limit_bytes
     with pytest.raises(UserError, match=r"its limit is 0\.47 GiB"):
         preview.require_fit(recipe, facts, MACHINE)
 
@@ -138,12 +139,21 @@ def test_broken_rows_are_refused_as_a_run_refuses_them(tmp_path: Path, tiny_phi:
     preview.check_rows(own_recipe(path, tiny_phi, on_invalid="skip"), facts)
 
 
-def test_what_is_not_on_this_machine(rows_file: Path, tiny_phi: Path) -> None:
+def test_what_is_not_on_this_machine(
+    rows_file: Path, tiny_phi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     phi = load_recipe("phi-1_5-zh-quick")
     assert preview.missing_downloads(phi) == ["microsoft/phi-1_5", "llamafactory/alpaca_zh"]
     assert preview.missing_downloads(phi, for_facts=True) == ["llamafactory/alpaca_zh"]
     assert preview.missing_downloads(own_recipe(rows_file, tiny_phi)) == []
-    assert preview.missing_downloads(own_recipe(rows_file, "a/b"), for_facts=True) == ["a/b"]
+    own = own_recipe(rows_file, "a/b")
+    assert preview.missing_downloads(own, for_facts=True) == ["a/b"]
+    # Only config and tokenizer were downloaded, as for a plan.
+    monkeypatch.setattr(hub, "cached_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(hub, "downloaded_models", list)
+    assert preview.missing_downloads(own) == ["a/b"]
+    assert preview.missing_downloads(own, for_facts=True) == []
+    assert preview.missing_downloads(own, downloaded=["a/b"]) == []
 
 
 def test_remembered_machine_has_no_gpu_and_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

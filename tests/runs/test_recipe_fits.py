@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from jetson_ft import hub
 from jetson_ft import recipe as recipes
 from jetson_ft.hardware import detect
 from jetson_ft.hardware.boards import BOARDS
-from jetson_ft.runs import recipe_fits
 from jetson_ft.runs.forecast import forecast_recipe
 from jetson_ft.runs.recipe_fits import estimate_fits
 
@@ -23,7 +23,7 @@ BOARD = BOARDS["orin-nano-8gb"]
 def _on_a_board(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path))
     monkeypatch.setattr(detect, "estimate_device", lambda: BOARD.device())
-    monkeypatch.setattr(recipe_fits.hub, "downloaded_models", lambda: ["microsoft/phi-1_5"])
+    monkeypatch.setattr(hub, "downloaded_models", lambda: ["microsoft/phi-1_5"])
 
 
 def test_every_shipped_recipe_has_an_estimate_that_equals_the_forecast() -> None:
@@ -47,12 +47,12 @@ def test_the_verdicts_follow_the_free_memory(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_not_here_needs_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe_fits.hub, "cached_folder", lambda *_: None)
+    monkeypatch.setattr(hub, "cached_folder", lambda *_: None)
     fits = estimate_fits()
     assert not fits["quickstart-zh"].needs_download
     assert fits["qwen3-0.6b-zh"].needs_download  # the model
     assert fits["phi-1_5-zh"].needs_download  # the rows
-    monkeypatch.setattr(recipe_fits.hub, "cached_folder", lambda *_: Path("/x"))
+    monkeypatch.setattr(hub, "cached_folder", lambda *_: Path("/x"))
     assert not estimate_fits()["phi-1_5-zh"].needs_download
 
 

@@ -267,6 +267,9 @@ def test_the_base_is_made_as_exports_make_it(
     path = models._base_gguf(base, finished.adapter, settings, lambda line: None)
     assert models._base_gguf(base, finished.adapter, settings, lambda line: None) == path
     assert converted == ["f16"] and path.parent == cache_dir("gguf")
+    with monkeypatch.context() as later:
+        later.setattr(models, "_VERSION", models._VERSION + 1)
+        assert models._base_path(base, finished.adapter, settings) != path
     if file_type != "f16":
         stored = GGUFReader(path).fields["general.file_type"].contents()
         assert stored == LlamaFileType[f"MOSTLY_{file_type.upper()}"]

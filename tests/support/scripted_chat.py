@@ -45,7 +45,7 @@ def main() -> None:
         print(json.dumps({"kind": kind, **fields}), flush=True)
 
     def generate(request: dict[str, Any], model: str) -> None:
-        text, begun = request["text"], request["begun"]
+        text, prefill = request["text"], request["prefill"]
         started, words, ended = time.monotonic(), 0, True
         stop.clear()
         if text == "slow":
@@ -53,13 +53,13 @@ def main() -> None:
             while not stop.wait(0.05):
                 words += 1
                 send("delta", text=f"{words} ")
-        elif text == "long" and not begun:
+        elif text == "long" and not prefill:
             words, ended = 3, False
             send("delta", text="the beginning")
         else:
             turns, examples = (len(request[key]) // 2 for key in ("turns", "examples"))
             plain = f"{model} answers {text!r} after {turns} turns and {examples} examples"
-            send("delta", text=" and the end" if begun else ANSWERS.get(text, plain))
+            send("delta", text=" and the end" if prefill else ANSWERS.get(text, plain))
             words = 9
         seconds = max(0.5, time.monotonic() - started)
         send("end", tokens=words, seconds=seconds, ended=ended, stopped=stop.is_set())

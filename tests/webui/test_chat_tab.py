@@ -186,7 +186,7 @@ def test_a_cut_answer_is_continued(tmp_path: Path) -> None:
     assert read_turns(page.panes[0])[0].note == "12 tokens · 12/s · cut short"
     page.client.calls = [reply("begun")]
     page.press("proceed", event(0))
-    assert page.client.requests[-1][1].begun == "be"
+    assert page.client.requests[-1][1].prefill == "be"
     assert page.turns()[0] == [("q", "begun")] and not read_turns(page.panes[0])[0].is_cut
 
 
@@ -209,7 +209,7 @@ def test_retry_answers_in_its_pane_alone(tmp_path: Path) -> None:
     ]
     page.press("retry", event(1, index=2))
     assert page.turns() == [[("a", "1"), ("b", "2")], [("a", "3"), ("b", "new")]]
-    assert page.client.requests[0][1].begun == ""
+    assert page.client.requests[0][1].prefill == ""
 
 
 def test_a_starter_begins_the_conversation(tmp_path: Path) -> None:

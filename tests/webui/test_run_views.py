@@ -173,6 +173,7 @@ def test_log_has_its_end_a_search_and_folded_warnings(runs: list[Run]) -> None:
     assert "Matching lines: 9,000, the last 500 are shown" in many
     assert "<mark>&lt;I&gt;</mark>end".lower() in view([run], "log", text="<I>")
     assert "No line matches." in view([run], "log", text="nowhere")
+    assert "<mark>&lt;i&gt;</mark>end" in view([run], "log", text="\n<i> ")
     (run.path / "log.txt").unlink()
     assert "The log is empty." in view([run], "log")
 

@@ -141,10 +141,17 @@ function moveHint(root, text, x, y) {
 const painted = new Set(); // [node, paint] of what has colours that CSS doesn't set
 
 function paintAll() {
-  for (const each of painted) each[0].isConnected ? each[1]() : painted.delete(each);
+  heatStops = null;
+  forgetRemoved();
+  for (const [, paint] of painted) paint();
 }
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paintAll);
 new MutationObserver(paintAll).observe(document.body, { attributeFilter: ["class"] });
+
+// Forgets what has been taken out of the document since.
+export function forgetRemoved() {
+  for (const each of painted) if (!each[0].isConnected) painted.delete(each);
+}
 
 // Calls `paint` whenever the theme changes, as long as the node is in the document.
 export const onTheme = (node, paint) => painted.add([node, paint]);
@@ -232,9 +239,10 @@ export function plot({ x, series, xLabel, yLabel, describe, steps = false, fill 
 // --- heat maps ---
 
 const STOPS = 6; // --heat-0 to --heat-5
+let heatStops = null; // their colours in this theme, once they are known
 
-// Returns a function from a share of the scale to its colour and that of text on it, in this theme.
-export function heatColours(node) {
+// Returns the red, green and blue of each stop of the scale, from the style sheet.
+function readStops(node) {
   const probe = node.appendChild(make("i"));
   const context = make("canvas", { width: 1, height: 1 }).getContext("2d", { willReadFrequently: true });
   const stops = Array.from({ length: STOPS }, (_, index) => {
@@ -243,7 +251,15 @@ export function heatColours(node) {
     context.fillRect(0, 0, 1, 1);
     return [...context.getImageData(0, 0, 1, 1).data.slice(0, 3)];
   });
+  // Out of the document, or before the style sheet is loaded, there are none.
+  if (getComputedStyle(probe).getPropertyValue("--heat-0")) heatStops = stops;
   probe.remove();
+  return stops;
+}
+
+// Returns a function from a share of the scale to its colour and that of text on it, in this theme.
+export function heatColours(node) {
+  const stops = heatStops ?? readStops(node);
   return (share) => {
     const place = Math.max(0, Math.min(1, share)) * (STOPS - 1), index = Math.min(STOPS - 2, Math.floor(place));
     const mixed = stops[index].map((low, n) => Math.round(low + (stops[index + 1][n] - low) * (place - index)));
@@ -265,14 +281,15 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
   const readout = make("p", { class: "readout", "aria-live": "polite" }, " ");
   const canvas = make("canvas", { tabindex: 0, role: "application", "aria-label": `${rowTitle} × ${columnTitle}` });
   const box = make("div", { class: "heat" }, canvas);
-  let at = null, geometry = null;
+  let at = null, geometry = null, paintCell = null;
   const paint = (width) => {
     const style = getComputedStyle(box), font = `12px ${style.fontFamily}`;
     const context = canvas.getContext("2d");
     context.font = font;
     const measure = (labels) => Math.min(110, Math.max(8, ...labels.map((text) => context.measureText(text).width)));
-    const left = measure(rows) + 14, right = slanted ? 24 : 2;
-    const top = (slanted ? measure(columns) * 0.82 + 16 : 22) + 4;
+    // Whole numbers: a cell is painted again alone.
+    const left = Math.ceil(measure(rows)) + 14, right = slanted ? 24 : 2;
+    const top = Math.ceil(slanted ? measure(columns) * 0.82 + 16 : 22) + 4;
     const cell = Math.max(11, Math.min(maxCell, Math.floor((width - left - right) / columns.length)));
     const high = slanted ? cell : 24;
     const size = [left + cell * columns.length + right, top + high * rows.length + 2];
@@ -307,32 +324,35 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
       context.restore();
     });
     const gap = cell > 14 ? 1 : 0;
-    rows.forEach((_, row) => columns.forEach((__, column) => {
+    paintCell = (row, column) => {
       const shown = value(row, column), x = left + cell * column, y = top + high * row;
       if (shown == null) {
         context.save();
         context.beginPath(); context.rect(x, y, cell - gap, high - gap); context.clip();
-        context.strokeStyle = ink; context.globalAlpha = 0.16; context.beginPath();
+        context.clearRect(x, y, cell - gap, high - gap);
+        context.strokeStyle = ink; context.lineWidth = 1; context.globalAlpha = 0.16; context.beginPath();
         for (let line = -high; line < cell; line += 5) {
           context.moveTo(x + line, y + high); context.lineTo(x + line + high, y);
         }
         context.stroke(); context.restore();
-        return;
+      } else {
+        const share = shown / (limit || 1);
+        [context.fillStyle] = colour(root ? Math.sqrt(Math.max(0, share)) : share);
+        context.fillRect(x, y, cell - gap, high - gap);
       }
-      const share = shown / (limit || 1);
-      [context.fillStyle] = colour(root ? Math.sqrt(Math.max(0, share)) : share);
-      context.fillRect(x, y, cell - gap, high - gap);
-    }));
-    if (at) {
-      context.strokeStyle = ink; context.lineWidth = 2;
-      context.strokeRect(left + cell * at[1], top + high * at[0], cell - gap, high - gap);
-    }
+      if (at?.[0] !== row || at[1] !== column) return;
+      context.strokeStyle = ink; context.lineWidth = 2; // inside the cell
+      context.strokeRect(x + 1, y + 1, cell - gap - 2, high - gap - 2);
+    };
+    rows.forEach((_, row) => columns.forEach((__, column) => paintCell(row, column)));
   };
   const mark = (row, column) => {
+    const before = at;
     at = [row, column];
     const shown = value(row, column);
     readout.textContent = describe(row, column, shown == null ? null : format(shown));
-    paint(box.clientWidth);
+    if (before) paintCell?.(...before);
+    paintCell?.(row, column);
   };
   const move = (row, column) => {
     const isHere = at && at[0] === row && at[1] === column;
@@ -361,5 +381,9 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
   const axes = make("p", { class: "axes" }, rowTitle ? make("span", {}, `↓ ${rowTitle}`) : null,
     columnTitle ? make("span", {}, `→ ${columnTitle}`) : null);
   const map = make("div", { class: "map" }, axes, box, readout);
-  return { map, mark, update: () => (at ? mark(...at) : box.clientWidth && paint(box.clientWidth)) };
+  const update = () => {
+    if (box.clientWidth) paint(box.clientWidth);
+    if (at) mark(...at);
+  };
+  return { map, mark, update };
 }

@@ -1,5 +1,5 @@
 // Draws a view of what a model does inside, from its JSON (jetson_ft/inside).
-import { hints, make } from "./charts.js";
+import { forgetRemoved, hints, make } from "./charts.js";
 import { drawAdapter, drawNumbers, drawQuantization } from "./model_views.js";
 import { drawInContext, drawNextToken, drawReply } from "./reply_views.js";
 import { drawAttention, drawAttentionExample, drawTokens } from "./text_views.js";
@@ -20,4 +20,5 @@ export function draw(element, view, data, texts, reload = null) {
   VIEWS[view](root, data, t, reload);
   element.replaceChildren(root);
   hints(root);
+  forgetRemoved();
 }
