@@ -183,17 +183,17 @@ def test_history_is_kept_in_the_browser_and_exported(chat: Any) -> None:
     assert chat.locator("#chat-history li").count() == 1
 
 
-def test_a_new_chat_is_still_there_after_another_tab(chat: Any) -> None:
-    ask(chat, "one")
+def test_a_conversation_is_still_there_after_its_menu_and_another_tab(chat: Any) -> None:
     chat.get_by_role("button", name="New chat").click()
     chat.locator("#chat-a .example").first.wait_for()
+    ask(chat, "one")
+    for _press in range(2):
+        chat.get_by_role("button", name="Settings").click()
     choose_tab(chat, "runs")
     choose_tab(chat, "chat")
-    chat.locator("#chat-a .example").first.wait_for()
+    chat.wait_for_timeout(1000)  # for the server's answer, which could replace it
+    assert questions(chat, "a") == ["one"]
     assert chat.locator("#chat-a label").first.inner_text() == NEWEST
-    assert questions(chat, "a") == []
-    ask(chat, "two")
-    assert NEWEST in answers(chat, "a")[0]
 
 
 @pytest.mark.parametrize(("width", "height"), [(1440, 900), (390, 664)])
