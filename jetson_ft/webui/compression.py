@@ -8,6 +8,7 @@ which declare no length, and large files pass as they come; docs/decisions/0027 
 from __future__ import annotations
 
 import gzip
+import posixpath
 import re
 from collections.abc import Callable
 
@@ -40,7 +41,9 @@ class CompressionMiddleware:
             await self.app(scope, receive, send)
             return
         encoding = _encoding(headers.get("accept-encoding", ""))
-        hashed = _HASHED.fullmatch(scope["path"])
+        path = scope["path"]
+        # Of a file's many paths (`a/./b`, `a//b`) only one is kept.
+        hashed = _HASHED.fullmatch(path) if posixpath.normpath(path) == path else None
         name = (hashed[1] or hashed[0], encoding) if hashed else None
         if name in self._kept:
             start, body = self._kept[name]

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from boards_in_folders import NANO, NX, FakeMachine
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from jetson_ft.errors import UserError
 from jetson_ft.hardware import doctor
@@ -22,6 +24,12 @@ FIX = "Flash JetPack 6.2 or 7.2: https://developer.nvidia.com/embedded/jetpack"
 ENGLISH, CHINESE = Locale("en"), Locale("zh_CN")
 
 
+def wait_for(doctor: Doctor) -> None:
+    """Wait for the end of the examination that runs."""
+    assert doctor._examining
+    doctor._examining.join()
+
+
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Return a function that makes the findings those of the next examination."""
@@ -31,7 +39,7 @@ def examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(device, "run_cli_json", lambda *_: result)
         made = Doctor(tmp_path)
         made.examine()
-        made.wait()
+        wait_for(made)
         return made
 
     return examine
@@ -81,7 +89,7 @@ def test_findings_stay_while_the_machine_is_examined_again(
     html = shown.html(ENGLISH)
     assert "this board" in html and "data-examining" in html and "Examine again" not in html
     release.set()
-    shown.wait()
+    wait_for(shown)
     html = shown.html(ENGLISH)
     assert "No such program." in html and "Install it." in html
     assert "this board" in html and "Examine again" in html
@@ -102,20 +110,42 @@ def test_all_pages_share_an_examination(tmp_path: Path, monkeypatch: pytest.Monk
         shared.examine(max_age)
         assert shared.html(ENGLISH).count("data-examining") == 1 and count <= expected
     release.set()
-    shared.wait()
+    wait_for(shared)
     shared.examine(60.0)
-    shared.wait()
+    wait_for(shared)
     assert count == 1, "young enough"
     shared.examine()
-    shared.wait()
+    wait_for(shared)
     assert count == 2
+
+
+def test_only_opening_the_tab_examines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the tab is open, it is fetched every two seconds, also beside a run."""
+    monkeypatch.setattr(device, "_CACHE_SECONDS", 0.0)  # each findings are too old
+    examined: list[tuple[str, ...]] = []
+
+    def examine(*command: str) -> dict[str, Any]:
+        examined.append(command)
+        return doctor.as_json([])
+
+    monkeypatch.setattr(device, "run_cli_json", examine)
+    app = FastAPI()
+    app.include_router(device.router(tmp_path))
+    client = TestClient(app)
+    assert "data-examining" not in client.get("/live/en/device").text and examined == []
+    client.get("/live/en/device?opened=true")
+    while "data-examining" in (findings := client.get("/live/en/device")).text:
+        time.sleep(0.01)
+    known = {"If-None-Match": findings.headers["etag"]}
+    assert client.get("/live/en/device", headers=known).status_code == 304
+    assert len(examined) == 1
 
 
 @pytest.mark.slow
 def test_this_machine_is_examined(tmp_path: Path) -> None:
     real = Doctor(tmp_path)
     real.examine()
-    real.wait()
+    wait_for(real)
     assert all(f">{name}</span>" in real.html(ENGLISH) for name in ("Memory", "PyTorch", "Disk"))
 
 

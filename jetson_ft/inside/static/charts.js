@@ -127,7 +127,7 @@ export function hints(root) {
 }
 
 // Places the hint above a point of the window, inside `root`; no text hides it.
-export function moveHint(root, text, x, y) {
+function moveHint(root, text, x, y) {
   const box = root.querySelector(":scope > .hint");
   box.hidden = !text;
   if (!text) return;

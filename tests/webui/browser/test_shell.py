@@ -10,6 +10,8 @@ from in_browser import TABS, choose_tab, open_tab
 from script_modules import load_script
 from served import Served
 
+from jetson_ft.webui.theme import STATIC
+
 pytestmark = pytest.mark.slow
 SELECTED = "document.querySelector('#tabs [aria-selected=true]')?.dataset.tabId"
 DARK = "document.body.classList.contains('dark')"
@@ -80,11 +82,38 @@ def test_the_place_on_a_page_is_kept_over_a_reload(page: Any, served: Served) ->
     page.wait_for_function("scrollY === 300")
 
 
+def test_the_place_on_a_page_is_kept_over_a_change_of_language(page: Any, served: Served) -> None:
+    page.set_viewport_size({"width": 390, "height": 500})
+    open_tab(page, served)
+    page.wait_for_function("document.body.scrollHeight > 900")
+    page.evaluate("scrollTo(0, 300)")
+    page.locator("[data-language=zh_CN]").evaluate("button => button.click()")
+    page.wait_for_url("**/zh_CN/**")
+    page.wait_for_function("scrollY === 300")
+
+
+def test_an_update_leaves_what_a_person_opened_or_closed(page: Any, served: Served) -> None:
+    open_tab(page, served)
+    before, after = (f"<details open><summary>{text}</summary></details>" for text in "12")
+    text, is_open = page.evaluate(
+        """async ([script, before, after]) => {
+            const { morph } = await import(script);
+            const element = document.createElement("div");
+            morph(element, before);
+            element.firstElementChild.open = false;
+            morph(element, after);
+            return [element.textContent, element.firstElementChild.open];
+        }""",
+        [f"{STATIC}/morph.js", before, after],
+    )
+    assert text == "2" and not is_open
+
+
 def test_only_the_shown_tab_polls(page: Any, served: Served) -> None:
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
     open_tab(page, served, "device")
-    with page.expect_request("**/gauges"), page.expect_request("**/device"):
+    with page.expect_request("**/gauges"), page.expect_request("**/device*"):
         pass
     choose_tab(page, "train")
     page.wait_for_timeout(500)
