@@ -17,6 +17,7 @@ from hypothesis import settings
 from in_browser import browser, chromium
 from light_jobs import light_jobs
 from loaded_phi import phi
+from served import serve
 from small_disk import small_disk
 from tiny_models import CHAT_TEMPLATE, phi_config, save_model, write_rows
 from training_bench import bench, make_bench
@@ -35,6 +36,7 @@ __all__ = [
     "make_bench",
     "phi",
     "queued",
+    "serve",
     "small_disk",
     "upload_hub",
     "workbench",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,22 +20,14 @@ except ModuleNotFoundError:  # Python 3.10; mypy brings this one
     import tomli as tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from script_modules import SCRIPTS, load_script
 
 from jetson_ft.models import embedded
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ROOT / "scripts"
 JETPACKS = ("jetpack6-py310", "jetpack7-py312")
 PINS = {name: ROOT / "constraints" / f"{name}.txt" for name in ("cpu", *JETPACKS)}
 CU130 = "https://download.pytorch.org/whl/cu130"
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec and spec.loader
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 installer: Any = load_script("installer")  # first: setup imports it

@@ -29,7 +29,7 @@ from jetson_ft.webui.changed_items import SentLists
 from jetson_ft.webui.cli_json import run_cli_json
 from jetson_ft.webui.fragments import Fragments
 from jetson_ft.webui.limits import BusyError, costly
-from jetson_ft.webui.render import Locale, request_language
+from jetson_ft.webui.render import Locale, render, request_language
 from jetson_ft.webui.run_table import MAX_COMPARED
 
 Drawn = Annotated[tuple[str, ...], Query()]
@@ -58,30 +58,30 @@ def router(root: Path) -> APIRouter:
         filter: str = "", view: Literal["list", "table"] = "list",
     ) -> Response:  # fmt: skip
         if view == "table":
-            return _fragment(request, fragments.run_table(language, dict(request.query_params)))
+            return fragment(request, fragments.run_table(language, dict(request.query_params)))
         html = fragments.run_list(language, chosen, drawn, sort, filter)
-        return _fragment(request, html, sent=sent)
+        return fragment(request, html, sent=sent)
 
     @routes.get("/progress/{language}")
     def progress(request: Request, language: str, watched: Drawn = ()) -> Response:
-        return _fragment(request, fragments.progress(language, watched), "application/json")
+        return fragment(request, fragments.progress(language, watched), "application/json")
 
     @routes.get("/live/{language}/curves")
     def curves(
         request: Request, view: Literal["overview", "charts"], drawn: Drawn = ()
     ) -> Response:
-        return _fragment(request, fragments.curves(view, drawn), "application/json")
+        return fragment(request, fragments.curves(view, drawn), "application/json")
 
     @routes.get("/live/{language}/runs/{name}/head")
     def head(request: Request, language: str, name: str, view: View = "overview") -> Response:
-        return _fragment(request, fragments.run_head(language, name, view))
+        return fragment(request, fragments.run_head(language, name, view))
 
     @routes.get("/live/{language}/runs/{name}")
     def run(
         request: Request, language: str, name: str, view: View = "overview", drawn: Drawn = ()
     ) -> Response:
         query = dict(request.query_params)
-        return _fragment(request, fragments.run_view(language, name, view, drawn, query))
+        return fragment(request, fragments.run_view(language, name, view, drawn, query))
 
     @routes.get("/static/chart.js")
     def chart_library() -> Response:
@@ -175,16 +175,17 @@ def router(root: Path) -> APIRouter:
 
 
 def error_response(request: Request, error: Exception) -> Response:
-    """Return a `UserError` as JSON, in the page's language."""
+    """Return a `UserError` in the page's language: as JSON, as a page where a link was opened."""
     assert isinstance(error, UserError)
     t = Locale(request_language(request.url.path, request.headers))
     texts = {"what": t(error.what), "where": t(error.where), "fix": t(error.fix)}
-    if isinstance(error, BusyError):
-        return JSONResponse(texts, 429, {"Retry-After": "10"})
-    return JSONResponse(texts, 422)
+    status, headers = (429, {"Retry-After": "10"}) if isinstance(error, BusyError) else (422, {})
+    if "text/html" in request.headers.get("accept", ""):  # which scripts don't ask for
+        return HTMLResponse(render("error.jinja", t, **texts), status, headers)
+    return JSONResponse(texts, status, headers)
 
 
-def _fragment(
+def fragment(
     request: Request, content: str, media_type: str = "text/html", sent: SentLists | None = None
 ) -> Response:
     """Return the content, or nothing where the browser has it already.

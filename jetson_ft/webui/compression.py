@@ -1,13 +1,14 @@
 """Compress what a browser loads.
 
-Gradio compresses its scripts in pieces and again for each page, and sends its document as it is:
-880 kB for a first load. Here each response is compressed whole, and those of Gradio's scripts and
-styles are kept. Streams, which declare no length, and large files pass as they come.
+Gradio compresses its scripts in pieces and again for each page, and sends its document as it is.
+Here each response is compressed whole, and those of Gradio's scripts and styles are kept. Streams,
+which declare no length, and large files pass as they come; docs/decisions/0027 has the sizes.
 """
 
 from __future__ import annotations
 
 import gzip
+import posixpath
 import re
 from collections.abc import Callable
 
@@ -40,7 +41,9 @@ class CompressionMiddleware:
             await self.app(scope, receive, send)
             return
         encoding = _encoding(headers.get("accept-encoding", ""))
-        hashed = _HASHED.fullmatch(scope["path"])
+        path = scope["path"]
+        # Of a file's many paths (`a/./b`, `a//b`) only one is kept.
+        hashed = _HASHED.fullmatch(path) if posixpath.normpath(path) == path else None
         name = (hashed[1] or hashed[0], encoding) if hashed else None
         if name in self._kept:
             start, body = self._kept[name]

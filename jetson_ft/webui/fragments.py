@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -21,14 +22,15 @@ from jetson_ft.errors import UserError, _
 from jetson_ft.runs import exit_status, monitor, oom, queue, store
 from jetson_ft.runs.monitor import RunMonitor, RunProgress, RunSummary
 from jetson_ft.runs.store import Run
-from jetson_ft.webui import run_charts, run_overview, run_texts, run_views
+from jetson_ft.webui import run_charts, run_overview, run_table, run_texts, run_views
 from jetson_ft.webui.after_training import AfterTraining
 from jetson_ft.webui.changed_items import MARK
 from jetson_ft.webui.render import Locale, render
-from jetson_ft.webui.run_table import render_table
 
 MAX_DRAWN = 6  # runs drawn together: the number of colours
 _CACHE_SECONDS = 1.0
+_KEPT_SECONDS, _MAX_KEPT = 60.0, 100  # a fragment that no page wants, and fragments in all
+_T = TypeVar("_T")
 VIEWS = {
     "overview": _("Overview"), "samples": _("Samples"), "settings": _("Settings"),
     "charts": _("Charts"), "log": _("Log"), "export": _("Export"),
@@ -53,7 +55,8 @@ class _Cached:
     """A fragment: its source, its content, when it was last wanted, its source read (monotonic)."""
 
     def __init__(self) -> None:
-        self.lock, self.content = threading.Lock(), ""
+        self.lock = threading.Lock()
+        self.content: Any = None
         self.wanted_at = self.read_at = -math.inf
         self.source: Any = None
 
@@ -68,32 +71,32 @@ class Fragments:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._monitor = RunMonitor()
-        self._cache: dict[Any, _Cached] = {}
+        self._cache: OrderedDict[Any, _Cached] = OrderedDict()  # the last one was wanted last
         self._lock = threading.Lock()  # of `_cache`; held for no reading and no rendering
-        self._listed: tuple[float, list[Listed]] = (-math.inf, [])
-        self._listing = threading.Lock()
+        self._expired_at = -math.inf  # monotonic; what was read before is old
 
     def run_list(
         self, language: str, chosen: str, drawn: tuple[str, ...], sort: str = "", text: str = ""
     ) -> str:
         """Return the list of the runs that contain `text`, in the order `sort` (of `SORTS`)."""
-        colours = _colours(drawn)
+        t, colours = Locale(language), _colours(drawn)
         words = text.casefold().split()
         order = SORTS.get(sort, SORTS["newest"])[1]
 
         def matches(listed: Listed) -> bool:
             run = listed.run
-            texts = f"{run.title} {run.name} {run.model} {run.state.state}".casefold()
+            state = f"{run.state.state} {t(run_texts.state(run))}"
+            texts = f"{run.title} {run.name} {run.model} {state}".casefold()
             return all(word in texts for word in words)
 
         def read() -> list[Listed]:
             return sorted(filter(matches, self.listed()), key=lambda listed: order(listed.run))
 
         return self._cached(
-            ("list", language, chosen, tuple(colours), sort, text),
+            ("list", t.language, chosen, *colours.items(), sort, text),
             read,
             lambda runs: render(
-                "runs.jinja", Locale(language), runs=runs, chosen=chosen, colours=colours,
+                "runs.jinja", t, runs=runs, chosen=chosen, colours=colours,
                 is_filtered=bool(words), sort=sort, SORTS=SORTS, texts=run_texts,
                 is_full=len(colours) >= MAX_DRAWN, MARK=MARK,
             ),
@@ -101,13 +104,11 @@ class Fragments:
 
     def listed(self) -> list[Listed]:
         """Return all runs, newest first; read at most once per second."""
-        with self._listing:
-            read_at, runs = self._listed
-            if time.monotonic() - read_at > _CACHE_SECONDS:
-                summaries = [self._monitor.summary(run) for run in store.list_runs(self.root)]
-                runs = _with_places(summaries)
-                self._listed = time.monotonic(), runs
-            return runs
+
+        def read() -> list[Listed]:
+            return _with_places([self._monitor.summary(run) for run in store.list_runs(self.root)])
+
+        return self._cached("listed", read, list)
 
     def run_head(self, language: str, name: str, view: str) -> str:
         """Return the head of one run's page: title, actions, stages and the list of views.
@@ -115,7 +116,7 @@ class Fragments:
         Raises:
             UserError: the run does not exist.
         """
-        run = store.run_by_name(name, self.root)
+        run, t = store.run_by_name(name, self.root), Locale(language)
 
         def read() -> Any:
             (listed,) = _with_places([self._monitor.summary(run)])
@@ -128,7 +129,7 @@ class Fragments:
             with suppress(UserError):
                 about = run.about()
             return render(
-                "run.jinja", Locale(language), run=listed.run, listed=listed,
+                "run.jinja", t, run=listed.run, listed=listed,
                 notes=about.get("notes", ""), given_title=about.get("title", ""),
                 stages=run_texts.stages(listed.run, stage_seconds), texts=run_texts,
                 VIEWS=VIEWS, view=view, has_adapter=run.has_adapter(),
@@ -137,7 +138,7 @@ class Fragments:
                 has_smaller_plan=is_failed and bool(oom.smaller_plan_settings(run)),
             )  # fmt: skip
 
-        return self._cached(("head", language, run.name, view), read, to_html)
+        return self._cached(("head", t.language, run.name, view), read, to_html)
 
     def run_view(
         self, language: str, name: str, view: str, drawn: tuple[str, ...], query: dict[str, str]
@@ -152,9 +153,9 @@ class Fragments:
         """
         chosen = store.run_by_name(name, self.root)
         colours = _colours(drawn)
-        others = [run for run in self._runs(drawn) if run.name != name]
+        others = [run for run in self._runs(colours) if run.name != name]
         runs, t = [chosen, *others], Locale(language)
-        key = ("view", language, view, *(run.name for run in runs), *colours.values())
+        key = ("view", t.language, view, *((run.name, colours.get(run.name)) for run in runs))
         if view in ("overview", "charts"):
             return self._cached(
                 key,
@@ -165,31 +166,34 @@ class Fragments:
                 ],
                 lambda source: self._drawn(t, view, runs, source, colours),
             )
+        if view == "export":
+            return self._cached(
+                key,
+                lambda: (self._monitor.summary(chosen), AfterTraining.read(chosen)),
+                lambda source: run_views.render_export(t, chosen, source[1]),
+            )
+        fields = _chosen_fields(query, run_views.FIELDS[view])
         return self._cached(
-            (*key, *sorted(query.items())),
-            lambda: (
-                [(self._monitor.summary(run), monitor.change_stamp(run)) for run in runs],
-                AfterTraining.read(chosen) if view == "export" else None,
-            ),
-            lambda _source: run_views.render_view(t, runs, view, query),
+            (*key, *fields.items()),
+            lambda: [(self._monitor.summary(run), monitor.change_stamp(run)) for run in runs],
+            lambda _source: run_views.render_view(t, runs, view, fields),
         )
 
     def run_table(self, language: str, query: dict[str, str]) -> str:
         """Return the table of all runs."""
+        t, fields = Locale(language), _chosen_fields(query, run_table.FIELDS)
         return self._cached(
-            ("table", language, *sorted(query.items())),
+            ("table", t.language, *fields.items()),
             self.listed,
-            lambda listed: render_table(
-                Locale(language),
-                [(Run(self.root / each.run.name), each.run) for each in listed],
-                query,
+            lambda listed: run_table.render_table(
+                t, [(Run(self.root / each.run.name), each.run) for each in listed], fields
             ),
         )
 
     def curves(self, view: str, drawn: tuple[str, ...]) -> str:
         """Return the curves of the drawn runs that a view draws, as JSON."""
-        runs = self._runs(drawn)
         colours = _colours(drawn)
+        runs = self._runs(colours)
         return self._cached(
             ("curves", view, *((run.name, colours[run.name]) for run in runs)),
             lambda: [(self._monitor.summary(run), self._progress(run)) for run in runs],
@@ -198,11 +202,7 @@ class Fragments:
 
     def expire(self) -> None:
         """Have all sources read again, after an action of a client has changed a run."""
-        with self._listing:
-            self._listed = (-math.inf, [])
-        with self._lock:
-            for cached in self._cache.values():
-                cached.read_at = -math.inf
+        self._expired_at = time.monotonic()
 
     def progress(self, language: str, watched: tuple[str, ...]) -> str:
         """Return what the live runs and the watched ones do, as JSON; for the page's title."""
@@ -216,7 +216,7 @@ class Fragments:
         ]  # fmt: skip
         return orjson.dumps(content).decode()
 
-    def _cached(self, key: Any, read: Callable[[], Any], to_content: Callable[[Any], str]) -> str:
+    def _cached(self, key: Any, read: Callable[[], Any], to_content: Callable[[Any], _T]) -> _T:
         """Return content: `read` its source at most once per second, render it when it changed.
 
         Requests for the same fragment wait for each other, and for no other one.
@@ -225,19 +225,27 @@ class Fragments:
             now = time.monotonic()
             cached = self._cache.setdefault(key, _Cached())
             cached.wanted_at = now
-            self._cache = {k: v for k, v in self._cache.items() if now - v.wanted_at < 60}
+            self._cache.move_to_end(key)
+            oldest = next(iter(self._cache.values()))
+            while len(self._cache) > _MAX_KEPT or now - oldest.wanted_at > _KEPT_SECONDS:
+                self._cache.popitem(last=False)
+                oldest = next(iter(self._cache.values()))
         with cached.lock:
-            if time.monotonic() - cached.read_at > _CACHE_SECONDS:
+            began = time.monotonic()
+            if began - cached.read_at > _CACHE_SECONDS or cached.read_at <= self._expired_at:
                 source = read()
                 if source != cached.source:
                     cached.content = to_content(source)
-                cached.source, cached.read_at = source, time.monotonic()
-            return cached.content
+                # What changed while it was read may be missing in it: it is old at once then.
+                read_at = time.monotonic() if began > self._expired_at else -math.inf
+                cached.source, cached.read_at = source, read_at
+            content: _T = cached.content
+            return content
 
-    def _runs(self, names: Sequence[str]) -> list[Run]:
+    def _runs(self, names: Iterable[str]) -> list[Run]:
         """Return the runs of these names, without those that have been deleted since."""
         runs = []
-        for name in filter(None, names):
+        for name in names:
             with suppress(UserError):
                 runs.append(store.run_by_name(name, self.root))
         return runs
@@ -279,6 +287,11 @@ class Fragments:
 def _colours(drawn: Sequence[str]) -> dict[str, int]:
     """Return the number of each drawn run's colour."""
     return {name: number for number, name in enumerate(drawn[:MAX_DRAWN]) if name}
+
+
+def _chosen_fields(query: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """Return the fields of these names: a key of the cache with others would have no bound."""
+    return {name: query[name] for name in names if name in query}
 
 
 def _with_places(runs: Sequence[RunSummary]) -> list[Listed]:

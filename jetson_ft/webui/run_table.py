@@ -21,6 +21,7 @@ from jetson_ft.webui.render import Locale, render
 from jetson_ft.webui.run_settings import SETTINGS, setting_text
 
 MAX_COMPARED = 6  # runs in one comparison
+FIELDS = ("sort", "down", "compared")  # of the page's query
 _ALWAYS = ("model", "lora.rank", "train.learning_rate")  # shown even where no run differs
 
 

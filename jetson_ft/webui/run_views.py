@@ -22,6 +22,8 @@ from jetson_ft.webui.after_training import AfterTraining
 from jetson_ft.webui.render import Locale, error_html, render
 from jetson_ft.webui.run_settings import render_settings
 
+# View -> the fields of the page's query that it reads.
+FIELDS = {"samples": ("text", "differ", "page"), "settings": ("only",), "log": ("text", "more")}
 _PAGE_SAMPLES = 10
 _LOG_BYTES = (1 << 16, 1 << 18, 1 << 20)  # shown of a log: at first, and after each `earlier`
 _MAX_MATCHES = 500  # lines shown of a search
@@ -33,11 +35,11 @@ def render_view(t: Locale, runs: Sequence[Run], view: str, query: Mapping[str, s
 
     Args:
         runs: the run, then those that it is compared with.
-        view: `samples`, `settings`, `log` or `export`.
+        view: `samples`, `settings` or `log`.
         query: the fields of the view's form; any text.
     """
     views: dict[str, Callable[[Locale, Sequence[Run], Mapping[str, str]], str]] = {
-        "samples": _samples, "settings": render_settings, "log": _log, "export": _export,
+        "samples": _samples, "settings": render_settings, "log": _log,
     }  # fmt: skip
     try:
         return views[view](t, runs, query)
@@ -166,10 +168,10 @@ def _warnings(run: Run) -> list[Message]:
 # --- export ----------------------------------------------------------------------------------
 
 
-def _export(t: Locale, runs: Sequence[Run], _query: Mapping[str, str]) -> str:
-    run = runs[0]
+def render_export(t: Locale, run: Run, after: AfterTraining | None) -> str:
+    """Return the HTML of a run's exports and jobs."""
     return render(
-        "run_export.jinja", t, run=run, after=AfterTraining.read(run),
+        "run_export.jinja", t, run=run, after=after,
         CHOICES=after_training.CHOICES, error_of=jobs.error_of,
         describe_progress=after_training.describe_progress,
         describe_check=after_training.describe_check, size_text=after_training.size_text,

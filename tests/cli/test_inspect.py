@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 from program import assert_refused, invoke, main_here
+from run_folders import copy_finished
 
+from jetson_ft.runs.store import Run
+
+VERSION = Path(__file__).parents[1] / "versions" / "1"
 VIEWS = {
     "tokens": ("tokens",),
     "attention": ("attention", "attention_example"),
@@ -31,6 +35,33 @@ def test_view_is_printed_as_text_as_json_and_written_as_page(
     page = html.read_text("utf-8")
     assert all(f'"{view}":' in page for view in VIEWS[command])
     assert len(invoke(*arguments).splitlines()) > 3
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a finished run, whose recipe names its base as `model`, in the current folder."""
+    (tmp_path / "model").symlink_to(VERSION / "model")
+    monkeypatch.chdir(tmp_path)
+    return copy_finished(tmp_path / "runs", "20260101-000000-finished")
+
+
+@pytest.mark.parametrize("command", [*VIEWS, "adapter"])
+def test_view_of_a_run_has_both_sides(command: str, run: Run, tmp_path: Path) -> None:
+    text = [] if command in ("numbers", "adapter") else ["一只猫"]
+    html = tmp_path / "view.html"
+    data = json.loads(invoke("inspect", command, run.name, *text, "--json", "--html", html))
+    title = "model" if command == "numbers" else f"model with {run.name}"
+    assert data["model"] == title
+    assert tuple(data["views"]) == VIEWS.get(command, ("adapter",))
+    for view in data["views"].values():
+        sides = view.get("sides") or view.get("nats")
+        assert sides is None or list(sides) == ["base", "adapter"]
+    page = html.read_text("utf-8")
+    assert title in page and all(f'"{view}":' in page for view in data["views"])
+    printed = invoke("inspect", command, "latest", *text)
+    assert printed.splitlines()[0] == title
+    if "sides" in next(iter(data["views"].values())):
+        assert "base" in printed and "adapter" in printed
 
 
 def test_tokens_of_an_answer_say_what_is_trained_on(tiny_phi: Path) -> None:

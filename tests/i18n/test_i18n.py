@@ -6,28 +6,23 @@ import json
 import re
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import pytest
 from babel.messages.catalog import Catalog
+from script_modules import SCRIPTS, load_script
 
 from jetson_ft import i18n
 from jetson_ft.errors import Message, Problem, RecipeError, UserError, joined
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "messages.py"
 CATALOGUES = sorted(i18n.FOLDER.glob("*.po"))
 HAN = "\u4e00-\u9fff"
 
 
 @pytest.fixture(scope="module")
 def messages() -> Any:
-    spec = util.spec_from_file_location("messages", SCRIPT)
-    assert spec and spec.loader
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("messages")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +47,9 @@ def test_each_catalogue_has_every_text_and_no_other(
 
 def test_check_mode_passes_and_writes_nothing() -> None:
     before = [path.read_bytes() for path in CATALOGUES]
-    done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "messages.py", "--check"], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert [path.read_bytes() for path in CATALOGUES] == before
 

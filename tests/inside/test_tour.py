@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from script_modules import load_script
 
 from jetson_ft.cli.app import app
 from jetson_ft.inside.texts import view_texts
@@ -19,12 +20,7 @@ DOCS = ROOT / "docs"
 @pytest.fixture(scope="module")
 def script() -> Any:
     pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = ROOT / "scripts" / "picture_inside.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("picture_inside")
 
 
 def test_each_picture_is_of_a_file_that_a_command_of_the_page_writes(script: Any) -> None:
@@ -38,11 +34,18 @@ def test_each_picture_is_of_a_file_that_a_command_of_the_page_writes(script: Any
         assert 0 < (DOCS / "images" / f"inside-{name}.png").stat().st_size <= script.MAX_BYTES
 
 
-def test_each_command_of_the_page_has_options_that_exist(script: Any) -> None:
+def test_each_command_of_the_page_exists_with_its_options() -> None:
+    """Also those within sentences."""
     import typer
 
-    group: Any = typer.main.get_command(app)
-    inspect = group.commands["inspect"]
-    for words in script.commands():
-        command = inspect.commands[words[2]]
-        command.make_context(words[2], list(words[3:]), resilient_parsing=False)
+    text = (DOCS / "inside.md").read_text("utf-8")
+    commands = re.findall(r"^jetson-ft .+$|(?<=`)jetson-ft [^`]+(?=`)", text, re.MULTILINE)
+    assert "jetson-ft compare RUN RUN" in commands and len(commands) > 10
+    for line in commands:
+        command: Any = typer.main.get_command(app)
+        name, *words = shlex.split(line)
+        while words and hasattr(command, "commands"):
+            name = words.pop(0)
+            command = command.commands[name]
+        if not hasattr(command, "commands"):  # of a group alone, the page names no options
+            command.make_context(name, words)

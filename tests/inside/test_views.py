@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +19,7 @@ from jetson_ft.chat.gguf_session import GgufSession
 from jetson_ft.chat.session import ChatSession
 from jetson_ft.errors import UserError
 from jetson_ft.inside.views import compute_view
+from jetson_ft.recipe import Quantization, Recipe
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "tokens": {"text": "你好", "answer": "好"},
@@ -26,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reply": {"text": "你好", "max_new_tokens": 4},
     "in_context": {"text": "你好", "examples": [["a", "b"]], "answer": "c", "max_new_tokens": 4},
     "adapter": {},
+    "numbers": {},
+    "quantization": {},
 }
 
 
@@ -35,19 +40,44 @@ def test_view_is_plain_json(adapted: ChatSession, view: str) -> None:
     text = json.dumps(result, allow_nan=False)
     # A dictionary's numbers become texts in JSON; nothing else may change.
     assert json.dumps(json.loads(text)) == text
-    if view not in ("tokens", "adapter"):
+    if view not in ("tokens", "adapter", "numbers", "quantization"):
         assert list(result["sides" if "sides" in result else "nats"]) == ["base", "adapter"]
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 @pytest.mark.parametrize("view", OPTIONS)
 def test_view_of_a_quantized_base(wide: dict[str, ChatSession], quantize: str, view: str) -> None:
-    assert compute_view(wide[quantize], view, OPTIONS[view])
+    """Its numbers are near those of the whole base, and not the same."""
+    exact, rounded = (
+        NUMBERS[view](compute_view(wide[each], view, OPTIONS[view])) for each in ("none", quantize)
+    )
+    error = math.dist(exact, rounded) / math.hypot(*exact)
+    assert error < (0.2 if quantize == "nf4" else 0.03)
+    assert error > 0 or view in ("tokens", "quantization", "numbers")
+
+
+# View -> a function from its data to numbers that the weights decide, or that they must not change.
+NUMBERS: dict[str, Callable[[Any], list[float]]] = {
+    "tokens": lambda data: [token["id"] for token in data["tokens"]],
+    "attention": lambda data: data["sides"]["adapter"]["layers"][0]["heads"][0][-1],
+    "attention_example": lambda data: data["sides"]["adapter"]["output"],
+    "next_token": lambda data: [data["sides"]["adapter"]["candidates"][0]["logit"]],
+    "reply": lambda data: [data["steps"][0]["sides"]["adapter"]["top"][0]["logit"]],
+    "in_context": lambda data: [shot["nats"] for shot in data["sides"]["base"]],
+    "adapter": lambda data: [layer["relative_norm"] for layer in data["layers"]],
+    "numbers": lambda data: [data["parameters"], data["adapter_parameters"]],
+    "quantization": lambda data: [data["rms"], *(each["snr_db"] for each in data["roundings"])],
+}
 
 
 @pytest.fixture(scope="module")
 def wide(wide_phi: Path) -> dict[str, ChatSession]:
-    return {name: with_adapter(load_base(wide_phi, name)) for name in ("nf4", "int8")}
+    """Return one model in three formats, with the same adapter."""
+    formats: tuple[Quantization, ...] = ("none", "nf4", "int8")
+    models = {name: with_adapter(load_base(wide_phi, name)) for name in formats}
+    for name, model in models.items():
+        model.recipe = Recipe(model=str(wide_phi), quantize=name)
+    return models
 
 
 @pytest.mark.parametrize(

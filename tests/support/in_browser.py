@@ -24,6 +24,7 @@ def chromium() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium here (Debian: apt install chromium)")
+    sync_api.expect.set_options(timeout=20_000)  # other tests share the machine
     with sync_api.sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=_OPTIONS)
         yield opened

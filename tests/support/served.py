@@ -7,10 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 
 class Served:
@@ -49,5 +52,23 @@ class Served:
 
     def kill(self) -> None:
         """Kill the process with its group, as a terminal or a service manager does."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(20)
+
+
+Serve = Callable[..., Served]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Return a function that starts a server in the test's folder; it ends with the test."""
+    servers: list[Served] = []
+
+    def start(*options: str, port: int = 0) -> Served:
+        servers.append(Served(tmp_path, *options, port=port))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.kill()

@@ -212,3 +212,12 @@ def test_an_error_is_in_the_language_of_its_page(page: TestClient, root: Path) -
     assert error["what"] == f"{run.name} 已完成。" and error["fix"].startswith("请延长它")
     assert error["where"] == str(run.path)
     assert page.get("/live/zh_CN/runs/none").json()["what"] == "没有任务 'none'。"
+
+
+@pytest.mark.parametrize("file", ["compare.html", "compare.md", "none/report.html", "none/log.txt"])
+def test_an_error_of_a_link_is_a_page(page: TestClient, root: Path, file: str) -> None:
+    headers = {"Accept": "text/html,*/*;q=0.8", "Referer": "http://testserver/zh_CN/?run=a"}
+    error = page.get(f"/runs/{file}?run=none", headers=headers)
+    assert error.status_code == 422 and error.headers["content-type"].startswith("text/html")
+    assert "<h1>没有任务 &#39;none&#39;。</h1>" in error.text
+    assert page.get(f"/runs/{file}?run=none").json()["what"]

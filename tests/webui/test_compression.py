@@ -88,6 +88,15 @@ def test_files_with_a_hash_are_kept_here_and_in_the_browser(served: Any) -> None
     assert reached[1:] == ["/en/assets/missing.js"] * 2
 
 
+def test_other_spellings_of_a_path_are_not_kept(served: Any) -> None:
+    client, reached = served
+    for _again in range(2):
+        for path in ("/en/assets//index-abc.js", "/en/assets/%2e/index-abc.js"):
+            response, _body = raw(client, path, "br")
+            assert response.status_code == 200 and "cache-control" not in response.headers
+    assert len(reached) == 4
+
+
 @pytest.mark.parametrize("path", ["/stream", "/zip", "/large", "/short"])
 def test_streams_and_what_gains_nothing_pass_as_they_come(served: Any, path: str) -> None:
     response, _body = raw(served[0], path, "br, gzip")

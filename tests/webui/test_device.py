@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from boards_in_folders import NANO, NX, FakeMachine
+from fastapi import FastAPI
+from starlette.testclient import TestClient
 
 from jetson_ft.errors import UserError
 from jetson_ft.hardware import doctor
@@ -22,6 +25,12 @@ FIX = "Flash JetPack 6.2 or 7.2: https://developer.nvidia.com/embedded/jetpack"
 ENGLISH, CHINESE = Locale("en"), Locale("zh_CN")
 
 
+def wait_for(doctor: Doctor) -> None:
+    """Wait for the end of the examination that runs."""
+    assert doctor._examining
+    doctor._examining.join()
+
+
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Return a function that makes the findings those of the next examination."""
@@ -31,7 +40,7 @@ def examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(device, "run_cli_json", lambda *_: result)
         made = Doctor(tmp_path)
         made.examine()
-        made.wait()
+        wait_for(made)
         return made
 
     return examine
@@ -81,19 +90,19 @@ def test_findings_stay_while_the_machine_is_examined_again(
     html = shown.html(ENGLISH)
     assert "this board" in html and "data-examining" in html and "Examine again" not in html
     release.set()
-    shown.wait()
+    wait_for(shown)
     html = shown.html(ENGLISH)
     assert "No such program." in html and "Install it." in html
     assert "this board" in html and "Examine again" in html
 
 
 def test_all_pages_share_an_examination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = 0
+    count, release = 0, threading.Event()
 
     def examine(*_: str) -> dict[str, Any]:
         nonlocal count
         count += 1
-        time.sleep(0.2)
+        release.wait(20)
         return doctor.as_json([])
 
     monkeypatch.setattr(device, "run_cli_json", examine)
@@ -101,20 +110,43 @@ def test_all_pages_share_an_examination(tmp_path: Path, monkeypatch: pytest.Monk
     for max_age, expected in ((60.0, 1), (0.0, 1)):  # the second, while the first examines
         shared.examine(max_age)
         assert shared.html(ENGLISH).count("data-examining") == 1 and count <= expected
-    shared.wait()
+    release.set()
+    wait_for(shared)
     shared.examine(60.0)
-    shared.wait()
+    wait_for(shared)
     assert count == 1, "young enough"
     shared.examine()
-    shared.wait()
+    wait_for(shared)
     assert count == 2
+
+
+def test_only_opening_the_tab_examines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the tab is open, it is fetched every two seconds, also beside a run."""
+    monkeypatch.setattr(device, "_CACHE_SECONDS", 0.0)  # each findings are too old
+    examined: list[tuple[str, ...]] = []
+
+    def examine(*command: str) -> dict[str, Any]:
+        examined.append(command)
+        return doctor.as_json([])
+
+    monkeypatch.setattr(device, "run_cli_json", examine)
+    app = FastAPI()
+    app.include_router(device.router(tmp_path))
+    client = TestClient(app)
+    assert "data-examining" not in client.get("/live/en/device").text and examined == []
+    client.get("/live/en/device?opened=true")
+    while "data-examining" in (findings := client.get("/live/en/device")).text:
+        time.sleep(0.01)
+    known = {"If-None-Match": findings.headers["etag"]}
+    assert client.get("/live/en/device", headers=known).status_code == 304
+    assert len(examined) == 1
 
 
 @pytest.mark.slow
 def test_this_machine_is_examined(tmp_path: Path) -> None:
     real = Doctor(tmp_path)
     real.examine()
-    real.wait()
+    wait_for(real)
     assert all(f">{name}</span>" in real.html(ENGLISH) for name in ("Memory", "PyTorch", "Disk"))
 
 
@@ -135,17 +167,17 @@ def test_a_board_has_all_gauges_with_their_limits(tmp_path: Path) -> None:
 def test_the_processors_load_is_that_of_the_moment_in_any_thread(tmp_path: Path) -> None:
     """psutil's own `cpu_percent` without an interval is 0 in each new thread."""
     ended = threading.Event()
-    busy = threading.Thread(target=lambda: [None for _ in iter(ended.is_set, True)])
+    busy = threading.Thread(target=lambda: [None for _ in iter(ended.is_set, True)], daemon=True)
     busy.start()
     loads: list[float | None] = []
-    for _read in range(2):
-        gauges: list[Any] = []
-        reader = threading.Thread(target=lambda shown=gauges: shown.extend(Gauges(tmp_path).read()))
-        reader.start()
-        reader.join()
-        loads += [gauge.percent for gauge in gauges if gauge.title == "Processor"]
-    ended.set()
-    busy.join()
+    try:
+        for _read in range(2):
+            with ThreadPoolExecutor(1) as thread:
+                gauges = thread.submit(Gauges(tmp_path).read).result()
+            loads += [gauge.percent for gauge in gauges if gauge.title == "Processor"]
+    finally:
+        ended.set()
+        busy.join()
     assert len(loads) == 2 and all(load and load > 5 for load in loads)
 
 
@@ -166,6 +198,7 @@ def test_the_sensors_are_read_once_a_second_and_closed_when_nothing_shows_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
+    closed = threading.Event()
 
     class Counted(device.Telemetry):
         def read(self) -> Any:
@@ -175,14 +208,17 @@ def test_the_sensors_are_read_once_a_second_and_closed_when_nothing_shows_them(
         def close(self) -> None:
             read.append("close")
             super().close()
+            closed.set()
 
     monkeypatch.setattr(device, "Telemetry", Counted)
-    monkeypatch.setattr(device, "_IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(device, "_READ_SECONDS", 60.0)
     gauges = Gauges(tmp_path)
     assert gauges.read() == gauges.read() and read == ["read"]
-    time.sleep(0.5)
-    assert read == ["read", "close"]
+    monkeypatch.setattr(device, "_IDLE_SECONDS", 0.0)
+    gauges.read()  # the last one for now
+    assert closed.wait(20) and read == ["read", "close"]
     monkeypatch.setattr(device, "_READ_SECONDS", 0.0)
+    monkeypatch.setattr(device, "_IDLE_SECONDS", 60.0)
     assert gauges.read()
     gauges.close()
     assert read == ["read", "close", "read", "close"]

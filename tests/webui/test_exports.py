@@ -13,7 +13,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from light_jobs import LightJobs
-from served import Served
+from served import Serve
 from starlette.testclient import TestClient
 from workbench import wait_for
 
@@ -292,17 +292,16 @@ def test_a_real_run_is_exported_over_http(
 
 
 @pytest.mark.slow(minutes=0.5)
-def test_a_job_goes_on_without_the_pages_server(light_jobs: LightJobs, tmp_path: Path) -> None:
+def test_a_job_goes_on_without_the_pages_server(light_jobs: LightJobs, serve: Serve) -> None:
     run = light_jobs.run()
     light_jobs.choose("endless")
-    served = Served(tmp_path)
+    served = serve()
     address = f"/runs/{run.name}"
     httpx.post(f"{served.base}{address}/export", json={"choice": "merged"}).raise_for_status()
     command = light_jobs.command(run)
     served.kill()
-    served = Served(tmp_path, port=served.port)
+    served = serve(port=served.port)
     answer = served.get(f"/live/en{address}?view=export")
     assert answer and "Exporting" in answer.text and command.is_running()
     httpx.post(f"{served.base}{address}/jobs/export/stop").raise_for_status()
     light_jobs.wait(run, "stopped")
-    served.kill()

@@ -87,6 +87,58 @@ def test_fragment_that_is_being_drawn_is_not_drawn_by_another_request(tmp_path: 
     assert len(reads) == 1
 
 
+@pytest.mark.parametrize("change", [("a", "b"), ("b", "a"), ("", "a", "b")])
+def test_the_same_runs_in_other_colours_are_another_fragment(
+    tmp_path: Path, change: tuple[str, ...]
+) -> None:
+    """The chosen run comes first in a view: the names alone are one key for all of these."""
+    for name in ("a", "b"):
+        make_run(tmp_path, name)
+    shown = Fragments(tmp_path)
+    overview(shown, Run(tmp_path / "a"), "a", "", "b")
+    shown.run_list("en", "a", ("a", "", "b"))
+    legend = dict(
+        re.findall(r'<i class="c(\d)"></i>(\w)<', overview(shown, Run(tmp_path / "a"), *change))
+    )
+    swatches = re.findall(r'swatch c(\d)" data-draw="(\w)"', shown.run_list("en", "a", change))
+    colours = {str(place): name for place, name in enumerate(change) if name}
+    assert legend == colours == dict(swatches)
+
+
+def test_more_runs_than_colours_are_drawn_as_far_as_there_are_colours(tmp_path: Path) -> None:
+    names = [make_run(tmp_path, f"run-{number}").name for number in range(8)]
+    curves = json.loads(Fragments(tmp_path).curves("overview", tuple(names)))
+    assert [run["colour"] for run in curves] == list(range(6))
+
+
+def test_what_pages_make_up_does_not_fill_the_memory(tmp_path: Path) -> None:
+    run, shown = make_run(tmp_path, "run"), Fragments(tmp_path)
+    for number in range(3):
+        made_up = {f"field-{number}": "x", "view": "log"}
+        shown.run_view(f"language-{number}", run.name, "log", (), made_up)
+        shown.run_table(f"language-{number}", made_up)
+    assert len(shown._cache) == 3, "the log, the table and the list of runs"
+    for number in range(fragments._MAX_KEPT + 20):
+        shown.run_view("en", run.name, "log", (), {"text": str(number)})
+        shown.run_table("en", {})
+    assert len(shown._cache) == fragments._MAX_KEPT
+    assert ("table", "en") in shown._cache, "the others were wanted less recently"
+
+
+def test_an_action_while_a_fragment_is_read_is_shown_by_the_next_request(tmp_path: Path) -> None:
+    shown, states = Fragments(tmp_path), iter(("running", "stopped"))
+
+    def read() -> str:
+        state = next(states)
+        if state == "running":
+            shown.expire()  # another request, which stops the run
+        return state
+
+    assert shown._cached("head", read, str) == "running"
+    assert shown._cached("head", read, str) == "stopped"
+    assert shown._cached("head", read, str) == "stopped", "which is kept"
+
+
 # The list
 
 
@@ -120,6 +172,7 @@ def test_list_is_sorted_and_filtered(tmp_path: Path) -> None:
     assert names(shown.run_list("en", "", (), "loss")) == [two, zero, one]
     assert names(shown.run_list("en", "", (), "no order", "ALPHA finished")) == [one]
     assert "No run matches" in shown.run_list("en", "", (), "", "delta")
+    assert len(names(shown.run_list("zh_CN", "", (), "", "已完成"))) == 3, "as it is shown"
 
 
 def test_each_drawn_run_has_a_colour_of_its_own(tmp_path: Path) -> None:

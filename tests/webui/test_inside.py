@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -12,11 +13,16 @@ import pytest
 from fastapi import FastAPI
 from run_folders import copy_finished
 from starlette.testclient import TestClient
+from workbench import wait_for
 
 from jetson_ft.chat.client import ChatClient
 from jetson_ft.errors import UserError
+from jetson_ft.files import write_json
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.inside.views import VIEWS
+from jetson_ft.recipe import Recipe
+from jetson_ft.runs import store
+from jetson_ft.runs.queue import QueueTicket
 from jetson_ft.webui import api
 from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.tabs import inside
@@ -82,3 +88,53 @@ def test_a_view_is_answered_and_an_unknown_option_is_refused(
         "/inside/attention", json={"model": RUN, "options": {"text": "你好", "depth": 1}}
     )
     assert wrong.status_code == 422 and "depth" in wrong.json()["what"]
+
+
+def test_a_view_while_another_is_computed_is_refused(chat: ChatClient) -> None:
+    asked = {"model": "base", "options": {"text": "a"}}
+    with chat._lock:
+        answer = client_of(chat).post("/inside/tokens", json=asked)
+    assert answer.status_code == 422
+    assert answer.json()["what"] == "Busy: the model is working for another client."
+
+
+@pytest.mark.slow(minutes=0.2)
+def test_the_models_memory_goes_to_a_run_that_starts(
+    chat: ChatClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_finished(tmp_path, RUN)
+    monkeypatch.chdir(VERSION)
+    monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
+    client = client_of(chat)
+    asked = {"model": RUN, "options": {"text": "你好"}}
+    assert client.post("/inside/tokens", json=asked).status_code == 200
+    training = store.create_run(Recipe(output_dir=str(tmp_path)), "beside")
+    training.write_state("running")
+    plan = {"peak_memory_bytes": 10**15, "parts": {"process": 0, "context": 0}}
+    write_json(training.path / "plan.json", plan)
+    slot = QueueTicket(1.0).try_take(training.path)
+    assert slot
+    with slot:
+        wait_for(lambda: not chat._lives())
+        answer = client.post("/inside/tokens", json=asked)
+        assert answer.status_code == 422
+        assert answer.json()["what"].startswith("Busy: a run is training. Beside it 0.0 GiB")
+
+
+@pytest.mark.slow(minutes=0.1)
+def test_the_process_ends_when_no_view_is_wanted(
+    chat: ChatClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_finished(tmp_path, RUN)
+    monkeypatch.chdir(VERSION)
+    code = (
+        "import sys; from pathlib import Path; from jetson_ft.chat import server;"
+        "server.IDLE_SECONDS = 1.0; server.ChatServer(Path(sys.argv[1])).run()"
+    )
+    monkeypatch.setattr(
+        "jetson_ft.chat.client.python_module",
+        lambda _module, root: [sys.executable, "-c", code, root],
+    )
+    asked = {"model": RUN, "options": {"text": "你好"}}
+    assert client_of(chat).post("/inside/tokens", json=asked).status_code == 200
+    wait_for(lambda: not chat._lives())

@@ -11,7 +11,7 @@ import httpx
 import psutil
 import pytest
 from run_folders import make_run, step_event
-from served import Served
+from served import Serve, Served
 
 from jetson_ft.runs.event_log import EventLog
 
@@ -74,9 +74,11 @@ def poll(base: str, until: float, name: str) -> None:
             time.sleep(REFRESH)
 
 
-def test_ten_open_pages_take_less_than_two_percent_of_a_training(tmp_path: Path) -> None:
+def test_ten_open_pages_take_less_than_two_percent_of_a_training(
+    serve: Serve, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "runs", "20260101-000000-x", steps=2000)
-    served = Served(tmp_path)
+    served = serve()
     log, process = EventLog(run, 1), psutil.Process(served.process.pid)
     until = time.monotonic() + SECONDS
     pages = [
@@ -94,6 +96,5 @@ def test_ten_open_pages_take_less_than_two_percent_of_a_training(tmp_path: Path)
     for page in pages:
         page.join()
     spent = sum(process.cpu_times()[:2]) - before
-    served.close()
     trainer = 2 * SECONDS  # both cores all the time
     assert spent < 0.02 * trainer

@@ -85,7 +85,7 @@ export function legend(entries) {
 }
 
 export function table(head, rows, style = "") {
-  return make("div", { class: "scroll" }, make("table", { class: style },
+  return make("div", { class: "scroll", tabindex: 0 }, make("table", { class: style },
     make("thead", {}, make("tr", {}, head.map((text) => make("th", { scope: "col" }, text)))),
     make("tbody", {}, rows.map((row) => make("tr", {}, row.map((cell, index) =>
       make(index ? "td" : "th", index ? {} : { scope: "row" }, cell)))))));
@@ -127,7 +127,7 @@ export function hints(root) {
 }
 
 // Places the hint above a point of the window, inside `root`; no text hides it.
-export function moveHint(root, text, x, y) {
+function moveHint(root, text, x, y) {
   const box = root.querySelector(":scope > .hint");
   box.hidden = !text;
   if (!text) return;

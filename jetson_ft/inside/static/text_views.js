@@ -240,7 +240,7 @@ export function drawAttentionExample(root, data, t) {
         strip("q", own.query, from), strip("k", other.key, target), strip("v", other.value, target)),
       panel(t("example_score"), t("example_score_note"), make("p", { class: "formula" },
         `q · k = ${short(example.products[to])}   →   ${data.softcap ? `softcap(` : ""}${short(example.products[to])} × ${short(data.scaling)}${data.softcap ? ")" : ""} = ${short(example.scaled[to])}   →   softmax = ${example.softmax[to].toFixed(4)}`),
-        make("div", { class: "scroll tall" }, make("table", {}, make("thead", {}, make("tr", {},
+        make("div", { class: "scroll tall", tabindex: 0 }, make("table", {}, make("thead", {}, make("tr", {},
           [t("key_token"), "q · k", `× ${short(data.scaling)}`, "", "softmax"].map((text) => make("th", { scope: "col" }, text)))), make("tbody", {}, rows)))),
       panel(t("example_sum"), t("example_sum_note", { difference: short(example.difference) }),
         strip("Σ p v", example.output, from),

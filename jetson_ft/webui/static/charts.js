@@ -9,7 +9,8 @@ const NOISY = ["loss", "grad_norm", "watts"]; // curves that are smoothed
 let plots = []; // of the view that is shown
 let shown = null; // the part of the x axis, as [from, to]; null: all
 let newest = null; // what was drawn last: { panel, runs, chosen }
-let fetched = { address: "", etag: "", runs: [] };
+let fetched = null; // the curves that are drawn: { address, etag, runs }
+let turn = 0; // of the newest call of `draw`
 let library;
 
 function loadLibrary() {
@@ -26,27 +27,32 @@ function loadLibrary() {
   return library;
 }
 
+// Returns the curves of runs; null: there is no server.
 async function fetchCurves(view, drawn) {
   const query = new URLSearchParams({ view });
   drawn.forEach((name) => query.append("drawn", name));
   const address = `/live/${language}/curves?${query}`;
-  const headers = fetched.address === address ? { "If-None-Match": fetched.etag } : {};
+  const known = fetched?.address === address ? fetched : null;
+  const headers = known ? { "If-None-Match": known.etag } : {};
   const response = await fetch(address, { headers, cache: "no-store" }).catch(() => null);
-  if (response?.ok) fetched = { address, etag: response.headers.get("ETag"), runs: await response.json() };
-  return fetched.runs;
+  return response?.ok ? { address, etag: response.headers.get("ETag"), runs: await response.json() } : known;
 }
 
-// Draws the charts of a view, or nothing while there is no server; `drawn` are the runs at the places of their colours.
+// Draws the charts of a view; `drawn` are the runs at the places of their colours. Returns false where
+// it drew nothing: there is no server, or another call has begun since.
 export async function draw(panel, view, chosen, drawn) {
-  const [Chart, runs] = await Promise.all([loadLibrary(), fetchCurves(view, drawn)]);
-  if (!Chart) return;
-  const chosenFirst = [...runs].sort((one, other) => (other.name === chosen) - (one.name === chosen));
+  const mine = ++turn;
+  const [Chart, curves] = await Promise.all([loadLibrary(), fetchCurves(view, drawn)]);
+  if (!Chart || !curves || mine !== turn) return false;
+  fetched = curves;
+  const chosenFirst = [...curves.runs].sort((one, other) => (other.name === chosen) - (one.name === chosen));
   if (newest?.chosen !== chosen) shown = null;
   newest = { panel, runs: chosenFirst, chosen };
   const elements = [...panel.querySelectorAll(".plot")];
   plots.filter((plot) => !elements.includes(plot.element)).forEach((plot) => plot.chart.destroy());
   plots = elements.map((element) => plots.find((plot) => plot.element === element) ?? new Plot(Chart, element));
   drawAll();
+  return true;
 }
 
 function drawAll() {
@@ -157,6 +163,8 @@ class Plot {
     const figure = this.element.closest("[data-chart]");
     const [name, caption] = [figure.dataset.chart, figure.querySelector("figcaption").textContent];
     const [ink, line] = [colour("--soft"), colour("--line")];
+    this.cursorColour = ink;
+    this.partColour = Chart.helpers.color(colour("--focus")).alpha(0.2).rgbString();
     this.axis = axis;
     this.words = words;
     this.curves = []; // with a name each, as they are read out
@@ -207,11 +215,11 @@ class Plot {
     const pixel = this.cursor === undefined || this.cursor === null ? null : x.getPixelForValue(this.cursor);
     ctx.save();
     if (this.from !== null && this.to !== undefined) {
-      ctx.fillStyle = this.Chart.helpers.color(colour("--focus")).alpha(0.2).rgbString();
+      ctx.fillStyle = this.partColour;
       ctx.fillRect(this.from, area.top, this.to - this.from, area.bottom - area.top);
     }
     if (pixel !== null && pixel >= area.left && pixel <= area.right) {
-      ctx.strokeStyle = colour("--soft");
+      ctx.strokeStyle = this.cursorColour;
       ctx.beginPath();
       ctx.moveTo(pixel, area.top);
       ctx.lineTo(pixel, area.bottom);
@@ -248,12 +256,13 @@ class Plot {
       .filter(({ y }) => y !== undefined);
   }
 
-  // Returns the place of a pointer on the x axis, moved to a point of the first curve.
+  // Returns the place of a pointer on the x axis.
   valueAt(event) {
     const { left } = this.canvas.getBoundingClientRect();
     return this.scale.getValueForPixel(event.clientX - left);
   }
 
+  // Returns the place of the first curve's nearest point; null: it has none.
   snapped(x) {
     return nearest(this.curves[0]?.points ?? [], x)?.x ?? null;
   }

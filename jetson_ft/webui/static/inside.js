@@ -1,5 +1,5 @@
 // The Inside tab: a form, and views that the script of jetson_ft/inside draws.
-import { announce, language, onTabShown } from "./shell.js";
+import { announce, language, onTabShown, request, send } from "./shell.js";
 
 const page = () => document.getElementById("inside-page");
 const form = () => document.getElementById("inside-form");
@@ -12,15 +12,20 @@ async function open() {
     return;
   }
   if (form()) return;
+  const { drawing } = page().dataset;
+  try {
+    const response = await request(`/live/${language}/inside`);
+    const [html, script] = await Promise.all([response.text(), import(`${drawing}/inside.js`)]);
+    if (form()) return;
+    draw = script.draw;
+    page().innerHTML = html;
+  } catch (error) { // the tab tries again when it is shown again
+    page().textContent = error.message;
+    return;
+  }
   const style = document.createElement("link");
-  Object.assign(style, { rel: "stylesheet", href: `${page().dataset.drawing}/inside.css` });
+  Object.assign(style, { rel: "stylesheet", href: `${drawing}/inside.css` });
   document.head.append(style);
-  const [response, drawing] = await Promise.all([
-    fetch(`/live/${language}/inside`), import(`${page().dataset.drawing}/inside.js`),
-  ]);
-  if (form() || !response.ok) return;
-  draw = drawing.draw;
-  page().innerHTML = await response.text();
   texts = JSON.parse(form().dataset.texts);
   form().addEventListener("submit", (event) => { event.preventDefault(); show(); });
   form().addEventListener("input", change);
@@ -87,18 +92,15 @@ async function answer({ model, panel: asked, views, options }) {
   status.textContent = loaded === model ? form().dataset.busy : form().dataset.loading;
   const drawn = [];
   for (const view of views) {
-    const response = await fetch(`/inside/${view}`, {
-      method: "POST", headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ model, options: optionsOf(view, options) }),
-    });
-    const result = await response.json().catch(() => ({ what: response.statusText }));
-    if (!response.ok) {
+    try {
+      const response = await send(`/inside/${view}`, { model, options: optionsOf(view, options) });
+      drawn.push([view, await response.json()]);
+    } catch ({ message }) {
       status.textContent = "";
-      error.textContent = [result.what, result.where, result.fix].filter(Boolean).join(" ");
+      error.textContent = message;
       return;
     }
     loaded = model;
-    drawn.push([view, result]);
   }
   status.textContent = error.textContent = "";
   if (asked !== panel()) return; // another one has been chosen since

@@ -47,7 +47,7 @@ function morphNode(old, next) {
     if (!KEPT.includes(name) && !next.hasAttribute(name)) old.removeAttribute(name);
   }
   for (const { name, value } of next.attributes) {
-    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+    if (!KEPT.includes(name) && old.getAttribute(name) !== value) old.setAttribute(name, value);
   }
   morphChildren(old, next);
 }

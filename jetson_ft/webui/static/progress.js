@@ -1,6 +1,6 @@
 // The live run's progress in the page's title, and a notification when a run ends. While no run is
 // live, nothing is fetched after the first answer.
-import { language, toast } from "./shell.js";
+import { language, request, toast } from "./shell.js";
 
 const SECONDS = 10;
 const KEY = "jetson-ft-notify";
@@ -15,13 +15,12 @@ function applyTitle() {
 
 async function update() {
   clearTimeout(timer);
-  timer = undefined;
+  timer = setTimeout(update, 1000 * SECONDS);
   const query = new URLSearchParams([...watched].map((name) => ["watched", name]));
   let runs;
   try {
-    runs = await (await fetch(`/progress/${language}?${query}`, { cache: "no-store" })).json();
-  } catch { // no server
-    timer = setTimeout(update, 1000 * SECONDS);
+    runs = await (await request(`/progress/${language}?${query}`, { cache: "no-store" })).json();
+  } catch { // no server, or a busy one
     return;
   }
   const live = runs.filter((run) => run.is_live);
@@ -29,18 +28,26 @@ async function update() {
   const part = first && (first.share === null ? first.state : `${Math.round(100 * first.share)} %`);
   progress = first ? `${part} · ` : "";
   applyTitle();
-  runs.filter((run) => !run.is_live && watched.has(run.name)).forEach(notify);
+  const ended = runs.filter((run) => !run.is_live && watched.has(run.name));
   watched = new Set(live.map((run) => run.name));
-  if (live.length) timer = setTimeout(update, 1000 * SECONDS);
+  if (!live.length) {
+    clearTimeout(timer);
+    timer = undefined;
+  }
+  ended.forEach(notify);
 }
 
 function notify(run) {
   if (!isOn()) return;
-  const notice = new Notification(run.title, { body: run.state, tag: run.name });
-  notice.onclick = () => {
-    window.focus();
-    window.jetsonFt.choose(run.name);
-  };
+  try {
+    const notice = new Notification(run.title, { body: run.state, tag: run.name });
+    notice.onclick = () => {
+      window.focus();
+      window.jetsonFt.choose(run.name);
+    };
+  } catch { // Chrome on Android has notifications of service workers alone
+    toast(`${run.title}: ${run.state}`);
+  }
 }
 
 const isOn = () => window.isSecureContext && "Notification" in window

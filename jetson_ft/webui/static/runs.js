@@ -1,6 +1,6 @@
 // The Runs tab: fetches the fragments that are shown, changes what differs, sends clicks.
 import { morph } from "./morph.js";
-import { confirmDialog, language, onTabShown, post, shownTab } from "./shell.js";
+import { confirmDialog, language, moveByKey, onTabShown, post, shownTab } from "./shell.js";
 
 const MAX_DRAWN = 6; // runs drawn together: the number of colours
 const SECONDS = 2.5; // between two refreshes
@@ -18,6 +18,7 @@ const asked = new URLSearchParams(location.search).get("run");
 const fragments = new Map(); // id of an element -> { address, etag }
 const wanted = new Map(); // id of an element -> address of the request whose answer it gets
 let charts; // the module that draws them, once one is needed
+let isUndrawn = false; // the view has charts that have not been drawn since it changed
 
 const byId = (id) => document.getElementById(id);
 const isShown = () => shownTab() === "runs" && byId("run-page") !== null;
@@ -80,6 +81,7 @@ async function refreshRuns() {
   const list = swap("run-list", `/live/${language}/runs?${listed}`);
   if (!state.chosen) {
     await list;
+    if (state.chosen) return; // by a person, meanwhile
     const first = document.querySelector("#run-list [data-choose]");
     if (first) choose(first.dataset.choose);
     else clear("run-head", "run-view");
@@ -97,9 +99,10 @@ async function refreshRuns() {
     forget(state.chosen);
     return;
   }
-  if (view === 200 && byId("run-view").querySelector(".plot")) {
+  if (view === 200) isUndrawn = byId("run-view").querySelector(".plot") !== null;
+  if (isUndrawn) {
     charts ??= import("./charts.js");
-    await (await charts).draw(byId("run-view"), state.view, state.chosen, state.drawn);
+    isUndrawn = !(await (await charts).draw(byId("run-view"), state.view, state.chosen, state.drawn));
   }
 }
 
@@ -182,12 +185,12 @@ async function submit(form) {
 }
 
 document.addEventListener("click", async (event) => {
-  const button = event.target.closest("[data-choose], [data-draw], [data-do], [data-view], [data-chat], #runs-table");
+  const button = event.target.closest("[data-choose], [data-draw], [data-do], [data-view], [data-chat-with], #runs-table");
   if (!button) return;
   if (button.dataset.choose) choose(button.dataset.choose);
   else if (button.dataset.draw) compare(button.dataset.draw);
   else if (button.dataset.view) show(button.dataset.view);
-  else if (button.dataset.chat) window.jetsonFt.chatWith(button.dataset.chat);
+  else if (button.dataset.chatWith) window.jetsonFt.chatWith(button.dataset.chatWith);
   else if (button.id === "runs-table") {
     state.table = !state.table;
     save();
@@ -206,19 +209,7 @@ document.addEventListener("input", (event) => {
   refresh();
 });
 document.addEventListener("keydown", (event) => {
-  const tab = event.target.closest?.("#run-head [role=tab]");
-  if (!tab) return;
-  const tabs = [...tab.parentElement.children];
-  const place = tabs.indexOf(tab);
-  const places = {
-    ArrowLeft: (place + tabs.length - 1) % tabs.length, ArrowRight: (place + 1) % tabs.length,
-    Home: 0, End: tabs.length - 1,
-  };
-  const next = tabs[places[event.key]];
-  if (!next) return;
-  event.preventDefault();
-  next.focus();
-  show(next.dataset.view);
+  moveByKey(event, [...document.querySelectorAll("#run-head [role=tab]")]);
 });
 
 // Gradio makes the tab's content when it is first opened.

@@ -16,16 +16,31 @@ export function toast(text) {
   setTimeout(() => box.remove(), 8000);
 }
 
+// Returns the response of a request. Throws an error whose message is for people.
+export async function request(address, options) {
+  const { noServer } = document.getElementById("announcer").dataset;
+  const response = await fetch(address, options).catch(() => { throw new Error(noServer); });
+  if (response.ok) return response;
+  const error = await response.json().catch(() => ({ what: response.statusText }));
+  const text = [error.what, error.where, error.fix].filter(Boolean).join("\n");
+  throw new Error(text || response.statusText);
+}
+
+// Posts a value as JSON, or nothing; otherwise as `request`.
+export function send(address, body) {
+  const headers = body ? { "Content-Type": "application/json" } : {};
+  return request(address, { method: "POST", headers, body: body && JSON.stringify(body) });
+}
+
 // Posts an action to a run; shows its error. Returns whether it was done.
 export async function post(name, action, body) {
-  const headers = body ? { "Content-Type": "application/json" } : {};
-  const response = await fetch(`/runs/${encodeURIComponent(name)}/${action}`, {
-    method: "POST", headers, body: body && JSON.stringify(body),
-  });
-  if (response.ok) return true;
-  const error = await response.json().catch(() => ({ what: response.statusText }));
-  toast([error.what, error.where, error.fix].filter(Boolean).join("\n"));
-  return false;
+  try {
+    await send(`/runs/${encodeURIComponent(name)}/${action}`, body);
+    return true;
+  } catch (error) {
+    toast(error.message);
+    return false;
+  }
 }
 
 // Saves a text as a file of the browser's machine.
@@ -72,7 +87,6 @@ document.addEventListener("click", (event) => {
 
 function speak(chosen) {
   document.cookie = `jetson-ft-language=${chosen}; path=/; max-age=31536000; samesite=strict`;
-  keepScroll();
   location.href = `/${chosen}/${location.search}${location.hash}`;
 }
 
@@ -129,9 +143,12 @@ function noticeTab() {
     if (button.tabIndex !== tabIndex) button.tabIndex = tabIndex;
   }
   if (shownTab() === shown) return;
+  const address = new URL(location.href); // Gradio's `<base>` has no query: "#tab" alone would remove it
+  if (shown) address.search = ""; // at first the server has yet to read it
   shown = shownTab();
   if (!shown) return;
-  if (location.hash.slice(1) !== shown) history.replaceState(history.state, "", `#${shown}`);
+  address.hash = shown;
+  if (address.hash !== location.hash) history.replaceState(history.state, "", address);
   const tab = shown;
   whenMade(tab, () => document.dispatchEvent(new CustomEvent("tab-shown", { detail: tab })));
 }
@@ -142,8 +159,8 @@ function openTab() {
   tabs().find((tab) => tabOf(tab) === named)?.click();
 }
 
-function moveByKey(event) {
-  const buttons = tabs();
+// Has the arrow keys, Home and End press one of the buttons of a list, where one has the focus.
+export function moveByKey(event, buttons) {
   const at = buttons.indexOf(event.target);
   const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: -1 }[event.key];
   if (at < 0 || to === undefined) return;
@@ -171,7 +188,7 @@ setTimeout(reveal, 3000);
 whenDrawn(() => {
   openTab();
   const list = document.querySelector("#tabs [role=tablist]");
-  list.addEventListener("keydown", moveByKey);
+  list.addEventListener("keydown", (event) => moveByKey(event, tabs()));
   new MutationObserver(noticeTab).observe(list, { attributeFilter: ["aria-selected"], subtree: true });
   noticeTab();
   restoreScroll();

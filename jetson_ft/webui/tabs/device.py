@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.hardware import cgroup, jetpack
 from jetson_ft.hardware.sensors.reading import THROTTLES_AT, Reading
 from jetson_ft.hardware.sensors.source import Telemetry
+from jetson_ft.webui import api
 from jetson_ft.webui.cli_json import run_cli_json
 from jetson_ft.webui.gradio_import import gr
 from jetson_ft.webui.render import Locale, render
@@ -40,9 +41,10 @@ def router(runs: Path) -> APIRouter:
     routes, doctor, gauges = APIRouter(), Doctor(runs), Gauges()
 
     @routes.get("/live/{language}/device")
-    def findings(language: str) -> HTMLResponse:
-        doctor.examine(_CACHE_SECONDS)
-        return HTMLResponse(doctor.html(Locale(language)))
+    def findings(request: Request, language: str, opened: bool = False) -> Response:
+        if opened:  # not while the tab stays open: the examination works on the GPU
+            doctor.examine(_CACHE_SECONDS)
+        return api.fragment(request, doctor.html(Locale(language)))
 
     @routes.post("/device/examine")
     def examine() -> HTMLResponse:
@@ -81,11 +83,6 @@ class Doctor:
                 return
             self._examining = threading.Thread(target=self._run, daemon=True, name="doctor")
             self._examining.start()
-
-    def wait(self) -> None:
-        """Wait for the end of the examination that runs."""
-        if self._examining:
-            self._examining.join()
 
     def html(self, t: Locale) -> str:
         """Return the findings, those that need something first."""

@@ -18,12 +18,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LightRuns]:
     with pytest.MonkeyPatch.context() as patch:
         change_children(LIGHT_PIPELINE, folder, patch)
         light = LightRuns(folder)
-        copy_finished(light.root, "20260101-000000-finished")
-        light.wait(light.launch("refused"), "failed")
-        light.worker(light.launch("endless"))
-        light.wait(light.launch("waiting"), "queued")
-        yield light
-        light.close()
+        try:
+            copy_finished(light.root, "20260101-000000-finished")
+            light.wait(light.launch("refused"), "failed")
+            light.worker(light.launch("endless"))
+            light.wait(light.launch("waiting"), "queued")
+            yield light
+        finally:
+            light.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from in_browser import TABS, choose_tab, open_tab
+from program import invoke
 from run_folders import copy_finished
 from scripted_chat import SITE
-from served import Served
+from served import Serve, Served
 from workbench import LightRuns, change_children
 
+from jetson_ft.hardware import doctor
+from jetson_ft.hardware.doctor.finding import failure, warning
 from jetson_ft.runs import store
+from jetson_ft.webui.render import Locale, render
+from jetson_ft.webui.tabs.device import fix_parts
+from jetson_ft.webui.tabs.inside import PANELS
 
 axe_playwright = pytest.importorskip(
     "axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed"
 )
+expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 pytestmark = pytest.mark.slow
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
 # What Gradio causes and no style or script of ours can change: rule -> the reason.
@@ -122,13 +131,11 @@ def test_without_runs(page: Any, empty: Served) -> None:
 
 
 @pytest.fixture
-def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def scripted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve) -> Served:
     """Return a server of one run, with answers of a script in place of a model."""
     copy_finished(tmp_path / "runs")
     change_children(SITE, tmp_path, monkeypatch)
-    server = Served(tmp_path)
-    yield server
-    server.kill()
+    return serve()
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +146,51 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Any:
     server.kill()
 
 
-def test_the_login(page: Any, tmp_path: Path) -> None:
-    server = Served(tmp_path, "--host", "0.0.0.0")
-    page.goto(server.base)
+def test_inside_with_each_view(page: Any, served: Served, runs: LightRuns) -> None:
+    stored = Path(__file__).parents[2] / "versions" / "1" / "model"
+    shutil.copytree(stored, runs.root.parent / "model")  # where the finished run's recipe has it
+    open_tab(page, served, "inside")
+    page.locator("#inside-form select").select_option("20260101-000000-finished")
+    for name, panel in PANELS.items():
+        page.locator(f"#inside-form input[value={name}]").check(force=True)
+        if name == "tokens":  # chosen from the start
+            page.get_by_role("button", name="Show").click()
+        expect(page.locator("#inside-views article.inside")).to_have_count(len(panel.views))
+        assert_accessible(page, f"inside: {name}")
+
+
+def test_a_page_of_the_command_inspect(page: Any, tiny_phi: Path, tmp_path: Path) -> None:
+    html = tmp_path / "view.html"
+    invoke("inspect", "attention", tiny_phi, "一只猫", "--html", html)
+    page.goto(html.as_uri())
+    page.locator("article.inside").first.wait_for()
+    assert_accessible(page, "inspect --html")
+
+
+def test_device_with_a_failure_and_a_warning(page: Any, served: Served) -> None:
+    checks = doctor.as_json([
+        failure("jetpack.old", "{l4t}", "Flash JetPack 6.2 or 7.2.", l4t="r35"),
+        warning("power.slower", "{mode}; {best} is faster", "sudo nvpmodel -m {id}",
+                mode="15W", best="MAXN", id=2),
+    ])["checks"]  # fmt: skip
+    findings = render(
+        "findings.jinja", Locale("en"), examining=False, error=None, checks=checks, works=False,
+        fix_parts=fix_parts,
+    )  # fmt: skip
+    page.route(re.compile("/live/en/device"), lambda route: route.fulfill(body=findings))
+    open_tab(page, served, "device")
+    page.locator(".checks .failure").wait_for()
+    assert_accessible(page, "problems")
+
+
+def test_every_tab_in_chinese(page: Any, served: Served) -> None:
+    open_tab(page, served, language="zh_CN")
+    for tab in TABS:
+        choose_tab(page, tab)
+        page.wait_for_timeout(1000)
+        assert_accessible(page, f"{tab} in Chinese", LOOKS[:1])
+
+
+def test_the_login(page: Any, serve: Serve) -> None:
+    page.goto(serve("--host", "0.0.0.0").base)
     assert_accessible(page, "login", ALL_LOOKS)
-    server.kill()

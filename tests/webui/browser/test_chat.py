@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_browser import open_tab
+from in_browser import choose_tab, open_tab
 from run_folders import copy_finished
 from scripted_chat import CODE, SITE
 from served import Served
@@ -230,6 +230,19 @@ def test_history_is_kept_in_the_browser_and_exported(chat: Any) -> None:
     assert Path(download.value.path()).read_text(encoding="utf-8").startswith("> one\n\n[")
     chat.locator("#chat-history li", has_text="two").get_by_role("button", name="Delete").click()
     assert chat.locator("#chat-history li").count() == 1
+
+
+def test_a_conversation_is_still_there_after_its_menu_and_another_tab(chat: Any) -> None:
+    chat.get_by_role("button", name="New chat").click()
+    chat.locator("#chat-a .example").first.wait_for()
+    ask(chat, "one")
+    for _press in range(2):
+        chat.get_by_role("button", name="Settings").click()
+    choose_tab(chat, "runs")
+    choose_tab(chat, "chat")
+    chat.wait_for_timeout(1000)  # for the server's answer, which could replace it
+    assert questions(chat, "a") == ["one"]
+    assert chat.locator("#chat-a label").first.inner_text().startswith(NEWEST_LABEL)
 
 
 @pytest.mark.parametrize(("width", "height"), [(1440, 900), (390, 664)])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_browser import choose_tab
 from served import Served
 from workbench import LightRuns
 
@@ -50,3 +51,16 @@ def test_a_slider_draws_the_distribution_again(page: Any, served: Served) -> Non
     page.locator("#inside-form select[name=model]").evaluate("box => { box.value = 'nothing' }")
     page.get_by_role("button", name="Show").click()
     sync_api.expect(page.locator("#inside-error")).not_to_be_empty(timeout=TIMEOUT)
+
+
+def test_requests_that_fail_are_reported_and_made_again(page: Any, served: Served) -> None:
+    page.route("**/live/en/inside", lambda route: route.abort(), times=1)
+    page.goto(f"{served.base}/en/#inside")
+    message = "The page's server doesn't respond."
+    sync_api.expect(page.locator("#inside-page")).to_contain_text(message)
+    choose_tab(page, "runs")
+    choose_tab(page, "inside")
+    page.route("**/inside/*", lambda route: route.abort(), times=1)
+    page.get_by_role("button", name="Show").click()
+    sync_api.expect(page.locator("#inside-error")).to_contain_text(message)
+    sync_api.expect(page.locator("#inside-status")).to_be_empty()

@@ -15,6 +15,8 @@ from workbench import LightRuns
 from jetson_ft.runs import manager
 from jetson_ft.runs.store import Run
 
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+expect = sync_api.expect
 pytestmark = pytest.mark.slow(minutes=0.5)
 NAMES = ("20260101-000000-a", "20260102-000000-b", "20260103-000000-c")
 
@@ -91,6 +93,61 @@ def test_a_log_is_searched_while_the_focus_stays(runs_page: Any, views: LightRun
     assert field.input_value() == "two"
     assert field.evaluate("field => field === document.activeElement")
     assert runs_page.locator("#log-lines").inner_text().split("\n") == ["W x: two", "Two", ""]
+
+
+def test_a_log_is_copied(runs_page: Any, views: LightRuns) -> None:
+    lines = "one\nW x: <b>two</b>\n中文\n"
+    (views.root / NAMES[0] / "log.txt").write_text(lines)
+    runs_page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    runs_page.locator("#view-log").click()
+    runs_page.locator("#log-lines", has_text="中文").wait_for()
+    runs_page.get_by_role("button", name="Copy", exact=True).click()
+    assert runs_page.evaluate("navigator.clipboard.readText()").rstrip() == lines.rstrip()
+    assert runs_page.locator("#announcer").inner_text() == "Copied"
+
+
+def test_checked_boxes_look_checked(runs_page: Any) -> None:
+    """Gradio's mark is white, so that it is seen only on a ground of another colour."""
+
+    def look(box: Any) -> str:
+        return str(box.evaluate("box => getComputedStyle(box).backgroundColor"))
+
+    runs_page.locator("#view-samples").click()
+    box = runs_page.locator("#samples-differ")
+    before = look(box)
+    box.check()
+    assert look(box) != before
+    runs_page.locator("#view-export").click()
+    chosen, other = (runs_page.locator("form.export [type=radio]").nth(place) for place in (0, 1))
+    before = look(other)
+    assert look(chosen) != before
+    other.check()
+    assert look(other) != before and look(chosen) == before
+
+
+def test_the_name_of_a_run_is_the_heading_of_its_report(runs_page: Any) -> None:
+    runs_page.locator("#run-rename").click()
+    runs_page.locator(".run-name [name=title]").fill("Poems <2>")
+    runs_page.locator(".run-name").get_by_role("button", name="Save").click()
+    runs_page.locator("#run-head h2", has_text="Poems <2>").wait_for()
+    with runs_page.expect_popup() as popup:
+        runs_page.get_by_role("link", name="Report").click()
+    report = popup.value
+    assert report.locator("h1").inner_text() == "Poems <2>"
+    assert report.title() == "Poems <2> · jetson-ft"
+
+
+def test_use_again_puts_a_runs_settings_into_the_form(runs_page: Any, views: LightRuns) -> None:
+    runs_page.get_by_role("link", name="Use again").click()
+    expect(runs_page.locator("#goal-notice")).to_contain_text(Run(views.root / NAMES[0]).title())
+    expect(runs_page.locator("#field-lora-rank input")).to_have_value("2")  # its recipe's
+
+
+def test_chat_opens_with_the_run(runs_page: Any, views: LightRuns) -> None:
+    runs_page.get_by_role("button", name="Chat", exact=True).click()
+    title = Run(views.root / NAMES[0]).title()
+    expect(runs_page.locator("#chat-a label").first).to_have_text(title, timeout=10_000)
+    assert runs_page.evaluate("location.hash") == "#chat"
 
 
 def test_the_table_sorts_compares_and_opens_a_run(runs_page: Any) -> None:

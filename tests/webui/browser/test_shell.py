@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
 import pytest
 from in_browser import TABS, choose_tab, open_tab
+from script_modules import load_script
 from served import Served
 
-from jetson_ft.hardware.detect import usable_cores
+from jetson_ft.webui.theme import STATIC
 
 pytestmark = pytest.mark.slow
 SELECTED = "document.querySelector('#tabs [aria-selected=true]')?.dataset.tabId"
@@ -82,12 +82,38 @@ def test_the_place_on_a_page_is_kept_over_a_reload(page: Any, served: Served) ->
     page.wait_for_function("scrollY === 300")
 
 
+def test_the_place_on_a_page_is_kept_over_a_change_of_language(page: Any, served: Served) -> None:
+    page.set_viewport_size({"width": 390, "height": 500})
+    open_tab(page, served)
+    page.wait_for_function("document.body.scrollHeight > 900")
+    page.evaluate("scrollTo(0, 300)")
+    page.locator("[data-language=zh_CN]").evaluate("button => button.click()")
+    page.wait_for_url("**/zh_CN/**")
+    page.wait_for_function("scrollY === 300")
+
+
+def test_an_update_leaves_what_a_person_opened_or_closed(page: Any, served: Served) -> None:
+    open_tab(page, served)
+    before, after = (f"<details open><summary>{text}</summary></details>" for text in "12")
+    text, is_open = page.evaluate(
+        """async ([script, before, after]) => {
+            const { morph } = await import(script);
+            const element = document.createElement("div");
+            morph(element, before);
+            element.firstElementChild.open = false;
+            morph(element, after);
+            return [element.textContent, element.firstElementChild.open];
+        }""",
+        [f"{STATIC}/morph.js", before, after],
+    )
+    assert text == "2" and not is_open
+
+
 def test_only_the_shown_tab_polls(page: Any, served: Served) -> None:
-    """With the other tab, or with the window in the background, nothing is requested."""
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
     open_tab(page, served, "device")
-    with page.expect_request("**/gauges"), page.expect_request("**/device"):
+    with page.expect_request("**/gauges"), page.expect_request("**/device*"):
         pass
     choose_tab(page, "train")
     page.wait_for_timeout(500)
@@ -173,51 +199,14 @@ def test_eight_pages_load_and_answer(browser: Any, served: Served) -> None:
         page.locator("#run-detail h2, #device-findings h2").first.wait_for(timeout=20_000)
 
 
-def first_load(browser: Any, served: Served) -> tuple[float, float, float]:
-    """Return bytes received, layout shift, and seconds from the answer until Start is there."""
-    context = browser.new_context(viewport={"width": 1440, "height": 900}, locale="en-GB")
-    page = context.new_page()
-    network = context.new_cdp_session(page)
-    network.send("Network.enable")
-    received: list[float] = []
-    network.on("Network.loadingFinished", lambda event: received.append(event["encodedDataLength"]))
-    page.add_init_script(
-        """window.shift = 0;
-        new PerformanceObserver(list => list.getEntries().forEach(entry => {
-            shift += entry.hadRecentInput ? 0 : entry.value;
-        })).observe({ type: 'layout-shift', buffered: true });
-        new MutationObserver(() => {
-            if (document.querySelector('#train-tab button.primary'))
-                window.usable ??= performance.now();
-        }).observe(document, { childList: true, subtree: true });"""
-    )
-    page.goto(f"{served.base}/en/")
-    page.wait_for_function("window.usable")
-    page.wait_for_timeout(2000)
-    milliseconds, shift = page.evaluate(
-        "[usable - performance.getEntriesByType('navigation')[0].responseStart, shift]"
-    )
-    context.close()
-    return sum(received), shift, milliseconds / 1000
-
-
-def test_the_first_load_is_small_quick_and_does_not_shift(browser: Any, served: Served) -> None:
-    received, shift, seconds = first_load(browser, served)
-    assert received < 500_000 and shift < 0.1
-    others = max(1.0, os.getloadavg()[0] / usable_cores())  # which share the processor
-    assert seconds < 2.0 * others
-
-
-def test_a_second_load_fetches_the_document_alone(page: Any, served: Served) -> None:
-    open_tab(page, served)
-    page.wait_for_timeout(500)
-    fetched: list[str] = []
-    page.on("response", lambda response: fetched.append(response.url))
-    page.goto(f"{served.base}/en/?again=1")
-    choose_tab(page, "train")
-    from_server = [
-        url for url in fetched
-        if ("/assets/" in url or "/static/" in url)
-        and not page.evaluate(f"performance.getEntriesByName({url!r})[0]?.transferSize === 0")
-    ]  # fmt: skip
-    assert from_server == []
+@pytest.mark.slow(minutes=0.5)
+def test_loads_are_small_quick_and_do_not_shift(browser: Any, served: Served) -> None:
+    """A second load fetches no script and no style."""
+    measure = load_script("measure_page").measure_loads
+    loads = [measure(browser, f"{served.base}/en/") for _number in range(3)]
+    first, second = loads[0]
+    assert first.received < 500_000 and first.shift < 0.1 and second.shift < 0.1
+    assert min(load.seconds for load, _second in loads) < 2.0
+    files = re.compile("/assets/|/static/")
+    assert len([*filter(files.search, first.fetched)]) > 50
+    assert [*filter(files.search, second.fetched)] == []
