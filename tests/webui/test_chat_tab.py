@@ -324,9 +324,9 @@ def test_another_model_begins_another_conversation(tmp_path: Path) -> None:
     tab = ChatTab(Locale("en"), tmp_path, ChatClient(tmp_path))
     for first, second, compared in (("o/n", "o/n", NONE), ("o/n", OWN_BASE, NONE),
                                     ("o/n", BASE, BASE)):  # fmt: skip
-        updates = tab.choose(first, second)
-        assert value(updates[0]) == first and value(updates[1]) == compared
-        assert updates[2:] == ([], [])
+        updates = tab.choose(REQUEST, first, second)
+        assert value(updates[1]) == first and value(updates[2]) == compared
+        assert updates[3:] == ([], [])
 
 
 def test_opening_a_list_keeps_what_is_chosen(tmp_path: Path) -> None:

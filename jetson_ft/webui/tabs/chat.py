@@ -83,17 +83,17 @@ def build(t: Locale, runs: Path, client: ChatClient, tab: Any, allowed: AllowedP
     message.stop(chat.stop)
     quiet: Any = {"show_progress": "hidden"}
     # Cancelled before it is ended: the last part of an answer would come after what replaces it.
-    end: Any = {"fn": chat.end, "outputs": message, **quiet}
     for choice in models:
-        chosen = choice.input(None, cancels=answers).then(**end)
-        chosen = chosen.then(chat.choose, models, [*models, *panes], **quiet)
+        chosen = choice.input(None, cancels=answers).then(
+            chat.choose, models, [message, *models, *panes], **quiet
+        )
         chosen.then(chat.present, models, shown, **quiet)
         choice.focus(chat.refresh, first, models, **quiet)
     opened = tab.select(
         chat.open, [*models, wanted, pane], [*models, wanted], js="jetsonFt.chat.open", **quiet
     )
     opened.then(None, js="jetsonFt.chat.loadPending")
-    ended = load.click(None, cancels=answers).then(**end)
+    ended = load.click(None, cancels=answers).then(chat.end, outputs=message, **quiet)
     loaded = ended.then(None, [*models, *panes], [*models, *panes], js="jetsonFt.chat.take")
     for ready in (opened, loaded):
         ready.then(chat.present, models, shown, **quiet)

@@ -92,9 +92,9 @@ class ChatTab:
         self.stop(request)
         return self._composer(None)
 
-    def choose(self, first: str, second: str) -> tuple[Any, ...]:
+    def choose(self, request: gr.Request, first: str, second: str) -> tuple[Any, ...]:
         """Begin a new conversation with other models."""
-        return (*self._show_models(first, second), [], [])
+        return (self.end(request), *self._show_models(first, second), [], [])
 
     def training_pairs(self, first: str) -> str:
         """Return three questions with answers from the data of the first model's run, as JSON."""

@@ -111,6 +111,7 @@ def test_a_comparison_in_the_chat_and_its_drawers(page: Any, scripted: Served) -
     page.locator("#chat-a label", has_text="finished").wait_for()
     page.get_by_label("Compare with").click()
     page.get_by_role("option", name="(base)").first.click()
+    page.locator("#chat-b label").first.wait_for()
     for number, text in enumerate(("code", "long"), 1):
         page.get_by_role("textbox", name="Message").fill(text)
         page.keyboard.press("Enter")
