@@ -105,7 +105,7 @@ class ChatServer:
         from jetson_ft.chat import target
         from jetson_ft.chat.gguf_session import GgufSession
 
-        resolved = target.resolve_target(name, self.root)
+        resolved = target.with_weight_times(target.resolve_target(name, self.root))
         if isinstance(self.chat, GgufSession) and not self.chat.server.is_alive:
             self._unload()  # the kernel can end llama.cpp for lack of memory
         self.chat = next((chat for known, chat in self._chats if known == resolved), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +27,7 @@ class ChatTarget:
 
     recipe: Recipe
     adapter_dir: Path | None = None
-    # They differ after other weights were written to the same path.
+    # They differ after other weights were written to the same path; 0: see `with_weight_times`.
     adapter_mtime_ns: int = 0
     base_mtime_ns: int = 0  # of a local folder or GGUF file
     named_in: Path | None = None  # the adapter's file that names the base
@@ -72,13 +72,22 @@ def resolve_target(
     else:
         run = _latest_adapter_run(root) if name == "latest" else store.find_run(name, root)
         adapter_dir, recipe = run.require_adapter(), run.recipe()
-    weights = [adapter_dir / "adapter_model.safetensors"] if adapter_dir else []
     changes = {"model": model or recipe.model, "quantize": quantize or recipe.quantize}
-    recipe = recipe.model_copy(update=changes)
-    base_path = expand_user(recipe.model)
-    base_weights = [base_path, *base_path.glob("*.safetensors"), *base_path.glob("*.gguf")]
-    return ChatTarget(
-        recipe, adapter_dir, _newest_mtime_ns(weights), _newest_mtime_ns(base_weights), named_in
+    return ChatTarget(recipe.model_copy(update=changes), adapter_dir, named_in=named_in)
+
+
+def with_weight_times(target: ChatTarget) -> ChatTarget:
+    """Return the target with the times of its weights' last change.
+
+    Apart from `resolve_target`: the base can be a path that only a check of the target allows to
+    be looked at.
+    """
+    base = expand_user(target.recipe.model)
+    weights = [target.adapter_dir / "adapter_model.safetensors"] if target.adapter_dir else []
+    return replace(
+        target,
+        adapter_mtime_ns=_newest_mtime_ns(weights),
+        base_mtime_ns=_newest_mtime_ns([base, *base.glob("*.safetensors"), *base.glob("*.gguf")]),
     )
 
 

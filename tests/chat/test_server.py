@@ -74,7 +74,7 @@ def test_adapters_of_one_base_share_it(chat: Server, monkeypatch: pytest.MonkeyP
 
 def test_the_base_alone_stays_the_base_beside_an_adapter(chat: Server, finished: Any) -> None:
     model = finished.recipe().model
-    base = target.resolve_target(model, chat.root)
+    base = target.with_weight_times(target.resolve_target(model, chat.root))
     run = target.resolve_target("run-0", chat.root)
     precision = {"precision": run.recipe.precision}
     assert not target.shares_base(base, run), "it would be in another precision"
@@ -135,9 +135,8 @@ def test_a_file_for_llama_cpp_shares_nothing_with_a_run_on_it(
     pytest.importorskip("xllamacpp")
     file = write_gguf(tmp_path / "tiny.gguf", context=512)
     recipe = finished.recipe().model_copy(update={"model": str(file), "precision": "fp32"})
-    alone = target.resolve_target(str(file), tmp_path)
-    run = target.ChatTarget(recipe, finished.adapter, base_mtime_ns=alone.base_mtime_ns)
-    same = target.ChatTarget(recipe, base_mtime_ns=alone.base_mtime_ns)
+    run = target.ChatTarget(recipe, finished.adapter)
+    same = target.ChatTarget(recipe)
     assert target.shares_base(run, replace(run, adapter_dir=tmp_path))
     assert not target.shares_base(run, same) and not target.shares_base(same, run)
 
