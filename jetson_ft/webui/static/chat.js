@@ -258,6 +258,7 @@ const changes = new MutationObserver(() => {
   const panes = byId("chat-panes");
   placeRows(panes);
   addRetryButtons(panes);
+  shown?.panes.forEach(showNotes); // Gradio can draw a quick answer after `keep` has run
   nameSwitch();
   followAnswers();
   // Gradio calls its buttons of questions to begin with a list, which may have no buttons.
