@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from few_probes import IN_CHILDREN
 from huggingface_hub import ModelCard
 from openai import OpenAI
+from workbench import change_children
 
 # The quickstart, but shorter: steps, rows and replies.
 SETTINGS = (
@@ -24,8 +26,11 @@ SETTINGS = (
 
 
 @pytest.mark.slow(minutes=4)
-def test_from_the_quickstart_to_a_client_of_the_api(tmp_path: Path) -> None:
+def test_from_the_quickstart_to_a_client_of_the_api(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = train(tmp_path, "quickstart-zh")
+    change_children(IN_CHILDREN, tmp_path, monkeypatch, own_cache=False)
     second = train(tmp_path, "--fork", first.name, "--set", "train.seed=1")
 
     jetson_ft(tmp_path, "eval", first.name, "--output", "eval.json")

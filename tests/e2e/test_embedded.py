@@ -6,7 +6,6 @@ In fp32 it goes the same way through the page: tests/webui/test_journey.py.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from few_probes import IN_WORKERS
+from few_probes import IN_CHILDREN
 from workbench import change_children
 
 from jetson_ft.data.chat_template import encode_prompt
@@ -76,9 +75,7 @@ def test_embedded_model_learns_and_chats(
     quantize: str, expected: float, heldout_file: Path, nearly_the_same: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    cache = os.environ["JETSON_FT_CACHE"]
-    change_children(IN_WORKERS, tmp_path, monkeypatch)
-    monkeypatch.setenv("JETSON_FT_CACHE", cache)  # with the converted model
+    change_children(IN_CHILDREN, tmp_path, monkeypatch, own_cache=False)  # for the converted model
     sets = [
         f"quantize={quantize}", f"data.train={nearly_the_same}", f"data.heldout={heldout_file}",
         "train.max_minutes=null", "train.epochs=2", "train.max_steps=2",

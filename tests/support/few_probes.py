@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# For `workbench.change_children`.
-IN_WORKERS = f"""
+# For `workbench.change_children`: in workers, and in the command `eval`.
+IN_CHILDREN = f"""
 import sys
 
-if "jetson_ft.runs.worker" in sys.orig_argv:
+if {{"jetson_ft.runs.worker", "eval"}} & {{*sys.orig_argv}}:
     sys.path.append({str(Path(__file__).parent)!r})
     from few_probes import answer_few_probes
 

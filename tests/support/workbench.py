@@ -198,12 +198,15 @@ class LightRuns:
                 wait_for(lambda run=run: not is_live(run), 5.0)  # type: ignore[misc]
 
 
-def change_children(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the code in every Python process that is started, and give them a cache of their own."""
+def change_children(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: bool = True
+) -> None:
+    """Run the code in every Python process that is started; give them a cache of their own."""
     site = Path(tempfile.mkdtemp(prefix="site-", dir=tmp_path))
     (site / "sitecustomize.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
-    monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
+    if own_cache:
+        monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -13,10 +13,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from few_probes import IN_CHILDREN
 from light_jobs import LightJobs
 from run_folders import make_run
 from script_modules import load_script
 from served import Serve, Served
+from workbench import change_children
 
 from jetson_ft.runs import jobs, manager
 from jetson_ft.runs.store import Run, list_runs
@@ -118,8 +120,9 @@ def assert_panels_are_quick(served: Served, run: Run) -> None:
 
 
 def test_from_an_empty_folder_to_a_downloaded_adapter(
-    browser: Any, serve: Serve, rows: Path, tmp_path: Path
+    browser: Any, serve: Serve, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    change_children(IN_CHILDREN, tmp_path, monkeypatch, own_cache=False)
     served = serve()
     page = browser.new_page(viewport={"width": 1440, "height": 1000}, locale="en-GB")
     faults: list[str] = []
