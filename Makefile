@@ -80,9 +80,10 @@ test-fast: setup-dev ## the tests that take seconds
 test-all: setup-dev
 	$(call timed,tests,$(BIN)/python $(PYTEST))
 
-# Only the packages differ from test-all, so fewer random examples are enough.
+# Only the packages differ from test-all, so fewer random examples are enough, and what is
+# the same with any packages is not repeated.
 test-compat: setup-compat ## the fast tests once more with JetPack 6's packages (transformers 5.20.2, numpy 1.26)
-	$(call timed,fast tests with JetPack 6's packages,.venv-compat/bin/python $(PYTEST) -m "not slow" --hypothesis-profile=brief)
+	$(call timed,fast tests with JetPack 6's packages,.venv-compat/bin/python $(PYTEST) -m "not slow and not any_packages" --hypothesis-profile=brief)
 
 lint: setup-dev ## style, types, import directions, declared packages, Dockerfile
 	$(call timed,ruff,$(BIN)/ruff check && $(BIN)/ruff format --check)

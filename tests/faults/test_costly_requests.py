@@ -23,6 +23,8 @@ from jetson_ft.errors import UserError
 from jetson_ft.inference.generate import Sampling
 from jetson_ft.webui import cli_json, limits
 
+pytestmark = pytest.mark.any_packages
+
 # Costly questions
 
 

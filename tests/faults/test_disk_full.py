@@ -23,6 +23,8 @@ from jetson_ft.runs import exit_status, manager, store
 from jetson_ft.runs.store import Run
 from jetson_ft.training import checkpoint
 
+pytestmark = pytest.mark.any_packages
+
 KIB = 1024
 # Where the disk becomes full, and the KiB that are left then.
 MOMENTS = [

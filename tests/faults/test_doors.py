@@ -25,6 +25,8 @@ from jetson_ft.webui.allowed_paths import AllowedPaths
 from jetson_ft.webui.security import AccessPolicy
 from jetson_ft.webui.tabs import device, train_summary
 
+pytestmark = pytest.mark.any_packages
+
 QUEUED = 16  # calls at once: a longer queue is refused
 CANARY = "canary-5d1f0c"
 HOME = "http://127.0.0.1:7860"

@@ -21,6 +21,8 @@ from jetson_ft.runs.locks import lock
 from jetson_ft.runs.processes import DistributedConfig, read_distributed_config
 from jetson_ft.runs.store import Run
 
+pytestmark = pytest.mark.any_packages
+
 
 def worker_processes(run: Run) -> list[psutil.Process]:
     """Return the living workers and launchers of a run, in any phase of their start."""

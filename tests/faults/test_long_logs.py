@@ -29,6 +29,8 @@ from jetson_ft.runs.monitor import RunMonitor
 from jetson_ft.runs.report import summary
 from jetson_ft.runs.store import Run
 
+pytestmark = pytest.mark.any_packages
+
 LONG, SHORT = "20260102-000000-long", "20260101-000000-short"
 MEGABYTES = 200
 

@@ -19,6 +19,8 @@ from served import Served
 from jetson_ft.runs import manager, store
 from jetson_ft.runs.store import Run
 
+pytestmark = pytest.mark.any_packages
+
 
 class LightPage:
     """The page's server; runs that it starts are light ones."""

@@ -33,6 +33,8 @@ from jetson_ft.webui import security
 from jetson_ft.webui.security import AccessMiddleware, AccessPolicy, stays_on_host
 from jetson_ft.webui.theme import STATIC
 
+pytestmark = pytest.mark.any_packages
+
 MIB = 2**20
 
 
@@ -202,8 +204,10 @@ def test_flood_of_one_address_gets_429_and_others_are_answered(page: TokenPage) 
     with page.client() as flooding, page.client() as other:
         statuses = Counter(flooding.get("/healthz").status_code for _ in range(800))
         assert statuses[200] >= 400 and statuses[429] > 50
-        refused = flooding.get("/live/en/runs")
-        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        # A single request can come so late that it is answered.
+        answers = (flooding.get("/live/en/runs") for _ in range(100))
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1
         assert "Too many requests" in refused.text
         assert other.get("/live/en/runs").status_code == 200
         time.sleep(1.0)

@@ -21,6 +21,8 @@ from jetson_ft.runs import interrupted, manager, store
 from jetson_ft.runs.processes import DistributedConfig
 from jetson_ft.runs.store import Run
 
+pytestmark = pytest.mark.any_packages
+
 
 def launch(light_runs: Any, label: str, config: DistributedConfig | None = None, **run: Any) -> Run:
     """Launch a light run with settings of the recipe's section `run`."""

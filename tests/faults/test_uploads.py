@@ -27,6 +27,8 @@ from jetson_ft.webui import server, uploads
 from jetson_ft.webui.tabs.train_data import sources_of
 from jetson_ft.webui.uploads import Incoming, safe_file_name
 
+pytestmark = pytest.mark.any_packages
+
 FORM = {"Content-Type": "multipart/form-data; boundary=B"}
 UPLOAD = "/en/gradio_api/upload"
 DAY = 24 * 3600

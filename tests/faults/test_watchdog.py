@@ -14,6 +14,8 @@ from jetson_ft.recipe import Recipe
 from jetson_ft.runs import hang, manager, store
 from jetson_ft.runs.store import Run
 
+pytestmark = pytest.mark.any_packages
+
 
 @pytest.fixture(autouse=True)
 def _short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
