@@ -181,8 +181,8 @@ _TEXTS = {
         "Choose a token to see what else each side would have written there. The three coloured "
         "ones are where the two differ most."
     ),
-    "previous": _("Previous"),
-    "following": _("Next"),
+    "previous": _("Previous token"),
+    "following": _("Next token"),
     "chances_title": _("How likely each token was"),
     "chances_note": _(
         "The probability of the token that stands in the reply, given all before it."
