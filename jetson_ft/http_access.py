@@ -1,20 +1,22 @@
-"""What the page and the API check alike: hosts, origins, secrets, rates; and their socket."""
+"""What the page and the API check alike: hosts, origins, secrets, rates; and their server."""
 
 from __future__ import annotations
 
 import hmac
 import ipaddress
+import logging
 import re
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jetson_ft.errors import UserError, _
 
 if TYPE_CHECKING:
+    import uvicorn
     from starlette.datastructures import Headers
 
 
@@ -118,6 +120,27 @@ def listen(host: str, port: int) -> socket.socket:
             free=port + 1,
         ) from error
     return listener
+
+
+def make_server(app: Any, greet: Callable[[], None], **options: Any) -> uvicorn.Server:
+    """Return uvicorn's server of an application.
+
+    Args:
+        greet: called once the server handles Ctrl-C, which ends it cleanly from then on.
+        options: more of `uvicorn.Config`.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def main_loop(self) -> None:
+            greet()
+            await super().main_loop()
+
+    # Ctrl-C waits no longer than this for replies; uvicorn's errors about them are dropped.
+    options |= {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 2}
+    server = Server(uvicorn.Config(app, **options))
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
+    return server
 
 
 def host_of_address(address: str) -> str:

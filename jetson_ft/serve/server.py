@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jetson_ft.chat import memory_guard
 from jetson_ft.files import printable, quoted
 from jetson_ft.hardware import detect
-from jetson_ft.http_access import host_of_address, is_loopback, listen
+from jetson_ft.http_access import host_of_address, is_loopback, listen, make_server
 from jetson_ft.runs import processes, queue
 from jetson_ft.serve import models
 from jetson_ft.serve.engine import Engine
@@ -62,8 +60,6 @@ def serve(
 
     processes.silence_libraries()
     serving = models.prepare(names, runs, settings, report)
-    import uvicorn
-
     from jetson_ft.serve.app import Api
 
     def give_up() -> None:
@@ -82,24 +78,19 @@ def serve(
             context = min(context, serving.process.context)
         api = Api(engine, serving.models, context, _MAX_REQUESTS)
         app = api.app(key, host_names, origins)
-        # Ctrl-C waits no longer than this for replies; uvicorn's errors about them are dropped.
-        config: Any = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=2,
-            proxy_headers=False,  # else a client of this machine could choose its address
-        )
-        server = uvicorn.Server(config)
-        logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
         port = listener.getsockname()[1]
         address = f"http://{processes.reachable_address(host, port, reached_as)}/v1"
-        if as_json:
-            ready = [model.name for model in serving.models]
-            print(json.dumps({"schema": 1, "url": address, "models": ready, "api_key": key}))
-            sys.stdout.flush()
-        for line in serving.notes if as_json else _greeting(address, key, serving):
-            report(line)
+
+        def greet() -> None:
+            if as_json:
+                ready = [model.name for model in serving.models]
+                print(json.dumps({"schema": 1, "url": address, "models": ready, "api_key": key}))
+                sys.stdout.flush()
+            for line in serving.notes if as_json else _greeting(address, key, serving):
+                report(line)
+
+        # With proxy headers a client of this machine could choose its address.
+        server = make_server(app, greet, proxy_headers=False)
         server.run([listener])
     if engine.failure:
         raise engine.failure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from jetson_ft.errors import Message, UserError, _
 from jetson_ft.files import printable
-from jetson_ft.http_access import host_of_address, is_loopback, listen
+from jetson_ft.http_access import host_of_address, is_loopback, listen, make_server
 from jetson_ft.runs import processes
 from jetson_ft.runs.interrupted import take_up_runs
 from jetson_ft.webui.allowed_paths import AllowedPaths
@@ -48,29 +47,30 @@ def serve(
     policy = AccessPolicy(token, host_names, allowed=AllowedPaths(folders), incoming=incoming)
     listener = listen(host, port)
     upload_error = _prepare_uploads(incoming)
-    import uvicorn
-
     from jetson_ft.webui.page import make_app
 
     app = make_app(runs, policy)
-    print(f"open: {link(host, listener.getsockname()[1], policy.token, reached_as)}", flush=True)
-    if policy.token:
-        print("Everyone with this link can train and chat here; others are refused.", flush=True)
-    else:
-        print("From another machine: --host 0.0.0.0 (make webui HOST=0.0.0.0).", flush=True)
-    if folders is None:
-        print("The page can use every file that you can read (--allow-path FOLDER limits it).")
-    else:
-        names = ", ".join(map(str, folders))
-        print(f"The page can use files in {names} (--allow-path FOLDER adds one).", flush=True)
+
+    names = ", ".join(map(str, folders or ()))
+    lines = [
+        f"open: {link(host, listener.getsockname()[1], policy.token, reached_as)}",
+        "Everyone with this link can train and chat here; others are refused."
+        if policy.token
+        else "From another machine: --host 0.0.0.0 (make webui HOST=0.0.0.0).",
+        "The page can use every file that you can read (--allow-path FOLDER limits it)."
+        if folders is None
+        else f"The page can use files in {names} (--allow-path FOLDER adds one).",
+    ]
     if upload_error:
-        print(printable(f"warning: {upload_error}"), flush=True)
-    for line in take_up_runs(runs):
-        print(printable(line), flush=True)
-    # Ctrl-C waits no longer than this for open pages; uvicorn's errors about them are dropped.
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    logging.getLogger("uvicorn.error").addFilter(lambda record: not server.should_exit)
+        lines.append(f"warning: {upload_error}")
+
+    def greet() -> None:
+        for line in lines:
+            print(printable(line), flush=True)
+        for line in take_up_runs(runs):
+            print(printable(line), flush=True)
+
+    server = make_server(app, greet)
     try:
         server.run([listener])
     finally:

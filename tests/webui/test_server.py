@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -170,6 +171,21 @@ def test_a_resumable_run_is_named_at_the_start(tmp_path: Path) -> None:
         assert f"jetson-ft train --resume {run.name}" in lines
     finally:
         served.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_cleanly_as_soon_as_it_has_printed_its_link(
+    end: signal.Signals, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "jetson_ft.cli", "webui", "--port", "0"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout and process.stdout.readline().startswith("open: ")
+    process.send_signal(end)
+    output, _ = process.communicate(timeout=20)
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
