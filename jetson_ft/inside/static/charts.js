@@ -308,7 +308,7 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
     };
     context.fillStyle = ink;
     context.textBaseline = "middle";
-    const every = (length) => Math.ceil(12 / length);
+    const every = (length) => Math.ceil(16 / length); // pixels of a label, with the next one
     rows.forEach((text, row) => {
       if (row % every(high)) return;
       context.textAlign = "right";
