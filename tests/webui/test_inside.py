@@ -23,6 +23,7 @@ from jetson_ft.inside.views import VIEWS
 from jetson_ft.recipe import Recipe
 from jetson_ft.runs import store
 from jetson_ft.runs.queue import QueueTicket
+from jetson_ft.runs.store import Run
 from jetson_ft.webui import api
 from jetson_ft.webui.allowed_paths import EVERY_PATH, AllowedPaths
 from jetson_ft.webui.tabs import inside
@@ -30,6 +31,7 @@ from jetson_ft.webui.tabs.chat_sampling import SLIDERS
 
 VERSION = Path(__file__).parents[1] / "versions" / "1"
 RUN = "20260101-000000-finished"
+ASKED: dict[str, Any] = {"model": RUN, "options": {"text": "你好"}}
 
 
 def client_of(chat: ChatClient, allowed: AllowedPaths = EVERY_PATH) -> TestClient:
@@ -45,6 +47,15 @@ def chat(tmp_path: Path) -> Iterator[ChatClient]:
     client = ChatClient(tmp_path)
     yield client
     client.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a finished run, in whose folder its base is."""
+    finished = copy_finished(tmp_path, RUN)
+    monkeypatch.chdir(VERSION)  # its recipe names its base as `model`
+    assert finished.recipe().model == "model"
+    return finished
 
 
 @pytest.mark.parametrize("name", inside.PANELS)
@@ -74,15 +85,9 @@ def test_a_model_that_may_not_be_named_is_refused(chat: ChatClient, tmp_path: Pa
     assert response.status_code == 422 and "/etc" in response.text
 
 
-def test_a_view_is_answered_and_an_unknown_option_is_refused(
-    chat: ChatClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = copy_finished(tmp_path, RUN)
-    monkeypatch.chdir(VERSION)  # the run's recipe names its base as `model`
-    assert run.recipe().model == "model"
+def test_a_view_is_answered_and_an_unknown_option_is_refused(chat: ChatClient, run: Run) -> None:
     client = client_of(chat)
-    asked: dict[str, Any] = {"model": RUN, "options": {"text": "你好"}}
-    answer = client.post("/inside/attention", json=asked)
+    answer = client.post("/inside/attention", json=ASKED)
     assert answer.status_code == 200 and list(answer.json()["sides"]) == ["base", "adapter"]
     wrong = client.post(
         "/inside/attention", json={"model": RUN, "options": {"text": "你好", "depth": 1}}
@@ -100,14 +105,11 @@ def test_a_view_while_another_is_computed_is_refused(chat: ChatClient) -> None:
 
 @pytest.mark.slow(minutes=0.2)
 def test_the_models_memory_goes_to_a_run_that_starts(
-    chat: ChatClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chat: ChatClient, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_finished(tmp_path, RUN)
-    monkeypatch.chdir(VERSION)
     monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path / "cache"))
     client = client_of(chat)
-    asked = {"model": RUN, "options": {"text": "你好"}}
-    assert client.post("/inside/tokens", json=asked).status_code == 200
+    assert client.post("/inside/tokens", json=ASKED).status_code == 200
     training = store.create_run(Recipe(output_dir=str(tmp_path)), "beside")
     training.write_state("running")
     plan = {"peak_memory_bytes": 10**15, "parts": {"process": 0, "context": 0}}
@@ -116,17 +118,15 @@ def test_the_models_memory_goes_to_a_run_that_starts(
     assert slot
     with slot:
         wait_for(lambda: not chat._lives())
-        answer = client.post("/inside/tokens", json=asked)
+        answer = client.post("/inside/tokens", json=ASKED)
         assert answer.status_code == 422
         assert answer.json()["what"].startswith("Busy: a run is training. Beside it 0.0 GiB")
 
 
 @pytest.mark.slow(minutes=0.1)
 def test_the_process_ends_when_no_view_is_wanted(
-    chat: ChatClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chat: ChatClient, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy_finished(tmp_path, RUN)
-    monkeypatch.chdir(VERSION)
     code = (
         "import sys; from pathlib import Path; from jetson_ft.chat import server;"
         "server.IDLE_SECONDS = 1.0; server.ChatServer(Path(sys.argv[1])).run()"
@@ -135,6 +135,5 @@ def test_the_process_ends_when_no_view_is_wanted(
         "jetson_ft.chat.client.python_module",
         lambda _module, root: [sys.executable, "-c", code, root],
     )
-    asked = {"model": RUN, "options": {"text": "你好"}}
-    assert client_of(chat).post("/inside/tokens", json=asked).status_code == 200
+    assert client_of(chat).post("/inside/tokens", json=ASKED).status_code == 200
     wait_for(lambda: not chat._lives())
