@@ -64,10 +64,11 @@ def serve(
     if upload_error:
         lines.append(f"warning: {upload_error}")
 
+    # Before the link is printed, as it can take seconds: a printed link is answered at once.
+    lines += take_up_runs(runs)
+
     def greet() -> None:
         for line in lines:
-            print(printable(line), flush=True)
-        for line in take_up_runs(runs):
             print(printable(line), flush=True)
 
     server = make_server(app, greet)
