@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,15 +132,16 @@ def is_hub_id(name: str) -> bool:
     return hub.REPO_ID.fullmatch(name) is not None and not expand_user(name).exists()
 
 
-def has_weights_here(name: str, downloaded: Collection[str] | None = None) -> bool:
-    """Return whether a model's weights are on this machine: its own, a local path, or downloaded.
+def has_weights_here(name: str) -> bool:
+    """Return whether a model's weights are on this machine: bundled, a local path, or downloaded.
 
-    Args:
-        downloaded: `hub.downloaded_models()`; None: it is called where it is needed.
+    Raises:
+        UserError: the name is impossible, or the Hub's cache can't be read.
     """
     if not is_hub_id(name):
         return True
-    return name in (hub.downloaded_models() if downloaded is None else downloaded)
+    folder = hub.cached_folder(name, "model")
+    return folder is not None and any(folder.glob("*.safetensors"))
 
 
 def is_base_model(name: str) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
@@ -84,19 +83,16 @@ def known_facts(recipe: Recipe) -> RecipeFacts | None:
     return RecipeFacts(known[0], known[1], is_estimate=not known[2]) if known else None
 
 
-def missing_downloads(
-    recipe: Recipe, for_facts: bool = False, downloaded: Collection[str] | None = None
-) -> list[str]:
+def missing_downloads(recipe: Recipe, for_facts: bool = False) -> list[str]:
     """Return the names of the recipe's model and data sets that are not on this machine yet.
 
     Args:
         for_facts: as far as the facts need them: not the model's weights, and nothing of a model
             whose dimensions are built in.
-        downloaded: as `files.has_weights_here` takes it.
     """
     model = recipe.model
     if not for_facts:
-        is_here = files.has_weights_here(model, downloaded)
+        is_here = files.has_weights_here(model)
     else:
         is_here = (
             catalog.known_dims(model) is not None

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from jetson_ft import hub
 from jetson_ft import recipe as recipes
 from jetson_ft.hardware import detect
 from jetson_ft.hardware.boards import BOARD_CLASSES
@@ -37,15 +36,14 @@ class RecipeFit:
 def estimate_fits() -> dict[str, RecipeFit]:
     """Return the estimate of every shipped recipe by its name."""
     device = detect.estimate_device()
-    downloaded = set(hub.downloaded_models())
     fits = {}
     for name in recipes.shipped():
         recipe = recipes.load_recipe(name)
-        fits[name] = _estimate(recipe, device, downloaded)
+        fits[name] = _estimate(recipe, device)
     return {name: fit for name, fit in fits.items() if fit}
 
 
-def _estimate(recipe: Recipe, device: Device, downloaded: set[str]) -> RecipeFit | None:
+def _estimate(recipe: Recipe, device: Device) -> RecipeFit | None:
     """Return the estimate; None for a model or rows of which nothing is built in."""
     flops = _flops(device, device.precision(recipe.precision))
     forecast = forecast_built_in(recipe, device, flops or 1.0)
@@ -60,7 +58,7 @@ def _estimate(recipe: Recipe, device: Device, downloaded: set[str]) -> RecipeFit
         peak_memory_bytes=peak,
         memory_bytes=free,
         seconds=seconds,
-        needs_download=bool(missing_downloads(recipe, downloaded=downloaded)),
+        needs_download=bool(missing_downloads(recipe)),
     )
 
 

@@ -150,10 +150,10 @@ def test_what_is_not_on_this_machine(
     assert preview.missing_downloads(own, for_facts=True) == ["a/b"]
     # Only config and tokenizer were downloaded, as for a plan.
     monkeypatch.setattr(hub, "cached_folder", lambda *_: tmp_path)
-    monkeypatch.setattr(hub, "downloaded_models", list)
     assert preview.missing_downloads(own) == ["a/b"]
     assert preview.missing_downloads(own, for_facts=True) == []
-    assert preview.missing_downloads(own, downloaded=["a/b"]) == []
+    (tmp_path / "model.safetensors").touch()
+    assert preview.missing_downloads(own) == []
 
 
 def test_remembered_machine_has_no_gpu_and_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ BOARD = BOARDS["orin-nano-8gb"]
 def _on_a_board(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("JETSON_FT_CACHE", str(tmp_path))
     monkeypatch.setattr(detect, "estimate_device", lambda: BOARD.device())
-    monkeypatch.setattr(hub, "downloaded_models", lambda: ["microsoft/phi-1_5"])
 
 
 def test_every_shipped_recipe_has_an_estimate_that_equals_the_forecast() -> None:
@@ -46,13 +45,14 @@ def test_the_verdicts_follow_the_free_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert fit.seconds is None
 
 
-def test_what_is_not_here_needs_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_here_needs_a_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hub, "cached_folder", lambda *_: None)
     fits = estimate_fits()
     assert not fits["quickstart-zh"].needs_download
     assert fits["qwen3-0.6b-zh"].needs_download  # the model
     assert fits["phi-1_5-zh"].needs_download  # the rows
-    monkeypatch.setattr(hub, "cached_folder", lambda *_: Path("/x"))
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(hub, "cached_folder", lambda *_: tmp_path)
     assert not estimate_fits()["phi-1_5-zh"].needs_download
 
 
