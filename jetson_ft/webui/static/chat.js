@@ -254,7 +254,8 @@ function retry(button) {
 }
 
 // After each change of a pane.
-const changes = new MutationObserver(() => {
+const changes = new MutationObserver((records) => {
+  if (records.every(({ type }) => type === "characterData")) return followAnswers(); // more of an answer
   const panes = byId("chat-panes");
   placeRows(panes);
   addRetryButtons(panes);
@@ -328,6 +329,8 @@ document.addEventListener("keydown", (event) => {
   if (isComposing && event.target.closest?.("#chat")) event.stopPropagation();
 }, true);
 
+const sizes = new ResizeObserver(followAnswers);
+
 addEventListener("resize", fit);
 onTabShown("chat", function begin() {
   const panes = byId("chat-panes");
@@ -336,7 +339,7 @@ onTabShown("chat", function begin() {
   showHistory();
   changes.observe(panes, { childList: true, subtree: true, characterData: true });
   panes.addEventListener("scroll", noteScroll);
-  new ResizeObserver(followAnswers).observe(panes);
+  sizes.observe(panes);
 });
 
 window.jetsonFt = {
