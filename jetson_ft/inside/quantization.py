@@ -119,6 +119,7 @@ def describe_matrix(weight: torch.Tensor, path: str, layers: list[str]) -> Quant
     from bitsandbytes import functional
 
     limit = float(weight.abs().flatten().kthvalue(math.ceil(_EDGE * weight.numel())).values) or 1.0
+    rms = _rms(weight)
     packed, state = functional.quantize_4bit(
         weight, blocksize=_BLOCK, quant_type="nf4", compress_statistics=True
     )
@@ -133,15 +134,15 @@ def describe_matrix(weight: torch.Tensor, path: str, layers: list[str]) -> Quant
     level_counts += (levels & 15).int().bincount(minlength=16)
     level_counts[7] -= 2 * levels.numel() - weight.numel()  # level 7 is 0, which fills a last byte
     # A matrix can have gigabytes: there is one copy of it at a time.
-    nf4_rounding = _describe_rounding("nf4", weight, nf4, nf4_bytes, limit)
+    nf4_rounding = _describe_rounding("nf4", weight, rms, nf4, nf4_bytes, limit)
     del packed, levels, nf4
-    int8_rounding = _describe_rounding("int8", weight, *_int8(weight), limit)
+    int8_rounding = _describe_rounding("int8", weight, rms, *_int8(weight), limit)
     return Quantization(
         path=path,
         shape=(weight.shape[0], weight.shape[1]),
         edges=(-limit, limit),
         counts=_histogram(weight, limit),
-        rms=_rms(weight),
+        rms=rms,
         max=float(weight.abs().max()),
         roundings=[int8_rounding, nf4_rounding],
         levels=state.code.tolist(),
@@ -170,10 +171,10 @@ def _int8(weight: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def _describe_rounding(
-    name: str, weight: torch.Tensor, restored: torch.Tensor, size: int, limit: float
+    name: str, weight: torch.Tensor, rms: float, restored: torch.Tensor, size: int, limit: float
 ) -> Rounding:
     error = restored - weight
-    rms, rms_error = _rms(weight), _rms(error)
+    rms_error = _rms(error)
     return Rounding(
         format=name,
         bits_per_weight=8 * size / weight.numel(),

@@ -308,7 +308,7 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
     };
     context.fillStyle = ink;
     context.textBaseline = "middle";
-    const every = (length) => Math.ceil(16 / length); // pixels of a label, with the next one
+    const every = (length) => Math.ceil(16 / length); // 16: pixels from one label to the next
     rows.forEach((text, row) => {
       if (row % every(high)) return;
       context.textAlign = "right";
@@ -346,11 +346,14 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
     };
     rows.forEach((_, row) => columns.forEach((__, column) => paintCell(row, column)));
   };
+  const readOut = (row, column) => {
+    const shown = value(row, column);
+    readout.textContent = describe(row, column, shown == null ? null : format(shown));
+  };
   const mark = (row, column) => {
     const before = at;
     at = [row, column];
-    const shown = value(row, column);
-    readout.textContent = describe(row, column, shown == null ? null : format(shown));
+    readOut(row, column);
     if (before) paintCell?.(...before);
     paintCell?.(row, column);
   };
@@ -383,7 +386,7 @@ export function heatMap({ rows, columns, value, max, format, describe, root = fa
   const map = make("div", { class: "map" }, axes, box, readout);
   const update = () => {
     if (box.clientWidth) paint(box.clientWidth);
-    if (at) mark(...at);
+    if (at) readOut(...at);
   };
   return { map, mark, update };
 }
