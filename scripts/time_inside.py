@@ -1,7 +1,8 @@
 """Time the panels of the Inside tab: `time_inside.py [RUN] [--runs FOLDER]`.
 
 Each panel's views are computed by the chat's process, as for the page, with the texts that its form
-has at first; the model is loaded before. Prints the median of three, and the processor's seconds.
+has at first; the model is loaded before. Prints the medians of three: seconds, and
+CPU seconds of all threads.
 """
 
 import argparse
@@ -67,7 +68,7 @@ def main() -> None:
         )
     finally:
         client.close()
-    print("| panel | seconds | of a core |\n|---|---|---|")
+    print("| panel | seconds | CPU seconds |\n|---|---|---|")
     for name, (wall, computed) in seconds.items():
         print(f"| {PANELS[name].title} | {wall:.2f} | {computed:.2f} |")
 
