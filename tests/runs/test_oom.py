@@ -101,7 +101,9 @@ def test_on_oom_stop_fails_and_the_named_command_continues(workbench: Any) -> No
     *_, resumed, _, override = shlex.split(command)
     assert Run(Path(resumed)).path == run.path
     assert oom.smaller_plan_settings(run) == [override]
-    other_words = run.events_file.read_text().replace("Or close other programs", "Or wait")
+    words = run.events_file.read_text()
+    other_words = words.replace("Or close other programs", "Or wait")
+    assert other_words != words
     run.events_file.write_text(other_words)
     assert oom.smaller_plan_settings(run) == [override], "as of a version with other texts"
     granted = Recipe.model_validate({"train": {"max_memory_gb": float(override.split("=")[1])}})

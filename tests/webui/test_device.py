@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from boards_in_folders import NANO, NX, FakeMachine
 from fastapi import FastAPI
 from starlette.testclient import TestClient
+from workbench import wait_for
 
 from jetson_ft.errors import UserError
 from jetson_ft.hardware import doctor
@@ -25,7 +25,7 @@ FIX = "Flash JetPack 6.2 or 7.2: https://developer.nvidia.com/embedded/jetpack"
 ENGLISH, CHINESE = Locale("en"), Locale("zh_CN")
 
 
-def wait_for(doctor: Doctor) -> None:
+def wait_until_examined(doctor: Doctor) -> None:
     """Wait for the end of the examination that runs."""
     assert doctor._examining
     doctor._examining.join()
@@ -40,7 +40,7 @@ def examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(device, "run_cli_json", lambda *_: result)
         made = Doctor(tmp_path)
         made.examine()
-        wait_for(made)
+        wait_until_examined(made)
         return made
 
     return examine
@@ -90,7 +90,7 @@ def test_findings_stay_while_the_machine_is_examined_again(
     html = shown.html(ENGLISH)
     assert "this board" in html and "data-examining" in html and "Examine again" not in html
     release.set()
-    wait_for(shown)
+    wait_until_examined(shown)
     html = shown.html(ENGLISH)
     assert "No such program." in html and "Install it." in html
     assert "this board" in html and "Examine again" in html
@@ -111,12 +111,12 @@ def test_all_pages_share_an_examination(tmp_path: Path, monkeypatch: pytest.Monk
         shared.examine(max_age)
         assert shared.html(ENGLISH).count("data-examining") == 1 and count <= expected
     release.set()
-    wait_for(shared)
+    wait_until_examined(shared)
     shared.examine(60.0)
-    wait_for(shared)
+    wait_until_examined(shared)
     assert count == 1, "young enough"
     shared.examine()
-    wait_for(shared)
+    wait_until_examined(shared)
     assert count == 2
 
 
@@ -135,8 +135,8 @@ def test_only_opening_the_tab_examines(tmp_path: Path, monkeypatch: pytest.Monke
     client = TestClient(app)
     assert "data-examining" not in client.get("/live/en/device").text and examined == []
     client.get("/live/en/device?opened=true")
-    while "data-examining" in (findings := client.get("/live/en/device")).text:
-        time.sleep(0.01)
+    wait_for(lambda: "data-examining" not in client.get("/live/en/device").text)
+    findings = client.get("/live/en/device")
     known = {"If-None-Match": findings.headers["etag"]}
     assert client.get("/live/en/device", headers=known).status_code == 304
     assert len(examined) == 1
@@ -146,7 +146,7 @@ def test_only_opening_the_tab_examines(tmp_path: Path, monkeypatch: pytest.Monke
 def test_this_machine_is_examined(tmp_path: Path) -> None:
     real = Doctor(tmp_path)
     real.examine()
-    wait_for(real)
+    wait_until_examined(real)
     assert all(f">{name}</span>" in real.html(ENGLISH) for name in ("Memory", "PyTorch", "Disk"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,7 +36,7 @@ def curves(runs: LightRuns) -> None:
 
 
 @pytest.fixture
-def shown(page: Any, served: Served) -> Iterator[Any]:
+def shown(page: Any, served: Served) -> Any:
     """Return the page with the first run shown and no smoothing."""
     page.goto(f"{served.base}/en/")
     page.evaluate("sessionStorage.setItem('jetson-ft-charts', JSON.stringify({ smoothing: 0 }))")
@@ -51,7 +50,11 @@ def choose(page: Any, served: Served, name: str) -> None:
 
 
 def wait_for_curve(page: Any, name: str) -> None:
-    page.wait_for_function(f"{SECOND} === {9 / (1 + NAMES.index(name)) / 2}")
+    page.wait_for_function(curve_is(name))
+
+
+def curve_is(name: str) -> str:
+    return f"{SECOND} === {9 / (1 + NAMES.index(name)) / 2}"
 
 
 def test_a_late_answer_draws_nothing(shown: Any) -> None:
@@ -67,7 +70,7 @@ def test_a_late_answer_draws_nothing(shown: Any) -> None:
         for route in late:
             route.continue_()
     shown.wait_for_timeout(300)
-    wait_for_curve(shown, THIRD)
+    assert shown.evaluate(curve_is(THIRD))
 
 
 def test_curves_that_did_not_arrive_are_fetched_again(page: Any, served: Served) -> None:
