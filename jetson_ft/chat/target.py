@@ -27,7 +27,7 @@ class ChatTarget:
 
     recipe: Recipe
     adapter_dir: Path | None = None
-    # They differ after other weights were written to the same path; 0: see `with_weight_times`.
+    # Times of the weights' last change; 0 until `with_weight_times` has read them.
     adapter_mtime_ns: int = 0
     base_mtime_ns: int = 0  # of a local folder or GGUF file
     named_in: Path | None = None  # the adapter's file that names the base
@@ -79,8 +79,7 @@ def resolve_target(
 def with_weight_times(target: ChatTarget) -> ChatTarget:
     """Return the target with the times of its weights' last change.
 
-    Apart from `resolve_target`: the base can be a path that only a check of the target allows to
-    be looked at.
+    It reads the base's folder: call it only where that path may be read.
     """
     base = expand_user(target.recipe.model)
     weights = [target.adapter_dir / "adapter_model.safetensors"] if target.adapter_dir else []

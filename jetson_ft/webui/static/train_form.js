@@ -25,11 +25,10 @@ function isOwnData(rows) {
   return Object.values(form.recipes).every((other) => other.values["data.train"] !== rows);
 }
 
-// Returns whether the form's rows are the user's. Gradio draws an upload some time before it calls
-// `formChanged`, so the field itself is read.
-function hasOwnData() {
-  values["data.train"] = block("data.train")?.querySelector("textarea, input")?.value ?? values["data.train"];
-  return isOwnData(values["data.train"]);
+// Returns the form's rows. Gradio draws an upload some time before it calls `formChanged`, so the
+// field itself is read.
+function currentRows() {
+  return block("data.train")?.querySelector("textarea, input")?.value ?? values["data.train"];
 }
 
 // Gradio sets a field's value only as the result of an event: `formApply` is that of a hidden button.
@@ -60,7 +59,8 @@ function notice(text) {
 }
 
 function chooseShipped(name) {
-  const keepsRows = hasOwnData();
+  values["data.train"] = currentRows();
+  const keepsRows = isOwnData(values["data.train"]);
   choose(recipe(name), keepsRows);
   notice(keepsRows ? keptRows() : "");
 }
@@ -137,7 +137,8 @@ function formLoaded(text) {
   const { title, values: base } = JSON.parse(text);
   const address = new URL(location.href);
   const isRun = address.searchParams.has("copy");
-  const keepsRows = !isRun && hasOwnData() && !isOwnData(base["data.train"]);
+  values["data.train"] = currentRows();
+  const keepsRows = !isRun && isOwnData(values["data.train"]) && !isOwnData(base["data.train"]);
   choose({ name: title, title, values: base }, keepsRows);
   const texts = [fill(form.texts.loaded, { title }), ...(keepsRows ? [keptRows()] : [])];
   notice(texts.join(" "));

@@ -41,8 +41,9 @@ class ChatModels:
         """Return (label, name) of each adapter, each export of a run, and each base on the disk."""
         choices = []
         for run in store.runs_with_adapter(self.runs):
-            choices.append((self._run_title(run), run.name))
-            choices += [(label, str(path)) for label, path in self._exports(run)]
+            title = self._run_title(run)
+            choices.append((title, run.name))
+            choices += [(label, str(path)) for label, path in self._exports(run, title)]
         choices.append((self.title(BASE), BASE))
         return choices + [(self._base_title(name), name) for name in hub.downloaded_models()]
 
@@ -73,8 +74,9 @@ class ChatModels:
         if name in (BASE, "embedded"):
             return self._base_title(embedded.NAME)
         if run := self._run(name):
-            labels = {str(path): label for label, path in self._exports(run)}
-            return labels.get(str(expand_user(name))) or self._run_title(run)
+            title = self._run_title(run)
+            labels = {str(path): label for label, path in self._exports(run, title)}
+            return labels.get(str(expand_user(name))) or title
         if files.is_hub_id(name):
             return self._base_title(name)
         return printable(expand_user(name).name) if "/" in name else printable(name)
@@ -156,7 +158,7 @@ class ChatModels:
             return store.run_by_name(name, self.runs)
         return None
 
-    def _exports(self, run: Run) -> list[tuple[str, Path]]:
+    def _exports(self, run: Run, title: str) -> list[tuple[str, Path]]:
         """Return the label and the path of each export of a run that is a whole model."""
         models: list[tuple[str, Path]] = []
         with suppress(OSError):
@@ -165,7 +167,7 @@ class ChatModels:
                     folder = Path(export["path"])
                     path = next(iter(sorted(folder.glob("*.gguf"))), folder)
                     kind = printable(self.t(after_training.describe_name(export)))
-                    models.append((f"{self._run_title(run)} · {kind}", path))
+                    models.append((f"{title} · {kind}", path))
         return models
 
 
